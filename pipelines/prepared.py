@@ -1,0 +1,150 @@
+"""A prepared set on disk: what `prepare` writes and everything after it reads.
+
+    manifest.json             config, counts, time range, split cuts, digest
+    catalogue.parquet         item_key, item_id, text, the catalogue's columns, train_count; row i is item key i
+    users.parquet             user_key, user_id, the users' columns; row u is history row u
+    vocabulary.json           {column: [value of code 2, value of code 3, ...]}
+    items.safetensors         ranking.items.ItemTable
+    key_to_row.npy            int32 [keys]
+    histories/                recsys.history.Histories over item keys
+    requests/{train,valid,test}.safetensors            Requests
+    candidates/{valid,test}_{sampler}.safetensors      CandidateSets, request by request
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from ranking.items import ItemTable
+from recsys.errors import DataError
+from recsys.files import read_json
+from recsys.history import Histories
+
+Split = Literal["train", "valid", "test"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Requests:
+    """R requests of one split, ordered by (at, user).
+
+    `user` int64 [R] is a history row; `at` int64 [R] the moment; `end` int64 [R] the absolute end of the history in the
+    packed events (all of them strictly before `at`). Request r's positives are the distinct item rows
+    positive[offsets[r]] .. positive[offsets[r + 1]], ascending (int32).
+    """
+
+    user: NDArray[np.int64]
+    at: NDArray[np.int64]
+    end: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    positive: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, index: NDArray[np.int64]) -> "Requests":
+        """Give the requests at `index`, in that order."""
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        return Requests(self.user[index], self.at[index], self.end[index], offsets, self.positive[where])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        save_file({name: np.ascontiguousarray(value) for name, value in vars(self).items()}, path)
+
+    @staticmethod
+    def load(path: Path) -> "Requests":
+        """Read what `save` wrote."""
+        return Requests(**load_file(path))
+
+
+@dataclass(frozen=True)
+class CandidateSets:
+    """The fixed candidates of the requests of one split: request r scores item[offsets[r]]..item[offsets[r + 1]].
+
+    `item` int32 model rows, all positives of the request first, then the sampled negatives; `label` uint8.
+    """
+
+    offsets: NDArray[np.int64]
+    item: NDArray[np.int32]
+    label: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        save_file({name: np.ascontiguousarray(value) for name, value in vars(self).items()}, path)
+
+    @staticmethod
+    def load(path: Path) -> "CandidateSets":
+        """Read what `save` wrote."""
+        return CandidateSets(**load_file(path))
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """Lazy access to a prepared set; each part is read once, on first use."""
+
+    directory: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; raises `DataError` for a directory without one or of another format."""
+        manifest = read_json(self.directory / "manifest.json")
+        if manifest.get("format") != FORMAT:
+            raise DataError(
+                f"{self.directory}: prepared set of format {manifest.get('format')}, this version reads {FORMAT}; "
+                "run `recsys prepare` again"
+            )
+        return dict(manifest)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the contents of the set."""
+        return str(self.manifest["digest"])
+
+    @cached_property
+    def histories(self) -> Histories:
+        """Memory-mapped histories over item keys."""
+        return Histories.load(self.directory / "histories")
+
+    @cached_property
+    def key_to_row(self) -> NDArray[np.int32]:
+        """Model row of each item key."""
+        rows: NDArray[np.int32] = np.load(self.directory / "key_to_row.npy", allow_pickle=False)
+        return rows
+
+    @cached_property
+    def items(self) -> ItemTable:
+        """Item attributes, training counts and transitions by model row."""
+        return ItemTable.load(self.directory / "items.safetensors")
+
+    @cached_property
+    def catalogue(self) -> pl.DataFrame:
+        """item_key, item_id, text and the catalogue's columns; row i is item key i."""
+        return pl.read_parquet(self.directory / "catalogue.parquet")
+
+    @cached_property
+    def users(self) -> pl.DataFrame:
+        """user_key, user_id and the users' columns; row u is history row u."""
+        return pl.read_parquet(self.directory / "users.parquet")
+
+    def requests(self, split: Split) -> Requests:
+        """Give the requests of a split."""
+        return Requests.load(self.directory / "requests" / f"{split}.safetensors")
+
+    def candidates(self, split: Split, sampler: str) -> CandidateSets:
+        """Give the fixed candidates of a split by sampler name; raises `DataError` naming those there are."""
+        path = self.directory / "candidates" / f"{split}_{sampler}.safetensors"
+        if not path.exists():
+            known = sorted(other.stem for other in path.parent.glob("*.safetensors"))
+            raise DataError(f"{path}: no such candidates; this set has {', '.join(known) or 'none'}")
+        return CandidateSets.load(path)

@@ -1,0 +1,17 @@
+"""Column names of the canonical tables, in one place.
+
+    EVENTS   user_id, item_id, timestamp, optional action, value, session_id, event_id
+    ITEMS    item_id, text, and any categorical or numeric columns
+    USERS    user_id, and any columns
+"""
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+TIMESTAMP = "timestamp"  # int64 microseconds UTC; a plain position where only the order is known
+ACTION = "action"
+VALUE = "value"
+SESSION_ID = "session_id"
+EVENT_ID = "event_id"
+TEXT = "text"
+ITEM_KEY = "item_key"  # append-only uint32, given at first sight, kept for ever
+USER_KEY = "user_key"

@@ -1,0 +1,81 @@
+"""Strict TOML: an unknown key is an error that names the nearest known one; a wrong value names its key."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from recsys.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_toml(path: Path, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file and apply `section.key=value` assignments (values in TOML syntax, bare words are strings)."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        *sections, key = name.strip().split(".")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment!r}: expected section.key=value")
+        target = table
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {assignment!r}: {section!r} is a value, not a section")
+        target[key] = _toml_value(text.strip())
+    return table
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Build a frozen config dataclass from a table.
+
+    Args:
+        kind: a dataclass; nested dataclass fields are nested tables.
+        table: what the TOML holds.
+        where: how messages name this table, e.g. `train.toml [model]`.
+
+    Raises:
+        ConfigError: an unknown key, a missing key, or a value of the wrong type or range.
+    """
+    _refuse_unknown(kind, table, where)
+    try:
+        return TypeAdapter(kind, config=_config(kind)).validate_python(dict(table))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(whole table)"
+        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+        raise ConfigError(f"{where}: {key}: {first['msg']}{found}") from None
+
+
+def _config(kind: type[Any]) -> ConfigDict | None:
+    return None if dataclasses.is_dataclass(kind) else ConfigDict(extra="forbid")
+
+
+def _refuse_unknown(kind: type[Any], table: Mapping[str, Any], where: str) -> None:
+    if not dataclasses.is_dataclass(kind):
+        return
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in table.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+        nested = fields[key].type
+        if isinstance(value, Mapping) and isinstance(nested, type):
+            _refuse_unknown(nested, value, f"{where} [{key}]")

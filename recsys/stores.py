@@ -1,0 +1,50 @@
+"""What the request path asks of the state under it; `serving/` holds the implementations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from recsys.history import Events
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened: outside ids as strings, time in microseconds UTC.
+
+    `event_id` makes a repeat of the same post harmless; an empty one is replaced by the log with a fresh id.
+    """
+
+    event_id: str
+    user_id: str
+    item_id: str
+    time: int
+    action: str = ""
+    value: float = 0.0
+
+
+class HistoryReader(Protocol):
+    """Read side of the live histories: all that recommending needs."""
+
+    def read(self, user_id: str) -> Events | None:
+        """Give the user's history, oldest first, or None if the user is unknown."""
+        ...
+
+
+class HistoryStore(HistoryReader, Protocol):
+    """A rebuildable view of the event log over a published snapshot."""
+
+    def append(self, user_id: str, events: Events) -> None:
+        """Add events to a user's history, keeping the order of time; visible to the next `read` in every process."""
+        ...
+
+    def users(self, limit: int) -> list[str]:
+        """Give up to `limit` known user ids."""
+        ...
+
+
+class EventLog(Protocol):
+    """The truth: append-only, durable before `append` returns, idempotent by event id."""
+
+    def append(self, events: Sequence[Event]) -> list[bool]:
+        """Write events durably; False for those whose event id is already in the window, which are not written again."""
+        ...
