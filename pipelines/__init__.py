@@ -1,1 +1,1 @@
-
+"""The offline verbs: ingest, prepare, train, evaluate, publish, recommend."""

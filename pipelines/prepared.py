@@ -9,6 +9,8 @@
     histories/                recsys.history.Histories over item keys
     requests/{train,valid,test}.safetensors            Requests
     candidates/{valid,test}_{sampler}.safetensors      CandidateSets, request by request
+
+Everything is plain Parquet, npy, safetensors or JSON.
 """
 
 from dataclasses import dataclass

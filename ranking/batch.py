@@ -125,7 +125,8 @@ def assemble(
 
     Args:
         events: packed events of many users (memory-mapped is fine) or of one.
-        starts, ends: int64 [B]; request b's history is events starts[b]..ends[b], all of them before `at[b]`.
+        starts: int64 [B], where each request's history starts in the packed events.
+        ends: int64 [B], where it ends; all of it lies before the request's moment.
         at: int64 [B], moments of the requests.
         candidates: int32 [B, C] model rows, 0 = padding.
         key_to_row: int32 [keys], model row of each item key; keys beyond it are unknown.

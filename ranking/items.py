@@ -30,9 +30,7 @@ class Transitions:
     @staticmethod
     def none(rows: int) -> "Transitions":
         """Give a matrix without edges."""
-        return Transitions(
-            torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0)
-        )
+        return Transitions(torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0))
 
 
 class ItemTable(nn.Module):

@@ -3,6 +3,8 @@
     EVENTS   user_id, item_id, timestamp, optional action, value, session_id, event_id
     ITEMS    item_id, text, and any categorical or numeric columns
     USERS    user_id, and any columns
+
+A log's own names are mapped to these by configuration.
 """
 
 USER_ID = "user_id"

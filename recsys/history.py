@@ -54,7 +54,7 @@ class Events:
 
 @dataclass(frozen=True)
 class Histories:
-    """All users' histories: packed events and offsets int64 [U + 1]; user row u owns events offsets[u]..offsets[u+1]."""
+    """All users' histories: user row u owns events offsets[u] .. offsets[u + 1]; offsets are int64 [U + 1]."""
 
     events: Events
     offsets: NDArray[np.int64]

@@ -9,7 +9,7 @@ import xxhash
 
 def derive(seed: int, step: int, purpose: str) -> int:
     """Give a 63-bit seed for one draw: xxh64 over the three parts, stable across machines and versions."""
-    return xxhash.xxh64_intdigest(f"{seed}/{step}/{purpose}") >> 1
+    return xxhash.xxh64_intdigest(f"{seed}/{step}/{purpose}".encode()) >> 1
 
 
 def generator(seed: int, step: int, purpose: str) -> np.random.Generator:

@@ -46,5 +46,5 @@ class EventLog(Protocol):
     """The truth: append-only, durable before `append` returns, idempotent by event id."""
 
     def append(self, events: Sequence[Event]) -> list[bool]:
-        """Write events durably; False for those whose event id is already in the window, which are not written again."""
+        """Write events durably; False marks those whose event id is in the window already (not written again)."""
         ...
