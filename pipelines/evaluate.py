@@ -1,0 +1,217 @@
+"""Offline evaluation: the same requests, candidates and resamples of the users for every model.
+
+For each sampler the fixed candidates of a split are scored, and for a smaller fixed sample of requests all known items
+are ranked. Every value comes with an interval by resampling users, and beside it stands what it was measured on.
+`pipelines/measures.py` says what is measured, `pipelines/evaluation.py` how it is written down.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.evaluation import (
+    ALL_ITEMS,
+    CandidateFacts,
+    Cost,
+    EvaluateConfig,
+    Evaluation,
+    Metrics,
+    TrainingSummary,
+)
+from pipelines.measures import DEPTH, Pool, compare, named, on_all_items, on_candidates, share
+from pipelines.prepared import CandidateSets, PreparedSet, Split
+from pipelines.scoring import (
+    Advance,
+    Sample,
+    choose,
+    distinct_items,
+    draw_requests,
+    in_history,
+    is_retriever,
+    join_sets,
+    rank_all_items,
+    score_sets,
+    take_sets,
+)
+from ranking.batch import FIRST_ITEM
+from ranking.ranker import AnyRanker
+from recsys.bootstrap import Estimate, bootstrap
+from recsys.errors import DataError
+from recsys.metrics import auc, gauc, groups_of, mean, ndcg, rank, recall
+
+__all__ = ["EvaluateConfig", "Evaluation", "TrainingSummary", "evaluate", "validate"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what is being done, requests done, requests in all)."""
+
+
+def evaluate(
+    models: Mapping[str, AnyRanker],
+    prepared: PreparedSet,
+    config: EvaluateConfig,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score every model on the same requests and say how good each is, how surely, and at what cost.
+
+    Args:
+        models: by name, each on its own device; evaluated in evaluation mode and left in the mode they were in.
+        prepared: the set to evaluate on.
+        config: what, and how much of it.
+        progress: called while requests are being scored.
+
+    Raises:
+        DataError: the split has no requests, candidates are missing, or a model gives NaN.
+
+    Cost: one pass of each model over the candidates, plus about `resamples` nanoseconds per negative for the intervals.
+    """
+    chosen = draw_requests(prepared, config.split, config.max_requests, config.seed)
+    if not len(chosen):
+        raise DataError(f"{prepared.directory}: split {config.split!r} has no requests; prepare a longer period")
+    pools = {name: _pool(prepared, chosen, config.split, name) for name in config.samplers}
+    few = choose(len(chosen), config.full_ranking_requests, config.seed, "evaluate/full ranking")
+    ranked = chosen.take(few)
+    joined, places = join_sets([pool.sets for pool in pools.values()])
+    facts = {name: pool.facts() for name, pool in pools.items()}
+    if len(ranked):
+        facts[ALL_ITEMS] = _all_items_facts(prepared, ranked)
+    estimates: dict[str, dict[str, dict[str, Estimate]]] = {}
+    metrics: dict[str, dict[str, Metrics]] = {}
+    cost: dict[str, Cost] = {}
+    predictions = {"requests": _requests_record(chosen, ranked, pools)}
+    for name, model in models.items():
+        advance = _counter(progress, f"{name}: scoring candidates", len(chosen))
+        started = time.perf_counter()
+        scores = score_sets(model, prepared, chosen, joined, config.batch_requests, advance)
+        cost[name] = _cost(model, time.perf_counter() - started, chosen, joined, config)
+        results = {
+            sampler: on_candidates(pool, scores[place], config)
+            for (sampler, pool), place in zip(pools.items(), places, strict=True)
+        }
+        kept: dict[str, NDArray[Any]] = dict(zip(pools, (scores[place] for place in places), strict=True))
+        if len(ranked):
+            advance = _counter(progress, f"{name}: ranking all items", len(ranked))
+            ranking = rank_all_items(model, prepared, ranked, DEPTH, config.batch_requests, advance=advance)
+            results[ALL_ITEMS] = on_all_items(ranking, ranked)
+            kept |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
+        predictions[name] = kept
+        estimates[name], metrics[name] = {}, {}
+        for sampler, result in results.items():
+            found = bootstrap(result.statistics, result.users, config.resamples, config.seed)
+            estimates[name][sampler] = found
+            metrics[name][sampler] = named(config, found, result.counts, sampler)
+    return Evaluation(
+        split=config.split,
+        data_digest=prepared.digest,
+        config=config,
+        n_requests=len(chosen),
+        n_users=len(np.unique(chosen.requests.user)),
+        candidates=facts,
+        metrics=metrics,
+        comparisons=compare(estimates, config),
+        cost=cost,
+        predictions=predictions,
+    )
+
+
+def validate(
+    model: AnyRanker,
+    prepared: PreparedSet,
+    split: Split = "valid",
+    sampler: str = "uniform",
+    max_requests: int = 1000,
+    seed: int = 2023,
+) -> dict[str, float]:
+    """Give the metrics a training loop watches, without intervals; the same requests at every call.
+
+    `gauc`, `auc`, `auc_per_request` and `ndcg_at_10` are on the sampler's candidates. A retriever also gets
+    `ndcg_at_20` and `recall_at_20` over all known items, by the inner product of its vectors. NaN where not defined.
+    """
+    chosen = draw_requests(prepared, split, max_requests, seed)
+    sets = take_sets(prepared.candidates(split, sampler), chosen.index)
+    scores = score_sets(model, prepared, chosen, sets)
+    request = groups_of(sets.offsets)
+    users, user = np.unique(chosen.requests.user, return_inverse=True)
+    by_request = rank(scores, sets.label, request, len(chosen))
+    values = {
+        "gauc": gauc(rank(scores, sets.label, user[request], len(users))),
+        "auc": float(auc(rank(scores, sets.label))[0]),
+        "auc_per_request": mean(auc(by_request)),
+        "ndcg_at_10": mean(ndcg(by_request, 10)),
+    }
+    if is_retriever(model):
+        ranking = rank_all_items(model, prepared, chosen, depth=20, by_vectors=True)
+        values |= {"ndcg_at_20": mean(ndcg(ranking, 20)), "recall_at_20": mean(recall(ranking, 20))}
+    return values
+
+
+def _pool(prepared: PreparedSet, chosen: Sample, split: Split, sampler: str) -> Pool:
+    sets = prepared.candidates(split, sampler)
+    if len(chosen) and chosen.index[-1] >= len(sets):
+        raise DataError(
+            f"{prepared.directory}: {len(sets)} candidate lists of sampler {sampler!r}, but split {split!r} has "
+            f"request {chosen.index[-1]}; prepare the set again"
+        )
+    taken = take_sets(sets, chosen.index)
+    return Pool(chosen, taken, groups_of(taken.offsets), in_history(prepared, chosen, taken))
+
+
+def _all_items_facts(prepared: PreparedSet, ranked: Sample) -> CandidateFacts:
+    requests, rows = ranked.requests, len(prepared.items) - FIRST_ITEM
+    positives = CandidateSets(requests.offsets, requests.positive, np.ones(len(requests.positive), np.uint8))
+    inside = in_history(prepared, ranked, positives)
+    negatives = rows * len(ranked) - len(inside)
+    touched = int(distinct_items(prepared, ranked).sum() - inside.sum())
+    return CandidateFacts(
+        requests=len(ranked),
+        users=len(np.unique(requests.user)),
+        candidates=rows * len(ranked),
+        positives_per_request=len(inside) / len(ranked),
+        negatives_per_request=negatives / len(ranked),
+        positives_in_history=share(inside),
+        negatives_in_history=touched / negatives if negatives else 0.0,
+    )
+
+
+def _requests_record(chosen: Sample, ranked: Sample, pools: Mapping[str, Pool]) -> dict[str, NDArray[Any]]:
+    record: dict[str, NDArray[Any]] = {
+        "index": chosen.index,
+        "user": chosen.requests.user,
+        "at": chosen.requests.at,
+        "history_length": chosen.length,
+        f"{ALL_ITEMS}.index": ranked.index,
+    }
+    for name, pool in pools.items():
+        record |= {
+            f"{name}.offsets": pool.sets.offsets,
+            f"{name}.item": pool.sets.item,
+            f"{name}.label": pool.sets.label,
+        }
+        record[f"{name}.in_history"] = pool.inside.astype(np.uint8)
+    return record
+
+
+def _cost(model: AnyRanker, seconds: float, chosen: Sample, sets: CandidateSets, config: EvaluateConfig) -> Cost:
+    return Cost(
+        seconds=seconds,
+        requests=len(chosen),
+        candidates=len(sets.item),
+        ms_per_request=1000 * seconds / len(chosen),
+        batch_requests=config.batch_requests,
+        device=str(model.items.count.device),
+    )
+
+
+def _counter(progress: Progress | None, words: str, total: int) -> Advance | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(requests: int) -> None:
+        nonlocal done
+        done += requests
+        progress(words, done, total)
+
+    return advance

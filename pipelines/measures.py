@@ -1,0 +1,200 @@
+"""What is measured on scored candidates, as statistics that can be resampled by user.
+
+Segments. `history_<from>_<to>` holds the requests with that many events before them (the whole history, whatever a
+model reads). Two segments hold all requests but only some of their candidates, because a sampled negative is seldom
+something the user chose before and "it is in the history" alone already tells many positives from negatives:
+
+    target_in_history         the positives found in the request's history, against its negatives outside the history
+    target_outside_history    the positives outside the history, against the same negatives: "AUC on candidates outside
+                              the history"
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.evaluation import (
+    ALL_ITEMS,
+    INSIDE,
+    NOT_DEFINED,
+    OUTSIDE,
+    CandidateFacts,
+    Comparison,
+    EvaluateConfig,
+    Metrics,
+    defined,
+    length_segments,
+)
+from pipelines.prepared import CandidateSets
+from pipelines.scoring import Sample
+from recsys.bootstrap import Estimate, PooledAuc, Ratio, Statistic
+from recsys.metrics import Floats, Ints, Ranking, auc, hit_rate, mrr, ndcg, rank, recall
+
+CUTOFFS: dict[str, tuple[Callable[[Ranking, int], Floats], int]] = {
+    "ndcg_at_10": (ndcg, 10),
+    "mrr_at_10": (mrr, 10),
+    "hit_rate_at_10": (hit_rate, 10),
+    "recall_at_10": (recall, 10),
+    "recall_at_50": (recall, 50),
+}
+DEPTH = 50  # deepest cutoff
+COMPARED = ("gauc", "auc", "ndcg_at_10", f"segment/{OUTSIDE}/gauc", f"segment/{OUTSIDE}/auc")
+COMPARED_ALL_ITEMS = ("ndcg_at_10", "recall_at_50")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The candidates of one sampler for the chosen requests, and what is known of each."""
+
+    sample: Sample
+    sets: CandidateSets
+    request: Ints  # [N]
+    inside: NDArray[np.bool_]  # [N], found in the request's history
+
+    def facts(self) -> CandidateFacts:
+        """Give what is printed beside every AUC on these candidates."""
+        positive, requests = self.sets.label > 0, len(self.sample)
+        return CandidateFacts(
+            requests=requests,
+            users=len(np.unique(self.sample.requests.user)),
+            candidates=len(positive),
+            positives_per_request=float(positive.sum() / requests),
+            negatives_per_request=float((~positive).sum() / requests),
+            positives_in_history=share(self.inside[positive]),
+            negatives_in_history=share(self.inside[~positive]),
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model got on one kind of candidates: statistics over `users` users, and plain counts."""
+
+    statistics: dict[str, Statistic]
+    counts: dict[str, float]
+    users: int
+
+
+def on_candidates(pool: Pool, score: NDArray[np.float32], config: EvaluateConfig) -> Result:
+    """Give everything measured on one sampler's candidates: over all of them, and by segment."""
+    label, inside = pool.sets.label > 0, pool.inside
+    users, user = np.unique(pool.sample.requests.user, return_inverse=True)
+    everything = np.ones(len(label), np.bool_)
+    length = pool.sample.length[pool.request]
+    parts: dict[str, tuple[NDArray[np.bool_], tuple[str, ...]]] = {"": (everything, tuple(CUTOFFS))}
+    for name, low, high in length_segments(config.history_edges):
+        kept = (length >= low) & (everything if high is None else length < high)
+        parts[f"segment/{name}/"] = (kept, ("ndcg_at_10",))
+    parts[f"segment/{INSIDE}/"] = (inside == label, ())
+    parts[f"segment/{OUTSIDE}/"] = (~inside, ())
+    statistics: dict[str, Statistic] = {}
+    counts: dict[str, float] = {}
+    for prefix, (kept, cutoffs) in parts.items():
+        if not kept.any():
+            continue
+        request = pool.request[kept]
+        part = _measure(score[kept], label[kept], request, user, len(users), cutoffs)
+        statistics |= {prefix + name: statistic for name, statistic in part.statistics.items()}
+        counts |= {prefix + name: value for name, value in part.counts.items()}
+    return Result(statistics, counts, len(users))
+
+
+def _measure(
+    score: NDArray[np.float32],
+    label: NDArray[np.bool_],
+    request: Ints,
+    user: Ints,
+    users: int,
+    cutoffs: tuple[str, ...],
+) -> Result:
+    """Give the metrics of some candidates; `user` int64 [R] says whose each request is."""
+    by_request = rank(score, label, request, len(user))
+    by_user = rank(score, label, user[request], users)
+    of_request, of_user = auc(by_request), auc(by_user)
+    statistics: dict[str, Statistic] = {
+        "auc": PooledAuc.build(score, label, user[request]),
+        "gauc": Ratio.of_groups(of_user, np.arange(users), users, by_user.candidates.astype(np.float64)),
+        "auc_per_request": Ratio.of_groups(of_request, user, users),
+    }
+    counts = _counts(by_request, user) | {
+        "gauc.skipped": _skipped(of_user, by_user),
+        "auc_per_request.skipped": _skipped(of_request, by_request),
+    }
+    for name in cutoffs:
+        formula, k = CUTOFFS[name]
+        values = formula(by_request, k)
+        statistics[name] = Ratio.of_groups(values, user, users)
+        counts[f"{name}.skipped"] = _skipped(values, by_request)
+    return Result(statistics, counts, users)
+
+
+def on_all_items(ranking: Ranking, ranked: Sample) -> Result:
+    """Give everything measured on a ranking of all items."""
+    users, user = np.unique(ranked.requests.user, return_inverse=True)
+    statistics: dict[str, Statistic] = {}
+    counts = _counts(ranking, user)
+    for name, (formula, k) in CUTOFFS.items():
+        values = formula(ranking, k)
+        statistics[name] = Ratio.of_groups(values, user, len(users))
+        counts[f"{name}.skipped"] = _skipped(values, ranking)
+    return Result(statistics, counts, len(users))
+
+
+def _counts(by_request: Ranking, user: Ints) -> dict[str, float]:
+    present = by_request.candidates > 0
+    return {"n_requests": float(present.sum()), "n_users": float(len(np.unique(user[present])))}
+
+
+def _skipped(values: Floats, ranking: Ranking) -> float:
+    """Count the groups that have candidates but not what the metric needs (both classes, or a positive)."""
+    return float(np.isnan(values[ranking.candidates > 0]).sum())
+
+
+def named(config: EvaluateConfig, found: Mapping[str, Estimate], counts: Mapping[str, float], sampler: str) -> Metrics:
+    """Give the flat names of `metrics.json`."""
+    values: Metrics = {f"{config.split}/{name}": value for name, value in counts.items()}
+    for name, estimate in found.items():
+        low, high = estimate.interval(config.level)
+        values[f"{config.split}/{name}"] = defined(estimate.value)
+        values[f"{config.split}/{name}.ci_low"] = defined(low)
+        values[f"{config.split}/{name}.ci_high"] = defined(high)
+    if sampler != ALL_ITEMS:
+        values |= {f"{config.split}/{name}": None for name in NOT_DEFINED}
+    return values
+
+
+def compare(estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]], config: EvaluateConfig) -> list[Comparison]:
+    """Give the paired difference of every two models in every compared metric that both define."""
+    found = [
+        _difference(sampler, metric, (model, ours[metric]), (other, estimates[other][sampler][metric]), config)
+        for model, other in combinations(estimates, 2)
+        for sampler, ours in estimates[model].items()
+        for metric in (COMPARED_ALL_ITEMS if sampler == ALL_ITEMS else COMPARED)
+        if metric in ours
+    ]
+    return [comparison for comparison in found if not np.isnan(comparison.difference)]
+
+
+def _difference(
+    sampler: str, metric: str, first: tuple[str, Estimate], second: tuple[str, Estimate], config: EvaluateConfig
+) -> Comparison:
+    difference = first[1].minus(second[1])
+    low, high = difference.interval(config.level)
+    known = difference.resampled[~np.isnan(difference.resampled)]
+    return Comparison(
+        sampler=sampler,
+        metric=f"{config.split}/{metric}",
+        model=first[0],
+        other=second[0],
+        difference=difference.value,
+        ci_low=defined(low),
+        ci_high=defined(high),
+        share_better=float((np.sign(known) + 1).mean() / 2) if len(known) else None,
+    )
+
+
+def share(flags: NDArray[np.bool_]) -> float:
+    """Give the share of True, 0 of nothing."""
+    return float(flags.mean()) if len(flags) else 0.0

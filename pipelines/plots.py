@@ -1,0 +1,161 @@
+"""The report's plots as inline SVG: small, the same bytes every time, and at home on light, dark and paper.
+
+Text and axes take the colour of the page (`currentColor`); series have fixed mid-tone colours that are told apart by
+people who do not see red and green, and different markers besides.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#010203"  # replaced by currentColor
+COLOURS = ("#0a84c6", "#d9730d", "#17966b", "#b5569c", "#c29a00", "#7a6ff0", "#8a8f98", "#c8443d")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 4.2  # inches; 400 px, so that type keeps its size on a phone
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value and its interval; either may be missing."""
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or one row of marks: a name and a point per category (or per x)."""
+
+    name: str
+    points: Sequence[Point]
+
+
+def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[Series]) -> str:
+    """Give horizontal marks with intervals: one row per category (best first), one mark per series in it."""
+
+    def paint(axes: "Axes") -> None:
+        for index, one in enumerate(series):
+            for row, point in enumerate(one.points):
+                if point.value is not None:
+                    place, name = row + _shift(index, len(series)), one.name if row == 0 else None
+                    axes.errorbar(point.value, place, xerr=_arms([point]), **_mark(index), label=name)
+        axes.set_yticks(range(len(categories)), categories)
+        axes.set_ylim(len(categories) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
+        axes.tick_params(axis="y", length=0)
+        _legend(axes, len(series))
+
+    return _draw(title, 0.9 + 0.34 * len(categories), paint)
+
+
+def lines(title: str, x_label: str, y_label: str, categories: Sequence[str], series: Sequence[Series]) -> str:
+    """Give one line per series over ordered categories, with intervals, far enough apart to be told from each other."""
+
+    def paint(axes: "Axes") -> None:
+        for index, one in enumerate(series):
+            known = [(place, point) for place, point in enumerate(one.points) if point.value is not None]
+            x = [place + _shift(index, len(series)) for place, _ in known]
+            y = [point.value or 0.0 for _, point in known]
+            arms = _arms([point for _, point in known])
+            axes.errorbar(x, y, yerr=arms, **_mark(index, line=True), label=one.name)
+        axes.set_xticks(range(len(categories)), categories)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        _legend(axes, len(series))
+
+    return _draw(title, 3.2, paint)
+
+
+def curves(
+    title: str, x_label: str, y_label: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+) -> str:
+    """Give one line per (name, x, y)."""
+
+    def paint(axes: "Axes") -> None:
+        for index, (name, x, y) in enumerate(series):
+            axes.errorbar(x, y, **_mark(index, line=True), label=name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        _legend(axes, len(series))
+
+    return _draw(title, 2.8, paint)
+
+
+def _draw(title: str, height: float, paint: Callable[["Axes"], None]) -> str:
+    # The object interface, not pyplot: no window system is looked for and nothing is shared.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        paint(figure.add_subplot())
+        return _inline(figure, title)
+
+
+def _inline(figure: Any, title: str) -> str:
+    """Give the figure as an <svg> element with a title, page fonts and page colours."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = text.replace(INK, "currentColor")
+    # Ids are only unique within a figure; the page holds several.
+    prefix = re.sub(r"\W+", "-", title.lower())
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    head, rest = text.split(">", 1)
+    return f'{head} role="img">\n<title>{title}</title>{rest}'.strip()
+
+
+def _arms(points: Sequence[Point]) -> list[list[float]]:
+    """Give the distances from values to the ends of their intervals, [2, points], as matplotlib wants them."""
+    ends = [(p.value or 0.0, *(p.interval or (p.value or 0.0, p.value or 0.0))) for p in points]
+    return [[max(value - low, 0.0) for value, low, _ in ends], [max(high - value, 0.0) for value, _, high in ends]]
+
+
+def _shift(index: int, total: int) -> float:
+    """Give how far a series stands beside its place, so that intervals do not cover each other."""
+    return (index - (total - 1) / 2) * 0.5 / max(total, 1)
+
+
+def _mark(index: int, line: bool = False) -> dict[str, Any]:
+    colour = COLOURS[index % len(COLOURS)]
+    return {
+        "color": colour,
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.2 if line else 0,
+        "elinewidth": 1.1,
+        "capsize": 0,
+    }
+
+
+def _legend(axes: "Axes", entries: int) -> None:
+    if entries > 1:
+        axes.figure.legend(loc="outside lower center", ncols=min(entries, 3), fontsize=8.5, handlelength=1.2)

@@ -1,0 +1,149 @@
+"""Publishing: trained models and a prepared set become a bundle, a user snapshot, and a version in MLflow."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipelines.prepared import PreparedSet
+from pipelines.tracking import git_commit, tracking_client
+from pipelines.train import Trained
+from ranking.batch import FIRST_ITEM
+from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.index import IndexConfig
+from ranking.manifest import MANIFEST, Provenance, read_manifest
+from ranking.snapshot import write_snapshot
+from recsys.columns import ITEM_ID, TEXT, USER_ID
+from recsys.errors import ConfigError, DataError
+from recsys.files import read_json
+
+MODEL_NAME = "recsys"
+"""Name of the registered model in MLflow."""
+
+
+def publish(
+    prepared: PreparedSet,
+    ranker: Trained,
+    retriever: Trained | None,
+    out: Path,
+    snapshot: Path,
+    metrics: Mapping[str, Any],
+    index: IndexConfig | None = None,
+    created: str | None = None,
+    commit: str | None = None,
+) -> str:
+    """Write the bundle and the user snapshot, each whole or not at all, and give the bundle's version.
+
+    Args:
+        prepared: the set the models were trained on.
+        ranker: scores the candidates.
+        retriever: proposes candidates through the index; None leaves retrieval out.
+        out: the bundle's directory.
+        snapshot: the snapshot's directory.
+        metrics: what is known of the ranker; numbers are kept.
+        index: how item vectors are indexed.
+        created: ISO 8601 time in UTC; now if absent.
+        commit: of the code; that of the running code if absent.
+
+    Raises:
+        DataError: the set's catalogue does not fit its item table.
+    """
+    provenance = Provenance(
+        created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit or git_commit(),
+        data_digest=prepared.digest,
+        metrics=_numbers(metrics),
+    )
+    version = write_bundle(out, contents_of(prepared, ranker, retriever), provenance, index)
+    write_snapshot(snapshot, prepared.users[USER_ID].cast(pl.String).to_list(), prepared.histories, prepared.digest)
+    return version
+
+
+def contents_of(prepared: PreparedSet, ranker: Trained, retriever: Trained | None) -> Contents:
+    """Give what goes into the bundle: models, item ids and names by model row, keys and vocabulary."""
+    rows = prepared.key_to_row
+    catalogue = prepared.catalogue
+    if len(catalogue) != len(rows) or int(rows.max(initial=0)) >= len(prepared.items):
+        raise DataError(
+            f"{prepared.directory}: {len(catalogue)} catalogue rows, {len(rows)} keys up to model row "
+            f"{int(rows.max(initial=0))} of {len(prepared.items)}; prepare the set again"
+        )
+    ids = catalogue[ITEM_ID].cast(pl.String)
+    texts = catalogue[TEXT].cast(pl.String).fill_null(ids) if TEXT in catalogue.columns else ids
+    item_ids, names = [""] * len(prepared.items), [""] * len(prepared.items)
+    for row, item_id, text in zip(rows.tolist(), ids.to_list(), texts.to_list(), strict=True):
+        if row >= FIRST_ITEM:
+            item_ids[row], names[row] = item_id, text
+    return Contents(
+        items=prepared.items,
+        item_ids=item_ids,
+        names=names,
+        key_to_row=rows,
+        vocabulary=read_json(prepared.directory / "vocabulary.json"),
+        actions=["", *prepared.manifest["actions"]],
+        ranker=_named(ranker),
+        retriever=_named(retriever) if retriever is not None else None,
+    )
+
+
+def register(
+    bundle: Path, run_id: str, uri: str, model_name: str = MODEL_NAME, alias: str = "champion", client: Any = None
+) -> str:
+    """Put a bundle under a run in MLflow, as a new version of a registered model that carries `alias`.
+
+    A bundle that is registered already is not copied again; it only takes the alias.
+
+    Args:
+        bundle: directory of the bundle.
+        run_id: the run that trained its ranker.
+        uri: tracking URI.
+        model_name: name of the registered model.
+        alias: `champion`, `challenger` or `shadow`.
+        client: an MLflow client to use instead of a new one.
+
+    Returns:
+        The version in MLflow.
+
+    Raises:
+        ConfigError: MLflow refuses or cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    manifest, digest = read_manifest(bundle)
+    client = client or tracking_client(uri)
+    try:
+        if not client.search_registered_models(filter_string=f"name = '{model_name}'"):
+            client.create_registered_model(model_name, description="Bundles: retriever, ranker, items and index.")
+        known = [
+            version
+            for version in client.search_model_versions(f"name = '{model_name}'")
+            if version.tags.get("bundle") == digest and version.run_id == run_id
+        ]
+        if known:
+            version = str(known[0].version)
+        else:
+            place = f"bundle/{digest}"  # by digest, so that a later bundle of the run does not overwrite this one
+            client.log_artifacts(run_id, str(bundle), place)
+            tags: dict[str, str] = {"bundle": digest, "data": manifest.provenance.data_digest[:12]}
+            tags |= {str(role): entry.name for role, entry in manifest.models.items()}
+            source = f"runs:/{run_id}/{place}"
+            version = str(client.create_model_version(model_name, source, run_id=run_id, tags=tags).version)
+        client.set_registered_model_alias(model_name, alias, version)
+    except MlflowException as error:
+        raise ConfigError(f"MLflow at {uri}: cannot register {bundle / MANIFEST}: {error}") from error
+    return version
+
+
+def _named(trained: Trained) -> NamedModel:
+    return NamedModel(trained.config.name, trained.config.model, trained.model)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }

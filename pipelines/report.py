@@ -1,0 +1,217 @@
+"""The evaluation report: one HTML file that needs nothing beside it, and the same tables in Markdown.
+
+No script, no font, no image is loaded: plots are inline SVG, so the page can be mailed, printed and read on a phone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import findings, plots, tables
+from pipelines.evaluation import OUTSIDE, Evaluation, TrainingSummary
+from pipelines.findings import PRIMARY
+from pipelines.plots import Point, Series
+from pipelines.tables import Cell, Table
+from recsys.files import whole_file
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+
+SAMPLERS = {
+    "uniform": "every item with training events alike, except those of the request; the user's history is allowed",
+    "popularity": "items in proportion to their training events, except those of the request; the user's history is "
+    "allowed",
+    "never_so_far": "every item with training events alike, except those of the request and of the history so far",
+    "in_category": "items of the category of one of the request's positives, except those of the request",
+}
+DEFINITIONS = (
+    ("AUC", "chance that a positive scores above a negative, over all pairs of all requests; a tie counts one half."),
+    ("GAUC", "AUC within each user's candidates, averaged over users with the number of candidates as weight."),
+    ("AUC per request", "AUC within each request, averaged over requests."),
+    ("NDCG@k", "discounted gain of the first k, 1 / log2(rank + 1) each, over that of the best possible order."),
+    ("MRR@k", "1 / rank of the first positive, 0 beyond k."),
+    ("Recall@k", "share of a request's positives among its first k; below 1 where it has more than k positives."),
+    ("Hit rate@k", "share of requests with a positive among the first k."),
+    ("Ties", "are worth their expectation over all orders, so a constant score gets exactly what chance gets."),
+    ("Outside the history", "candidates, positive and negative, that do not occur among the user's earlier events."),
+    ("In the history", "positives that do, against the same negatives outside the history."),
+    ("Log loss, calibration error", "need real impressions: on sampled candidates they are not defined."),
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An inline SVG and what it shows."""
+
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All a reader gets, in order."""
+
+    title: str
+    summary: list[str]
+    quality: list[Table]
+    by_target: list[Table]
+    full_ranking: Table | None
+    by_length: Table
+    cost: Table
+    data: Table
+    sampling: list[str]
+    definitions: list[tuple[str, str]]
+    settings: list[tuple[str, list[tuple[str, str]]]]
+    plots: dict[str, Plot]
+
+
+def write_report(
+    evaluation: Evaluation, training: Mapping[str, TrainingSummary], manifest: Mapping[str, Any], out: Path
+) -> None:
+    """Write `report.html` and `report.md` into the directory `out`.
+
+    Args:
+        evaluation: what was measured.
+        training: summaries by model name; models without one have dashes in the cost table.
+        manifest: of the prepared set, for the data card.
+        out: directory; made if it is not there. Each file is written whole or not at all.
+    """
+    page = build_page(evaluation, training, manifest)
+    for name, text in (("report.html", render_html(page)), ("report.md", render_markdown(page))):
+        with whole_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def build_page(evaluation: Evaluation, training: Mapping[str, TrainingSummary], manifest: Mapping[str, Any]) -> Page:
+    """Collect everything the report says."""
+    samplers = evaluation.config.samplers
+    source = manifest.get("source")
+    name = source.get("name") if isinstance(source, Mapping) else source
+    return Page(
+        title=f"Evaluation on {name}" if name else "Evaluation",
+        summary=findings.summary(evaluation),
+        quality=[tables.quality(evaluation, sampler) for sampler in samplers],
+        by_target=[tables.by_target(evaluation, sampler) for sampler in samplers],
+        full_ranking=tables.full_ranking(evaluation) if "all_items" in evaluation.candidates else None,
+        by_length=tables.by_length(evaluation, samplers[0]),
+        cost=tables.cost(evaluation, training),
+        data=tables.data_card(manifest),
+        sampling=[
+            f"`{sampler}`: {SAMPLERS.get(sampler, 'see the documentation of this sampler')}." for sampler in samplers
+        ],
+        definitions=list(DEFINITIONS),
+        settings=[(name, _settings(training[name])) for name in evaluation.models if name in training],
+        plots=_plots(evaluation, training),
+    )
+
+
+def render_html(page: Page) -> str:
+    """Give the page as one HTML document."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def code(text: str) -> Markup:
+        """Set what stands between backticks as code; everything is escaped first."""
+        parts = str(escape(text)).split("`")
+        return Markup("".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts)))
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = code
+    environment.filters["svg"] = Markup  # our own drawing, not input
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
+
+
+def render_markdown(page: Page) -> str:
+    """Give the same in Markdown, without plots and settings."""
+    parts = [f"# {page.title}", *page.summary]
+    sections: list[tuple[str, list[Table]]] = [
+        ("Quality", page.quality),
+        ("Outside and in the history", page.by_target),
+        ("All items", [page.full_ranking] if page.full_ranking else []),
+        ("History length", [page.by_length]),
+        ("Cost", [page.cost]),
+        ("Data", [page.data]),
+    ]
+    for title, found in sections:
+        if found:
+            parts.append(f"## {title}")
+        for table in found:
+            parts += [f"### {table.title}"] if table.title != title else []
+            parts += [_markdown(table), *([table.note] if table.note else [])]
+    parts += ["## How negatives were sampled", "\n".join(f"- {line}" for line in page.sampling)]
+    parts += ["## Definitions", "\n".join(f"- **{name}**: {text}" for name, text in page.definitions)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    def text(cell: Cell) -> str:
+        value = f"**{cell.text}**" if cell.best else cell.text
+        return f"{value} ({cell.below})" if cell.below else value
+
+    lines = ["| " + " | ".join(table.header) + " |", "|---|" + "---:|" * (len(table.header) - 1)]
+    lines += ["| " + " | ".join(text(cell).replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def _plots(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> dict[str, Plot]:
+    """Draw what there is something to draw of."""
+    samplers = evaluation.config.samplers
+    found = {}
+    for name, metric, words in (
+        ("quality", PRIMARY, "GAUC"),
+        ("outside", f"segment/{OUTSIDE}/{PRIMARY}", "GAUC outside"),
+    ):
+        for sampler in samplers:
+            order = tables.ordered(evaluation, sampler, metric)
+            series = [Series(sampler, [_point(evaluation, model, sampler, metric) for model in order])]
+            title = f"{words}, {sampler} negatives"
+            found[f"{name} {sampler}"] = Plot(
+                _caption(evaluation, title), plots.ranges(f"{name} {sampler}", title, order, series)
+            )
+    segments = tables.lengths(evaluation, samplers[0])
+    if len(segments) > 1:
+        series = [
+            Series(
+                name,
+                [_point(evaluation, name, samplers[0], f"segment/{segment}/{PRIMARY}") for segment, _, _ in segments],
+            )
+            for name in evaluation.models
+        ]
+        words = [words for _, words, _ in segments]
+        found["length"] = Plot(
+            _caption(evaluation, f"GAUC by events before the request, {samplers[0]} negatives"),
+            plots.lines("GAUC by history length", "events before the request", "GAUC", words, series),
+        )
+    curves = [_curve(training[name]) for name in evaluation.models if name in training]
+    drawn = [curve for curve in curves if len(curve[1]) > 1]
+    if drawn:
+        found["curves"] = Plot(
+            "GAUC on validation requests while training; the best step is the one kept.",
+            plots.curves("Validation while training", "step", "validation GAUC", drawn),
+        )
+    return found
+
+
+def _caption(evaluation: Evaluation, text: str) -> str:
+    return f"{text}, with {100 * evaluation.config.level:g} % intervals." if evaluation.config.resamples else f"{text}."
+
+
+def _point(evaluation: Evaluation, name: str, sampler: str, metric: str) -> Point:
+    return Point(evaluation.metric(name, sampler, metric), evaluation.interval(name, sampler, metric))
+
+
+def _curve(summary: TrainingSummary) -> tuple[str, list[float], list[float]]:
+    known = [entry for entry in summary.curve if "step" in entry and f"valid/{PRIMARY}" in entry]
+    return summary.model, [entry["step"] for entry in known], [entry[f"valid/{PRIMARY}"] for entry in known]
+
+
+def _settings(summary: TrainingSummary) -> list[tuple[str, str]]:
+    """Give a run's configuration as (dotted key, value)."""
+
+    def flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+        rows: list[tuple[str, str]] = []
+        for key, value in values.items():
+            rows += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, str(value))]
+        return rows
+
+    return flat(summary.config, "")

@@ -1,0 +1,134 @@
+"""Runs in MLflow: sqlite in the workspace by default, any tracking URI by configuration."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recsys.errors import ConfigError
+
+EXPERIMENT = "recsys"
+
+
+def default_uri(workspace: Path) -> str:
+    """Give the tracking URI of a workspace: its own sqlite file."""
+    return f"sqlite:///{(workspace / 'mlflow.db').resolve()}"
+
+
+def git_commit() -> str:
+    """Give the commit of the running code, `unknown` outside a checkout, with `-dirty` if files differ from it."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if dirty.returncode else commit
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run, written to in batches: a call costs some 30 ms, so metrics are never sent singly."""
+
+    run_id: str
+    uri: str
+    client: Any
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; nested tables become dotted names."""
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)[:6000]) for key, value in _flatten(values).items()]
+        self.client.log_batch(self.run_id, params=flat)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log the metrics of one step in one call; the characters MLflow refuses in names become underscores."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self.client.log_batch(self.run_id, metrics=[Metric(key, float(v), now, step) for key, v in values.items()])
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+
+    def artifacts(self, path: Path, name: str | None = None) -> None:
+        """Copy a file or a directory into the run."""
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), name)
+        else:
+            self.client.log_artifact(self.run_id, str(path), name)
+
+
+@contextmanager
+def run(uri: str, name: str, run_id: str | None = None, experiment: str = EXPERIMENT) -> Iterator[Run]:
+    """Open a run, or go on with `run_id`; it ends as FINISHED, FAILED or, on an interrupt, KILLED.
+
+    Raises:
+        ConfigError: the tracking server cannot be reached or the URI is not one MLflow understands.
+    """
+    client = tracking_client(uri)
+    try:
+        found = client.get_experiment_by_name(experiment)
+        if found:
+            experiment_id = found.experiment_id
+        else:
+            experiment_id = client.create_experiment(experiment, artifact_location=_artifact_location(uri))
+        if run_id is None:
+            run_id = client.create_run(experiment_id, run_name=name).info.run_id
+        else:
+            client.update_run(run_id, status="RUNNING")
+    except Exception as error:
+        raise ConfigError(f"MLflow at {uri}: {error}; check the tracking URI") from error
+    status = "FINISHED"
+    try:
+        yield Run(run_id, uri, client)
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        client.set_terminated(run_id, status)
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Keep artifacts beside a sqlite file; a tracking server decides for itself."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve().as_uri()
+
+
+def tracking_client(uri: str) -> Any:
+    """Give an MLflow client with telemetry off; raises `ConfigError` for a URI MLflow does not understand."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except MlflowException as error:
+        raise ConfigError(f"MLflow at {uri}: {error}; check the tracking URI") from error
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

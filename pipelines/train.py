@@ -1,0 +1,302 @@
+"""The one training loop: it knows `loss(batch, generator)` and nothing else of a model.
+
+Every draw is a function of (seed, step, purpose), and a checkpoint holds weights, optimiser states and progress. So a
+run that is killed and started again ends with the same weights, bit for bit, as one that was not (on a CPU, with the
+same versions and number of threads).
+"""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines import tracking
+from pipelines.batches import BatchConfig, TrainingBatches
+from pipelines.checkpoint import Checkpoint, Progress, restore
+from pipelines.evaluate import TrainingSummary, validate
+from pipelines.optimise import OptimiserConfig, build_optimisers, update
+from pipelines.prepared import PreparedSet
+from ranking.models import RANKERS
+from ranking.ranker import AnyRanker
+from recsys.config import parse, read_toml
+from recsys.errors import ConfigError, DataError, RecsysError
+from recsys.files import read_json, sha256_json, write_json
+from recsys.randomness import derive
+
+Report = Callable[[int, int, str], None]
+"""Called as (steps done, steps in all, a few words) for progress bars."""
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """When to validate, when to stop, what to keep."""
+
+    epochs: float = 2.0
+    max_steps: int | None = None  # a fixed budget, whatever the number of epochs
+    validate_every: int = 150  # steps
+    patience: int = 5  # validations without a gain before the run stops
+    metric: str = "gauc"  # the best checkpoint is the one with the largest value of this
+    samplers: tuple[str, ...] = ("uniform", "popularity")  # validation candidates; the mean over them decides
+    requests: int = 1000  # validation requests, the same ones every time
+    checkpoint_every: int = 100  # steps
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run as its TOML states it."""
+
+    name: str
+    model: Any  # the model's own config dataclass
+    seed: int = 2023
+    device: str = "auto"  # auto: cuda where there is one
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+
+    def table(self) -> dict[str, Any]:
+        """Give the config as nested plain values, for the log and for digests."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the model at its best checkpoint, in evaluation mode."""
+
+    model: AnyRanker
+    config: TrainConfig
+    summary: TrainingSummary
+    run_id: str
+
+
+class TrainingError(RecsysError):
+    """The loss stopped being a number."""
+
+
+def load_config(path: Path, assignments: Sequence[str] = ()) -> TrainConfig:
+    """Read a training TOML: [model] with a name and its options, [batches], [optimiser], [stop], seed, device."""
+    table = read_toml(path, assignments)
+    model = dict(table.pop("model", {}))
+    name = model.pop("name", None)
+    if name not in RANKERS:
+        raise ConfigError(f"{path} [model]: name must be one of {', '.join(RANKERS)}, found {name!r}")
+    config = parse(RANKERS[name][0], model, f"{path} [model]")
+    return parse(TrainConfig, {"name": name, "model": config, **table}, str(path))
+
+
+def config_of(table: Mapping[str, Any], where: str) -> TrainConfig:
+    """Give the config back that `TrainConfig.table` gave."""
+    name = table.get("name")
+    if name not in RANKERS:
+        raise ConfigError(f"{where}: name must be one of {', '.join(RANKERS)}, found {name!r}")
+    return parse(TrainConfig, {**table, "model": parse(RANKERS[name][0], table["model"], where)}, where)
+
+
+def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
+    """Give a finished run back from its directory, without touching MLflow.
+
+    Raises:
+        DataError: there is no finished run, or it was trained on another prepared set.
+    """
+    about = read_json(directory / "run.json")
+    config = config_of(about["config"], str(directory / "run.json"))
+    inputs = sha256_json({"config": config.table(), "data": prepared.digest})
+    if about["inputs"] != inputs:
+        raise DataError(f"{directory}: trained on another prepared set than {prepared.directory}; train it again")
+    model = build(config, prepared)
+    saved = Checkpoint.load(
+        directory / "checkpoint.safetensors", len(build_optimisers(_module(model), config.optimiser))
+    )
+    if not saved.progress.finished:
+        raise DataError(f"{directory}: stopped at step {saved.progress.step}; run `recsys train` again to finish it")
+    _module(model).load_state_dict(saved.best)
+    _module(model).eval()
+    summary = TrainingSummary.of(read_json(directory / "summary.json"))
+    return Trained(model, config, summary, about["run_id"])
+
+
+def pick_device(name: str) -> torch.device:
+    """Give the device of a name; `auto` is cuda where there is one, else cpu."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def build(config: TrainConfig, prepared: PreparedSet) -> AnyRanker:
+    """Build the model of a config with the initial weights its seed gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.seed, 0, "weights"))
+        model: AnyRanker = RANKERS[config.name][1](config.model, prepared.items)  # type: ignore[call-arg]
+    return model
+
+
+def train(
+    config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str, report: Report | None = None
+) -> Trained:
+    """Train a model, or go on with the run `directory` holds, and give it at its best checkpoint.
+
+    Args:
+        config: the run.
+        prepared: the prepared set; its digest is part of the run's identity.
+        directory: of the run: checkpoint.safetensors and run.json. A directory of another config or data set is begun
+            again.
+        uri: MLflow tracking URI.
+        report: called after every step.
+
+    Raises:
+        TrainingError: the loss is not finite; the last good checkpoint is kept.
+    """
+    inputs = sha256_json({"config": config.table(), "data": prepared.digest})
+    about = directory / "run.json"
+    known = read_json(about) if about.exists() else {}
+    run_id = known.get("run_id") if known.get("inputs") == inputs else None
+    with tracking.run(uri, config.name, run_id) as run:
+        if run_id is None:
+            (directory / "checkpoint.safetensors").unlink(missing_ok=True)
+            write_json(about, {"inputs": inputs, "run_id": run.run_id, "config": config.table()})
+            run.params(config.table())
+            run.tags({"data_digest": prepared.digest, "git_commit": tracking.git_commit(), "model": config.name})
+        loop = _Loop(config, prepared, directory / "checkpoint.safetensors", inputs, run)
+        progress = loop.run_to_end(report)
+        summary = _summary(config, loop, progress)
+        write_json(directory / "summary.json", summary.table())
+        run.metrics({"train/seconds": summary.seconds, "train/samples_per_second": summary.samples_per_second}, 0)
+        return Trained(loop.model, config, summary, run.run_id)
+
+
+class _Loop:
+    """State of one run between steps."""
+
+    def __init__(self, config: TrainConfig, prepared: PreparedSet, path: Path, inputs: str, run: tracking.Run) -> None:
+        self.config, self.prepared, self.path, self.inputs, self.run = config, prepared, path, inputs, run
+        self.device = pick_device(config.device)
+        self.model = build(config, prepared)
+        self.module = _module(self.model).to(self.device)
+        self.optimisers = build_optimisers(self.module, config.optimiser)
+        self.progress = Progress()
+        self.best = _copy(self.module)
+        trains_on = self.model.trains_on
+        self.batches = (
+            None
+            if trains_on == "nothing"
+            else TrainingBatches(prepared, config.batches, trains_on, self.model.window, config.seed)
+        )
+        if path.exists():
+            saved = Checkpoint.load(path, len(self.optimisers))
+            self.module.load_state_dict(saved.weights)
+            restore(self.optimisers, saved.optimisers)
+            self.progress, self.best = saved.progress, saved.best
+
+    @property
+    def steps(self) -> int:
+        """Steps the run may take."""
+        if self.batches is None:
+            return 0
+        stop = self.config.stop
+        steps = max(round(stop.epochs * len(self.batches)), 1)
+        return steps if stop.max_steps is None else min(steps, stop.max_steps)
+
+    def run_to_end(self, report: Report | None) -> Progress:
+        """Take the remaining steps; leaves the best weights in the model."""
+        stop = self.config.stop
+        losses: dict[str, Tensor] = {}
+        while not self.progress.finished and self.progress.step < self.steps:
+            losses = self.step()
+            done = self.progress.step
+            if done % stop.validate_every == 0 or done == self.steps:
+                self.validate(losses)
+            if done % stop.checkpoint_every == 0:
+                self.save()
+            if report is not None:
+                report(done, self.steps, f"{self.config.name} loss {float(losses['total']):.4f}")
+            if self.progress.without_gain >= stop.patience:
+                break
+        if not self.progress.finished:
+            if not self.progress.curve:
+                self.validate(losses)
+            self.progress = dataclasses.replace(self.progress, finished=True)
+            self.save()
+        self.module.load_state_dict(self.best)
+        self.module.eval()
+        return self.progress
+
+    def step(self) -> dict[str, Tensor]:
+        """Take one step and give the parts of its loss."""
+        assert self.batches is not None
+        started = time.perf_counter()
+        step = self.progress.step
+        batch = self.batches.batch(step).to(self.device)
+        self.module.train()
+        draws = torch.Generator(self.device).manual_seed(derive(self.config.seed, step, "loss"))
+        loss = self.model.loss(batch, draws)
+        if not torch.isfinite(loss.total):
+            raise TrainingError(
+                f"{self.config.name}: loss is {float(loss.total)} at step {step} (seed {self.config.seed}, batch of "
+                f"{len(batch)} rows, first at {int(batch.request.at[0])}); the last good checkpoint is kept, try a smaller learning_rate"
+            )
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        norm = update(self.optimisers, self.config.optimiser)
+        seconds = self.progress.seconds + time.perf_counter() - started
+        self.progress = dataclasses.replace(self.progress, step=step + 1, seconds=seconds)
+        return {"total": loss.total.detach(), "gradient_norm": norm, **loss.parts}
+
+    def validate(self, losses: dict[str, Tensor]) -> None:
+        """Measure on the validation requests; keep the weights if they are the best so far."""
+        stop, progress = self.config.stop, self.progress
+        self.module.eval()
+        found = [validate(self.model, self.prepared, "valid", name, stop.requests) for name in stop.samplers]
+        values = {f"valid/{name}/{key}": v[key] for name, v in zip(stop.samplers, found, strict=True) for key in v}
+        if stop.metric not in found[0]:
+            raise ConfigError(f"[stop] metric must be one of {', '.join(found[0])}, found {stop.metric!r}")
+        value = sum(v[stop.metric] for v in found) / len(found)
+        values[f"valid/{stop.metric}"] = value
+        values |= {f"train/{key}": float(part) for key, part in losses.items()}
+        self.run.metrics(values, progress.step)
+        gained = value > progress.best_value
+        if gained:
+            self.best = _copy(self.module)
+        self.progress = dataclasses.replace(
+            progress,
+            best_step=progress.step if gained else progress.best_step,
+            best_value=max(value, progress.best_value),
+            without_gain=0 if gained else progress.without_gain + 1,
+            curve=[*progress.curve, {"step": progress.step, **values}],
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        states = [optimiser.state_dict()["state"] for optimiser in self.optimisers]
+        Checkpoint(self.inputs, self.progress, _copy(self.module), self.best, states).save(self.path)
+
+
+def _module(model: AnyRanker) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def _summary(config: TrainConfig, loop: _Loop, progress: Progress) -> TrainingSummary:
+    rows = config.batches.rows
+    seconds = progress.seconds
+    per_second = progress.step * rows / seconds if seconds else 0.0
+    return TrainingSummary(
+        model=config.name,
+        seconds=seconds,
+        steps=progress.step,
+        best_step=progress.best_step,
+        samples_per_second=per_second,
+        seconds_per_epoch=loop.batches.rows_per_epoch / per_second if loop.batches and per_second else 0.0,
+        parameters=sum(p.numel() for p in loop.module.parameters()),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        device=str(loop.device),
+        config=config.table(),
+        curve=progress.curve,
+    )

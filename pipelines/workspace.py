@@ -1,0 +1,60 @@
+"""Where things lie in a workspace: one directory for one log and all that is made from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.prepared import PreparedSet
+from pipelines.tracking import default_uri
+from recsys.errors import DataError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace directory; nothing is created before it is written to."""
+
+    root: Path
+
+    @property
+    def log(self) -> Path:
+        """The canonical log: events, items and users as Parquet."""
+        return self.root / "log"
+
+    @property
+    def prepared(self) -> PreparedSet:
+        """The prepared set."""
+        return PreparedSet(self.root / "prepared")
+
+    def run(self, name: str) -> Path:
+        """Directory of a training run."""
+        return self.root / "runs" / name
+
+    @property
+    def evaluation(self) -> Path:
+        """Directory of the last evaluation: metrics.json, report.html, report.md and the scores."""
+        return self.root / "evaluation"
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle published last."""
+        return self.root / "bundle"
+
+    @property
+    def snapshot(self) -> Path:
+        """Packed histories of all users as of the last publish: the base under the live store."""
+        return self.root / "snapshot"
+
+    @property
+    def state(self) -> Path:
+        """What the service writes: event log and live histories."""
+        return self.root / "state"
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's sqlite file of this workspace."""
+        return default_uri(self.root)
+
+    def require(self, path: Path, verb: str) -> Path:
+        """Give `path` if it exists, else say which verb makes it."""
+        if not path.exists():
+            raise DataError(f"{path}: not there yet; run `recsys {verb} --workspace {self.root}` first")
+        return path

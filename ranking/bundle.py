@@ -1,0 +1,325 @@
+"""A bundle: one directory that is a whole recommender, checked file by file before anything in it is used.
+
+    manifest.json             format, models and their configs, counts, metrics, commit; path, size, sha256 of each file
+    items.safetensors         ranking.items.ItemTable
+    strings.safetensors       item ids and item names by row (ranking.strings)
+    key_to_row.npy            int32 [keys], model row of each item key
+    vocabulary.json           {column: [value of code 2, value of code 3, ...]}
+    models/<role>.safetensors weights of the `ranker` and, if it is another model, the `retriever`
+    index/shard_<n>.faiss     items by the retriever's vectors (ranking.index)
+    golden.json               synthetic requests and what they were answered (ranking.golden)
+
+Everything is JSON, npy, safetensors or a FAISS index: nothing that can run code. Weights and index stay memory-mapped,
+so the replicas of one machine share them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ranking.batch import FIRST_ITEM
+from ranking.golden import Answering, Golden, make_golden, replay
+from ranking.index import Index, IndexConfig, build
+from ranking.items import ItemTable
+from ranking.manifest import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    ModelEntry,
+    Provenance,
+    Role,
+    checked_files,
+    describe,
+    listed,
+    read_manifest,
+    version_of,
+)
+from ranking.models import RANKERS
+from ranking.ranker import AnyRanker, Retriever
+from ranking.strings import StringTable
+from recsys.config import parse
+from recsys.errors import BundleError, RecsysError
+from recsys.files import read_json, sha256_file, whole_directory, write_json
+from recsys.history import UNKNOWN_KEY
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A trained model with the name and the config dataclass that build it again."""
+
+    name: str
+    config: Any
+    model: AnyRanker
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle. `item_ids` and `names` are by model row; rows 0 and 1 have none ("")."""
+
+    items: ItemTable
+    item_ids: Sequence[str]
+    names: Sequence[str]
+    key_to_row: NDArray[np.int32]
+    vocabulary: Mapping[str, Sequence[str]]
+    actions: Sequence[str]
+    ranker: NamedModel
+    retriever: NamedModel | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; immutable, safe to share between threads."""
+
+    directory: Path
+    manifest: Manifest
+    version: str  # first 12 hexadecimal digits of the manifest's SHA-256
+    items: ItemTable
+    item_ids: list[str]  # by row, "" for rows 0 and 1
+    names: list[str]  # by row
+    key_to_row: NDArray[np.int32]
+    vocabulary: dict[str, list[str]]
+    ranker: AnyRanker
+    retriever: Retriever | None
+    index: Index | None
+    device: torch.device
+
+    @property
+    def ranker_name(self) -> str:
+        """Name of the ranker in `ranking.models.RANKERS`."""
+        return self.manifest.models["ranker"].name
+
+    @property
+    def retriever_window(self) -> int | None:
+        """Newest events the retriever reads; every retriever is a ranker too."""
+        return cast(AnyRanker, self.retriever).window
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Model row of each item id."""
+        return {item: row for row, item in enumerate(self.item_ids) if row >= FIRST_ITEM}
+
+    @cached_property
+    def _action_code(self) -> dict[str, int]:
+        return {action: code for code, action in enumerate(self.manifest.actions)}
+
+    @cached_property
+    def _row_to_key(self) -> NDArray[np.uint32]:
+        keys = np.full(len(self.items), UNKNOWN_KEY, np.uint32)
+        keys[self.key_to_row] = np.arange(len(self.key_to_row), dtype=np.uint32)
+        keys[:FIRST_ITEM] = UNKNOWN_KEY
+        return keys
+
+    def key_of(self, item_id: str) -> int:
+        """Give the item key under which histories know an item, `UNKNOWN_KEY` if the bundle does not know it."""
+        row = self.row_of.get(item_id)
+        return UNKNOWN_KEY if row is None else int(self._row_to_key[row])
+
+    def action_of(self, action: str) -> int:
+        """Give the code of an action; actions the bundle does not know have code 0."""
+        return self._action_code.get(action, 0)
+
+    @staticmethod
+    def load(directory: Path, device: torch.device | str = "cpu", golden: bool = True) -> "Bundle":
+        """Check every digest, load the parts, and replay the golden requests.
+
+        Args:
+            directory: what `write_bundle` wrote.
+            device: where models run.
+            golden: whether to replay; digests are checked in any case.
+
+        Raises:
+            BundleError: an unknown format, a missing or changed file, a path that leaves the directory, weights that
+                do not fit their model, or an answer that differs from the published one.
+
+        Cost: reading every file once.
+        """
+        manifest, version = read_manifest(directory)
+        paths = checked_files(directory, manifest)
+        try:
+            bundle = _load_parts(directory, manifest, version, paths, torch.device(device))
+        except BundleError:
+            raise
+        except (RecsysError, SafetensorError, OSError, ValueError, KeyError) as error:
+            raise BundleError(f"{directory}: the bundle cannot be read ({error}); publish it again") from error
+        if golden:
+            try:
+                requests = Golden.model_validate(read_json(listed(paths, "golden.json", directory)))
+                replay(requests, _answering(bundle))
+            except (ValidationError, BundleError) as error:
+                raise BundleError(f"{directory}: {error}") from None
+        return bundle
+
+
+def write_bundle(
+    directory: Path, contents: Contents, provenance: Provenance, index: IndexConfig | None = None, seed: int = 0
+) -> str:
+    """Write a bundle, whole or not at all, and give its version; the same input gives the same version.
+
+    Args:
+        directory: replaced if it exists.
+        contents: models, items and ids.
+        provenance: commit, data digest, metrics and the time of creation.
+        index: how the retriever's item vectors are indexed.
+        seed: of the golden requests.
+    """
+    named: list[tuple[Role, NamedModel]] = [("ranker", contents.ranker)]
+    if contents.retriever is not None:
+        named.append(("retriever", contents.retriever))
+    for _, model in named:
+        if model.name not in RANKERS:
+            raise BundleError(f"no model named {model.name!r}; known are {', '.join(sorted(RANKERS))}")
+        cast(nn.Module, model.model).eval()
+    with whole_directory(directory) as temporary:
+        entries = _write_models(temporary, named)
+        contents.items.save(temporary / "items.safetensors")
+        tables = StringTable.of(contents.item_ids).tensors("item_id") | StringTable.of(contents.names).tensors("name")
+        save_file(tables, temporary / "strings.safetensors")
+        np.save(temporary / "key_to_row.npy", contents.key_to_row.astype(np.int32))
+        write_json(temporary / "vocabulary.json", {key: list(values) for key, values in contents.vocabulary.items()})
+        found = _build_index(contents, index or IndexConfig())
+        shards = []
+        if found is not None:
+            (temporary / "index").mkdir()
+            shards = found.save(temporary / "index")
+        golden = make_golden(_answering_of(contents, found), seed)
+        write_json(temporary / "golden.json", golden.model_dump())
+        counts = {
+            "rows": len(contents.items),
+            "items": len(contents.items) - FIRST_ITEM,
+            "keys": len(contents.key_to_row),
+            "trained_items": int(contents.items.trained.sum()),
+            "indexed_items": 0 if found is None else len(found),
+        }
+        manifest = Manifest(
+            format=FORMAT,
+            provenance=provenance,
+            counts=counts,
+            actions=list(contents.actions),
+            models=entries,
+            index=[path.relative_to(temporary).as_posix() for path in shards],
+            files=describe(temporary),
+        )
+        write_json(temporary / MANIFEST, manifest.model_dump())
+        return version_of((temporary / MANIFEST).read_bytes())
+
+
+def _write_models(directory: Path, named: Sequence[tuple[Role, NamedModel]]) -> dict[Role, ModelEntry]:
+    """Write the weights of each role; one model in two roles is written, and later loaded, once."""
+    (directory / "models").mkdir()
+    entries: dict[Role, ModelEntry] = {}
+    for role, model in named:
+        weights = directory / "models" / f"{role}.safetensors"
+        state = cast(nn.Module, model.model).state_dict()
+        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}, weights)
+        config = json.loads(json.dumps(dataclasses.asdict(model.config)))
+        entry = ModelEntry(name=model.name, config=config, weights=f"models/{role}.safetensors")
+        for other in entries.values():
+            same = other.model_copy(update={"weights": entry.weights}) == entry
+            if same and sha256_file(directory / other.weights) == sha256_file(weights):
+                weights.unlink()
+                entry = other
+        entries[role] = entry
+    return entries
+
+
+def _build_index(contents: Contents, config: IndexConfig) -> Index | None:
+    if contents.retriever is None:
+        return None
+    retriever = cast(Retriever, contents.retriever.model)
+    with torch.inference_mode():
+        vectors = retriever.item_vectors().detach().float().cpu().numpy()
+    rows = np.flatnonzero(vectors.any(axis=1))
+    rows = rows[rows >= FIRST_ITEM]
+    if not len(rows):
+        raise BundleError(f"{contents.retriever.name} has no item vector that is not zero; is it trained?")
+    return build(vectors[rows], rows, config)
+
+
+def _load_parts(
+    directory: Path, manifest: Manifest, version: str, paths: Mapping[str, Path], device: torch.device
+) -> Bundle:
+    items = ItemTable.load(listed(paths, "items.safetensors", directory))
+    strings = load_file(listed(paths, "strings.safetensors", directory))
+    item_ids = list(StringTable.from_tensors(strings, "item_id", str(directory)))
+    names = list(StringTable.from_tensors(strings, "name", str(directory)))
+    key_to_row = np.load(listed(paths, "key_to_row.npy", directory), allow_pickle=False)
+    if not len(items) == len(item_ids) == len(names) or (len(key_to_row) and int(key_to_row.max()) >= len(items)):
+        raise BundleError(
+            f"{directory}: {len(items)} item rows, {len(item_ids)} ids, {len(names)} names and keys up to row "
+            f"{int(key_to_row.max(initial=0))} do not fit together; publish again"
+        )
+    models: dict[str, AnyRanker] = {}  # by file of weights: a model in two roles is loaded once
+    for entry in manifest.models.values():
+        if entry.weights not in models:
+            models[entry.weights] = _load_model(entry, listed(paths, entry.weights, directory), items, device)
+    if "ranker" not in manifest.models:
+        raise BundleError(f"{directory}: no model in the role 'ranker'; publish again")
+    retriever = manifest.models.get("retriever")
+    return Bundle(
+        directory=directory,
+        manifest=manifest,
+        version=version,
+        items=items.to(device),
+        item_ids=item_ids,
+        names=names,
+        key_to_row=key_to_row,
+        vocabulary=read_json(listed(paths, "vocabulary.json", directory)),
+        ranker=models[manifest.models["ranker"].weights],
+        retriever=cast(Retriever, models[retriever.weights]) if retriever else None,
+        index=Index.load([listed(paths, shard, directory) for shard in manifest.index]) if manifest.index else None,
+        device=device,
+    )
+
+
+def _load_model(entry: ModelEntry, weights: Path, items: ItemTable, device: torch.device) -> AnyRanker:
+    if entry.name not in RANKERS:
+        raise BundleError(f"model {entry.name!r} is not one of {', '.join(sorted(RANKERS))}; publish with this version")
+    config_class, model_class = RANKERS[entry.name]
+    config = parse(config_class, entry.config, f"{MANIFEST} [{entry.name}]")
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away; the caller's draws stay put
+        model = cast(nn.Module, model_class(config, items))  # type: ignore[call-arg]
+    try:
+        # assign: the parameters become the memory-mapped pages themselves.
+        model.load_state_dict(load_file(weights), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{weights.name} does not fit the model {entry.name!r}: {reason}") from None
+    return cast(AnyRanker, model.requires_grad_(False).eval().to(device))
+
+
+def _answering(bundle: Bundle) -> Answering:
+    return Answering(
+        bundle.items,
+        bundle.item_ids,
+        bundle.key_to_row,
+        bundle.ranker,
+        bundle.retriever,
+        bundle.index,
+        bundle.device,
+    )
+
+
+def _answering_of(contents: Contents, index: Index | None) -> Answering:
+    model = cast(nn.Module, contents.ranker.model)
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    return Answering(
+        contents.items,
+        contents.item_ids,
+        contents.key_to_row,
+        contents.ranker.model,
+        cast(Retriever, contents.retriever.model) if contents.retriever else None,
+        index,
+        device,
+    )

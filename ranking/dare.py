@@ -1,0 +1,272 @@
+"""DARE: a long-history ranker whose attention and representation read separate embedding tables.
+
+"Long-Sequence Recommendation Models Need Decoupled Embeddings", ICLR 2025, arXiv 2410.02604.
+
+With one table, the gradients of "which events matter" and "what they mean" meet in the same rows and mostly disagree.
+Two tables part them, and the attention table may then be narrow, which makes the search over the history cheap.
+
+    k = E_att(event)   q = E_att(candidate)   e = E_rep(event)   v = E_rep(candidate)      item | category | position
+    s = <k_sem, q_sem> / sqrt(a_sem) + b[p]          b[p] = <T_att[p], T_att[0]> / sqrt(a_pos)                  search
+    S = the K best real events, ties to the newer    w = softmax of s over S                                 selection
+    h = sum_S w e                                    x = [v ; h ; v*h]                                         pooling
+    logit = 1 <- PReLU <- 80 <- PReLU <- 200 <- BatchNorm(x)
+
+As a candidate's position is always 0, position enters the search only through the bias b, one number per position.
+
+Kept from the paper: the decoupled tables, the shared attention of search and pooling, the product v*h ("TR").
+From the authors' published runs, not in the paper's equations: `scaling = "split"`, the auxiliary head.
+Ours: padding takes no weight even when a history is shorter than K, so an empty history gives h = 0; scoring uses
+BatchNorm's running statistics; `pos_mode = "group"`, in which the events of a basket share a position; the search in
+float64 when scoring: float32 would let two events that differ by rounding swap places with the shape of the batch.
+`tied = True` lets one table play both roles: TWIN (arXiv 2302.02352) in the form of DARE's authors.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ranking.batch import Batch, Candidates, History, Padded, Request
+from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
+from ranking.items import ItemTable
+from ranking.layers import ScoringHead, binary_cross_entropy, candidate_chunks, masked_softmax, score_real
+from ranking.ranker import Loss
+from recsys.errors import ConfigError
+
+GATHER_ABOVE = 16
+"""History length, in multiples of K, from which fetching the K rows beats one product with all rows."""
+
+
+@dataclass(frozen=True)
+class DareConfig:
+    """Attributes of the model; the defaults are the authors'.
+
+    Attributes:
+        window: newest events read (N).
+        retrieved: events kept by the search for each candidate (K).
+        attention: columns of the attention table's fields; narrower makes the search cheaper.
+        representation: columns of the representation table's fields.
+        category: item column used as category; None for none.
+        pos_mode: `group` where events share time stamps (baskets), `slot` where only order is known.
+        scaling: `split` divides the semantic and the position part by their own widths, `single` their sum by the sum.
+        features: what the head sees: `full` [v ; h ; v*h], `only` v*h, `none` [v ; h].
+        tied: let the representation table serve attention too (TWIN).
+        auxiliary: train with a second head over all events, not only the K found.
+        l2: penalty on the squares of all weights that are neither embeddings nor biases.
+        unknown_rate: share of items hidden behind the unknown row in a training step.
+    """
+
+    window: int = 200
+    retrieved: int = 20
+    attention: FieldWidths = field(default_factory=FieldWidths)
+    representation: FieldWidths = field(default_factory=FieldWidths)
+    category: str | None = "category"
+    pos_mode: PositionMode = "slot"
+    scaling: Literal["split", "single"] = "split"
+    features: Literal["full", "only", "none"] = "full"
+    tied: bool = False
+    auxiliary: bool = True
+    l2: float = 1e-6
+    unknown_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.retrieved) < 1 or self.l2 < 0 or not 0 <= self.unknown_rate < 1:
+            raise ConfigError(
+                f"window={self.window}, retrieved={self.retrieved}, l2={self.l2}, unknown_rate={self.unknown_rate}: "
+                "expected window and retrieved at least 1, l2 not negative, rate in [0, 1)"
+            )
+        if self.tied and self.attention != self.representation:
+            raise ConfigError(
+                f"tied = true needs equal widths, found attention {self.attention} and "
+                f"representation {self.representation}"
+            )
+
+
+class DareState(NamedTuple):
+    """A history embedded once in both tables; bytes per event: 4 (a_sem + d_rep) + 17."""
+
+    key: Tensor  # float32 [B, T, a_sem], zero at padding
+    value: Tensor  # float32 [B, T, d_rep], zero at padding
+    position: Tensor  # int64 [B, T], newest = 1, padding = 0
+    time: Tensor  # int64 [B, T]
+    mask: Tensor  # bool [B, T]
+
+
+class Dare(nn.Module):
+    """Scores a candidate by the K events that its attention embedding finds in the history."""
+
+    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "requests"
+
+    def __init__(self, config: DareConfig, items: ItemTable) -> None:
+        super().__init__()
+        self.config = config
+        self.items = items
+        self.representation = Fields(items, config.representation, config.category, config.window)
+        self.attention = None if config.tied else Fields(items, config.attention, config.category, config.window)
+        width = {"full": 3, "only": 1, "none": 2}[config.features] * self.representation.width
+        self.head = ScoringHead(width)
+        self.auxiliary_head = ScoringHead(width, hidden=(200,)) if config.auxiliary else None
+
+    @property
+    def window(self) -> int | None:
+        """Newest events read."""
+        return self.config.window
+
+    def encode(self, history: History) -> DareState:
+        """Give the newest events embedded in both tables, once for all candidates."""
+        return self._encode(history, self.items.embedding_row)
+
+    def score(self, state: DareState, request: Request, candidates: Candidates) -> Tensor:
+        """Give logits float32 [B, C]; cost O(C T a_sem) for the search and O(C K d_rep) for pooling, by chunks of C."""
+        row_of = self.items.embedding_row
+        v = self.representation.candidate(candidates.item, row_of)
+        q = self._attention.semantic(candidates.item, row_of)
+        chunks = candidate_chunks(q.shape[1], state.mask.numel())
+        state = state._replace(key=state.key.double(), value=state.value.double())  # see `layers`
+        h = torch.cat([self._pool(state, q[:, chunk]) for chunk in chunks], 1)
+        return score_real(self.head, self._features(v.double(), h), candidates.mask)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Give cross-entropy of both heads plus the weight penalty: `main`, `auxiliary`, `l2`.
+
+        Without the auxiliary head only the K winners' attention rows would ever get a gradient.
+        """
+        row_of = hide_items(self.items, self.config.unknown_rate, generator)
+        state = self._encode(batch.history, row_of)
+        v = self.representation.candidate(batch.candidates.item, row_of)
+        scores = self.search_scores(state, self._attention.semantic(batch.candidates.item, row_of))
+        index, found = search(scores, state.mask, self.config.retrieved)
+        h = pool_by_scatter(masked_softmax(scores.gather(-1, index), found), index, state.value)
+        mask = batch.candidates.mask
+        logits = score_real(self.head, self._features(v, h), mask)
+        parts = {"main": binary_cross_entropy(logits, batch.label, batch.weight)}
+        if self.auxiliary_head is not None:
+            everything = masked_softmax(scores, state.mask[:, None, :].expand_as(scores)) @ state.value
+            logits = score_real(self.auxiliary_head, self._features(v, everything), mask)
+            parts["auxiliary"] = binary_cross_entropy(logits, batch.label, batch.weight)
+        parts["l2"] = self.config.l2 * torch.stack([p.square().sum() for p in network_weights(self)]).sum()
+        total = torch.stack(list(parts.values())).sum()
+        return Loss(total, {name: part.detach() for name, part in parts.items()})
+
+    def append(self, state: DareState, item: Tensor, time: Tensor) -> DareState:
+        """Give the state after one more event per request, equal bit for bit to encoding the longer history.
+
+        Args:
+            state: what `encode` gave.
+            item: int32 [B], rows of the new events.
+            time: int64 [B], their moments, none before the newest in the state.
+
+        Cost: one row looked up per request; kept rows move, and only their position part is read again.
+        """
+        semantic = self.representation.semantic_width
+        row_of = self.items.embedding_row
+        mask = push(state.mask, torch.ones_like(item, dtype=torch.bool))
+        width = min(int(mask.sum(1).max()), self.config.window)
+        mask, moved = mask[:, -width:], push(state.time, time)[:, -width:]
+        position = positions(Padded(mask, mask, moved, mask), self.config.pos_mode)
+        value = push(state.value[..., :semantic], self.representation.semantic(item, row_of))[:, -width:]
+        return DareState(
+            push(state.key, self._attention.semantic(item, row_of))[:, -width:],
+            self.representation.with_position(value, position, mask),
+            position,
+            moved,
+            mask,
+        )
+
+    @property
+    def _attention(self) -> Fields:
+        return self.representation if self.attention is None else self.attention
+
+    def _encode(self, history: History, row_of: Tensor) -> DareState:
+        padded = history.padded(self.config.window)
+        position = positions(padded, self.config.pos_mode)
+        value = self.representation.history(padded, position, row_of)  # [B, T, d_rep]
+        if self.attention is None:
+            key = value[..., : self.representation.semantic_width]
+        else:
+            key = self.attention.semantic(padded.item, row_of).masked_fill(~padded.mask.unsqueeze(-1), 0.0)
+        return DareState(key, value, position, padded.time, padded.mask)
+
+    def search_scores(self, state: DareState, query: Tensor) -> Tensor:
+        """Give the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
+
+        Computed in the type of the state's keys; scores at padding mean nothing.
+        """
+        attention, keys = self._attention, state.key.mT
+        single = self.config.scaling == "single"
+        query = query.to(keys.dtype) / math.sqrt(attention.width if single else attention.semantic_width)
+        if attention.position is None:
+            scores: Tensor = query @ keys
+            return scores
+        table = attention.position.weight.to(keys.dtype)  # [P + 1, a_pos]
+        bias = table @ table[0] / math.sqrt(attention.width if single else table.shape[1])  # [P + 1]
+        return torch.baddbmm(take(bias, state.position)[:, None, :], query, keys)
+
+    def _pool(self, state: DareState, query: Tensor) -> Tensor:
+        """Give h [B, C, d_rep] for semantic attention vectors [B, C, a_sem]."""
+        scores = self.search_scores(state, query)
+        index, found = search(scores, state.mask, self.config.retrieved)
+        weights = masked_softmax(scores.gather(-1, index), found)
+        pool = pool_by_gather if scores.shape[-1] > GATHER_ABOVE * index.shape[-1] else pool_by_scatter
+        return pool(weights, index, state.value)
+
+    def _features(self, v: Tensor, h: Tensor) -> Tensor:
+        """Give what the head sees of a candidate v and its history h, [B, C, ...]."""
+        if self.config.features == "only":
+            return v * h
+        return torch.cat([v, h] if self.config.features == "none" else [v, h, v * h], -1)
+
+
+def push(values: Tensor, newest: Tensor) -> Tensor:
+    """Give [B, T + 1, ...]: values [B, T, ...] with newest [B, ...] after the last."""
+    return torch.cat([values, newest[:, None]], 1)
+
+
+def search(scores: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k best real events of every candidate; among equal scores the newer wins, on every device.
+
+    Args:
+        scores: [B, C, T]; what stands at padding is not read.
+        mask: bool [B, T], True at real events.
+        k: how many to find.
+
+    Returns:
+        Slots int64 [B, C, min(k, T)] in no order, and bool of that shape: False where fewer than k events exist.
+
+    Cost: one partial selection over [B, C, T]; only candidates with a tie at the cut are sorted.
+    """
+    real = mask[:, None, :].expand_as(scores)
+    length = scores.shape[-1]
+    if k >= length:
+        return torch.arange(length, device=scores.device).expand_as(scores), real
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.detach().masked_fill(~real, lowest)
+    best, index = torch.topk(scores, k, sorted=False)
+    cut = best.amin(-1, keepdim=True)
+    tied = ((scores >= cut).sum(-1) > k) & (cut.squeeze(-1) > lowest)  # more than k reach the cut
+    if bool(tied.any()):
+        newest_first = scores[tied].flip(-1).sort(stable=True, dim=-1, descending=True).indices[:, :k]
+        index[tied] = length - 1 - newest_first
+    return index, real.gather(-1, index)
+
+
+def pool_by_gather(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Give sum_j w_j e_j, [B, C, D], by fetching the found rows: O(C K D), best for long histories.
+
+    Args:
+        weights: [B, C, K], 0 where nothing was found.
+        index: int64 [B, C, K], slots.
+        value: [B, T, D].
+    """
+    batch, length, width = value.shape
+    flat = index + torch.arange(0, batch * length, length, device=index.device)[:, None, None]
+    rows = value.reshape(-1, width).index_select(0, flat.flatten()).view(*index.shape, width)  # [B, C, K, D]
+    return (weights.unsqueeze(-2) @ rows).squeeze(-2)
+
+
+def pool_by_scatter(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Give the same by spreading the weights over all T slots and one batched product: best in training."""
+    spread = weights.new_zeros(*weights.shape[:2], value.shape[1]).scatter(-1, index, weights)  # [B, C, T]
+    return spread @ value

@@ -1,0 +1,185 @@
+"""Embedding tables, and the item | category | position fields that the target-attention models share.
+
+An item reads the row `items.embedding_row` names: its own if it had training events, else row 1, "unknown". Its
+category is read whether it was trained or not, so a new item is an unknown item of a known category.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranking.batch import PAD, UNKNOWN, Padded
+from ranking.items import ItemTable
+from recsys.errors import ConfigError
+
+INIT_STD = 0.01
+
+PositionMode = Literal["slot", "group"]
+"""`slot`: every event has its own position. `group`: events of one moment (a basket) share a position."""
+
+
+@dataclass(frozen=True)
+class FieldWidths:
+    """Columns of each field of a representation; a width of 0 leaves the field out.
+
+    Attributes:
+        item: learned vector of the item itself.
+        category: learned vector of its category.
+        position: learned vector of how far back an event lies.
+    """
+
+    item: int = 16
+    category: int = 16
+    position: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.item, self.category, self.position) < 0 or self.item + self.category == 0:
+            raise ConfigError(
+                f"field widths item={self.item}, category={self.category}, position={self.position}: "
+                "expected none negative, and item or category above 0"
+            )
+
+
+class ItemEmbedding(nn.Module):
+    """One table float32 [rows, width], N(0, 0.01); row 0 is zero and is never trained.
+
+    Args:
+        rows: number of rows, counting padding.
+        width: number of columns.
+        sparse: give sparse gradients, so that an optimiser touches only the rows a batch has read. Dense ones cost
+            a pass over the whole table at every step.
+    """
+
+    def __init__(self, rows: int, width: int, sparse: bool = True) -> None:
+        super().__init__()
+        weight = torch.randn(rows, width) * INIT_STD
+        weight[PAD] = 0.0
+        self.weight = nn.Parameter(weight)
+        self.sparse = sparse
+
+    def forward(self, row: Tensor) -> Tensor:
+        """Give float32 [..., width] for integer rows [...]."""
+        return F.embedding(row, self.weight, padding_idx=PAD, sparse=self.sparse)
+
+
+class PositionTable(nn.Module):
+    """One table float32 [positions + 1, width], N(0, 0.01): row 0 is the candidate, row 1 the newest event."""
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(positions + 1, width) * INIT_STD)
+
+    def forward(self, position: Tensor) -> Tensor:
+        """Give float32 [..., width] for positions [...] in 0..positions."""
+        return F.embedding(position, self.weight)
+
+
+def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Give the parameters of a model whose gradients are sparse: they need an optimiser that takes such gradients."""
+    return [part.weight for part in module.modules() if isinstance(part, ItemEmbedding) and part.sparse]
+
+
+def network_weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that are neither embeddings nor biases: those that a weight penalty is for."""
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, ItemEmbedding | PositionTable)}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in tables and not name.endswith("bias"):
+            yield parameter
+
+
+def hide_items(items: ItemTable, rate: float, generator: torch.Generator) -> Tensor:
+    """Give an `embedding_row` int32 [V] in which a random share of all items reads the unknown row.
+
+    An item is hidden from history and candidates alike, as an item first seen after training would be: the unknown row
+    learns what such items have in common, and a repeat of an unknown item still looks like a repeat.
+    """
+    if rate == 0:
+        return items.embedding_row
+    draw = torch.rand(len(items), generator=generator, device=generator.device).to(items.embedding_row.device)
+    hidden = draw < rate
+    hidden[PAD] = False
+    return items.embedding_row.masked_fill(hidden, UNKNOWN)
+
+
+def take(table: Tensor, row: Tensor) -> Tensor:
+    """Give table[row], shaped as row, for a table [V]; several times faster than indexing with brackets."""
+    return table.index_select(0, row.reshape(-1)).view(row.shape)
+
+
+def positions(padded: Padded, mode: PositionMode) -> Tensor:
+    """Give how far back each slot lies, int64 [B, T]: the newest event is 1 whatever the padding, padding is 0.
+
+    In group mode the position is 1 + the number of distinct newer times, so that the order inside a basket, which
+    carries nothing, has no effect.
+    """
+    batch, length = padded.mask.shape
+    if mode == "slot":
+        back = torch.arange(length, 0, -1, device=padded.mask.device).expand(batch, length)
+    else:
+        newer = (padded.time[:, 1:] != padded.time[:, :-1]).long()  # [B, T-1] a new moment starts after this slot
+        back = F.pad(newer.flip(1).cumsum(1).flip(1), (0, 1)) + 1
+    return back.masked_fill(~padded.mask, 0)
+
+
+class Fields(nn.Module):
+    """The concatenation item | category | position of an event or a candidate, float32 [..., D].
+
+    Args:
+        items: attributes by item row.
+        widths: columns of each field.
+        category: name of the categorical item column, or None for no category field.
+        window: most positions a history can have.
+        sparse: see `ItemEmbedding`.
+    """
+
+    def __init__(
+        self, items: ItemTable, widths: FieldWidths, category: str | None, window: int, sparse: bool = True
+    ) -> None:
+        super().__init__()
+        self.items = items
+        self.category_name = category
+        self.semantic_width = widths.item + (widths.category if category is not None else 0)
+        self.width = self.semantic_width + widths.position
+        if self.semantic_width == 0:
+            raise ConfigError("field widths: item is 0 and there is no category column; give item a width above 0")
+        self.item = ItemEmbedding(len(items), widths.item, sparse) if widths.item else None
+        self.category = (
+            ItemEmbedding(items.codes(category), widths.category, sparse)
+            if category is not None and widths.category
+            else None
+        )
+        self.position = PositionTable(window, widths.position) if widths.position else None
+
+    def semantic(self, item: Tensor, row_of: Tensor) -> Tensor:
+        """Give item | category, float32 [..., Di + Dc], for item rows [...].
+
+        Args:
+            item: int32 [...] item rows.
+            row_of: int32 [V], the row that stands for each item: `items.embedding_row`, or that with some hidden.
+        """
+        parts = [] if self.item is None else [self.item(take(row_of, item))]
+        if self.category is not None and self.category_name is not None:
+            parts.append(self.category(take(self.items.column(self.category_name), item)))
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def history(self, padded: Padded, position: Tensor, row_of: Tensor) -> Tensor:
+        """Give all fields of the events, float32 [B, T, D], exactly zero at padding."""
+        return self.with_position(self.semantic(padded.item, row_of), position, padded.mask)
+
+    def with_position(self, semantic: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        """Join item | category [B, T, Di + Dc] with the vectors of positions [B, T]; exactly zero at padding."""
+        if self.position is not None:
+            semantic = torch.cat([semantic, self.position(position)], -1)
+        return semantic.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def candidate(self, item: Tensor, row_of: Tensor) -> Tensor:
+        """Give all fields of the candidates, float32 [B, C, D]; their position is 0."""
+        semantic = self.semantic(item, row_of)
+        if self.position is None:
+            return semantic
+        own = self.position(torch.zeros(1, dtype=torch.int64, device=item.device))  # [1, Dt]
+        return torch.cat([semantic, own.expand(*item.shape, -1)], -1)

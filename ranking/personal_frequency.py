@@ -1,0 +1,104 @@
+"""Personal frequency: what this user chose before, and how lately. The one to beat where people repeat themselves.
+
+    f(u, i)  =  sum over events of i in u's history of 2^(-age / half_life)
+    P(i | u) ~  f(u, i) + prior * (count_i + 1) / (sum of counts + V)
+
+The second term is the share of item i in everybody's choices: `prior` says how many fresh events of one's own it is
+worth (Dirichlet smoothing). It orders the items a user has never touched, and breaks ties. The score is the logarithm.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ranking.batch import Batch, Candidates, History, Request
+from ranking.embeddings import take
+from ranking.items import ItemTable
+from ranking.ranker import NEGATIVE, Loss
+from recsys.errors import ConfigError, RecsysError
+
+MICROSECONDS_PER_DAY = 86_400_000_000
+
+
+@dataclass(frozen=True)
+class PersonalFrequencyConfig:
+    """How fast a choice is forgotten, and what everybody's choices count beside one's own.
+
+    Attributes:
+        half_life_days: age at which an event counts half.
+        prior: weight of popularity, in fresh events.
+        window: newest events read; None reads all.
+    """
+
+    half_life_days: float = 60.0
+    prior: float = 1.0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.half_life_days > 0 and self.prior > 0):
+            raise ConfigError(f"half_life_days={self.half_life_days}, prior={self.prior}: expected both above 0")
+
+
+class PersonalFrequencyState(NamedTuple):
+    """A history ordered by item, so that each item's events lie side by side."""
+
+    item: Tensor  # int32 [B, T], ascending; padding (0) first
+    time: Tensor  # int64 [B, T], the events' times in that order
+
+
+class PersonalFrequency(nn.Module):
+    """Scores an item by the decayed count of the user's own events of it, smoothed by its popularity."""
+
+    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "nothing"
+
+    def __init__(self, config: PersonalFrequencyConfig, items: ItemTable) -> None:
+        super().__init__()
+        self.config = config
+        self.items = items
+
+    @property
+    def window(self) -> int | None:
+        """Newest events read; None reads all."""
+        return self.config.window
+
+    def encode(self, history: History) -> PersonalFrequencyState:
+        """Give the history ordered by item; cost O(T log T)."""
+        longest = int(history.lengths.max()) if len(history) else 0
+        padded = history.padded(self.config.window or max(longest, 1))
+        item, order = padded.item.sort(dim=1, stable=True)
+        return PersonalFrequencyState(item, padded.time.gather(1, order))
+
+    def score(self, state: PersonalFrequencyState, request: Request, candidates: Candidates) -> Tensor:
+        """Give log(f + prior * share), float32 [B, C].
+
+        Cost O((T + C) log T) and never [B, C, T]: with the events of an item side by side, f is a difference of two
+        running sums, found by binary search. Running sums are float64: an old event must not drown beside many.
+        """
+        f = decayed_counts(state, request.at, candidates.item, self.config.half_life_days)
+        count = self.items.count
+        share = (take(count, candidates.item) + 1).double() / float(count.sum() + len(self.items))
+        logits = (f + self.config.prior * share).log().float()
+        return logits.masked_fill(~candidates.mask, NEGATIVE)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Raise: there is nothing to train."""
+        raise RecsysError("personal_frequency has no parameters; it is ready as built, leave out training")
+
+
+def decayed_counts(state: PersonalFrequencyState, at: Tensor, item: Tensor, half_life_days: float) -> Tensor:
+    """Give sum of 2^(-age / half_life) over each candidate's own events, float64 [B, C]; 0 if there are none.
+
+    Args:
+        state: histories ordered by item.
+        at: int64 [B], moments of the requests; an event at or after it counts as fresh.
+        item: int32 [B, C], candidates.
+        half_life_days: age at which an event counts half.
+    """
+    age = (at[:, None] - state.time).clamp_min(0).double() / (half_life_days * MICROSECONDS_PER_DAY)  # [B, T]
+    weight = torch.exp2(-age).masked_fill(state.item == 0, 0.0)
+    running = torch.nn.functional.pad(weight.cumsum(1), (1, 0))  # [B, T + 1]
+    start = torch.searchsorted(state.item, item.contiguous())  # [B, C]
+    end = torch.searchsorted(state.item, item.contiguous(), right=True)
+    return running.gather(1, end) - running.gather(1, start)

@@ -1,0 +1,175 @@
+"""Softmax over a whole catalogue: exact in full, exact in chunks of rows, or estimated from sampled negatives.
+
+All three give log-partitions, log sum_j exp(q_r . e_j), the one expensive part of a cross-entropy over N items. The
+rest of it, minus the expected logit under the target distribution, is one inner product: sum_j p_j (q . e_j) =
+q . (sum_j p_j e_j). So one row may have one target, a basket of targets, or a whole teacher distribution.
+
+    R query rows    N classes    D width    M drawn negatives
+
+`pad_class` adds one more class whose logit is constantly 0, the padding row of a tied output layer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 8 * 2**20
+"""Logits held at once by the chunked form: 8 MiB stay in cache (173 rows of 12,101 classes)."""
+CHUNK_ROWS = 32
+"""Never fewer rows than this at once, or reading the table costs more than multiplying by it."""
+
+
+def log_partition(query: Tensor, table: Tensor, pad_class: bool = False) -> Tensor:
+    """Give log sum_j exp(query_r . table_j), [R].
+
+    Cost: [R, N] logits are kept for the backward pass, and several copies live in it. The plain form, for small
+    catalogues and as the reference of `chunked_log_partition`.
+    """
+    logits = query @ table.T  # [R, N]
+    if pad_class:
+        logits = torch.cat([logits.new_zeros(len(query), 1), logits], dim=1)
+    return torch.logsumexp(logits, dim=1)
+
+
+def chunked_log_partition(query: Tensor, table: Tensor, weight: Tensor, pad_class: bool = False) -> Tensor:
+    """Give sum_r weight_r log sum_j exp(query_r . table_j), a scalar, exact, in memory that does not grow with R N.
+
+    Args:
+        query: [R, D].
+        table: [N, D].
+        weight: [R], constants: no gradient flows to them.
+        pad_class: add a class whose logit is 0.
+
+    Cost: three matrix products, the least there is for loss and gradients: since the weights are known, each chunk of
+    rows makes its gradients while its logits are in cache, so nothing is kept and nothing is computed twice. 1,453
+    rows x 12,101 classes x 64 on one thread: 75 ms against 235 ms of the plain form.
+    """
+    total: Tensor = _ChunkedLogPartition.apply(query, table, weight, pad_class)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _ChunkedLogPartition(torch.autograd.Function):
+    """Loss and gradients in one pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, table: Tensor, weight: Tensor, pad_class: bool) -> Tensor:
+        rows = max(CHUNK_ROWS, CHUNK_BYTES // max(1, len(table) * table.element_size()))
+        buffer = query.new_empty(min(rows, len(query)), len(table))
+        wanted = any(ctx.needs_input_grad[:2])
+        grad_query = torch.empty_like(query) if wanted else None
+        grad_table = torch.zeros_like(table) if wanted else None
+        total = query.new_zeros(())
+        for start in range(0, len(query), rows):
+            part, share = query[start : start + rows], weight[start : start + rows, None]  # [r, D], [r, 1]
+            logits = torch.mm(part, table.T, out=buffer[: len(part)])  # [r, N]
+            largest = logits.amax(1, keepdim=True)  # [r, 1]
+            if pad_class:
+                largest = largest.clamp(min=0)
+            exponential = logits.sub_(largest).exp_()
+            partition = exponential.sum(1, keepdim=True)
+            if pad_class:
+                partition += (-largest).exp()
+            total += ((largest + partition.log()) * share).sum()
+            if grad_query is not None and grad_table is not None:
+                scale = share / partition  # normalising the thin side spares a pass over the logits
+                torch.mm(exponential, table, out=grad_query[start : start + rows]).mul_(scale)
+                grad_table.addmm_(exponential.T, part * scale)
+        ctx.save_for_backward(grad_query, grad_table)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_query, grad_table = ctx.saved_tensors
+        return grad_query * gradients[0], grad_table * gradients[0], None, None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The distribution negatives are drawn from, by class: float64 [N], sums to 1."""
+
+    probability: Tensor
+
+    @staticmethod
+    def mixed(count: Tensor) -> "Proposal":
+        """Give half uniform, half proportional to the training counts [N] (all uniform if there are none)."""
+        count = count.double()
+        uniform = torch.full_like(count, 1 / len(count))
+        total = count.sum()
+        return Proposal(torch.where(total > 0, 0.5 * uniform + 0.5 * count / total.clamp(min=1), uniform))
+
+    def draw(self, negatives: int, generator: torch.Generator) -> Tensor:
+        """Give classes drawn with replacement, int64 [M]; unlike torch.multinomial it has no limit of 2^24 classes."""
+        cumulative = self.probability.cumsum(0)
+        uniform = torch.rand(negatives, dtype=torch.float64, generator=generator, device=generator.device)
+        place = uniform.to(cumulative.device) * cumulative[-1]
+        return torch.searchsorted(cumulative, place, right=True).clamp_(max=len(cumulative) - 1)
+
+
+@dataclass(frozen=True)
+class Positives:
+    """P distinct (row, class) pairs, int64 [P] each: the targets of the query rows."""
+
+    row: Tensor
+    item: Tensor
+
+
+def sampled_log_partition(
+    query: Tensor,
+    table: Tensor,
+    positives: Positives,
+    draws: Tensor,
+    proposal: Proposal,
+    pad_class: bool = False,
+    corrected: bool = True,
+) -> Tensor:
+    """Give an estimate of log sum_j exp(query_r . table_j) from shared draws, [R].
+
+    A row's positives Y enter exactly. Draws that hit Y are removed; the m' left are draws from Q'_j = Q_j / (1 - Q(Y)),
+    so each counts exp(s_j) / (m' Q'_j): the logQ correction, by which the estimate of the partition (not of its
+    logarithm, which is low by an amount that shrinks with M) is unbiased.
+
+    Args:
+        query: [R, D].
+        table: [N, D].
+        positives: the targets of each row.
+        draws: int64 [M] classes drawn from `proposal`, shared by all rows.
+        proposal: what they were drawn from.
+        pad_class: add a class whose logit is 0.
+        corrected: False leaves the correction out: another loss, for comparison only.
+
+    Cost: one [R, M] product, three copies of it in the backward pass.
+    """
+    negative = query @ table.index_select(0, draws).T  # [R, M]
+    hit = _hits(positives, draws, len(query))  # [R, M]
+    if corrected:
+        probability = proposal.probability.to(query.device)
+        mass = probability.new_zeros(len(query)).index_add_(0, positives.row, probability[positives.item])  # [R] Q(Y)
+        left = (~hit).sum(1).double()  # [R] m'
+        correction = probability[draws].log()[None, :] + (left.clamp(min=1).log() - (1 - mass).log())[:, None]
+        negative = negative - correction.to(negative.dtype)
+    negative = negative.masked_fill(hit, -torch.inf)
+    positive = (query.index_select(0, positives.row) * table.index_select(0, positives.item)).sum(1)  # [P]
+    parts = [negative, _ragged(positive, positives.row, len(query))]
+    if pad_class:
+        parts.append(negative.new_zeros(len(query), 1))
+    return torch.logsumexp(torch.cat(parts, dim=1), dim=1)
+
+
+def _hits(positives: Positives, draws: Tensor, rows: int) -> Tensor:
+    """Mark the draws that are a row's own positives, bool [R, M]; only pairs that were drawn at all are compared."""
+    hit = torch.zeros(rows, len(draws), dtype=torch.bool, device=draws.device)
+    drawn = torch.isin(positives.item, draws).nonzero().squeeze(1)
+    pair, column = (positives.item[drawn][:, None] == draws[None, :]).nonzero(as_tuple=True)
+    hit[positives.row[drawn][pair], column] = True
+    return hit
+
+
+def _ragged(value: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Lay values [P] of given rows out as a rectangle [R, largest number per row], -inf where there is none."""
+    order = torch.argsort(row, stable=True)
+    number = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row), device=row.device) - (number.cumsum(0) - number)[row[order]]
+    width = int(number.max()) if len(row) else 0
+    return value.new_full((rows, width), -torch.inf).index_put((row[order], place), value[order])

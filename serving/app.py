@@ -1,0 +1,273 @@
+"""The HTTP application: the same object under Ray Serve and under plain uvicorn.
+
+Handlers are `async def` and hand the work to one thread: the event loop stays free for health checks and for reading
+the next request, and what waits can be counted, so that overload is answered at once with 503. One thread, because
+models need not be safe in several, and because the work is mostly torch and numpy on cores that replicas use better.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from fastapi import FastAPI, Path, Query, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
+
+import recsys
+from recsys.errors import RequestError
+from recsys.messages import (
+    EventsRequest,
+    EventsResponse,
+    RankRequest,
+    RankResponse,
+    RecommendRequest,
+    RecommendResponse,
+)
+from serving import problems
+from serving.page import PAGE
+from serving.service import HistoryResponse, ModelsResponse, Service, SimilarResponse, UsersResponse
+from serving.telemetry import CONTENT_TYPE, Telemetry
+
+T = TypeVar("T")
+Timings = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one process takes on."""
+
+    waiting: int = 64
+    """requests under way or waiting; the next one is answered with 503"""
+    body_bytes: int = 8 * 2**20
+    """longest request body"""
+
+
+class Worker:
+    """One thread with a bounded queue.
+
+    Args:
+        waiting: most requests under way or waiting.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self._bound = waiting
+        self._waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
+
+    async def run(self, work: Callable[[], T]) -> tuple[T, float]:
+        """Give the result of `work` and the seconds it waited for its turn.
+
+        Raises:
+            RequestError: 503 if too many wait already.
+        """
+        if self._waiting >= self._bound:
+            raise RequestError(503, "overloaded", f"{self._waiting} requests are waiting; come back in a moment")
+        asked = time.perf_counter()
+        self._waiting += 1
+        try:
+            result, started = await asyncio.get_running_loop().run_in_executor(self._thread, _timed, work)
+        finally:
+            self._waiting -= 1
+        return result, started - asked
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return work(), started
+
+
+class Frame:
+    """ASGI middleware around every request: its id, its size, its time and its metrics.
+
+    Args:
+        app: the application inside.
+        telemetry: where requests are counted.
+        body_bytes: longest body taken.
+        request_ids: whether to answer with `x-request-id`; Ray Serve does it itself.
+    """
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, body_bytes: int, request_ids: bool) -> None:
+        self._app = app
+        self._telemetry = telemetry
+        self._body_bytes = body_bytes
+        self._request_ids = request_ids
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":  # lifespan, websocket
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
+        status, sent = 500, 0
+
+        async def framed_send(message: AsgiMessage) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                added = [(b"server-timing", b"http;dur=%.2f" % ((time.perf_counter() - began) * 1e3))]
+                if self._request_ids:
+                    added.append((b"x-request-id", request_id))
+                message["headers"] = [*message.get("headers", []), *added]
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            if _declared(headers) > self._body_bytes:
+                await self._too_large(_declared(headers))(scope, receive, framed_send)
+            else:
+                await self._app(scope, self._counted(receive), framed_send)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._telemetry.request(route, scope["method"], status, time.perf_counter() - began, sent)
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Stop a body that comes in chunks, without a declared length, once it is too long."""
+        received = 0
+
+        async def counted() -> AsgiMessage:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._body_bytes:
+                raise HTTPException(413, self._limit_text(received))  # FastAPI lets only this one through
+            return message
+
+        return counted
+
+    def _too_large(self, length: int) -> Response:
+        return problems.problem(413, "body_too_large", self._limit_text(length))
+
+    def _limit_text(self, length: int) -> str:
+        return f"a body of {length} bytes or more; the service takes up to {self._body_bytes}"
+
+
+def _declared(headers: Mapping[bytes, bytes]) -> int:
+    length = headers.get(b"content-length", b"0")
+    return int(length) if length.isdigit() else 0
+
+
+def create_app(service: Service, limits: Limits = Limits(), request_ids: bool = True) -> FastAPI:
+    """Give the application over a service.
+
+    Args:
+        service: what answers.
+        limits: waiting requests, bytes.
+        request_ids: whether to answer with `x-request-id`; False where the host does.
+    """
+    app = FastAPI(
+        title="recsys",
+        version=recsys.__version__,
+        description="Recommendations from long behaviour histories. Errors are RFC 9457 problem documents.",
+        responses={
+            "4XX": {"model": problems.Problem, "description": "refused", "content": {problems.MEDIA_TYPE: {}}},
+            "503": {"model": problems.Problem, "description": "overloaded", "content": {problems.MEDIA_TYPE: {}}},
+        },
+    )
+    problems.install(app)
+    worker = Worker(limits.waiting)
+    _add_answers(app, service, worker)
+    _add_lookups(app, service, worker)
+    _add_operations(app, service)
+    app.add_middleware(Frame, telemetry=service.telemetry, body_bytes=limits.body_bytes, request_ids=request_ids)
+    return app
+
+
+def _json(value: BaseModel, timings: Timings) -> Response:
+    """Give a response that is serialised once, with its stages in `Server-Timing`, which counts in milliseconds."""
+    stages = ", ".join(f"{stage};dur={seconds * 1e3:.2f}" for stage, seconds in timings.items())
+    return Response(value.model_dump_json(), headers={"Server-Timing": stages}, media_type="application/json")
+
+
+def _add_answers(app: FastAPI, service: Service, worker: Worker) -> None:
+    """The routes that recommend, rank and record."""
+
+    @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
+    async def recommend(request: RecommendRequest) -> Response:
+        """Give the k best items for a user, or for a history sent along."""
+        answer, waited = await worker.run(lambda: service.recommend(request))
+        timings = {"queue": waited, **answer.timings}
+        service.telemetry.stages(timings)
+        return _json(answer, timings)
+
+    @app.post("/v1/rank", response_model=RankResponse, tags=["recommend"])
+    async def rank(request: RankRequest) -> Response:
+        """Give scores in the order of the request, and the ranked list; unknown items are listed apart."""
+        answer, waited = await worker.run(lambda: service.rank(request))
+        timings = {"queue": waited, **answer.timings}
+        service.telemetry.stages(timings)
+        return _json(answer, timings)
+
+    @app.post("/v1/events", response_model=EventsResponse, tags=["events"])
+    async def events(request: EventsRequest) -> Response:
+        """Record events. They are durable before the answer, and used by the very next request.
+
+        A repeat of an `event_id` among the newest 100,000 events is a `duplicate` and changes nothing. An event counts
+        for requests whose moment is later than its own: one dated in the future is not used until then.
+        """
+        began = time.perf_counter()
+        answer, waited = await worker.run(lambda: service.record(request))
+        timings = {"queue": waited, "record": time.perf_counter() - began - waited}
+        service.telemetry.stages(timings)
+        return _json(answer, timings)
+
+
+def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
+    """The routes that tell what is known."""
+
+    @app.get("/v1/users", response_model=UsersResponse, tags=["look up"])
+    async def users(limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
+        """Give some user ids to try, those with posted events first."""
+        return await _answer(worker, lambda: service.users(limit))
+
+    @app.get("/v1/users/{user_id:path}/history", response_model=HistoryResponse, tags=["look up"])
+    async def history(user_id: Annotated[str, Path()], limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
+        """Give the newest events of a user, newest first."""
+        return await _answer(worker, lambda: service.history(user_id, limit))
+
+    @app.get("/v1/items/{item_id:path}/similar", response_model=SimilarResponse, tags=["look up"])
+    async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+        """Give the items nearest to an item by the retriever's vectors."""
+        return await _answer(worker, lambda: service.similar(item_id, k))
+
+    @app.get("/v1/models", response_model=ModelsResponse, tags=["look up"])
+    async def models() -> Response:
+        """Say which bundle is being served."""
+        return _json(service.models(), {})
+
+
+async def _answer(worker: Worker, work: Callable[[], BaseModel]) -> Response:
+    value, waited = await worker.run(work)
+    return _json(value, {"queue": waited})
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    """The page and the probes."""
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        return PAGE
+
+    @app.get("/livez", response_class=PlainTextResponse, tags=["operate"])
+    async def livez() -> str:
+        """Say that the process answers."""
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse, tags=["operate"])
+    async def readyz() -> str:
+        """Say which bundle is loaded, its golden requests answered as published; 503 before there is one."""
+        return f"ready {service.served.bundle.version}"
+
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["operate"])
+    async def metrics() -> Response:
+        """Give the metrics in the Prometheus text format."""
+        return Response(service.telemetry.scrape(), media_type=CONTENT_TYPE)

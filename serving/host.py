@@ -1,0 +1,267 @@
+"""Starts and stops the service: under Ray Serve, or as one plain uvicorn process."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from recsys.errors import ConfigError, RecsysError
+from serving.settings import ServeConfig, load_into, open_service
+from serving.telemetry import MULTIPROCESS
+
+__all__ = ["Running", "ServeConfig", "run_bare", "start"]
+
+APPLICATION = "recsys"
+READY_SECONDS = 120.0
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
+
+
+class Running:
+    """A started service; a context manager that stops it.
+
+    Attributes:
+        address: URL of the endpoint.
+    """
+
+    def __init__(self, config: ServeConfig, directory: Path) -> None:
+        self.address = f"http://{config.host}:{config.port}"
+        self._config = config
+        self._directory = directory
+        self._stopped = False
+
+    def swap(self, bundle: Path) -> str:
+        """Serve another bundle without losing a request; gives its version once every replica serves it.
+
+        Raises:
+            BundleError: the bundle is damaged or answers differently; the old one is still served.
+        """
+        _check(bundle, golden=True)
+        version = _version(bundle)
+        _deploy(self._config, bundle, version)
+        _await_ready(self.address, version)
+        return version
+
+    def wait(self) -> None:
+        """Wait until SIGINT or SIGTERM."""
+        ended = threading.Event()
+        before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            ended.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self) -> None:
+        """Stop the service and Ray; safe to call twice."""
+        if self._stopped:
+            return
+        self._stopped = True
+        import ray
+        from ray import serve
+
+        # Ray prints, on the standard output, that the controller it was told to kill is dead.
+        with contextlib.redirect_stdout(io.StringIO()):
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def start(config: ServeConfig) -> Running:
+    """Start the service under Ray Serve and give it once `/readyz` answers.
+
+    Raises:
+        ConfigError: the port is in use, or Ray Serve was imported before its settings could be made.
+        BundleError: the bundle is damaged; nothing is started then.
+        RecsysError: Ray Serve did not get ready; the message has its own.
+
+    Cost: about 15 s on two cores.
+    """
+    from ranking.snapshot import SnapshotReader
+
+    _require_free(config.host, config.port)
+    _check(config.bundle, golden=False)
+    SnapshotReader(config.snapshot)
+    directory = Path(tempfile.mkdtemp(prefix="recsys-serve-"))
+    _set_environment(directory)
+    running = Running(config, directory)
+    try:
+        _start_ray(config, directory)
+        version = _version(config.bundle)
+        _deploy(config, config.bundle, version)
+        _await_ready(running.address, version)
+    except BaseException:
+        running.stop()
+        raise
+    return running
+
+
+def run_bare(config: ServeConfig) -> None:
+    """Serve the same application in this process under plain uvicorn, until interrupted."""
+    import uvicorn
+
+    from serving.app import create_app
+
+    _require_free(config.host, config.port)
+    service = open_service(config)
+    load_into(service, config.bundle)
+    app = create_app(service, config.limits)
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of {host} cannot be had ({error.strerror}); stop what uses it or choose another port"
+            ) from None
+
+
+def _check(bundle: Path, golden: bool) -> None:
+    """Refuse a damaged bundle here, in plain words, rather than in a replica's log."""
+    from ranking.bundle import Bundle
+
+    Bundle.load(bundle, golden=golden)
+
+
+def _set_environment(directory: Path) -> None:
+    """Make Ray Serve's settings, which it reads when it is first imported, in every process of the cluster."""
+    settings = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # HAProxy's files and ports are for the whole machine by default; two services would meet there.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    constants = sys.modules.get("ray.serve._private.constants")
+    if constants is not None and not getattr(constants, "RAY_SERVE_THROUGHPUT_OPTIMIZED", False):
+        raise ConfigError(
+            "ray.serve was imported before the service was started, so its settings are fixed; start first"
+        )
+    os.environ.update(settings)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start_ray(config: ServeConfig, directory: Path) -> None:
+    import ray
+    from ray import serve
+
+    counts = directory / "metrics"
+    counts.mkdir()
+    ray.init(
+        address="local",
+        num_cpus=max(config.replicas, 2),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"THP_MEM_ALLOC_ENABLE": "1", MULTIPROCESS: str(counts)}},
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": config.host, "port": config.port})
+
+
+def _deploy(config: ServeConfig, bundle: Path, version: str) -> None:
+    """Bring Serve to a config. If only the bundle differs from the last, replicas live on and change it in place."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(
+        {
+            "applications": [
+                {
+                    "name": APPLICATION,
+                    "route_prefix": "/",
+                    "import_path": "serving.deployment:application",
+                    "args": _plain(config),
+                    "deployments": [
+                        {"name": APPLICATION, "user_config": {"bundle": str(bundle.resolve()), "version": version}}
+                    ],
+                }
+            ]
+        }
+    )
+    client = _get_global_client()
+    assert client is not None, "Ray Serve is started before anything is deployed"
+    client.deploy_apps(schema)
+    _await_running()
+
+
+def _plain(config: ServeConfig) -> dict[str, Any]:
+    table = dataclasses.asdict(config)
+    return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in table.items()}
+
+
+def _version(bundle: Path) -> str:
+    return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
+
+
+def _await_running() -> None:
+    from ray import serve
+
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        application = serve.status().applications.get(APPLICATION)
+        if application is None:
+            continue
+        if application.status == "RUNNING":
+            return
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            reasons = [f"{name}: {each.message}" for name, each in application.deployments.items() if each.message]
+            raise RecsysError(f"Ray Serve did not take the bundle: {application.message} {' '.join(reasons)}")
+    raise RecsysError(
+        f"Ray Serve was not ready after {READY_SECONDS:.0f} s; see the logs under /tmp/ray/session_latest"
+    )
+
+
+def _await_ready(address: str, version: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
+                if response.read().decode() == f"ready {version}":
+                    return
+        except OSError:
+            pass  # not listening yet, or a bundle still being loaded
+        time.sleep(0.1)
+    raise RecsysError(f"{address}/readyz did not name bundle {version} within {READY_SECONDS:.0f} s")

@@ -1,0 +1,144 @@
+"""Errors over HTTP: RFC 9457 problem documents with a code that never changes, and never a stack trace.
+
+    code                      status   meaning
+    malformed_json            400      the body is not JSON
+    validation                422      a field is missing, unknown, or of the wrong type or range; `errors` names each
+    unsupported_media_type    415      the body is not declared as application/json
+    body_too_large            413      more bytes than the service takes
+    too_many_candidates       413      more items in one `rank` than the service takes
+    too_many_events           413      more events in one post than the service takes
+    unknown_route             404
+    unknown_user              404      nothing is known of the user asked about
+    unknown_item              404      the bundle does not know the item asked about
+    method_not_allowed        405
+    not_supported             501      the bundle lacks a part that the route needs
+    overloaded                503      too many requests wait; `Retry-After` says when to come back
+    internal                  500      a defect; the log has the details under the request id
+
+Other `recsys.errors.RequestError`s carry their own code and status.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from recsys.errors import RequestError
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+
+logger = logging.getLogger(__name__)
+
+
+class FieldError(BaseModel):
+    """One wrong field of a request."""
+
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """A problem document (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    errors: list[FieldError] = []
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    errors: Sequence[FieldError] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Give the response that says what went wrong.
+
+    Args:
+        status: the HTTP status.
+        code: the stable code, one of those above or a `RequestError`'s own.
+        detail: what was found and what is wanted.
+        errors: the wrong fields, if it is about fields.
+        headers: further headers; 503 always gets `Retry-After`.
+    """
+    body = Problem(
+        type=f"urn:recsys:problem:{code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        code=code,
+        detail=detail,
+        errors=list(errors),
+    )
+    all_headers = dict(headers or {})
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        all_headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return Response(body.model_dump_json(), status, all_headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of an application a problem document."""
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return problem(error.status, error.code, str(error))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    content_type = request.headers.get("content-type", "")
+    if request.method == "POST" and "json" not in content_type.lower():
+        found = repr(content_type) if content_type else "none"
+        return problem(415, "unsupported_media_type", f"Content-Type is {found}; expected application/json")
+    found_errors = error.errors()
+    for found_error in found_errors:
+        if found_error["type"] == "json_invalid":
+            where, reason = found_error["loc"][-1], found_error.get("ctx", {}).get("error", "")
+            return problem(400, "malformed_json", f"the body is not JSON: {reason} at character {where}")
+    errors = [FieldError(field=_field(each["loc"]), message=_message(each)) for each in found_errors]
+    detail = f"{errors[0].field}: {errors[0].message}" + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+    return problem(422, "validation", detail, errors)
+
+
+def _field(location: Sequence[Any]) -> str:
+    # The first part says where the value was sent: body, query or path.
+    return ".".join(str(part) for part in location[1:]) or str(location[0])
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    if error["type"] in ("missing", "extra_forbidden"):
+        return str(error["msg"])
+    found = repr(error.get("input"))
+    return f"{error['msg']}, found {found if len(found) <= 100 else found[:100] + '...'}"
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return problem(404, "unknown_route", f"no route {request.url.path}; /openapi.json lists them")
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = f"{request.method} is not a method of {request.url.path}"
+        return problem(405, "method_not_allowed", detail, headers=error.headers)
+    if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return problem(413, "body_too_large", error.detail)
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return problem(400, "malformed_json", "the body cannot be read as JSON in UTF-8")
+    return problem(error.status_code, "http", str(error.detail), headers=error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    logger.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
+    return problem(500, "internal", "an unexpected error; the log of the service has it under this request id")

@@ -1,0 +1,310 @@
+"""What the endpoint does, free of HTTP: answer, record, look up, and change the bundle under way."""
+
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ranking.batch import UNKNOWN, rows_of
+from ranking.bundle import Bundle
+from recsys.errors import RequestError
+from recsys.history import UNKNOWN_KEY, Events
+from recsys.messages import (
+    EventIn,
+    EventsRequest,
+    EventsResponse,
+    EventVerdict,
+    Message,
+    RankRequest,
+    RankResponse,
+    RecommendRequest,
+    RecommendResponse,
+)
+from recsys.stores import Event
+from serving.event_log import SegmentLog
+from serving.history_store import MAX_USER_BYTES, Encoder, LmdbHistoryStore
+from serving.telemetry import Telemetry
+
+MAX_EVENTS = 1_000
+"""Most events one post may carry; more is answered with 413."""
+
+
+class Answers(Protocol):
+    """The request path: `ranking.recommender.Recommender`."""
+
+    def recommend(self, request: RecommendRequest, now: int) -> RecommendResponse:
+        """Give the k best items."""
+        ...
+
+    def rank(self, request: RankRequest, now: int) -> RankResponse:
+        """Give the scores of given items."""
+        ...
+
+
+class ModelInfo(Message):
+    """A model of the bundle being served."""
+
+    role: str
+    name: str
+
+
+class ModelsResponse(Message):
+    """The bundle being served."""
+
+    version: str = Field(description="first 12 hexadecimal digits of the digest of the bundle's manifest")
+    models: list[ModelInfo]
+    items: int
+    created: str = Field(description="ISO 8601, UTC")
+    commit: str
+    data_digest: str
+    metrics: dict[str, float]
+
+
+class UsersResponse(Message):
+    """Some user ids, those with posted events first."""
+
+    users: list[str]
+
+
+class HistoryEvent(Message):
+    """One event of a history; an item the bundle does not know has neither id nor name."""
+
+    item_id: str | None
+    name: str | None
+    timestamp: int = Field(description="microseconds since 1970, UTC")
+    action: str
+
+
+class HistoryResponse(Message):
+    """What is known of a user, newest event first."""
+
+    user_id: str
+    total: int
+    events: list[HistoryEvent]
+
+
+class SimilarItem(Message):
+    """A neighbour of an item."""
+
+    item_id: str
+    name: str
+    score: float = Field(description="inner product of the retriever's item vectors")
+
+
+class SimilarResponse(Message):
+    """The nearest items, nearest first."""
+
+    item_id: str
+    name: str
+    items: list[SimilarItem]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle and the recommender built on it: what a request takes hold of once, and a swap replaces at once."""
+
+    bundle: Bundle
+    recommender: Answers
+
+    @cached_property
+    def item_vectors(self) -> NDArray[np.float32] | None:
+        """Float32 [V, D] of the retriever, computed at first use; None without one."""
+        if self.bundle.retriever is None:
+            return None
+        with torch.inference_mode():
+            vectors: NDArray[np.float32] = self.bundle.retriever.item_vectors().float().cpu().numpy()
+        return vectors
+
+
+class Service:
+    """One recommender with its event log and live histories.
+
+    It begins without a bundle, alive but not ready; `swap` gives it the first one like every later one.
+
+    Args:
+        log: the event log.
+        store: the live histories, which follow the log.
+        telemetry: where counts go.
+        clock: gives now in microseconds UTC.
+
+    Every method may be called from several threads at once.
+    """
+
+    def __init__(
+        self,
+        log: SegmentLog,
+        store: LmdbHistoryStore,
+        telemetry: Telemetry,
+        clock: Callable[[], int] = lambda: time.time_ns() // 1000,
+    ) -> None:
+        self.telemetry = telemetry
+        self.store = store
+        self._log = log
+        self._clock = clock
+        self._served: Served | None = None
+        self._swapping = threading.Lock()
+
+    @property
+    def served(self) -> Served:
+        """What answers now; raises `RequestError` 503 before there is a bundle."""
+        if self._served is None:
+            raise RequestError(503, "not_ready", "no bundle is loaded yet; come back in a moment")
+        return self._served
+
+    @property
+    def version(self) -> str:
+        """Version of the bundle that answers now, empty before there is one."""
+        return "" if self._served is None else self._served.bundle.version
+
+    def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        """Give the k best items for a user."""
+        response = self.served.recommender.recommend(request, self._clock())
+        self.telemetry.answer(response.user_known, response.degraded)
+        return response
+
+    def rank(self, request: RankRequest) -> RankResponse:
+        """Give the scores of given items for a user."""
+        response = self.served.recommender.rank(request, self._clock())
+        self.telemetry.answer(response.user_known, response.degraded)
+        self.telemetry.candidates(len(request.item_ids), len(response.unknown_item_ids))
+        return response
+
+    def record(self, request: EventsRequest) -> EventsResponse:
+        """Write events durably and make them part of their users' histories before answering.
+
+        Raises:
+            RequestError: too many events, a user id too long, or a value that is not finite; nothing is written then.
+        """
+        if len(request.events) > MAX_EVENTS:
+            raise RequestError(
+                413, "too_many_events", f"{len(request.events)} events; one post may carry up to {MAX_EVENTS}"
+            )
+        now = self._clock()
+        events = [_event(posted, position, now) for position, posted in enumerate(request.events)]
+        bundle = self.served.bundle
+        fresh = self._log.append(events)
+        self.store.follow(self._log, _encoder(bundle))
+        verdicts = []
+        for event, new in zip(events, fresh, strict=True):
+            known = bundle.key_of(event.item_id) != UNKNOWN_KEY
+            verdict = ("accepted" if known else "accepted_unknown_item") if new else "duplicate"
+            self.telemetry.verdict(verdict)
+            verdicts.append(EventVerdict(event_id=event.event_id, verdict=verdict))
+        return EventsResponse(verdicts=verdicts, accepted=sum(fresh))
+
+    def history(self, user_id: str, limit: int) -> HistoryResponse:
+        """Give the newest `limit` events of a user; raises `RequestError` 404 for a user nothing is known of."""
+        events = self.store.read(user_id)
+        if events is None:
+            raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
+        newest = events.slice(max(len(events) - limit, 0), len(events))
+        return HistoryResponse(user_id=user_id, total=len(events), events=_describe(newest, self.served.bundle)[::-1])
+
+    def users(self, limit: int) -> UsersResponse:
+        """Give some user ids."""
+        return UsersResponse(users=self.store.users(limit))
+
+    def similar(self, item_id: str, k: int) -> SimilarResponse:
+        """Give the k items nearest to an item by the retriever's vectors.
+
+        Raises:
+            RequestError: 404 for an item the bundle does not know, 501 for a bundle without a retriever.
+        """
+        served = self.served
+        bundle, vectors = served.bundle, served.item_vectors
+        if bundle.index is None or vectors is None:
+            raise RequestError(501, "not_supported", f"bundle {bundle.version} has no retriever, so no neighbours")
+        row = bundle.row_of.get(item_id)
+        if row is None:
+            raise RequestError(404, "unknown_item", f"bundle {bundle.version} does not know item {item_id!r}")
+        found, scores = bundle.index.search(vectors[row : row + 1], k + 1)
+        items = [
+            SimilarItem(item_id=bundle.item_ids[other], name=bundle.names[other], score=float(score))
+            for other, score in zip(found[0].tolist(), scores[0].tolist(), strict=True)
+            if other > UNKNOWN and other != row
+        ]
+        return SimilarResponse(item_id=item_id, name=bundle.names[row], items=items[:k])
+
+    def models(self) -> ModelsResponse:
+        """Say what is being served."""
+        bundle = self.served.bundle
+        manifest = bundle.manifest
+        return ModelsResponse(
+            version=bundle.version,
+            models=[ModelInfo(role=role, name=entry.name) for role, entry in manifest.models.items()],
+            items=manifest.counts["items"],
+            created=manifest.provenance.created,
+            commit=manifest.provenance.commit,
+            data_digest=manifest.provenance.data_digest,
+            metrics=manifest.provenance.metrics,
+        )
+
+    def swap(self, served: Served) -> None:
+        """Put a bundle in place of the one before; requests under way end with the one they began with.
+
+        Events whose items were unknown get their keys first, if the new bundle may know them; posts wait meanwhile
+        (about a second for 150,000 events of the log), everything else goes on.
+        """
+        with self._swapping:
+            encoder = _encoder(served.bundle)
+            if self._served is not None and self.store.unknown_events:
+                self.store.rebuild(self._log, encoder)
+            else:
+                self.store.follow(self._log, encoder)
+            self._served = served
+            self.telemetry.swap()
+
+    def close(self) -> None:
+        """Close log and store."""
+        self.store.close()
+        self._log.close()
+
+
+def _encoder(bundle: Bundle) -> Encoder:
+    return Encoder(bundle.key_of, bundle.action_of)
+
+
+def _event(posted: EventIn, position: int, now: int) -> Event:
+    """Give the event of a post, with an id and a time."""
+    if len(posted.user_id.encode()) > MAX_USER_BYTES:
+        raise RequestError(
+            422,
+            "validation",
+            f"events.{position}.user_id: more than {MAX_USER_BYTES} bytes in UTF-8; send a shorter id",
+        )
+    if not math.isfinite(posted.value):
+        raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
+    return Event(
+        event_id=posted.event_id or uuid.uuid4().hex,
+        user_id=posted.user_id,
+        item_id=posted.item_id,
+        time=now if posted.timestamp is None else posted.timestamp,
+        action=posted.action,
+        value=posted.value,
+    )
+
+
+def _describe(events: Events, bundle: Bundle) -> list[HistoryEvent]:
+    described = []
+    rows = rows_of(events.item, bundle.key_to_row)
+    actions = bundle.manifest.actions
+    for row, action, moment in zip(rows.tolist(), events.action.tolist(), events.time.tolist(), strict=True):
+        known = row > UNKNOWN
+        described.append(
+            HistoryEvent(
+                item_id=bundle.item_ids[row] if known else None,
+                name=bundle.names[row] if known else None,
+                timestamp=moment,
+                action=actions[action] if action < len(actions) else "",
+            )
+        )
+    return described

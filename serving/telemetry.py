@@ -1,0 +1,98 @@
+"""What the service tells of itself: Prometheus metrics in seconds and bytes. No user or item is ever a label."""
+
+import os
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+"""Where replicas of one machine share their counts; read by prometheus_client when a process first imports it."""
+
+SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+STAGE_SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+CANDIDATES = (1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+
+
+class Telemetry:
+    """The metrics of one service, in a registry of their own.
+
+    With `PROMETHEUS_MULTIPROC_DIR` set, a scrape gives the sum over all replicas of the machine, whichever answers it.
+    """
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._seconds = Histogram(
+            "recsys_http_request_seconds",
+            "Time from the request's arrival in the process to its last byte.",
+            ("route", "method", "status"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._bytes = Counter("recsys_http_response_bytes", "Bytes of response bodies.", ("route",), registry=registry)
+        self._stage = Histogram(
+            "recsys_stage_seconds",
+            "Time in a stage of a request.",
+            ("stage",),
+            buckets=STAGE_SECONDS,
+            registry=registry,
+        )
+        self._candidates = Histogram(
+            "recsys_rank_candidates", "Items in a rank request.", buckets=CANDIDATES, registry=registry
+        )
+        self._degraded = Counter(
+            "recsys_degraded", "Answers given with a stage skipped.", ("stage",), registry=registry
+        )
+        self._unknown_users = Counter(
+            "recsys_unknown_users", "Answers by popularity, for want of any history.", registry=registry
+        )
+        self._unknown_items = Counter(
+            "recsys_unknown_items", "Items in rank requests that the bundle does not know.", registry=registry
+        )
+        self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
+        self._refused = Counter("recsys_bundles_refused", "Bundles that did not load.", registry=registry)
+        self._swaps = Counter("recsys_bundle_swaps", "Bundles put in place, the first one too.", registry=registry)
+
+    def request(self, route: str, method: str, status: int, seconds: float, sent: int) -> None:
+        """Count one HTTP request; `route` is the template (`/v1/users/{user_id}/history`), never the path."""
+        self._seconds.labels(route, method, str(status)).observe(seconds)
+        self._bytes.labels(route).inc(sent)
+
+    def stages(self, timings: Mapping[str, float]) -> None:
+        """Count the seconds of each stage."""
+        for stage, seconds in timings.items():
+            self._stage.labels(stage).observe(seconds)
+
+    def answer(self, user_known: bool, degraded: Iterable[str]) -> None:
+        """Count what kind of answer was given."""
+        if not user_known:
+            self._unknown_users.inc()
+        for stage in degraded:
+            self._degraded.labels(stage).inc()
+
+    def candidates(self, asked: int, unknown: int) -> None:
+        """Count the items of a rank request, and those unknown."""
+        self._candidates.observe(asked)
+        self._unknown_items.inc(unknown)
+
+    def verdict(self, verdict: str) -> None:
+        """Count one posted event."""
+        self._events.labels(verdict).inc()
+
+    def swap(self) -> None:
+        """Count a bundle put in place."""
+        self._swaps.inc()
+
+    def refused(self) -> None:
+        """Count a bundle that did not load."""
+        self._refused.inc()
+
+    def scrape(self) -> bytes:
+        """Give all metrics in the Prometheus text format."""
+        if MULTIPROCESS in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            return generate_latest(registry)
+        return generate_latest(self._registry)

@@ -1,0 +1,172 @@
+"""Latency of `/v1/recommend` and `/v1/rank` (200 candidates) under Ray Serve, beside a bare uvicorn process.
+
+    python tests/benchmarks/serving_latency.py --bundle BUNDLE --snapshot SNAPSHOT --out latency.json
+
+Both hosts run the same application over the same bundle, one after the other, each in processes of its own. Clients
+are threads of this process with one connection each, so client and server share the machine's cores.
+"""
+
+import argparse
+import dataclasses
+import http.client
+import itertools
+import json
+import multiprocessing
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serving.host import ServeConfig, run_bare, start
+
+WARM_UP = 100
+CANDIDATES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Latency of one route under one host."""
+
+    host: str
+    route: str
+    clients: int
+    requests: int
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--snapshot", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=1000, help="per measurement")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--hosts", nargs="+", choices=["bare", "serve"], default=["bare", "serve"])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    bodies = _bodies(arguments.bundle, arguments.snapshot)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as state:
+        for name in arguments.hosts:
+            config = ServeConfig(arguments.bundle, arguments.snapshot, Path(state) / name, port=_free_port())
+            with {"bare": _bare, "serve": _serve}[name](config):
+                _measure(config.port, "/v1/rank", bodies["/v1/rank"], 1, WARM_UP)
+                for clients, (route, texts) in itertools.product(arguments.clients, bodies.items()):
+                    _measure(config.port, route, texts, clients, WARM_UP)
+                    seconds, times = _measure(config.port, route, texts, clients, arguments.requests)
+                    count = len(times)
+                    rows.append(
+                        Row(name, route, clients, count, count / seconds, times[count // 2], times[int(count * 0.99)])
+                    )
+                    print(_line(rows[-1]), flush=True)
+    _compare(rows)
+    if arguments.out:
+        arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+
+
+def _bodies(bundle: Path, snapshot: Path) -> dict[str, list[str]]:
+    """Give request bodies over the snapshot's users and, for `rank`, items spread over the catalogue."""
+    from ranking.bundle import Bundle
+    from ranking.snapshot import SnapshotReader
+
+    users = SnapshotReader(snapshot).users(500)
+    items = Bundle.load(bundle, golden=False).item_ids[2:]
+    step = max(len(items) // CANDIDATES, 1)
+    chosen = [items[(number * step) % len(items)] for number in range(CANDIDATES)]
+    return {
+        "/v1/recommend": [json.dumps({"user_id": user, "k": 10}) for user in users],
+        "/v1/rank": [json.dumps({"user_id": user, "item_ids": chosen}) for user in users],
+    }
+
+
+def _measure(port: int, route: str, bodies: list[str], clients: int, requests: int) -> tuple[float, list[float]]:
+    """Give seconds of the whole and milliseconds of each request, ascending."""
+    times: list[list[float]] = [[] for _ in range(clients)]
+
+    def client(number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for index in range(number, requests, clients):
+            began = time.perf_counter()
+            connection.request("POST", route, bodies[index % len(bodies)], {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            body = response.read()
+            times[number].append((time.perf_counter() - began) * 1e3)
+            if response.status != 200:
+                raise RuntimeError(f"{route}: {response.status} {body[:200]!r}")
+        connection.close()
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    found = sorted(itertools.chain.from_iterable(times))
+    if len(found) != requests:
+        raise RuntimeError(f"{route}: {len(found)} of {requests} requests were answered")
+    return seconds, found
+
+
+@contextmanager
+def _serve(config: ServeConfig) -> Iterator[None]:
+    with start(config):
+        yield
+
+
+@contextmanager
+def _bare(config: ServeConfig) -> Iterator[None]:
+    process = multiprocessing.get_context("spawn").Process(target=run_bare, args=(config,), daemon=True)
+    process.start()
+    try:
+        _await(config.port, process.is_alive)
+        yield
+    finally:
+        process.terminate()
+        process.join(10)
+
+
+def _await(port: int, alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and alive():
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError("the bare server did not come up")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.host:<6} {row.route:<14} {row.clients:>3} clients  {row.per_second:7.0f} requests/s  "
+        f"p50 {row.p50_ms:7.2f} ms  p99 {row.p99_ms:7.2f} ms"
+    )
+
+
+def _compare(rows: list[Row]) -> None:
+    """Print how many times the bare process's latency Ray Serve takes."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row.route, row.clients), {})[row.host] = row
+    for (route, clients), by_host in found.items():
+        if len(by_host) == 2:
+            p50 = by_host["serve"].p50_ms / by_host["bare"].p50_ms
+            p99 = by_host["serve"].p99_ms / by_host["bare"].p99_ms
+            print(f"serve / bare  {route:<14} {clients:>3} clients  p50 x {p50:.2f}  p99 x {p99:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The command line: quick to answer, strict, and honest in its exit codes."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ranking.models import RANKERS
+from recsys.errors import BundleError, ConfigError, DataError, GateError, RecsysError
+
+CONFIGS = Path("pipelines/configs")
+
+
+def recsys(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recsys.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_exit_codes_are_those_of_the_error_tree():
+    codes = {kind.__name__: kind.exit_code for kind in (RecsysError, ConfigError, DataError, BundleError, GateError)}
+    assert codes == {"RecsysError": 1, "ConfigError": 2, "DataError": 3, "BundleError": 3, "GateError": 4}
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; import recsys.cli;"
+        "heavy = {'torch', 'polars', 'mlflow', 'ray', 'faiss', 'numpy', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["fly"], 2, ["fly"]),
+        (["prepare", "-w", "{tmp}"], 3, ["recsys ingest --workspace"]),
+        (["train", "--config", "dare", "-w", "{tmp}"], 3, ["recsys prepare --workspace"]),
+        (["serve", "-w", "{tmp}"], 3, ["recsys publish --workspace"]),
+        (["quickstart", "-w", "{tmp}", "--set", "evaluate.max_request=3"], 2, ["'max_request'", "'max_requests'"]),
+        (["quickstart", "-w", "{tmp}", "--config", "{tmp}/no.toml"], 2, ["no.toml: no such file"]),
+        (["ingest", "-w", "{tmp}", "--users", "0"], 2, ["--users"]),
+        (["ingest", "-w", "{tmp}", "--dataset", "nope"], 2, ["completejourney", "'nope'"]),
+    ],
+)
+def test_bad_usage_has_its_code_and_says_what_to_do(tmp_path: Path, arguments, code, words):
+    done = recsys(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert done.stdout == ""
+
+
+def test_every_model_has_one_shipped_config_that_loads():
+    from pipelines.train import load_config
+
+    names = set()
+    for path in CONFIGS.glob("*.toml"):
+        if "model" in tomllib.loads(path.read_text()):
+            config = load_config(path)
+            assert path.stem == config.name
+            names.add(config.name)
+    assert names == set(RANKERS)

@@ -1,0 +1,106 @@
+"""Files are whole or absent; histories keep the point-in-time rule."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys.errors import DataError
+from recsys.files import read_json, sha256_tree, whole_directory, whole_file, write_json
+from recsys.history import Events, Histories
+from recsys.randomness import derive, generator
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_failed_directory_leaves_the_old_one_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "set"
+    for content in ("one", "two"):
+        with whole_directory(path) as temporary:
+            (temporary / "file").write_text(content)
+    digest = sha256_tree(path)
+    with pytest.raises(RuntimeError), whole_directory(path) as temporary:
+        (temporary / "file").write_text("three")
+        raise RuntimeError
+    assert (path / "file").read_text() == "two"
+    assert sha256_tree(path) == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_json_errors_name_file_and_place(tmp_path: Path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1,\n "b": }')
+    with pytest.raises(DataError, match=r"x\.json: not valid JSON.*line 2"):
+        read_json(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, float("nan"))
+
+
+events = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3), st.integers(-5, 5)), max_size=30)
+
+
+def _events(rows) -> Events:
+    rows = sorted(rows, key=lambda row: row[2])
+    item, action, time = zip(*rows, strict=True) if rows else ((), (), ())
+    return Events(np.array(item, np.uint32), np.array(action, np.uint8), np.array(time, np.int64))
+
+
+@given(events, st.integers(-6, 6))
+def test_before_is_strict_and_loses_nothing_earlier(rows, at):
+    history = _events(rows)
+    kept = history.before(at)
+    assert (kept.time < at).all()
+    assert len(kept) == sum(row[2] < at for row in rows)
+
+
+@given(events, events)
+def test_concatenate_orders_by_time_and_keeps_earlier_parts_first(a, b):
+    first, second = _events(a), _events(b)
+    both = Events.concatenate(first, second)
+    expected = sorted(
+        [*zip(first.time, [0] * len(first), first.item, strict=True)]
+        + [*zip(second.time, [1] * len(second), second.item, strict=True)],
+        key=lambda row: (row[0], row[1]),
+    )
+    assert both.time.tolist() == [row[0] for row in expected]
+    assert both.item.tolist() == [row[2] for row in expected]
+
+
+def test_histories_survive_the_disk_and_damage_is_told(tmp_path: Path):
+    histories = Histories(_events([(1, 0, 1), (2, 1, 2), (3, 0, 3)]), np.array([0, 2, 2, 3]))
+    histories.save(tmp_path)
+    loaded = Histories.load(tmp_path)
+    assert len(loaded) == 3
+    assert [loaded.of(u).item.tolist() for u in range(3)] == [[1, 2], [], [3]]
+    np.save(tmp_path / "time.npy", np.arange(5))
+    with pytest.raises(DataError, match="5 times"):
+        Histories.load(tmp_path)
+    (tmp_path / "item.npy").unlink()
+    with pytest.raises(DataError, match="not a packed history"):
+        Histories.load(tmp_path)
+
+
+def test_no_pickle_is_loaded_as_a_history(tmp_path: Path):
+    Histories(Events.empty(), np.array([0])).save(tmp_path)
+    np.save(tmp_path / "item.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError):
+        Histories.load(tmp_path)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 2**31), st.text(max_size=10))
+def test_draws_depend_on_seed_step_and_purpose_alone(seed, step, purpose):
+    same = generator(seed, step, purpose).random(4)
+    np.testing.assert_array_equal(same, generator(seed, step, purpose).random(4))
+    others = {derive(seed + 1, step, purpose), derive(seed, step + 1, purpose), derive(seed, step, purpose + "x")}
+    assert derive(seed, step, purpose) not in others
+    assert 0 <= derive(seed, step, purpose) < 2**63

@@ -1,0 +1,124 @@
+"""The index finds what brute force finds, in any number of shards, filtered or not, before and after a save."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranking import index as module
+from ranking.index import NONE, Index, IndexConfig, build, on_best_device
+from recsys.errors import BundleError, ConfigError
+
+WIDTH = 4
+
+
+def brute_force(vectors, rows, queries, k, allowed):
+    """Rows and scores by the definition: every inner product, best first, equal scores by ascending row."""
+    scores = queries @ vectors.T
+    found = np.full((len(queries), k), NONE)
+    best = np.full((len(queries), k), -np.inf, np.float32)
+    for b, line in enumerate(scores):
+        ranking = sorted((-s, r) for s, r in zip(line, rows, strict=True) if allowed is None or allowed[r])[:k]
+        for place, (negated, row) in enumerate(ranking):
+            found[b, place], best[b, place] = row, -negated
+    return found, best
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("approximate", [False, True], ids=["flat", "inverted lists, all probed"])
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(5, 60), k=st.integers(1, 70), seed=st.integers(0, 10_000), filtered=st.booleans())
+def test_search_is_brute_force(tmp_path_factory, shards, approximate, n, k, seed, filtered):
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(n, WIDTH)).astype(np.float32)
+    rows = rng.permutation(np.arange(2, n + 20))[:n]
+    queries = rng.normal(size=(3, WIDTH)).astype(np.float32)
+    allowed = rng.random(n + 20) < 0.4 if filtered else None
+    config = IndexConfig(exact_below=0 if approximate else 10**6, rows_per_shard=-(-n // shards), lists=2, probes=10**6)
+    index = build(vectors, rows, config)
+    expected_rows, expected_scores = brute_force(vectors, rows, queries, k, allowed)
+    directory = tmp_path_factory.mktemp("index")
+    assert len(index.save(directory)) == shards
+    for searched in (index, Index.load(sorted(directory.iterdir()))):
+        assert len(searched) == n
+        assert searched.width == WIDTH
+        found, scores = searched.search(queries, k, allowed)
+        assert found.dtype == np.int32
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found, expected_rows)
+
+
+def test_inverted_lists_miss_nothing_that_is_needed():
+    """With few probes recall is high on clustered vectors, and a filter that leaves k rows still finds all of them."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 16))
+    vectors = (centres[rng.integers(0, 40, 4000)] + 0.2 * rng.normal(size=(4000, 16))).astype(np.float32)
+    rows = np.arange(2, 4002)
+    approximate = build(vectors, rows, IndexConfig(exact_below=0, probes=8))
+    queries = vectors[:50] + 0.1 * rng.normal(size=(50, 16)).astype(np.float32)
+    found, _ = approximate.search(queries, 20)
+    truth, _ = build(vectors, rows).search(queries, 20)
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found, truth, strict=True)]) > 0.95
+    allowed = np.zeros(4002, bool)
+    allowed[rng.choice(rows, 20, replace=False)] = True
+    found, _ = approximate.search(queries, 20, allowed)
+    np.testing.assert_array_equal(np.sort(found), np.broadcast_to(np.flatnonzero(allowed), (50, 20)))
+
+
+def test_equal_scores_are_ordered_by_row():
+    vectors = np.ones((30, WIDTH), np.float32)
+    index = build(vectors, np.arange(31, 1, -1), IndexConfig(rows_per_shard=10))
+    found, _ = index.search(vectors[:1], 30)
+    assert found[0].tolist() == list(range(2, 32))
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_a_gpu_is_used_where_there_is_one(monkeypatch, gpus):
+    moved = []
+
+    def to_gpu(resources, number, shard):
+        moved.append((resources, number))
+        return shard
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    vectors = np.eye(WIDTH, dtype=np.float32)
+    index = build(vectors, np.arange(2, 2 + WIDTH), IndexConfig(rows_per_shard=2))
+    assert moved == [("resources", 0)] * (2 if gpus else 0)
+    found, _ = index.search(vectors, 1)
+    assert found[:, 0].tolist() == [2, 3, 4, 5]
+    shard = object()
+    assert on_best_device(shard) is shard
+
+
+def test_what_a_gpu_cannot_do_runs_on_the_cpu_shards(monkeypatch):
+    """GPU shards take no filter and at most 2,048 neighbours; here the "GPU" refuses to search at all."""
+    monkeypatch.setattr(module, "on_best_device", lambda shard: None)
+    vectors = np.eye(WIDTH, dtype=np.float32)
+    index = build(vectors, np.arange(2, 2 + WIDTH))
+    allowed = np.array([False, False, True, False, True, True])
+    assert index.search(vectors[:1], 4, allowed)[0].tolist() == [[2, 4, 5, NONE]]
+    assert index.search(vectors[:1], module.GPU_MAX_K + 1)[0][0, :2].tolist() == [2, 3]
+    with pytest.raises(AttributeError):
+        index.search(vectors[:1], 1)
+
+
+def test_bad_input_is_named(tmp_path: Path):
+    index = build(np.eye(WIDTH, dtype=np.float32), np.arange(2, 2 + WIDTH))
+    with pytest.raises(ConfigError, match=r"\(1, 3\).*\[B, 4\]"):
+        index.search(np.zeros((1, 3), np.float32), 2)
+    with pytest.raises(ConfigError, match="4 vectors for 3 rows"):
+        build(np.eye(WIDTH, dtype=np.float32), np.arange(3))
+    with pytest.raises(ConfigError, match="at least one"):
+        build(np.empty((0, WIDTH), np.float32), np.arange(0))
+    with pytest.raises(ConfigError, match=r"\[index\] probes is 0"):
+        IndexConfig(probes=0)
+    broken = tmp_path / "shard_000.faiss"
+    broken.write_bytes(b"not an index")
+    with pytest.raises(BundleError, match=r"shard_000\.faiss: not a FAISS index"):
+        Index.load([broken])

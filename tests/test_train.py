@@ -1,0 +1,214 @@
+"""The training loop: resumable bit for bit, logged, and stopped by a loss that is no number."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import tracking
+from pipelines import train as loop
+from pipelines.batches import BatchConfig, TrainingBatches
+from pipelines.checkpoint import Checkpoint
+from pipelines.optimise import OptimiserConfig
+from pipelines.train import TrainConfig, TrainingError, load_config, train, trained_run
+from ranking.models import RANKERS
+from ranking.ranker import Loss
+from recsys.errors import ConfigError, DataError
+
+CONFIGS = Path("pipelines/configs")
+STEPS = 9
+
+
+def config(name: str, **stop) -> TrainConfig:
+    shipped = load_config(CONFIGS / f"{name}.toml")
+    stop = {"max_steps": STEPS, "validate_every": 4, "checkpoint_every": 3, "requests": 30, "epochs": 50.0} | stop
+    return replace(shipped, batches=replace(shipped.batches, rows=16), stop=replace(shipped.stop, **stop))
+
+
+class KilledError(Exception):
+    """Stands for a kill at the end of a step."""
+
+
+def kill_at(step: int):
+    def report(done: int, total: int, words: str) -> None:
+        if done == step:
+            raise KilledError
+
+    return report
+
+
+def weights(trained) -> dict[str, torch.Tensor]:
+    return trained.model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["dare", "mqsa_ted"])
+def test_a_killed_run_ends_with_the_same_weights(name, prepared, mlflow_uri, tmp_path):
+    whole = train(config(name), prepared, tmp_path / "whole", mlflow_uri)
+    assert whole.summary.steps == STEPS
+    for kills in ([3], [5], [1, 4, 7]):  # at a checkpoint, between two, and again and again
+        directory = tmp_path / "-".join(map(str, kills))
+        for kill in kills:
+            with pytest.raises(KilledError):
+                train(config(name), prepared, directory, mlflow_uri, kill_at(kill))
+        resumed = train(config(name), prepared, directory, mlflow_uri)
+        assert weights(resumed).keys() == weights(whole).keys()
+        for key, tensor in weights(whole).items():
+            assert torch.equal(tensor, weights(resumed)[key]), key
+        curve = {entry["step"]: entry["valid/gauc"] for entry in resumed.summary.curve}
+        assert curve == {entry["step"]: entry["valid/gauc"] for entry in whole.summary.curve}
+
+
+def test_another_seed_is_another_run_and_the_same_is_the_same(prepared, mlflow_uri, tmp_path):
+    runs = {
+        (seed, copy): train(replace(config("dare"), seed=seed), prepared, tmp_path / f"{seed}{copy}", mlflow_uri)
+        for seed in (1, 2)
+        for copy in "ab"
+    }
+    for key, tensor in weights(runs[1, "a"]).items():
+        assert torch.equal(tensor, weights(runs[1, "b"])[key])
+    assert not torch.equal(
+        weights(runs[1, "a"])["representation.item.weight"], weights(runs[2, "a"])["representation.item.weight"]
+    )
+
+
+def test_a_changed_config_starts_again(prepared, mlflow_uri, tmp_path):
+    first = train(config("dare"), prepared, tmp_path, mlflow_uri)
+    again = train(config("dare"), prepared, tmp_path, mlflow_uri)
+    other = train(config("dare", max_steps=2), prepared, tmp_path, mlflow_uri)
+    assert again.run_id == first.run_id
+    assert other.run_id != first.run_id
+    assert other.summary.steps == 2
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_a_run(prepared, mlflow_uri, tmp_path, monkeypatch):
+    values = iter([0.5, 0.9, 0.7, 0.6, 0.8])
+    seen = []
+
+    def validate(model, *_):
+        seen.append({key: tensor.clone() for key, tensor in model.state_dict().items()})
+        return {"auc": next(values), "gauc": 0.0, "ndcg_at_10": 0.0}
+
+    monkeypatch.setattr(loop, "validate", validate)
+    stop = {"validate_every": 1, "patience": 2, "samplers": ("uniform",), "metric": "auc"}
+    trained = train(config("dare", **stop), prepared, tmp_path, mlflow_uri)
+    assert (trained.summary.steps, trained.summary.best_step) == (4, 2)
+    for key, tensor in seen[1].items():
+        assert torch.equal(tensor, weights(trained)[key])
+
+
+def test_a_finished_run_is_read_back_without_training(prepared, mlflow_uri, tmp_path):
+    trained = train(config("dare"), prepared, tmp_path, mlflow_uri)
+    back = trained_run(tmp_path, prepared)
+    assert back.config == trained.config
+    assert back.summary == trained.summary
+    for key, tensor in weights(trained).items():
+        assert torch.equal(tensor, weights(back)[key])
+
+
+def test_an_unfinished_run_and_a_broken_checkpoint_are_told_apart(prepared, mlflow_uri, tmp_path):
+    with pytest.raises(KilledError):
+        train(config("dare"), prepared, tmp_path, mlflow_uri, kill_at(4))
+    with pytest.raises(DataError, match="stopped at step 3"):
+        trained_run(tmp_path, prepared)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(DataError, match="not a checkpoint"):
+        trained_run(tmp_path, prepared)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(prepared, mlflow_uri, tmp_path, monkeypatch):
+    model = RANKERS["dare"][1]
+    honest = model.loss
+    calls = iter(range(100))
+
+    def loss(self, batch, generator):
+        found = honest(self, batch, generator)
+        return found if next(calls) < 4 else Loss(found.total * float("nan"), found.parts)
+
+    monkeypatch.setattr(model, "loss", loss)
+    with pytest.raises(TrainingError, match="loss is nan at step 4"):
+        train(config("dare"), prepared, tmp_path, mlflow_uri)
+    saved = Checkpoint.load(tmp_path / "checkpoint.safetensors", 2)
+    assert saved.progress.step == 3
+    assert all(torch.isfinite(tensor).all() for tensor in saved.weights.values())
+
+
+def test_mlflow_holds_parameters_metrics_and_tags(prepared, mlflow_uri, tmp_path):
+    trained = train(config("dare"), prepared, tmp_path, mlflow_uri)
+    run = tracking.tracking_client(mlflow_uri).get_run(trained.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.retrieved"] == "20"
+    assert run.data.params["seed"] == "2023"
+    assert run.data.tags["data_digest"] == prepared.digest
+    assert run.data.tags["git_commit"]
+    assert {"valid/gauc", "valid/uniform/auc", "train/total", "train/samples_per_second"} <= run.data.metrics.keys()
+
+
+def test_a_senseless_tracking_uri_is_a_config_error(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="MLflow at nonsense://here"):
+        train(config("popularity"), prepared, tmp_path, "nonsense://here")
+
+
+class TestBatches:
+    """Batches are a function of (seed, step), and hold what the configuration says."""
+
+    @pytest.fixture(params=["requests", "sequences"])
+    def batches(self, request, prepared) -> TrainingBatches:
+        return TrainingBatches(prepared, BatchConfig(rows=16, max_positives=5), request.param, 50, 7)
+
+    def test_a_step_is_reproduced_alone(self, batches, prepared):
+        steps = [0, len(batches) - 1, len(batches), 2 * len(batches) + 1]
+        inorder = [batches.batch(step) for step in steps]
+        for step, batch in reversed(list(zip(steps, inorder, strict=True))):
+            fresh = replace(batches).batch(step)
+            assert torch.equal(fresh.history.item, batch.history.item)
+            assert torch.equal(fresh.candidates.item, batch.candidates.item)
+
+    def test_an_epoch_visits_every_row_at_most_once(self, batches):
+        seen = []
+        for step in range(len(batches)):
+            index = batches._epoch(0)[step]
+            seen += index.tolist()
+        assert len(seen) == len(set(seen)) == batches.rows_per_epoch
+
+    def test_histories_end_before_the_request_and_labels_fit(self, batches, prepared):
+        for step in range(5):
+            batch = batches.batch(step)
+            newest = batch.history.time[batch.history.offsets[1:] - 1]
+            assert (newest < batch.request.at).all()
+            assert int(batch.history.lengths.max()) <= 50
+            real = batch.candidates.mask
+            assert (batch.label[~real] == 0).all()
+            positives = batch.label.sum(1)
+            assert ((positives >= 1) & (positives <= 5)).all()
+            if batches.trains_on == "requests":
+                assert torch.equal((real.sum(1) - positives).long(), (2 * positives).long())
+            else:
+                assert torch.equal(real.sum(1), positives.long())
+
+    def test_negatives_are_no_positives_of_their_request(self, prepared):
+        batches = TrainingBatches(prepared, BatchConfig(rows=64), "requests", 20, 7)
+        for step in range(3):
+            requests = batches.requests.take(batches._epoch(0)[step])
+            batch = batches.batch(step)
+            for row in range(len(batch)):
+                basket = requests.positive[requests.offsets[row] : requests.offsets[row + 1]]
+                items = batch.candidates.item[row].numpy()
+                label = batch.label[row].numpy()
+                assert np.isin(items[label == 1], basket).all()
+                assert not np.isin(items[(label == 0) & (items > 0)], basket).any()
+
+
+def test_contradictions_are_refused_with_both_values():
+    with pytest.raises(ConfigError, match=r"weight_decay = 0\.1 .*sparse_adam"):
+        OptimiserConfig(weight_decay=0.1)
+    with pytest.raises(ConfigError, match="samplers must be some of"):
+        BatchConfig(samplers=("unifrom",))
+    with pytest.raises(ConfigError, match="at least 1"):
+        BatchConfig(rows=0)
+
+
+def test_a_metric_nobody_measures_is_refused(prepared, mlflow_uri, tmp_path):
+    with pytest.raises(ConfigError, match=r"metric must be one of .*gauc.*, found 'beauty'"):
+        train(config("popularity", metric="beauty"), prepared, tmp_path, mlflow_uri)
