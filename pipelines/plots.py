@@ -48,6 +48,16 @@ class Series:
     points: Sequence[Point]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A line by x; `place` is its model's among all models, so that it has the same colour in every plot."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    place: int
+
+
 def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[Series]) -> str:
     """Give horizontal marks with intervals: one row per category (best first), one mark per series in it."""
 
@@ -86,19 +96,17 @@ def lines(title: str, x_label: str, y_label: str, categories: Sequence[str], ser
     return _draw(title, 3.2, paint)
 
 
-def curves(
-    title: str, x_label: str, y_label: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]]
-) -> str:
-    """Give one line per (name, x, y)."""
+def curves(title: str, x_label: str, y_label: str, found: Sequence[Curve]) -> str:
+    """Give one line per curve."""
 
     def paint(axes: "Axes") -> None:
-        for index, (name, x, y) in enumerate(series):
-            axes.errorbar(x, y, **_mark(index, line=True), label=name)
+        for one in found:
+            axes.errorbar(one.x, one.y, **_mark(one.place, line=True), label=one.name)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_xlim(left=0)
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-        _legend(axes, len(series))
+        _legend(axes, len(found))
 
     return _draw(title, 2.8, paint)
 

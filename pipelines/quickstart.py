@@ -192,8 +192,9 @@ class Job:
         """Give the model with the best validation GAUC; the test period has no say in it."""
         values = {}
         for name in self.config.models:
-            curve = read_json(self.workspace.run(name) / "summary.json")["curve"]
-            values[name] = max(entry["valid/gauc"] for entry in curve if "valid/gauc" in entry)
+            summary = read_json(self.workspace.run(name) / "summary.json")
+            kept = next(entry for entry in summary["curve"] if entry["step"] == summary["best_step"])
+            values[name] = kept["valid/gauc"]
         if not values:
             raise ConfigError("quickstart.toml: models is empty; name at least one")
         return max(values, key=lambda name: values[name])

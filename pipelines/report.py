@@ -11,10 +11,11 @@ from typing import Any
 from pipelines import findings, plots, tables
 from pipelines.evaluation import OUTSIDE, Evaluation, TrainingSummary
 from pipelines.findings import PRIMARY
-from pipelines.plots import Point, Series
+from pipelines.plots import Curve, Point, Series
 from pipelines.tables import Cell, Table
 from recsys.files import whole_file
 
+OUTSIDE_GAUC = f"segment/{OUTSIDE}/{PRIMARY}"
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
 SAMPLERS = {
@@ -56,7 +57,7 @@ class Page:
     quality: list[Table]
     by_target: list[Table]
     full_ranking: Table | None
-    by_length: Table
+    by_length: list[Table]
     cost: Table
     data: Table
     sampling: list[str]
@@ -93,7 +94,7 @@ def build_page(evaluation: Evaluation, training: Mapping[str, TrainingSummary], 
         quality=[tables.quality(evaluation, sampler) for sampler in samplers],
         by_target=[tables.by_target(evaluation, sampler) for sampler in samplers],
         full_ranking=tables.full_ranking(evaluation) if "all_items" in evaluation.candidates else None,
-        by_length=tables.by_length(evaluation, samplers[0]),
+        by_length=[tables.by_length(evaluation, sampler) for sampler in samplers],
         cost=tables.cost(evaluation, training),
         data=tables.data_card(manifest),
         sampling=[
@@ -128,7 +129,7 @@ def render_markdown(page: Page) -> str:
         ("Quality", page.quality),
         ("Outside and in the history", page.by_target),
         ("All items", [page.full_ranking] if page.full_ranking else []),
-        ("History length", [page.by_length]),
+        ("History length", page.by_length),
         ("Cost", [page.cost]),
         ("Data", [page.data]),
     ]
@@ -154,41 +155,33 @@ def _markdown(table: Table) -> str:
 
 
 def _plots(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> dict[str, Plot]:
-    """Draw what there is something to draw of."""
-    samplers = evaluation.config.samplers
-    found = {}
-    for name, metric, words in (
-        ("quality", PRIMARY, "GAUC"),
-        ("outside", f"segment/{OUTSIDE}/{PRIMARY}", "GAUC outside"),
-    ):
-        for sampler in samplers:
+    """Draw what there is something to draw of; the first word of a key is the section."""
+    found: dict[str, Plot] = {}
+    for sampler in evaluation.config.samplers:
+        for section, metric, words in (
+            ("quality", PRIMARY, "GAUC"),
+            ("outside", OUTSIDE_GAUC, "GAUC outside the history"),
+        ):
             order = tables.ordered(evaluation, sampler, metric)
-            series = [Series(sampler, [_point(evaluation, model, sampler, metric) for model in order])]
-            title = f"{words}, {sampler} negatives"
-            found[f"{name} {sampler}"] = Plot(
-                _caption(evaluation, title), plots.ranges(f"{name} {sampler}", title, order, series)
-            )
-    segments = tables.lengths(evaluation, samplers[0])
-    if len(segments) > 1:
-        series = [
-            Series(
-                name,
-                [_point(evaluation, name, samplers[0], f"segment/{segment}/{PRIMARY}") for segment, _, _ in segments],
-            )
-            for name in evaluation.models
-        ]
-        words = [words for _, words, _ in segments]
-        found["length"] = Plot(
-            _caption(evaluation, f"GAUC by events before the request, {samplers[0]} negatives"),
-            plots.lines("GAUC by history length", "events before the request", "GAUC", words, series),
-        )
-    curves = [_curve(training[name]) for name in evaluation.models if name in training]
-    drawn = [curve for curve in curves if len(curve[1]) > 1]
+            points = [_point(evaluation, name, sampler, metric) for name in order]
+            svg = plots.ranges(f"{section} {sampler}", words, order, [Series(sampler, points)])
+            found[f"{section} {sampler}"] = Plot(_caption(evaluation, f"{words}, {sampler} negatives"), svg)
+        segments = tables.lengths(evaluation, sampler)
+        if len(segments) > 1:
+            names = [f"segment/{segment}/{PRIMARY}" for segment, _, _ in segments]
+            series = [
+                Series(model, [_point(evaluation, model, sampler, name) for name in names])
+                for model in evaluation.models
+            ]
+            lengths = [words for _, words, _ in segments]
+            svg = plots.lines(f"length {sampler}", "events before the request", "GAUC", lengths, series)
+            caption = f"GAUC by events before the request, {sampler} negatives"
+            found[f"length {sampler}"] = Plot(_caption(evaluation, caption), svg)
+    curves = [_curve(training[name], place) for place, name in enumerate(evaluation.models) if name in training]
+    drawn = [curve for curve in curves if len(curve.x) > 1]
     if drawn:
-        found["curves"] = Plot(
-            "GAUC on validation requests while training; the best step is the one kept.",
-            plots.curves("Validation while training", "step", "validation GAUC", drawn),
-        )
+        svg = plots.curves("curves", "step", "validation GAUC", drawn)
+        found["curves"] = Plot("GAUC on validation requests while training.", svg)
     return found
 
 
@@ -200,9 +193,10 @@ def _point(evaluation: Evaluation, name: str, sampler: str, metric: str) -> Poin
     return Point(evaluation.metric(name, sampler, metric), evaluation.interval(name, sampler, metric))
 
 
-def _curve(summary: TrainingSummary) -> tuple[str, list[float], list[float]]:
+def _curve(summary: TrainingSummary, place: int) -> Curve:
     known = [entry for entry in summary.curve if "step" in entry and f"valid/{PRIMARY}" in entry]
-    return summary.model, [entry["step"] for entry in known], [entry[f"valid/{PRIMARY}"] for entry in known]
+    steps, values = [entry["step"] for entry in known], [entry[f"valid/{PRIMARY}"] for entry in known]
+    return Curve(summary.model, steps, values, place)
 
 
 def _settings(summary: TrainingSummary) -> list[tuple[str, str]]:

@@ -74,10 +74,10 @@ def by_target(evaluation: Evaluation, sampler: str) -> Table:
             int(evaluation.metric(some, sampler, f"segment/{segment}/{count}") or 0)
             for count in ("n_requests", "auc_per_request.skipped")
         )
-        sizes.append(f"{words}: {requests:,} requests, {one_class:,} of them of one class")
+        sizes.append(f"{words}, {requests:,} requests, {one_class:,} of them of one class")
     note = (
         "Negatives are those outside the history in both; targets are the positives outside it, or in it. "
-        f"{'; '.join(sizes)}. {conditions(evaluation.candidates[sampler], sampler, evaluation.split)}"
+        f"Size: {'; '.join(sizes)}. {conditions(evaluation.candidates[sampler], sampler, evaluation.split)}"
     )
     return Table(f"Targets outside and in the history, {sampler} negatives", _header(columns), rows, note)
 
@@ -180,10 +180,16 @@ def _cells(evaluation: Evaluation, name: str, sampler: str, columns: Iterable[tu
         Cell(
             number(evaluation.metric(name, sampler, metric)),
             interval(evaluation.interval(name, sampler, metric)),
-            best=name == best(evaluation, sampler, metric) and len(evaluation.models) > 1,
+            best=len(evaluation.models) > 1 and _is_best(evaluation, name, sampler, metric),
         )
         for metric, _ in columns
     ]
+
+
+def _is_best(evaluation: Evaluation, name: str, sampler: str, metric: str) -> bool:
+    """Whether a model has the highest value, alone or with others."""
+    leader = best(evaluation, sampler, metric)
+    return leader is not None and evaluation.metric(name, sampler, metric) == evaluation.metric(leader, sampler, metric)
 
 
 def _header(columns: Sequence[tuple[str, str]]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ same versions and number of threads).
 """
 
 import dataclasses
+import json
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +61,9 @@ class TrainConfig:
     stop: StopConfig = field(default_factory=StopConfig)
 
     def table(self) -> dict[str, Any]:
-        """Give the config as nested plain values, for the log and for digests."""
-        return dataclasses.asdict(self)
+        """Give the config as nested values of JSON, for the log and for digests."""
+        table: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return table
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,9 @@ class _Loop:
         loss = self.model.loss(batch, draws)
         if not torch.isfinite(loss.total):
             raise TrainingError(
-                f"{self.config.name}: loss is {float(loss.total)} at step {step} (seed {self.config.seed}, batch of "
-                f"{len(batch)} rows, first at {int(batch.request.at[0])}); the last good checkpoint is kept, try a smaller learning_rate"
+                f"{self.config.name}: loss is {float(loss.total.detach())} at step {step} of seed {self.config.seed}, "
+                f"batch of {len(batch)} rows, first at {int(batch.request.at[0])}; the last good checkpoint is kept, "
+                "try a smaller learning_rate"
             )
         loss.total.backward()  # type: ignore[no-untyped-call]
         norm = update(self.optimisers, self.config.optimiser)
@@ -253,8 +256,9 @@ class _Loop:
         values = {f"valid/{name}/{key}": v[key] for name, v in zip(stop.samplers, found, strict=True) for key in v}
         if stop.metric not in found[0]:
             raise ConfigError(f"[stop] metric must be one of {', '.join(found[0])}, found {stop.metric!r}")
-        value = sum(v[stop.metric] for v in found) / len(found)
-        values[f"valid/{stop.metric}"] = value
+        means = {key: sum(v[key] for v in found) / len(found) for key in found[0]}
+        values |= {f"valid/{key}": mean for key, mean in means.items()}
+        value = means[stop.metric]
         values |= {f"train/{key}": float(part) for key, part in losses.items()}
         self.run.metrics(values, progress.step)
         gained = value > progress.best_value

