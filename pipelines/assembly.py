@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from pipelines.buckets import BUCKET_FILE, REQUEST_ARRAYS, SPLITS, BucketSummary
+from pipelines.mixing import mix
 from pipelines.prepared import CandidateSets, Requests
-from pipelines.samplers import Ragged, Sampler, mix
+from pipelines.samplers import Ragged, Sampler
 from pipelines.transitions import PAIRS, block_edges, blocks
 from ranking.batch import PAD, rows_of
 from ranking.items import Transitions

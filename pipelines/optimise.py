@@ -70,4 +70,5 @@ def update(optimisers: Sequence[torch.optim.Optimizer], config: OptimiserConfig)
 
 
 def _values(grad: Tensor) -> Tensor:
-    return torch.Tensor._values(grad) if grad.is_sparse else grad
+    values: Tensor = grad._values() if grad.is_sparse else grad
+    return values

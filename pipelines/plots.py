@@ -19,6 +19,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 4.2  # inches; 400 px, so that type keeps its size on a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,

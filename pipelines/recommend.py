@@ -10,6 +10,7 @@ import polars as pl
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender, RecommenderConfig
 from recsys.columns import ITEM_ID, USER_ID
+from recsys.errors import DataError
 from recsys.files import whole_file
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import HistoryReader
@@ -41,6 +42,24 @@ SCORES = pl.Schema(
         ("score", pl.Float32()),  # null where the bundle does not know the item
     ]
 )
+
+
+def read_user_ids(path: Path) -> list[str]:
+    """Read the column `user_id` of a Parquet or CSV file as strings, in its order.
+
+    Raises:
+        DataError: the file is missing, is not of its kind, or has no such column.
+    """
+    try:
+        if path.suffix == ".csv":
+            table = pl.read_csv(path, infer_schema=False)
+        else:
+            table = pl.read_parquet(path)
+    except (FileNotFoundError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix or 'Parquet'} ({error})") from None
+    if USER_ID not in table.columns:
+        raise DataError(f"{path}: no column {USER_ID!r}; found {', '.join(table.columns) or 'none'}")
+    return table[USER_ID].cast(pl.String).drop_nulls().to_list()
 
 
 def recommend_users(

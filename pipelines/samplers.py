@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.mixing import mix
 from ranking.batch import PAD
 from ranking.items import ItemTable
 from recsys.errors import DataError
@@ -246,14 +247,6 @@ class Sampler:
         if history is None:
             raise ValueError(f"sampler {self.name!r} needs the histories of the requests")
         return history
-
-
-def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Give well-mixed 64-bit words, one for one (SplitMix64: golden-ratio step, then two multiply-xorshift rounds)."""
-    z = words + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _contains(ascending: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -5,7 +5,10 @@ last digits, enough that the same candidate, scored alone and among others, diff
 two agree to the rounding of the result, so offline and online answers can be compared. Training stays in float32.
 """
 
+import copy
 import itertools
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -40,10 +43,28 @@ def exact(module: nn.Module, *inputs: Tensor) -> Tensor:
     if module.training:
         output: Tensor = module(*inputs)
     else:
-        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-        weights = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors}
-        output = torch.func.functional_call(module, weights, tuple(x.double() for x in inputs))
+        output = _double(module)(*(x.double() for x in inputs))
     return output
+
+
+_doubles: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], nn.Module]]" = weakref.WeakKeyDictionary()
+_doubles_lock = threading.Lock()
+
+
+def _double(module: nn.Module) -> nn.Module:
+    """Give a float64 copy of a module, made anew only when one of its tensors was moved or written to.
+
+    A copy, because swapping the weights of the module itself would show them to other threads that score with it.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    with _doubles_lock:
+        known = _doubles.get(module)
+        if known is None or known[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                known = (versions, copy.deepcopy(module).double().eval().requires_grad_(False))
+            _doubles[module] = known
+    return known[1]
 
 
 def interaction(v: Tensor, h: Tensor) -> Tensor:

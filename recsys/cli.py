@@ -199,7 +199,7 @@ def publish(
     place = Workspace(workspace)
     chosen = trained_run(place.require(place.run(ranker), "train"), place.prepared)
     found = trained_run(place.require(place.run(retriever), "train"), place.prepared) if retriever else None
-    bundle = run(
+    bundle_version = run(
         place.prepared,
         ranker=chosen,
         retriever=found,
@@ -208,7 +208,7 @@ def publish(
         metrics=chosen.summary.table(),
     )
     version = register(place.bundle, chosen.run_id, mlflow or place.tracking_uri, alias=alias)
-    typer.echo(f"{place.bundle}: bundle {bundle.version}, MLflow version {version}, alias {alias}")
+    typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
 
 
 @app.command()

@@ -1,9 +1,15 @@
 """Requests and responses of the service, the same objects for HTTP, the batch job and offline evaluation."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_CANDIDATES = 10_000
 """Most items one `rank` request may ask for; more is answered with 413."""
+
+
+Id = Annotated[str, Field(max_length=512)]
+"""An outside id. The bound also makes half of a surrogate pair, which no UTF-8 can carry, an error of its field."""
 
 
 class Message(BaseModel):
@@ -15,15 +21,15 @@ class Message(BaseModel):
 class InlineEvent(Message):
     """One event of a history sent along with a request."""
 
-    item_id: str
+    item_id: Id
     timestamp: int = Field(description="microseconds since 1970, UTC")
-    action: str = ""
+    action: str = Field(default="", max_length=64)
 
 
 class RecommendRequest(Message):
     """Ask for the k best items for a user, or for an inline history."""
 
-    user_id: str | None = None
+    user_id: Id | None = None
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
     k: int = Field(default=10, ge=1, le=1000)
     at: int | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
@@ -54,9 +60,9 @@ class RecommendResponse(Message):
 class RankRequest(Message):
     """Ask for the scores of given items for a user, or for an inline history."""
 
-    user_id: str | None = None
+    user_id: Id | None = None
     history: list[InlineEvent] | None = None
-    item_ids: list[str] = Field(min_length=1)
+    item_ids: list[Id] = Field(min_length=1)
     at: int | None = None
 
 

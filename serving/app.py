@@ -6,6 +6,7 @@ models need not be safe in several, and because the work is mostly torch and num
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ from serving import problems
 from serving.page import PAGE
 from serving.service import HistoryResponse, ModelsResponse, Service, SimilarResponse, UsersResponse
 from serving.telemetry import CONTENT_TYPE, Telemetry
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Timings = Mapping[str, float]
@@ -106,13 +109,13 @@ class Frame:
             return
         began = time.perf_counter()
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
-        status, sent = 500, 0
+        request_id: bytes = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
+        status, sent, started = 500, 0, False
 
         async def framed_send(message: AsgiMessage) -> None:
-            nonlocal status, sent
+            nonlocal status, sent, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 added = [(b"server-timing", b"http;dur=%.2f" % ((time.perf_counter() - began) * 1e3))]
                 if self._request_ids:
                     added.append((b"x-request-id", request_id))
@@ -126,6 +129,12 @@ class Frame:
                 await self._too_large(_declared(headers))(scope, receive, framed_send)
             else:
                 await self._app(scope, self._counted(receive), framed_send)
+        except Exception:
+            name = request_id.decode("latin-1")
+            logger.exception("request %s, %s %s: unexpected error", name, scope["method"], scope["path"])
+            if started:
+                raise
+            await problems.unexpected()(scope, receive, framed_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._telemetry.request(route, scope["method"], status, time.perf_counter() - began, sent)

@@ -73,5 +73,6 @@ def application(table: dict[str, Any]) -> Application:
         max_queued_requests=2 * waiting,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_SECONDS),
         graceful_shutdown_timeout_s=5,
+        max_constructor_retry_count=1,  # a damaged log or snapshot will not be mended by trying again
     ).bind(table)
     return deployed

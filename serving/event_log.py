@@ -9,8 +9,8 @@ All writers share one sequence of segments under a file lock, rather than one fi
 fsync of some 100 us, and it buys one order of all events, one window of event ids for all replicas (a repeated post
 is recognised whichever replica it reaches), and a position that says exactly what a view of the log has seen.
 
-A process killed while it writes leaves a torn tail that nobody was told is durable. The next writer, alone under the
-lock, cuts it off. A damaged record with good ones after it is no torn tail: that is a `DataError`, never cut off.
+A process killed while it writes leaves a torn tail that nobody was told is durable: a line cut short, or zeros after a
+power cut. The next writer, alone under the lock, cuts it off. Any other damage is a `DataError` and is left as it is.
 """
 
 import fcntl
@@ -57,7 +57,7 @@ class SegmentLog:
         recovered_bytes: bytes of torn tails that this object has cut off.
 
     Raises:
-        DataError: a damaged record that is not a torn tail.
+        DataError: a damaged record in the segments read that is not a torn tail.
 
     Opening reads the newest segments until the window is full: 100,000 events take about half a second.
     """
@@ -206,18 +206,18 @@ class SegmentLog:
             raise DataError(f"{path}: {size} bytes, but {good} were there; restore it and rebuild the views")
         ids: list[str] = []
         with path.open("rb") as file:
-            offset = file.seek(good)
+            file.seek(good)
             for line in file:
                 event = _decode(line)
-                if event is not None and offset > good:
+                if event is None:
+                    if _torn(line + file.read()):
+                        break
                     raise DataError(
-                        f"{path}: damaged record at byte {good}, with sound ones after it; restore the file from a "
-                        "copy, or remove that record and rebuild the views"
+                        f"{path}: damaged record at byte {good}; restore the file from a copy, or remove the record "
+                        "and rebuild the views"
                     )
-                offset += len(line)
-                if event is not None:
-                    ids.append(event.event_id)
-                    good = offset
+                ids.append(event.event_id)
+                good += len(line)
         # A writer may have been killed between its write and its sync; a repeat of its events is then "a duplicate",
         # so they must be on the disk before anybody is told so.
         self._unsynced = True
@@ -249,8 +249,14 @@ class SegmentLog:
     def _remember(self, ids: Iterable[str]) -> None:
         for event_id in ids:
             self._window[event_id] = None
+            self._window.move_to_end(event_id)  # it may have been taken again after it had left the window
         while len(self._window) > self._window_size:
             self._window.popitem(last=False)
+
+
+def _torn(tail: bytes) -> bool:
+    """Whether unsound bytes at the end are what an interrupted write leaves: a line cut short, or pages of zeros."""
+    return b"\n" not in tail or bytes(8) in tail
 
 
 def _encode(event: Event) -> tuple[str, bytes]:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from recsys.errors import ConfigError, RecsysError
+from serving.event_log import SegmentLog
 from serving.settings import ServeConfig, load_into, open_service
 from serving.telemetry import MULTIPROCESS
 
@@ -26,6 +27,7 @@ __all__ = ["Running", "ServeConfig", "run_bare", "start"]
 
 APPLICATION = "recsys"
 READY_SECONDS = 120.0
+LOGS = "/tmp/ray/session_latest/logs/serve"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
 
 
@@ -92,7 +94,7 @@ def start(config: ServeConfig) -> Running:
 
     Raises:
         ConfigError: the port is in use, or Ray Serve was imported before its settings could be made.
-        BundleError: the bundle is damaged; nothing is started then.
+        DataError: the bundle, the snapshot or the event log is damaged; nothing is started then.
         RecsysError: Ray Serve did not get ready; the message has its own.
 
     Cost: about 15 s on two cores.
@@ -102,6 +104,7 @@ def start(config: ServeConfig) -> Running:
     _require_free(config.host, config.port)
     _check(config.bundle, golden=False)
     SnapshotReader(config.snapshot)
+    SegmentLog(config.state / "log", config.durability, config.window).close()
     directory = Path(tempfile.mkdtemp(prefix="recsys-serve-"))
     _set_environment(directory)
     running = Running(config, directory)
@@ -122,6 +125,7 @@ def run_bare(config: ServeConfig) -> None:
 
     from serving.app import create_app
 
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     _require_free(config.host, config.port)
     service = open_service(config)
     load_into(service, config.bundle)
@@ -247,11 +251,15 @@ def _await_running() -> None:
         if application.status == "RUNNING":
             return
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            reasons = [f"{name}: {each.message}" for name, each in application.deployments.items() if each.message]
-            raise RecsysError(f"Ray Serve did not take the bundle: {application.message} {' '.join(reasons)}")
-    raise RecsysError(
-        f"Ray Serve was not ready after {READY_SECONDS:.0f} s; see the logs under /tmp/ray/session_latest"
-    )
+            messages = [application.message, *(each.message for each in application.deployments.values())]
+            reasons = {_last_line(message): None for message in messages if message}
+            raise RecsysError(f"the service did not start: {'; '.join(reasons)}; details in {LOGS}")
+    raise RecsysError(f"the service was not ready after {READY_SECONDS:.0f} s; details in {LOGS}")
+
+
+def _last_line(message: str) -> str:
+    """Give the last line of a message: the error itself, if the message is a traceback."""
+    return message.strip().splitlines()[-1].strip()
 
 
 def _await_ready(address: str, version: str) -> None:

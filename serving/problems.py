@@ -18,7 +18,6 @@
 Other `recsys.errors.RequestError`s carry their own code and status.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -32,8 +31,6 @@ from recsys.errors import RequestError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
-
-logger = logging.getLogger(__name__)
 
 
 class FieldError(BaseModel):
@@ -85,11 +82,10 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of an application a problem document."""
+    """Make every refusal of an application a problem document; the middleware sees to unexpected errors."""
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -139,6 +135,6 @@ async def _http(request: Request, error: Exception) -> Response:
     return problem(error.status_code, "http", str(error.detail), headers=error.headers)
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
-    logger.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
-    return problem(500, "internal", "an unexpected error; the log of the service has it under this request id")
+def unexpected() -> Response:
+    """Give the response to an error nobody foresaw; it tells nothing of it."""
+    return problem(500, "internal", "an unexpected error; the service's log has it under the id in x-request-id")

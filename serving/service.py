@@ -16,6 +16,7 @@ from pydantic import Field
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
+from ranking.recommender import LATEST
 from recsys.errors import RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (
@@ -283,11 +284,16 @@ def _event(posted: EventIn, position: int, now: int) -> Event:
         )
     if not math.isfinite(posted.value):
         raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
+    time = now if posted.timestamp is None else posted.timestamp
+    if abs(time) > LATEST:
+        raise RequestError(
+            422, "validation", f"events.{position}.timestamp: {time} is no moment in microseconds since 1970"
+        )
     return Event(
         event_id=posted.event_id or uuid.uuid4().hex,
         user_id=posted.user_id,
         item_id=posted.item_id,
-        time=now if posted.timestamp is None else posted.timestamp,
+        time=time,
         action=posted.action,
         value=posted.value,
     )

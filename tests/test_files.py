@@ -67,11 +67,12 @@ def test_before_is_strict_and_loses_nothing_earlier(rows, at):
 def test_concatenate_orders_by_time_and_keeps_earlier_parts_first(a, b):
     first, second = _events(a), _events(b)
     both = Events.concatenate(first, second)
-    expected = sorted(
-        [*zip(first.time, [0] * len(first), first.item, strict=True)]
-        + [*zip(second.time, [1] * len(second), second.item, strict=True)],
-        key=lambda row: (row[0], row[1]),
-    )
+    rows = [
+        (time, part, item)
+        for part, run in enumerate((first, second))
+        for item, time in zip(run.item, run.time, strict=True)
+    ]
+    expected = sorted(rows, key=lambda row: row[:2])
     assert both.time.tolist() == [row[0] for row in expected]
     assert both.item.tolist() == [row[2] for row in expected]
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,12 +40,13 @@ def logs(draw, distinct_starts: bool = False) -> list[Line]:
     starts = st.tuples(st.sampled_from("αbcde"), st.integers(0, 90 * 4))
     lines = []
     for number, (user, quarter) in enumerate(draw(st.lists(starts, min_size=3, max_size=25, unique=distinct_starts))):
-        session = draw(st.sampled_from([f"s{number}", f"s{number}", None]))
+        session = draw(st.sampled_from([f"s{number}", f"s{number % 3}", None]))  # users may share the name of a session
         for item, later in draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=5)):
-            # Without a session a line is a request of its own moment; those must be distinct too.
-            later = 0 if session is None else later
+            time = (
+                quarter * DAY // 4 + (0 if session is None else later * DAY // 8) + (number if distinct_starts else 0)
+            )
             action = draw(st.sampled_from(["buy", "buy", "view", None]))
-            lines.append(Line(user, f"i{item}", quarter * DAY // 4 + later * (DAY // 8), session, action))
+            lines.append(Line(user, f"i{item}", time, session, action))
     return lines
 
 
@@ -117,7 +119,7 @@ def reference(lines: list[Line], split: SplitConfig, positive: tuple[str, ...], 
                 requests[name].append((user, at, before, positives))
             if name == "train":
                 train.append(positives)
-        for a, b in zip(train, train[1:], strict=False):
+        for a, b in pairwise(train):
             for source in a:
                 for target in b:
                     transitions[source, target] += 1 / (len(a) * len(b))
@@ -349,7 +351,11 @@ def test_what_cannot_be_prepared_is_said(tmp_path: Path) -> None:
         prepare(tmp_path, tmp_path / "set")
     ingest(raw(synthetic(300)), tmp_path / "source")
     wrong: list[tuple[PrepareConfig, type[Exception], str]] = [
-        (PrepareConfig(samplers=("popular",)), ConfigError, r"unknown sampler 'popular'; there are uniform, popularity"),
+        (
+            PrepareConfig(samplers=("popular",)),
+            ConfigError,
+            r"unknown sampler 'popular'; there are uniform, ",
+        ),
         (PrepareConfig(positive=("rent",)), DataError, r"action 'rent' does not occur; the log has buy, view"),
         (PrepareConfig(columns=("colour",)), DataError, r"no column 'colour' to code; the catalogue has category"),
         (PrepareConfig(split=SplitConfig("time", 300, 28)), DataError, r"no training request .*spans \d+.* days"),

@@ -222,9 +222,9 @@ def test_every_number_of_the_evaluation_is_on_the_page():
     texts = {"html": "".join(read(render_html(page)).text), "markdown": render_markdown(page)}
     for text in texts.values():
         for words in (
-            "0.9123", "0.9023–0.9223", "−0.2000", "100 negatives and 10.0 positives per request", "41.0 % of the positives",
-            "0.5 % of the negatives", "3 users without both classes", "1,876,543", "4,213", "1,234", "5,000", "3,072",
-            "2017-01-01 00:00 to 2018-01-01 00:00", "global time", "p100 9,999", "0.409",
+            "0.9123", "0.9023–0.9223", "−0.2000", "100 negatives and 10.0 positives per request",
+            "41.0 % of the positives", "0.5 % of the negatives", "3 users without both classes", "1,876,543", "4,213",
+            "1,234", "5,000", "3,072", "2017-01-01 00:00 to 2018-01-01 00:00", "global time", "p100 9,999", "0.409",
             "not defined",
         ):  # fmt: skip
             assert words in text

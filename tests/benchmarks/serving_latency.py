@@ -12,6 +12,7 @@ import http.client
 import itertools
 import json
 import multiprocessing
+import os
 import socket
 import tempfile
 import threading
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", choices=["bare", "serve"], default=["bare", "serve"])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for both hosts
     bodies = _bodies(arguments.bundle, arguments.snapshot)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as state:
@@ -123,7 +125,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
 
 @contextmanager
 def _bare(config: ServeConfig) -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=run_bare, args=(config,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_run_bare, args=(config,), daemon=True)
     process.start()
     try:
         _await(config.port, process.is_alive)
@@ -131,6 +133,11 @@ def _bare(config: ServeConfig) -> Iterator[None]:
     finally:
         process.terminate()
         process.join(10)
+
+
+def _run_bare(config: ServeConfig) -> None:
+    os.setsid()  # a session of its own, as Ray's processes have: Linux shares the cores out by session
+    run_bare(config)
 
 
 def _await(port: int, alive: Callable[[], bool]) -> None:

@@ -1,0 +1,68 @@
+"""A small published bundle and snapshot, and services over them, for the tests of `serving/`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ranking.batch import FIRST_ITEM
+from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.items import ItemTable
+from ranking.manifest import Provenance
+from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
+from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
+from ranking.snapshot import write_snapshot
+from serving.service import Service
+from serving.settings import ServeConfig, load_into, open_service
+from worlds import DAY, START, make_world
+
+USERS = 20
+ITEMS = 62
+LATER = START + 1_000 * DAY
+"""After all events of the world."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the snapshot and two bundles lie; `smaller` does not know the last two items of `bundle`."""
+
+    snapshot: Path
+    bundle: Path
+    smaller: Path
+
+
+def publish_world(directory: Path) -> Place:
+    """Write a snapshot of twenty users (`user-0`...) and two bundles over sixty items (`item-0`...)."""
+    world = make_world(users=USERS)
+    place = Place(directory / "snapshot", directory / "bundle", directory / "smaller")
+    write_snapshot(place.snapshot, [f"user-{number}" for number in range(USERS)], world.histories, "digest")
+    _write(place.bundle, world.items, ITEMS)
+    _write(place.smaller, world.items, ITEMS - 2)
+    return place
+
+
+def _write(directory: Path, items: ItemTable, known: int) -> None:
+    rows = known + FIRST_ITEM
+    table = ItemTable(items.columns, items.categorical[:rows], items.cardinality, items.count[:rows])
+    torch.manual_seed(known)
+    retriever = MqsaTedConfig(width=8)
+    contents = Contents(
+        items=table,
+        item_ids=["", ""] + [f"item-{number}" for number in range(known)],
+        names=["", ""] + [f"Item number {number}" for number in range(known)],
+        key_to_row=torch.arange(FIRST_ITEM, rows, dtype=torch.int32).numpy(),
+        vocabulary={},
+        actions=["", "purchase"],
+        ranker=NamedModel(
+            "personal_frequency", PersonalFrequencyConfig(), PersonalFrequency(PersonalFrequencyConfig(), table)
+        ),
+        retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)),
+    )
+    write_bundle(directory, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest"))
+
+
+def make_service(place: Place, state: Path, bundle: Path | None = None) -> Service:
+    """Open a service over a bundle, `place.bundle` unless said otherwise."""
+    service = open_service(ServeConfig(bundle or place.bundle, place.snapshot, state, durability="os"))
+    load_into(service, bundle or place.bundle)
+    return service

@@ -1,0 +1,385 @@
+"""The service over HTTP, in process: what is answered, what is refused and how, and what an event changes."""
+
+import dataclasses
+import http
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_world import LATER, USERS, Place, make_service, publish_world
+from starlette.testclient import TestClient
+
+from recsys.messages import RankRequest, RecommendRequest
+from recsys.stores import Event
+from serving.app import Limits, create_app
+from serving.event_log import SegmentLog
+from serving.history_store import MAX_USER_BYTES
+from serving.settings import ServeConfig, load_into, open_service
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return publish_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def service(place, tmp_path):
+    service = make_service(place, tmp_path / "state")
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def client(service):
+    with TestClient(create_app(service, Limits(body_bytes=500_000)), raise_server_exceptions=False) as client:
+        yield client
+
+
+def post(client: TestClient, *events: dict) -> dict:
+    response = client.post("/v1/events", json={"events": list(events)})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def recommend(client: TestClient, **fields) -> dict:
+    response = client.post("/v1/recommend", json=fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def history(client: TestClient, user: str) -> dict:
+    return client.get(f"/v1/users/{user}/history").json()
+
+
+# --- answers
+
+
+def test_http_answers_what_the_recommender_answers(client, service):
+    for user in [f"user-{number}" for number in range(USERS)] + ["nobody"]:
+        asked = RecommendRequest(user_id=user, k=5, at=LATER)
+        ranked = RankRequest(user_id=user, item_ids=["item-3", "no such item", "item-1"], at=LATER)
+        recommender = service.served.recommender
+        pairs = [
+            (client.post("/v1/recommend", json=asked.model_dump()).json(), recommender.recommend(asked, LATER)),
+            (client.post("/v1/rank", json=ranked.model_dump()).json(), recommender.rank(ranked, LATER)),
+        ]
+        for found, expected in pairs:
+            assert found | {"timings": 0} == expected.model_dump(mode="json") | {"timings": 0}
+    assert not found["user_known"]
+    assert found["unknown_item_ids"] == ["no such item"]
+    assert found["scores"][1] is None
+
+
+def test_look_ups(client, service):
+    assert client.get("/v1/users?limit=3").json() == {"users": ["user-0", "user-1", "user-2"]}
+    found = client.get("/v1/users/user-0/history?limit=2").json()
+    times = [event["timestamp"] for event in found["events"]]
+    assert len(times) == 2
+    assert times == sorted(times, reverse=True)
+    assert found["total"] > 2
+    assert found["events"][0]["name"] == found["events"][0]["item_id"].replace("item-", "Item number ")
+    similar = client.get("/v1/items/item-1/similar?k=3").json()["items"]
+    assert "item-1" not in [item["item_id"] for item in similar]
+    assert [item["score"] for item in similar] == sorted((item["score"] for item in similar), reverse=True)
+    assert len(similar) == 3
+    models = client.get("/v1/models").json()
+    assert models["version"] == service.version
+    assert {entry["role"]: entry["name"] for entry in models["models"]} == {
+        "ranker": "personal_frequency",
+        "retriever": "mqsa_ted",
+    }
+
+
+def test_probes_page_and_schema(client, service):
+    assert client.get("/livez").text == "ok"
+    assert client.get("/readyz").text == f"ready {service.version}"
+    assert "<form" in client.get("/").text
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/v1/recommend",
+        "/v1/rank",
+        "/v1/events",
+        "/v1/users",
+        "/v1/users/{user_id}/history",
+        "/v1/items/{item_id}/similar",
+        "/v1/models",
+        "/livez",
+        "/readyz",
+        "/metrics",
+    }
+    for path in ("/v1/recommend", "/v1/rank", "/v1/events"):
+        answers = schema["paths"][path]["post"]["responses"]
+        assert "application/json" in answers["200"]["content"]
+        assert "application/problem+json" in answers["4XX"]["content"]
+
+
+def test_every_answer_has_its_id_and_its_stages(client):
+    asked = client.post("/v1/recommend", json={"user_id": "user-1"}, headers={"x-request-id": "mine"})
+    assert asked.headers["x-request-id"] == "mine"
+    stages = dict(part.split(";dur=") for part in ", ".join(asked.headers.get_list("server-timing")).split(", "))
+    assert set(stages) > {"queue", "encode", "score", "http"}
+    assert float(stages["http"]) >= float(stages["score"])
+    ids = {client.get("/nowhere").headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+# --- events
+
+
+def test_an_event_is_used_by_the_very_next_request(client):
+    for user in ("user-3", "a user nobody has seen"):
+        for number in range(30):
+            before = recommend(client, user_id=user, k=60)["history_events"]
+            post(client, {"user_id": user, "item_id": f"item-{number}"})
+            after = recommend(client, user_id=user, k=60)
+            assert after["history_events"] == before + 1
+            assert after["user_known"]
+            assert f"item-{number}" == history(client, user)["events"][0]["item_id"]
+    assert client.get("/v1/users?limit=1").json()["users"] in (["user-3"], ["a user nobody has seen"])
+
+
+def test_events_count_from_their_own_moment_on(client):
+    post(client, {"user_id": "new", "item_id": "item-1", "timestamp": LATER})
+    post(client, {"user_id": "new", "item_id": "item-2", "timestamp": LATER - 10})  # late, goes before it
+    known = [recommend(client, user_id="new", at=at)["history_events"] for at in (LATER - 10, LATER, LATER + 1)]
+    assert known == [0, 1, 2]
+    assert [event["item_id"] for event in history(client, "new")["events"]] == ["item-1", "item-2"]
+
+
+def test_verdicts(client):
+    posted = {"user_id": "u", "item_id": "item-1", "event_id": "one", "action": "purchase"}
+    unknown = {"user_id": "u", "item_id": "not in the catalogue"}
+    answer = post(client, posted, posted, unknown)
+    assert [each["verdict"] for each in answer["verdicts"]] == ["accepted", "duplicate", "accepted_unknown_item"]
+    assert answer["accepted"] == 2
+    assert answer["verdicts"][0]["event_id"] == "one"
+    assert answer["verdicts"][2]["event_id"]
+    assert post(client, posted)["verdicts"][0]["verdict"] == "duplicate"
+    found = history(client, "u")
+    assert found["total"] == 2
+    assert [(event["item_id"], event["action"]) for event in found["events"]][::-1] == [
+        ("item-1", "purchase"),
+        (None, ""),
+    ]
+
+
+def test_events_and_their_ids_survive_a_restart_and_a_death_between_log_and_view(place, tmp_path):
+    service = make_service(place, tmp_path)
+    with TestClient(create_app(service)) as client:
+        post(client, {"user_id": "u", "item_id": "item-1", "event_id": "one"})
+    service.close()
+    log = SegmentLog(tmp_path / "log", "os")
+    log.append([Event("two", "u", "item-2", LATER)])  # its writer died before the view heard of it
+    log.close()
+    service = make_service(place, tmp_path)
+    with TestClient(create_app(service)) as client:
+        assert history(client, "u")["total"] == 2
+        assert post(client, {"user_id": "u", "item_id": "item-1", "event_id": "one"})["accepted"] == 0
+    service.close()
+
+
+def test_a_new_bundle_gives_unknown_items_their_names(place, tmp_path):
+    service = make_service(place, tmp_path, place.smaller)
+    with TestClient(create_app(service)) as client:
+        new_item = {"user_id": "u", "item_id": "item-61"}
+        assert post(client, new_item)["verdicts"][0]["verdict"] == "accepted_unknown_item"
+        assert history(client, "u")["events"][0]["item_id"] is None
+        load_into(service, place.bundle)
+        assert history(client, "u")["events"][0]["item_id"] == "item-61"
+        assert post(client, new_item)["verdicts"][0]["verdict"] == "accepted"
+    service.close()
+
+
+def test_a_swap_loses_no_request_and_mixes_no_bundles(place, tmp_path):
+    service = make_service(place, tmp_path)
+    versions = {service.version: 62}
+    asked = {"user_id": "user-1", "k": 100, "at": LATER}
+    with TestClient(create_app(service)) as client, ThreadPoolExecutor(2) as clients:
+        ended = threading.Event()
+
+        def ask() -> list[dict]:
+            answers = []
+            while not ended.is_set():
+                answers.append(recommend(client, **asked))
+            return answers
+
+        asking = [clients.submit(ask) for _ in range(2)]
+        for bundle in (place.smaller, place.bundle, place.smaller):
+            load_into(service, bundle)
+            versions[service.version] = 62 if bundle == place.bundle else 60
+        ended.set()
+        answers = [answer for future in asking for answer in future.result()]
+        expected = dict.fromkeys(versions)
+        for answer in answers:
+            found = answer | {"timings": 0}
+            assert expected[found["model_version"]] in (None, found)
+            expected[found["model_version"]] = found
+            assert len(found["items"]) <= versions[found["model_version"]]
+    service.close()
+    assert len(versions) == 2
+
+
+# --- refusals
+
+JSON = {"content-type": "application/json"}
+USER = {"user_id": "u"}
+EVENT = {"user_id": "u", "item_id": "item-1"}
+LONG = {"user_id": "ä" * (MAX_USER_BYTES // 2 + 1), "item_id": "i"}
+NAN = b'{"events": [{"user_id": "u", "item_id": "i", "value": NaN}]}'
+REFUSALS = {
+    "malformed JSON": ("recommend", b'{"user_id": ', 400, "malformed_json", "not JSON"),
+    "bytes that are no text": ("recommend", b'{"user_id": "\xff"}', 400, "malformed_json", "JSON"),
+    "negative k": ("recommend", USER | {"k": -1}, 422, "validation", "k: "),
+    "k of text": ("recommend", USER | {"k": "ten"}, 422, "validation", "'ten'"),
+    "unknown field": ("recommend", USER | {"kk": 1}, 422, "validation", "kk: "),
+    "neither user nor history": ("recommend", {"k": 3}, 422, None, "user_id"),
+    "moment beyond 64 bits": ("recommend", USER | {"at": 2**70}, 422, None, "at"),
+    "half a surrogate": ("recommend", b'{"user_id": "\\ud800"}', 422, "validation", "user_id"),
+    "not an object": ("recommend", [1], 422, "validation", "body"),
+    "no body": ("recommend", b"", 422, "validation", "body"),
+    "no items": ("rank", USER | {"item_ids": []}, 422, "validation", "item_ids"),
+    "missing items": ("rank", USER, 422, "validation", "item_ids"),
+    "too many candidates": ("rank", USER | {"item_ids": ["i"] * 10_001}, 413, "too_many_candidates", "10000"),
+    "too many bytes": ("rank", b" " * 500_001, 413, "body_too_large", "500000"),
+    "no events": ("events", {"events": []}, 422, "validation", "events"),
+    "too many events": ("events", {"events": [EVENT] * 1_001}, 413, "too_many_events", "1000"),
+    "event without user": ("events", {"events": [EVENT, {"item_id": "i"}]}, 422, "validation", "events.1.user_id"),
+    "event of a long user": ("events", {"events": [EVENT, LONG]}, 422, "validation", "events.1.user_id"),
+    "event out of time": ("events", {"events": [EVENT | {"timestamp": -(2**63)}]}, 422, "validation", "timestamp"),
+    "event of NaN": ("events", NAN, 422, "validation", "events.0.value"),
+    "unknown route": ("/v1/recommendations", None, 404, "unknown_route", "/v1/recommendations"),
+    "unknown user": ("/v1/users/nobody/history", None, 404, "unknown_user", "nobody"),
+    "unknown item": ("/v1/items/nothing/similar", None, 404, "unknown_item", "nothing"),
+    "query out of range": ("/v1/users?limit=0", None, 422, "validation", "limit: "),
+    "wrong method": ("/v1/recommend", None, 405, "method_not_allowed", "GET"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_say_what_is_wrong_under_a_stable_code(client, case):
+    route, body, status, code, told = REFUSALS[case]
+    if body is None:
+        response = client.get(route)
+    else:
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        response = client.post(f"/v1/{route}", content=content, headers=JSON)
+    found = response.json()
+    assert (response.status_code, found["status"]) == (status, status)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert found["title"] == http.HTTPStatus(status).phrase
+    if code is not None:
+        assert found["code"] == code
+        assert found["type"] == f"urn:recsys:problem:{code}"
+    assert told in found["detail"].replace(",", "")
+    assert client.get("/v1/users/u/history").status_code == 404  # nothing was written
+
+
+def test_a_body_that_is_not_declared_as_json_or_comes_in_chunks_beyond_the_bound(client):
+    form = client.post("/v1/recommend", content=b"{}", headers={"content-type": "application/x-www-form-urlencoded"})
+    assert (form.status_code, form.json()["code"]) == (415, "unsupported_media_type")
+    chunked = client.post("/v1/rank", content=iter([b" " * 300_000] * 2), headers=JSON)
+    assert (chunked.status_code, chunked.json()["code"]) == (413, "body_too_large")
+
+
+def test_before_a_bundle_is_loaded_it_is_alive_but_not_ready(place, tmp_path):
+    service = open_service(ServeConfig(place.bundle, place.snapshot, tmp_path))
+    with TestClient(create_app(service)) as client:
+        assert client.get("/livez").status_code == 200
+        for response in (client.get("/readyz"), client.post("/v1/recommend", json=USER)):
+            assert (response.status_code, response.json()["code"]) == (503, "not_ready")
+            assert response.headers["retry-after"] == "1"
+        load_into(service, place.bundle)
+        assert client.get("/readyz").status_code == 200
+    service.close()
+
+
+class Blocked:
+    """A recommender that waits until it is let go, or fails."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+        self.entered = threading.Semaphore(0)
+        self.go = threading.Event()
+
+    def recommend(self, request: RecommendRequest, now: int):
+        self.entered.release()
+        assert self.go.wait(30)
+        return self.inner.recommend(request, now)
+
+    def rank(self, request: RankRequest, now: int):
+        raise ZeroDivisionError("secret of the implementation")
+
+
+def test_overload_is_told_at_once_and_passes(service):
+    blocked = Blocked(service.served.recommender)
+    service.swap(dataclasses.replace(service.served, recommender=blocked))
+    with TestClient(create_app(service, Limits(waiting=1))) as client, ThreadPoolExecutor(1) as clients:
+        first = clients.submit(recommend, client, user_id="user-1")
+        assert blocked.entered.acquire(timeout=30)
+        refused = client.post("/v1/recommend", json=USER)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/livez").status_code == 200  # the probes do not wait in the queue
+        blocked.go.set()
+        assert first.result()["user_known"]
+        assert recommend(client, user_id="user-1")["user_known"]
+
+
+def test_a_defect_is_told_without_its_details(service):
+    service.swap(dataclasses.replace(service.served, recommender=Blocked(service.served.recommender)))
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        response = client.post("/v1/rank", json=USER | {"item_ids": ["item-1"]})
+        assert (response.status_code, response.json()["code"]) == (500, "internal")
+        assert response.headers["x-request-id"]
+        assert "secret" not in response.text
+        assert "Zero" not in response.text
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = ["user_id", "k", "at", "history", "exclude_seen", "item_ids", "events", "item_id", "timestamp", "action"]
+NESTED = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4)
+BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES | st.lists(NESTED, max_size=2), max_size=5)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(route=st.sampled_from(["recommend", "rank", "events"]), body=BODIES | VALUES)
+def test_no_body_makes_it_fail(client, route, body):
+    response = client.post(f"/v1/{route}", content=json.dumps(body), headers=JSON)
+    assert response.status_code in (200, 400, 413, 422), response.text
+    if response.status_code != 200:
+        assert response.json()["code"] != "internal"
+
+
+# --- metrics
+
+
+def test_metrics_count_by_route_and_never_name_anybody(client):
+    recommend(client, user_id="secret-user")
+    post(client, {"user_id": "secret-user", "item_id": "secret-item"})
+    client.get("/v1/users/secret-user/history")
+    client.get("/v1/users/another-secret-user/history")
+    client.get("/secret-path")
+    client.post("/v1/rank", json={"user_id": "secret-user", "item_ids": ["secret-item", "item-1"]})
+    text = client.get("/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+    def count(route: str, method: str, status: int) -> float:
+        return float(lines[f'recsys_http_request_seconds_count{{method="{method}",route="{route}",status="{status}"}}'])
+
+    assert count("/v1/recommend", "POST", 200) == 1
+    assert count("/v1/users/{user_id:path}/history", "GET", 200) == 1
+    assert count("/v1/users/{user_id:path}/history", "GET", 404) == 1
+    assert count("unmatched", "GET", 404) == 1
+    assert float(lines["recsys_unknown_users_total"]) == 1
+    assert float(lines["recsys_unknown_items_total"]) == 1
+    assert float(lines['recsys_events_total{verdict="accepted_unknown_item"}']) == 1
+    assert float(lines["recsys_rank_candidates_sum"]) == 2
+    assert float(lines['recsys_stage_seconds_count{stage="encode"}']) >= 1
+    assert "secret" not in text

@@ -1,0 +1,179 @@
+"""The service under Ray Serve: one real application, started once for all tests of this file."""
+
+import http.client
+import json
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from serving_world import LATER, Place, make_service, publish_world
+
+from recsys.errors import BundleError, ConfigError, DataError
+from recsys.messages import RankRequest, RecommendRequest
+from serving.host import Running, ServeConfig, start
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return publish_world(tmp_path_factory.mktemp("world"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def config(place: Place, state: Path, port: int) -> ServeConfig:
+    return ServeConfig(place.bundle, place.snapshot, state, port=port)
+
+
+@pytest.fixture(scope="module")
+def running(place, tmp_path_factory):
+    two = replace(config(place, tmp_path_factory.mktemp("state"), free_port()), replicas=2)
+    with start(two) as running:
+        yield running
+
+
+def call(running: Running, method: str, path: str, body=None, headers=None) -> tuple[int, dict[str, str], bytes]:
+    """Give status, headers (names in lower case) and body of one request on a connection of its own."""
+    connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=30)
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body)
+    connection.request(method, path, content, {"Content-Type": "application/json"} | (headers or {}))
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    return response.status, {name.lower(): value for name, value in response.getheaders()}, data
+
+
+def post(running: Running, path: str, body) -> dict:
+    status, _, data = call(running, "POST", path, body)
+    assert status == 200, data
+    return json.loads(data)
+
+
+# --- what is refused before anything is started
+
+
+def test_a_port_in_use_and_damaged_files_are_refused_before_ray_starts(place, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1"):
+            start(config(place, tmp_path, port))
+    damaged = publish_world(tmp_path / "damaged")
+    weights = next(damaged.bundle.glob("models/*"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match="sha256"):
+        start(config(damaged, tmp_path, free_port()))
+    with pytest.raises(DataError, match=r"snapshot.json"):
+        start(replace(config(place, tmp_path, free_port()), snapshot=tmp_path / "nowhere"))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / f"{0:020d}.jsonl").write_text("no record\n")
+    with pytest.raises(DataError, match="damaged record"):
+        start(config(place, tmp_path, free_port()))
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.mark.parametrize(("key", "value"), [("port", 0), ("replicas", 0), ("cores", 0), ("window", 0)])
+def test_a_setting_out_of_range_is_named(place, tmp_path, key, value):
+    with pytest.raises(ConfigError, match=f"{key} is 0"):
+        replace(config(place, tmp_path, 8000), **{key: value})
+
+
+# --- what is served
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+class TestServed:
+    """Two replicas over one log and one view."""
+
+    def test_answers_are_those_of_the_recommender(self, running, place, tmp_path):
+        recommender = make_service(place, tmp_path).served.recommender
+        for user in ("user-0", "user-7", "nobody"):
+            asked = RecommendRequest(user_id=user, k=20, at=LATER)
+            found = post(running, "/v1/recommend", asked.model_dump())
+            assert found | {"timings": 0} == recommender.recommend(asked, LATER).model_dump(mode="json") | {
+                "timings": 0
+            }
+            ranked = RankRequest(user_id=user, item_ids=["item-5", "?", "item-1"], at=LATER)
+            found = post(running, "/v1/rank", ranked.model_dump())
+            expected = recommender.rank(ranked, LATER).model_dump(mode="json")
+            assert found | {"timings": 0} == expected | {"timings": 0}
+
+    def test_an_event_is_used_by_the_very_next_request_of_whichever_replica(self, running):
+        for number in range(40):
+            event = {"user_id": "fresh", "item_id": f"item-{number}", "event_id": f"fresh {number}"}
+            assert post(running, "/v1/events", {"events": [event]})["accepted"] == 1
+            assert post(running, "/v1/recommend", {"user_id": "fresh"})["history_events"] == number + 1
+            assert post(running, "/v1/events", {"events": [event]})["verdicts"][0]["verdict"] == "duplicate"
+
+    @pytest.mark.parametrize(
+        ("method", "path", "body", "status", "code"),
+        [
+            ("POST", "/v1/recommend", b'{"k": ', 400, "malformed_json"),
+            ("POST", "/v1/recommend", {"user_id": "u", "k": -1}, 422, "validation"),
+            ("POST", "/v1/rank", {"user_id": "u", "item_ids": ["i"] * 10_001}, 413, "too_many_candidates"),
+            ("POST", "/v1/rank", b" " * (8 * 2**20 + 1), 413, "body_too_large"),
+            ("GET", "/nowhere", None, 404, "unknown_route"),
+            ("GET", "/v1/users/nobody/history", None, 404, "unknown_user"),
+        ],
+    )
+    def test_refusals_are_problem_documents_here_too(self, running, method, path, body, status, code):
+        found, headers, data = call(running, method, path, body)
+        assert (found, json.loads(data)["code"]) == (status, code)
+        assert headers["content-type"] == "application/problem+json"
+
+    def test_probes_schema_and_one_id_per_answer(self, running):
+        assert call(running, "GET", "/readyz")[2].startswith(b"ready ")
+        assert call(running, "GET", "/livez")[0] == 200
+        assert "/v1/recommend" in json.loads(call(running, "GET", "/openapi.json")[2])["paths"]
+        assert b"<form" in call(running, "GET", "/")[2]
+        _, headers, _ = call(running, "GET", "/livez", headers={"x-request-id": "mine"})
+        assert headers["x-request-id"] == "mine"
+        assert "http;dur=" in headers["server-timing"]
+
+    def test_a_scrape_counts_the_requests_of_all_replicas(self, running):
+        def counted() -> float:
+            text = call(running, "GET", "/metrics")[2].decode()
+            lines = [line for line in text.splitlines() if line.startswith("recsys_http_request_seconds_count")]
+            return sum(float(line.rsplit(" ", 1)[1]) for line in lines if 'route="/v1/models"' in line)
+
+        before = counted()
+        for _ in range(30):
+            assert call(running, "GET", "/v1/models")[0] == 200
+        assert {counted() for _ in range(5)} == {before + 30}
+
+    def test_a_swap_loses_no_request_and_a_refused_bundle_changes_nothing(self, running, place, tmp_path):
+        old = json.loads(call(running, "GET", "/v1/models")[2])["version"]
+        ended = threading.Event()
+
+        def ask() -> list[str]:
+            versions = []
+            while not ended.is_set():
+                versions.append(post(running, "/v1/recommend", {"user_id": "user-1", "at": LATER})["model_version"])
+            return versions
+
+        with ThreadPoolExecutor(2) as clients:
+            asking = [clients.submit(ask) for _ in range(2)]
+            try:
+                new = running.swap(place.smaller)
+                after = post(running, "/v1/recommend", {"user_id": "user-1"})["model_version"]
+                broken = publish_world(tmp_path / "broken").bundle
+                (broken / "golden.json").write_text("{}")
+                with pytest.raises(BundleError):
+                    running.swap(broken)
+            finally:
+                ended.set()
+            seen = {version for future in asking for version in future.result()}
+        assert new == after != old
+        assert seen == {old, new}
+        assert {json.loads(call(running, "GET", "/v1/models")[2])["version"] for _ in range(8)} == {new}
