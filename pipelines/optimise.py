@@ -59,7 +59,7 @@ def update(optimisers: Sequence[torch.optim.Optimizer], config: OptimiserConfig)
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.coalesce() if config.kind == "sparse_adam" else p.grad.to_dense()
     values = [_values(p.grad) for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
     if config.clip is not None and float(norm) > config.clip:
         for v in values:
             v.mul_(config.clip / norm)

@@ -51,10 +51,7 @@ def read_user_ids(path: Path) -> list[str]:
         DataError: the file is missing, is not of its kind, or has no such column.
     """
     try:
-        if path.suffix == ".csv":
-            table = pl.read_csv(path, infer_schema=False)
-        else:
-            table = pl.read_parquet(path)
+        table = pl.read_csv(path, infer_schema=False) if path.suffix == ".csv" else pl.read_parquet(path)
     except (FileNotFoundError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix or 'Parquet'} ({error})") from None
     if USER_ID not in table.columns:

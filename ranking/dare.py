@@ -28,15 +28,19 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranking.batch import Batch, Candidates, History, Padded, Request
+from ranking.batch import UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
 from ranking.items import ItemTable
 from ranking.layers import ScoringHead, binary_cross_entropy, candidate_chunks, masked_softmax, score_real
+from ranking.own_counts import OwnEvents, add_event, decayed_counts, own_events
 from ranking.ranker import Loss
 from recsys.errors import ConfigError
 
 GATHER_ABOVE = 16
 """History length, in multiples of K, from which fetching the K rows beats one product with all rows."""
+
+LEAST_COUNT = 1e-3
+"""Added to a decayed count before its logarithm: ten half-lives ago is as good as never."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class DareConfig:
         auxiliary: train with a second head over all events, not only the K found.
         l2: penalty on the squares of all weights that are neither embeddings nor biases.
         unknown_rate: share of items hidden behind the unknown row in a training step.
+        own_counts: show the head two more numbers, over the whole history (not in the paper, see above).
+        half_life_days: age at which an event counts half in them.
     """
 
     window: int = 200
@@ -70,6 +76,8 @@ class DareConfig:
     auxiliary: bool = True
     l2: float = 1e-6
     unknown_rate: float = 0.02
+    own_counts: bool = False
+    half_life_days: float = 60.0
 
     def __post_init__(self) -> None:
         if min(self.window, self.retrieved) < 1 or self.l2 < 0 or not 0 <= self.unknown_rate < 1:
@@ -77,6 +85,8 @@ class DareConfig:
                 f"window={self.window}, retrieved={self.retrieved}, l2={self.l2}, unknown_rate={self.unknown_rate}: "
                 "expected window and retrieved at least 1, l2 not negative, rate in [0, 1)"
             )
+        if self.half_life_days <= 0:
+            raise ConfigError(f"half_life_days={self.half_life_days}: expected above 0")
         if self.tied and self.attention != self.representation:
             raise ConfigError(
                 f"tied = true needs equal widths, found attention {self.attention} and "
@@ -92,6 +102,8 @@ class DareState(NamedTuple):
     position: Tensor  # int64 [B, T], newest = 1, padding = 0
     time: Tensor  # int64 [B, T]
     mask: Tensor  # bool [B, T]
+    own_item: Tensor  # int32 [B, N], `OwnEvents` of the whole history; no columns unless own_counts
+    own_time: Tensor  # int64 [B, N]
 
 
 class Dare(nn.Module):
@@ -106,13 +118,13 @@ class Dare(nn.Module):
         self.representation = Fields(items, config.representation, config.category, config.window)
         self.attention = None if config.tied else Fields(items, config.attention, config.category, config.window)
         width = {"full": 3, "only": 1, "none": 2}[config.features] * self.representation.width
-        self.head = ScoringHead(width)
+        self.head = ScoringHead(width + 2 * config.own_counts)
         self.auxiliary_head = ScoringHead(width, hidden=(200,)) if config.auxiliary else None
 
     @property
     def window(self) -> int | None:
-        """Newest events read."""
-        return self.config.window
+        """Newest events read; None, all of them, for `own_counts`."""
+        return None if self.config.own_counts else self.config.window
 
     def encode(self, history: History) -> DareState:
         """Give the newest events embedded in both tables, once for all candidates."""
@@ -126,7 +138,8 @@ class Dare(nn.Module):
         chunks = candidate_chunks(q.shape[1], state.mask.numel())
         state = state._replace(key=state.key.double(), value=state.value.double())  # see `layers`
         h = torch.cat([self._pool(state, q[:, chunk]) for chunk in chunks], 1)
-        return score_real(self.head, self._features(v.double(), h), candidates.mask)
+        features = self._with_counts(self._features(v.double(), h), state, request, candidates, row_of)
+        return score_real(self.head, features, candidates.mask)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Give cross-entropy of both heads plus the weight penalty: `main`, `auxiliary`, `l2`.
@@ -140,7 +153,8 @@ class Dare(nn.Module):
         index, found = search(scores, state.mask, self.config.retrieved)
         h = pool_by_scatter(masked_softmax(scores.gather(-1, index), found), index, state.value)
         mask = batch.candidates.mask
-        logits = score_real(self.head, self._features(v, h), mask)
+        features = self._with_counts(self._features(v, h), state, batch.request, batch.candidates, row_of)
+        logits = score_real(self.head, features, mask)
         parts = {"main": binary_cross_entropy(logits, batch.label, batch.weight)}
         if self.auxiliary_head is not None:
             everything = masked_softmax(scores, state.mask[:, None, :].expand_as(scores)) @ state.value
@@ -160,8 +174,8 @@ class Dare(nn.Module):
 
         Cost: one row looked up per request; kept rows move, and only their position part is read again.
         """
-        semantic = self.representation.semantic_width
-        row_of = self.items.embedding_row
+        semantic, row_of = self.representation.semantic_width, self.items.embedding_row
+        own = OwnEvents(state.own_item, state.own_time)
         mask = push(state.mask, torch.ones_like(item, dtype=torch.bool))
         width = min(int(mask.sum(1).max()), self.config.window)
         mask, moved = mask[:, -width:], push(state.time, time)[:, -width:]
@@ -173,6 +187,7 @@ class Dare(nn.Module):
             position,
             moved,
             mask,
+            *(add_event(own, item, time) if self.config.own_counts else own),
         )
 
     @property
@@ -187,7 +202,8 @@ class Dare(nn.Module):
             key = value[..., : self.representation.semantic_width]
         else:
             key = self.attention.semantic(padded.item, row_of).masked_fill(~padded.mask.unsqueeze(-1), 0.0)
-        return DareState(key, value, position, padded.time, padded.mask)
+        own = own_events(history) if self.config.own_counts else (padded.item[:, :0], padded.time[:, :0])
+        return DareState(key, value, position, padded.time, padded.mask, *own)
 
     def search_scores(self, state: DareState, query: Tensor) -> Tensor:
         """Give the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
@@ -217,6 +233,19 @@ class Dare(nn.Module):
         if self.config.features == "only":
             return v * h
         return torch.cat([v, h] if self.config.features == "none" else [v, h, v * h], -1)
+
+    def _with_counts(
+        self, features: Tensor, state: DareState, request: Request, candidates: Candidates, row_of: Tensor
+    ) -> Tensor:
+        """Give the features, followed under `own_counts` by log own decayed count and log(1 + training count)."""
+        if not self.config.own_counts:
+            return features
+        own = OwnEvents(state.own_item, state.own_time)
+        counts = decayed_counts(own, request.at, candidates.item, self.config.half_life_days)
+        known = take(row_of, candidates.item) != UNKNOWN  # a hidden item has no training events, as a new one has none
+        everybody = (take(self.items.count, candidates.item) * known).to(features.dtype).log1p()
+        mine = (counts + LEAST_COUNT).log().to(features.dtype)
+        return torch.cat([features, mine.unsqueeze(-1), everybody.unsqueeze(-1)], -1)
 
 
 def push(values: Tensor, newest: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ worth (Dirichlet smoothing). It orders the items a user has never touched, and b
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import take
 from ranking.items import ItemTable
+from ranking.own_counts import OwnEvents, decayed_counts, own_events
 from ranking.ranker import NEGATIVE, Loss
 from recsys.errors import ConfigError, RecsysError
-
-MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,6 @@ class PersonalFrequencyConfig:
             raise ConfigError(f"half_life_days={self.half_life_days}, prior={self.prior}: expected both above 0")
 
 
-class PersonalFrequencyState(NamedTuple):
-    """A history ordered by item, so that each item's events lie side by side."""
-
-    item: Tensor  # int32 [B, T], ascending; padding (0) first
-    time: Tensor  # int64 [B, T], the events' times in that order
-
-
 class PersonalFrequency(nn.Module):
     """Scores an item by the decayed count of the user's own events of it, smoothed by its popularity."""
 
@@ -63,19 +55,12 @@ class PersonalFrequency(nn.Module):
         """Newest events read; None reads all."""
         return self.config.window
 
-    def encode(self, history: History) -> PersonalFrequencyState:
-        """Give the history ordered by item; cost O(T log T)."""
-        longest = int(history.lengths.max()) if len(history) else 0
-        padded = history.padded(self.config.window or max(longest, 1))
-        item, order = padded.item.sort(dim=1, stable=True)
-        return PersonalFrequencyState(item, padded.time.gather(1, order))
+    def encode(self, history: History) -> OwnEvents:
+        """Give the history ordered by item."""
+        return own_events(history, self.config.window)
 
-    def score(self, state: PersonalFrequencyState, request: Request, candidates: Candidates) -> Tensor:
-        """Give log(f + prior * share), float32 [B, C].
-
-        Cost O((T + C) log T) and never [B, C, T]: with the events of an item side by side, f is a difference of two
-        running sums, found by binary search. Running sums are float64: an old event must not drown beside many.
-        """
+    def score(self, state: OwnEvents, request: Request, candidates: Candidates) -> Tensor:
+        """Give log(f + prior * share), float32 [B, C]; cost O((T + C) log T)."""
         f = decayed_counts(state, request.at, candidates.item, self.config.half_life_days)
         count = self.items.count
         share = (take(count, candidates.item) + 1).double() / float(count.sum() + len(self.items))
@@ -85,20 +70,3 @@ class PersonalFrequency(nn.Module):
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Raise: there is nothing to train."""
         raise RecsysError("personal_frequency has no parameters; it is ready as built, leave out training")
-
-
-def decayed_counts(state: PersonalFrequencyState, at: Tensor, item: Tensor, half_life_days: float) -> Tensor:
-    """Give sum of 2^(-age / half_life) over each candidate's own events, float64 [B, C]; 0 if there are none.
-
-    Args:
-        state: histories ordered by item.
-        at: int64 [B], moments of the requests; an event at or after it counts as fresh.
-        item: int32 [B, C], candidates.
-        half_life_days: age at which an event counts half.
-    """
-    age = (at[:, None] - state.time).clamp_min(0).double() / (half_life_days * MICROSECONDS_PER_DAY)  # [B, T]
-    weight = torch.exp2(-age).masked_fill(state.item == 0, 0.0)
-    running = torch.nn.functional.pad(weight.cumsum(1), (1, 0))  # [B, T + 1]
-    start = torch.searchsorted(state.item, item.contiguous())  # [B, C]
-    end = torch.searchsorted(state.item, item.contiguous(), right=True)
-    return running.gather(1, end) - running.gather(1, start)

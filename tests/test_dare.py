@@ -220,7 +220,13 @@ def shuffle_state(state: DareState, order: Tensor, with_position: bool, semantic
     if not with_position:
         position = state.position
         value = torch.cat([value[..., :semantic], state.value[..., semantic:]], -1)
-    return DareState(state.key[:, order], value, position, state.time[:, order], state.mask[:, order])
+    return state._replace(
+        key=state.key[:, order],
+        value=value,
+        position=position,
+        time=state.time[:, order],
+        mask=state.mask[:, order],
+    )
 
 
 @pytest.mark.parametrize("retrieved", [4, 50])
@@ -354,10 +360,11 @@ def test_o11_gradients_equal_finite_differences(auxiliary: bool) -> None:
 # Serving
 
 
+@pytest.mark.parametrize("own_counts", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pos_mode", ["slot", "group"])
-def test_o13_appending_an_event_equals_encoding_the_longer_history(pos_mode: str, tied: bool) -> None:
-    model = build(20, pos_mode=pos_mode, tied=tied)
+def test_o13_appending_an_event_equals_encoding_the_longer_history(pos_mode: str, tied: bool, own_counts: bool) -> None:
+    model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts)
     for seed in range(20):
         batch = make_batch(seed, most=seed, users=3)
         h = batch.history
@@ -472,7 +479,7 @@ def test_d5_a_model_that_says_nothing_loses_ln_2_twice() -> None:
     assert float(loss.parts["auxiliary"]) == pytest.approx(0.693147, abs=1e-6)
     weights = [p for n, p in model.named_parameters() if "head" in n and not n.endswith("bias")]
     assert float(loss.parts["l2"]) == pytest.approx(1e-6 * sum(p.square().sum().item() for p in weights))
-    assert float(loss.total) == pytest.approx(sum(float(part) for part in loss.parts.values()))
+    assert float(loss.total.detach()) == pytest.approx(sum(float(part) for part in loss.parts.values()))
 
 
 def test_o15_parameter_counts() -> None:
@@ -502,12 +509,31 @@ def test_what_the_head_sees(features: str, width: int) -> None:
         ({"retrieved": 0}, "retrieved=0"),
         ({"window": 0}, "window=0"),
         ({"l2": -1.0}, "l2=-1"),
+        ({"half_life_days": 0.0}, "half_life_days=0"),
         ({"tied": True, "attention": FieldWidths(8, 8, 8)}, "item=8"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(changes: dict[str, Any], names: str) -> None:
     with pytest.raises(ConfigError, match=names):
         DareConfig(**changes)
+
+
+def test_own_counts_tell_the_head_what_the_window_does_not_hold() -> None:
+    model = build(25, window=3, own_counts=True, half_life_days=10.0)
+    day = 86_400_000_000
+    item = torch.tensor([7, 7, 9, 5, 5, 5], dtype=torch.int32)  # both 7s are older than the newest three events
+    time = torch.tensor([0, 10, 19, 20, 20, 20]) * day
+    state = model.encode(History(item, item, time, torch.tensor([0, 6])))
+    candidates = Candidates(torch.tensor([[7, 9, 4, UNKNOWN]], dtype=torch.int32))
+    nothing = torch.empty(1, 4, 0, dtype=torch.float64)
+    found = model._with_counts(nothing, state, Request(torch.tensor([20 * day])), candidates, model.items.embedding_row)
+    mine = [0.25 + 0.5, 2**-0.1, 0, 0]
+    assert found[0, :, 0].tolist() == pytest.approx([math.log(count + 1e-3) for count in mine])
+    assert found[0, :, 1].tolist() == pytest.approx([math.log(2), math.log(2), math.log(2), 0])
+    hidden = model.items.embedding_row.masked_fill(torch.arange(ROWS) == 7, UNKNOWN)
+    found = model._with_counts(nothing, state, Request(torch.tensor([20 * day])), candidates, hidden)
+    assert found[0, :, 1].tolist() == pytest.approx([0, math.log(2), math.log(2), 0])
+    assert model.window is None
 
 
 # O12: a planted task (`worlds.make_planted`)

@@ -27,7 +27,8 @@ from ranking.embeddings import (
 from ranking.items import ItemTable
 from ranking.layers import ScoringHead, binary_cross_entropy, dropout, masked_softmax, score_real
 from ranking.mean_pooling import MeanPooling, MeanPoolingConfig
-from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig, decayed_counts
+from ranking.own_counts import decayed_counts
+from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
 from ranking.popularity import Popularity, PopularityConfig
 from ranking.ranker import NEGATIVE
 from recsys.errors import ConfigError, RecsysError

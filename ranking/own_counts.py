@@ -1,0 +1,54 @@
+"""How often, and how lately, a user chose each candidate before: exact, for any length of history and any catalogue."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ranking.batch import PAD, History
+
+MICROSECONDS_PER_DAY = 86_400_000_000
+
+
+class OwnEvents(NamedTuple):
+    """A history ordered by item, so that each item's events lie side by side."""
+
+    item: Tensor  # int32 [B, T], ascending; padding (0) first
+    time: Tensor  # int64 [B, T], the events' times in that order
+
+
+def own_events(history: History, window: int | None = None) -> OwnEvents:
+    """Give the newest `window` events (all without one) ordered by item; cost O(T log T)."""
+    longest = int(history.lengths.max()) if len(history) else 0
+    padded = history.padded(window or max(longest, 1))
+    item, order = padded.item.sort(dim=1, stable=True)
+    return OwnEvents(item, padded.time.gather(1, order))
+
+
+def add_event(own: OwnEvents, item: Tensor, time: Tensor) -> OwnEvents:
+    """Give the events with one more per request (item int32 [B], time int64 [B]), as `own_events` would give them."""
+    items, order = torch.cat([own.item, item[:, None]], 1).sort(dim=1, stable=True)
+    times = torch.cat([own.time, time[:, None]], 1).gather(1, order)
+    width = int((items != PAD).sum(1).max())
+    return OwnEvents(items[:, -width:], times[:, -width:])
+
+
+def decayed_counts(own: OwnEvents, at: Tensor, item: Tensor, half_life_days: float) -> Tensor:
+    """Give sum of 2^(-age / half_life) over each candidate's own events, float64 [B, C]; 0 if there are none.
+
+    With the events of an item side by side the sum is a difference of two running sums, found by binary search: cost
+    O((T + C) log T), never [B, C, T]. Running sums are float64, so that an old event does not drown beside many.
+
+    Args:
+        own: events ordered by item.
+        at: int64 [B], moments of the requests; an event at or after it counts as fresh.
+        item: int32 [B, C], candidates.
+        half_life_days: age at which an event counts half.
+    """
+    age = (at[:, None] - own.time).clamp_min(0).double() / (half_life_days * MICROSECONDS_PER_DAY)  # [B, T]
+    weight = torch.exp2(-age).masked_fill(own.item == PAD, 0.0)
+    running = F.pad(weight.cumsum(1), (1, 0))  # [B, T + 1]
+    item = item.contiguous()
+    start, end = torch.searchsorted(own.item, item), torch.searchsorted(own.item, item, right=True)  # [B, C]
+    return running.gather(1, end) - running.gather(1, start)
