@@ -1,9 +1,9 @@
 """From events to packed histories and requests, one bucket of users at a time.
 
-A user's bucket is the range of 64-bit hashes his hash lies in, and users are ordered by hash. So a bucket is a run of
-consecutive history rows, and the result does not depend on how many buckets there are. `partition` streams the log into
-one file per bucket; `prepare_bucket` is a pure function from such a file to arrays, so that a pool of processes, or
-anything else, may run it. Memory is bounded by the largest bucket.
+Users are ordered by a 64-bit hash, and a bucket is a range of hashes: a run of consecutive history rows. So the result
+does not depend on how many buckets there are. `partition` streams the log into one file per bucket; `prepare_bucket` is
+a pure function from such a file to arrays, so that a pool of processes, or anything else, may run it. Memory is bounded
+by the largest bucket.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,8 @@ FIRST_ROW = 2
 SPLITS = {"train": TRAIN, "valid": VALID, "test": TEST}
 BUCKET_FILE = "bucket.safetensors"
 REQUEST_ARRAYS = ("user", "at", "end", "size", "positive")
-_SCHEMA = {
-    "user_row": pl.UInt32,
-    "timestamp": pl.Int64,
-    "session": pl.UInt64,
-    "item_key": pl.UInt32,
-    "action": pl.UInt8,
-}
 USER_ROW, SESSION, BUCKET = "user_row", "session", "bucket"
+_SCHEMA = {USER_ROW: pl.UInt32, TIMESTAMP: pl.Int64, SESSION: pl.UInt64, ITEM_KEY: pl.UInt32, ACTION: pl.UInt8}
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,6 @@ class BucketPlan:
     Attributes:
         first_user: history row of its first user.
         users: number of its users.
-        rows: number of model rows V.
         cuts: where the periods begin.
         positive: action codes that make an event a positive; empty means all.
         has_sessions: whether requests are sessions rather than moments.
@@ -52,7 +45,6 @@ class BucketPlan:
 
     first_user: int
     users: int
-    rows: int
     cuts: Cuts
     positive: tuple[int, ...]
     has_sessions: bool
@@ -90,7 +82,7 @@ def partition(
         actions: names of the action codes 1, 2, ...; code 0 means no action.
         out: an existing directory.
 
-    Cost: streaming; 20 million events take 2.5 s on two cores and 0.45 GB.
+    Cost: streaming; 20 million events into 80 buckets take 6 CPU seconds and 1.5 GB at most.
     """
     columns = events.collect_schema().names()
     selected = [BUCKET, USER_ROW, pl.col(TIMESTAMP), ITEM_KEY, _action_code(actions if ACTION in columns else ())]
@@ -139,6 +131,7 @@ def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> Bucket
     for name, code in SPLITS.items():
         chosen = requests.where(split == code)
         sizes[name] = len(chosen.user)
+        columns: tuple[NDArray[Any], ...]
         columns = (chosen.user + plan.first_user, chosen.at, chosen.end, np.diff(chosen.offsets), chosen.positive)
         arrays |= {f"{name}_{array}": values for array, values in zip(REQUEST_ARRAYS, columns, strict=True)}
         if code == TRAIN:

@@ -7,6 +7,7 @@ are ranked. Every value comes with an interval by resampling users, and beside i
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,38 +71,13 @@ def evaluate(
     chosen = draw_requests(prepared, config.split, config.max_requests, config.seed)
     if not len(chosen):
         raise DataError(f"{prepared.directory}: split {config.split!r} has no requests; prepare a longer period")
-    pools = {name: _pool(prepared, chosen, config.split, name) for name in config.samplers}
     few = choose(len(chosen), config.full_ranking_requests, config.seed, "evaluate/full ranking")
-    ranked = chosen.take(few)
-    joined, places = join_sets([pool.sets for pool in pools.values()])
+    pools = {name: _pool(prepared, chosen, config.split, name) for name in config.samplers}
+    task = _Task(prepared, config, chosen, chosen.take(few), pools)
+    found = {name: _judge(name, model, task, progress) for name, model in models.items()}
     facts = {name: pool.facts() for name, pool in pools.items()}
-    if len(ranked):
-        facts[ALL_ITEMS] = _all_items_facts(prepared, ranked)
-    estimates: dict[str, dict[str, dict[str, Estimate]]] = {}
-    metrics: dict[str, dict[str, Metrics]] = {}
-    cost: dict[str, Cost] = {}
-    predictions = {"requests": _requests_record(chosen, ranked, pools)}
-    for name, model in models.items():
-        advance = _counter(progress, f"{name}: scoring candidates", len(chosen))
-        started = time.perf_counter()
-        scores = score_sets(model, prepared, chosen, joined, config.batch_requests, advance)
-        cost[name] = _cost(model, time.perf_counter() - started, chosen, joined, config)
-        results = {
-            sampler: on_candidates(pool, scores[place], config)
-            for (sampler, pool), place in zip(pools.items(), places, strict=True)
-        }
-        kept: dict[str, NDArray[Any]] = dict(zip(pools, (scores[place] for place in places), strict=True))
-        if len(ranked):
-            advance = _counter(progress, f"{name}: ranking all items", len(ranked))
-            ranking = rank_all_items(model, prepared, ranked, DEPTH, config.batch_requests, advance=advance)
-            results[ALL_ITEMS] = on_all_items(ranking, ranked)
-            kept |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
-        predictions[name] = kept
-        estimates[name], metrics[name] = {}, {}
-        for sampler, result in results.items():
-            found = bootstrap(result.statistics, result.users, config.resamples, config.seed)
-            estimates[name][sampler] = found
-            metrics[name][sampler] = named(config, found, result.counts, sampler)
+    if len(task.ranked):
+        facts[ALL_ITEMS] = _all_items_facts(prepared, task.ranked)
     return Evaluation(
         split=config.split,
         data_digest=prepared.digest,
@@ -109,10 +85,10 @@ def evaluate(
         n_requests=len(chosen),
         n_users=len(np.unique(chosen.requests.user)),
         candidates=facts,
-        metrics=metrics,
-        comparisons=compare(estimates, config),
-        cost=cost,
-        predictions=predictions,
+        metrics={name: one.metrics for name, one in found.items()},
+        comparisons=compare({name: one.estimates for name, one in found.items()}, config),
+        cost={name: one.cost for name, one in found.items()},
+        predictions={"requests": _requests_record(task), **{name: one.predictions for name, one in found.items()}},
     )
 
 
@@ -147,6 +123,52 @@ def validate(
     return values
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What every model is asked: the chosen requests, those to rank all items for, and the candidates by sampler."""
+
+    prepared: PreparedSet
+    config: EvaluateConfig
+    chosen: Sample
+    ranked: Sample
+    pools: dict[str, Pool]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What one model answered, by sampler (or `all_items`)."""
+
+    metrics: dict[str, Metrics]
+    estimates: dict[str, dict[str, Estimate]]
+    cost: Cost
+    predictions: dict[str, Any]
+
+
+def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) -> _Judged:
+    """Score one model on everything; a history is encoded once for the candidates of all samplers."""
+    config, chosen, ranked = task.config, task.chosen, task.ranked
+    joined, places = join_sets([pool.sets for pool in task.pools.values()])
+    advance = _counter(progress, f"{name}: scoring candidates", len(chosen))
+    started = time.perf_counter()
+    scores = score_sets(model, task.prepared, chosen, joined, config.batch_requests, advance)
+    cost = _cost(model, time.perf_counter() - started, chosen, joined)
+    predictions: dict[str, Any] = {sampler: scores[place] for sampler, place in zip(task.pools, places, strict=True)}
+    results = {sampler: on_candidates(pool, predictions[sampler], config) for sampler, pool in task.pools.items()}
+    if len(ranked):
+        advance = _counter(progress, f"{name}: ranking all items", len(ranked))
+        ranking = rank_all_items(model, task.prepared, ranked, DEPTH, config.batch_requests, advance=advance)
+        results[ALL_ITEMS] = on_all_items(ranking, ranked)
+        predictions |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
+    estimates = {
+        sampler: bootstrap(result.statistics, result.users, config.resamples, config.seed)
+        for sampler, result in results.items()
+    }
+    metrics = {
+        sampler: named(config, estimates[sampler], result.counts, sampler) for sampler, result in results.items()
+    }
+    return _Judged(metrics, estimates, cost, predictions)
+
+
 def _pool(prepared: PreparedSet, chosen: Sample, split: Split, sampler: str) -> Pool:
     sets = prepared.candidates(split, sampler)
     if len(chosen) and chosen.index[-1] >= len(sets):
@@ -175,31 +197,29 @@ def _all_items_facts(prepared: PreparedSet, ranked: Sample) -> CandidateFacts:
     )
 
 
-def _requests_record(chosen: Sample, ranked: Sample, pools: Mapping[str, Pool]) -> dict[str, NDArray[Any]]:
+def _requests_record(task: _Task) -> dict[str, NDArray[Any]]:
+    """Give what was scored, in the order of every model's scores."""
+    chosen = task.chosen
     record: dict[str, NDArray[Any]] = {
         "index": chosen.index,
         "user": chosen.requests.user,
         "at": chosen.requests.at,
         "history_length": chosen.length,
-        f"{ALL_ITEMS}.index": ranked.index,
+        f"{ALL_ITEMS}.index": task.ranked.index,
     }
-    for name, pool in pools.items():
-        record |= {
-            f"{name}.offsets": pool.sets.offsets,
-            f"{name}.item": pool.sets.item,
-            f"{name}.label": pool.sets.label,
-        }
+    for name, pool in task.pools.items():
+        sets = pool.sets
+        record |= {f"{name}.offsets": sets.offsets, f"{name}.item": sets.item, f"{name}.label": sets.label}
         record[f"{name}.in_history"] = pool.inside.astype(np.uint8)
     return record
 
 
-def _cost(model: AnyRanker, seconds: float, chosen: Sample, sets: CandidateSets, config: EvaluateConfig) -> Cost:
+def _cost(model: AnyRanker, seconds: float, chosen: Sample, sets: CandidateSets) -> Cost:
     return Cost(
         seconds=seconds,
         requests=len(chosen),
         candidates=len(sets.item),
         ms_per_request=1000 * seconds / len(chosen),
-        batch_requests=config.batch_requests,
         device=str(model.items.count.device),
     )
 

@@ -98,13 +98,12 @@ class CandidateFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What scoring the sampled candidates took: encode and score of every request, in batches."""
+    """What scoring the candidates of all samplers took, in batches: assembling, encoding and scoring."""
 
     seconds: float
     requests: int
     candidates: int
     ms_per_request: float
-    batch_requests: int
     device: str
 
 

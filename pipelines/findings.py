@@ -129,10 +129,11 @@ def _full_ranking(evaluation: Evaluation) -> str:
     name = best(evaluation, ALL_ITEMS, "ndcg_at_10")
     if facts is None or name is None:
         return ""
+    found = percent(evaluation.metric(name, ALL_ITEMS, "recall_at_50") or 0.0)
     text = (
         f"Ranking all {facts.candidates // facts.requests:,} items for {facts.requests:,} of these requests, `{name}` "
-        f"has the highest NDCG@10, {_estimate(evaluation, name, ALL_ITEMS, 'ndcg_at_10')}, and finds "
-        f"{percent(evaluation.metric(name, ALL_ITEMS, 'recall_at_50') or 0.0)} of the positives among its first 50."
+        f"has the highest NDCG@10, {_estimate(evaluation, name, ALL_ITEMS, 'ndcg_at_10')}, and finds on "
+        f"average {found} of a request's positives among its first 50."
     )
     return f"{text} {_standing(evaluation, ALL_ITEMS, 'ndcg_at_10', name)}".strip()
 

@@ -39,6 +39,7 @@ from recsys.history import Histories
 
 Progress = Callable[[str, int, int], None]
 """(step, done, total)"""
+MAX_BUCKETS = 4096
 EVENTS_PER_BUCKET = 250_000
 """Small, because the allocator reuses small arrays but maps large ones anew, and fresh pages are what costs."""
 SMALL_LOG = 3_000_000
@@ -72,7 +73,7 @@ class PrepareConfig:
     max_eval_requests: Annotated[int, Field(ge=1)] | None = None
     transitions_top_n: Annotated[int, Field(ge=0)] = 200
     seed: int = 0
-    buckets: Annotated[int, Field(ge=1, le=4096)] | None = None
+    buckets: Annotated[int, Field(ge=1, le=MAX_BUCKETS)] | None = None
     workers: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -142,12 +143,13 @@ def _prepare(
 ) -> dict[str, Any]:
     """Write everything but the manifest; give the manifest without its digest."""
     report("keys", 0, 1)
-    number = config.buckets or max(1, -(-log.count // EVENTS_PER_BUCKET))
+    number = config.buckets or min(-(-log.count // EVENTS_PER_BUCKET), MAX_BUCKETS)
     items = catalogue.catalogue(log.events, log.directory / "items.parquet", previous)
     people = catalogue.users(log.events, log.directory / "users.parquet", previous, number)
     actions = catalogue.action_names(log.events, previous)
     columns = catalogue.categorical_columns(items, config.columns)
-    plan = _plan(log, config, actions, items.height + buckets.FIRST_ROW)
+    rows = items.height + buckets.FIRST_ROW
+    plan = _plan(log, config, actions, rows)
     report("keys", 1, 1)
 
     report("partition", 0, log.count)
@@ -161,12 +163,12 @@ def _prepare(
         if not len(requests["train"]):
             raise DataError(_nothing_to_train(log, config, {name: len(split) for name, split in requests.items()}))
         transitions = assembly.merge_transitions(
-            pool, done, plan.rows, config.transitions_top_n, lambda i, n: report("transitions", i, n)
+            pool, done, rows, config.transitions_top_n, lambda i, n: report("transitions", i, n)
         )
     hashes = people[catalogue.USER_HASH].to_numpy()
     requests = assembly.choose_evaluated(requests, hashes, config.max_eval_requests, config.seed)
     values = catalogue.vocabulary(items, columns)
-    table = catalogue.item_table(items, values, assembly.training_counts(done, plan.rows), transitions)
+    table = catalogue.item_table(items, values, assembly.training_counts(done, rows), transitions)
     _write_tables(out, items, people, values, table)
     _write_requests(out, requests, table, histories, hashes, config, report)
     lengths = np.diff(histories.offsets)
@@ -202,7 +204,6 @@ def _plan(log: _Log, config: PrepareConfig, actions: Sequence[str], rows: int) -
     return buckets.BucketPlan(
         first_user=0,
         users=0,
-        rows=rows,
         cuts=splits.cuts(config.split, log.newest),
         positive=tuple(actions.index(name) + 1 for name in config.positive),
         has_sessions=SESSION_ID in log.columns,

@@ -21,7 +21,7 @@ from pipelines.steps import Step, run_step
 from pipelines.train import Report, TrainConfig, Trained, load_config, train, trained_run
 from pipelines.workspace import Workspace
 from recsys import __version__
-from recsys.config import parse, read_toml
+from recsys.config import overlaid, parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json
 
@@ -42,13 +42,22 @@ class Ui(Protocol):
 class QuickstartConfig:
     """The main job as `configs/quickstart.toml` states it."""
 
-    models: tuple[str, ...]
-    retriever: str
+    models: tuple[str, ...]  # names of training configs; each gives one run of that name
+    retriever: str  # the one of them that retrieves
     alias: str = "champion"
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    train: dict[str, Any] = field(default_factory=dict)  # `section.key` = value for every model
-    train_model: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same for one model
+    train: dict[str, Any] = field(default_factory=dict)  # sections laid over every model's own file
+    train_model: dict[str, dict[str, Any]] = field(default_factory=dict)  # sections laid over one model's, by its name
+
+    def __post_init__(self) -> None:
+        if self.retriever not in self.models:
+            raise ConfigError(f"retriever must be one of models = {list(self.models)}, found {self.retriever!r}")
+
+    def training(self, name: str) -> TrainConfig:
+        """Give the training config of one of the models."""
+        overlay = overlaid(self.train, self.train_model.get(name, {}))
+        return load_config(find_config(name), overlay=overlay)
 
 
 def load_quickstart(name: str = "quickstart", assignments: tuple[str, ...] = ()) -> QuickstartConfig:
@@ -69,9 +78,9 @@ class Job:
 
     def run(self) -> None:
         """Run every step that is not done; at the end the workspace holds a report and a bundle."""
+        configs = {name: self.config.training(name) for name in self.config.models}
         self._ingest()
         self._prepare()
-        configs = {name: self._train_config(name) for name in self.config.models}
         for name, config in configs.items():
             self._train(name, config)
         self._evaluate(configs)
@@ -108,10 +117,6 @@ class Job:
             run,
         )
 
-    def _train_config(self, name: str) -> TrainConfig:
-        overrides = {**self.config.train, **self.config.train_model.get(name, {})}
-        return load_config(find_config(name), [f"{key}={_toml(value)}" for key, value in overrides.items()])
-
     def _train(self, name: str, config: TrainConfig) -> None:
         directory, prepared = self.workspace.run(name), self.workspace.prepared
 
@@ -127,8 +132,8 @@ class Job:
             run,
         )
 
-    def _trained(self, config: TrainConfig) -> Trained:
-        return trained_run(self.workspace.run(config.name), self.workspace.prepared)
+    def _trained(self, name: str) -> Trained:
+        return trained_run(self.workspace.run(name), self.workspace.prepared)
 
     def _summaries(self) -> dict[str, TrainingSummary]:
         return {
@@ -140,7 +145,7 @@ class Job:
         prepared, out = self.workspace.prepared, self.workspace.evaluation
 
         def run() -> None:
-            models = {name: self._trained(config).model for name, config in configs.items()}
+            models = {name: self._trained(name).model for name in configs}
             with self.ui.bar("evaluate") as report:
                 evaluation = evaluate(models, prepared, self.config.evaluate, _titled(report))
             evaluation.save(out)
@@ -168,11 +173,11 @@ class Job:
         prepared, bundle = self.workspace.prepared, self.workspace.bundle
 
         def run() -> None:
-            chosen = self._trained(configs[ranker])
+            chosen = self._trained(ranker)
             publish(
                 prepared,
                 ranker=chosen,
-                retriever=self._trained(configs[retriever]) if retriever in configs else None,
+                retriever=self._trained(retriever),
                 out=bundle,
                 snapshot=self.workspace.snapshot,
                 metrics=chosen.summary.table(),
@@ -195,17 +200,9 @@ class Job:
             summary = read_json(self.workspace.run(name) / "summary.json")
             kept = next(entry for entry in summary["curve"] if entry["step"] == summary["best_step"])
             values[name] = kept["valid/gauc"]
-        if not values:
-            raise ConfigError("quickstart.toml: models is empty; name at least one")
         return max(values, key=lambda name: values[name])
 
 
 def _titled(report: Report) -> Callable[[str, int, int], None]:
     """Adapt a bar to callbacks that say (words, done, total)."""
     return lambda words, done, total: report(done, total, words)
-
-
-def _toml(value: Any) -> str:
-    import json
-
-    return json.dumps(value)

@@ -30,9 +30,8 @@ CPU_CANDIDATES = 1 << 14
 """Most scores of one call on a CPU, so that what a model makes of each candidate stays in cache: DARE and DIN take 1.6
 times as long with 2^18."""
 GPU_CANDIDATES = 1 << 18
-RANKED_REQUESTS = 16  # most requests of one batch when all items are scored one by one: long chunks of few histories
 BATCH_EVENTS = 1 << 18  # most history events of one batch
-SCORE_MATRIX = 1 << 24  # most scores held when all items are ranked: 64 MiB
+SCORE_MATRIX = 1 << 22  # most scores held when all items are ranked: 16 MiB
 
 
 @dataclass(frozen=True)
@@ -179,12 +178,12 @@ def rank_all_items(
             zero is never retrieved and comes last.
         advance: called after each batch.
 
-    Cost: O(V) scores per request, items in chunks and requests in batches so that at most 2^24 scores are held.
+    Cost: O(V) scores per request, items in chunks and requests in batches so that at most 2^22 scores are held.
     """
     rows = len(prepared.items) - FIRST_ITEM
     requests = sample.requests
     blocks: list[NDArray[np.int64]] = [np.empty((0, 4), np.int64)]
-    most = min(batch_requests if by_vectors else RANKED_REQUESTS, batch_requests, max(SCORE_MATRIX // max(rows, 1), 1))
+    most = min(batch_requests, max(SCORE_MATRIX // max(rows, 1), 1))
     with evaluation_mode(model) as device:
         vectors = _item_vectors(model) if by_vectors else None
         for chosen in _batches(model, sample, np.ones(len(sample), np.int64), most, SCORE_MATRIX):

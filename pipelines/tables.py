@@ -141,6 +141,8 @@ def data_card(manifest: Mapping[str, Any]) -> Table:
     source = manifest.get("source")
     if source:
         rows.append(("Source", str(source["name"]) if isinstance(source, Mapping) else str(source)))
+        if isinstance(source, Mapping) and source.get("note"):
+            rows.append(("Note", str(source["note"])))
     rows += [(_words(name), _count(value)) for name, value in _flat(counts)]
     span = manifest.get("time") or {}
     if {"first", "last"} <= set(span):
@@ -225,8 +227,8 @@ def _cost_note(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) 
         some = next(iter(evaluation.cost.values()))
         devices = ", ".join(sorted({f"`{one.device}`" for one in evaluation.cost.values()}))
         parts.append(
-            f"Scoring on {devices}: {some.candidates / some.requests:,.0f} candidates per request, encoding included, "
-            f"in batches of up to {some.batch_requests:,} requests."
+            f"Scoring on {devices}, in batches: {some.candidates / some.requests:,.0f} candidates per request, the "
+            "history encoded once."
         )
     return " ".join(parts)
 

@@ -25,7 +25,7 @@ from pipelines.optimise import OptimiserConfig, build_optimisers, update
 from pipelines.prepared import PreparedSet
 from ranking.models import RANKERS
 from ranking.ranker import AnyRanker
-from recsys.config import parse, read_toml
+from recsys.config import assign, overlaid, parse, read_toml
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import read_json, sha256_json, write_json
 from recsys.randomness import derive
@@ -80,9 +80,14 @@ class TrainingError(RecsysError):
     """The loss stopped being a number."""
 
 
-def load_config(path: Path, assignments: Sequence[str] = ()) -> TrainConfig:
-    """Read a training TOML: [model] with a name and its options, [batches], [optimiser], [stop], seed, device."""
-    table = read_toml(path, assignments)
+def load_config(path: Path, assignments: Sequence[str] = (), overlay: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Read a training TOML: [model] with a name and its options, [batches], [optimiser], [stop], seed, device.
+
+    `overlay` holds sections laid over those of the file; assignments, as of `--set`, win over both.
+    """
+    table = overlaid(read_toml(path), overlay or {})
+    for assignment in assignments:
+        assign(table, assignment)
     model = dict(table.pop("model", {}))
     name = model.pop("name", None)
     if name not in RANKERS:
@@ -157,7 +162,7 @@ def train(
     about = directory / "run.json"
     known = read_json(about) if about.exists() else {}
     run_id = known.get("run_id") if known.get("inputs") == inputs else None
-    with tracking.run(uri, config.name, run_id) as run:
+    with tracking.run(uri, directory.name, run_id) as run:
         if run_id is None:
             (directory / "checkpoint.safetensors").unlink(missing_ok=True)
             write_json(about, {"inputs": inputs, "run_id": run.run_id, "config": config.table()})

@@ -43,7 +43,7 @@ class Terminal:
 
     def say(self, sentence: str) -> None:
         """Show one plain sentence."""
-        self.console.print(sentence, markup=False)
+        self.console.print(sentence, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
@@ -51,7 +51,7 @@ class Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = ("  ", BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as progress:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=None)
 
             def report(done: int, total: int, words: str) -> None:
@@ -131,7 +131,7 @@ def prepare(
 def train(
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one, e.g. dare.")],
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    name: Annotated[str | None, typer.Option(help="Directory name of the run; the model's name if absent.")] = None,
+    name: Annotated[str | None, typer.Option(help="Directory name of the run; that of the config if absent.")] = None,
     mlflow: UriOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -145,7 +145,7 @@ def train(
     place = Workspace(workspace)
     place.require(place.prepared.directory, "prepare")
     options = load_config(find_config(config), assignments or ())
-    directory = place.run(name or options.name)
+    directory = place.run(name or Path(config).stem)
     with Terminal().bar(f"train {options.name}") as bar:
         trained = run(options, place.prepared, directory, mlflow or place.tracking_uri, bar)
     _result({"run_id": trained.run_id, **trained.summary.table()}, as_json)

@@ -23,17 +23,31 @@ def read_toml(path: Path, assignments: Sequence[str] = ()) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        *sections, key = name.strip().split(".")
-        if not equals or not key:
-            raise ConfigError(f"--set {assignment!r}: expected section.key=value")
-        target = table
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {assignment!r}: {section!r} is a value, not a section")
-        target[key] = _toml_value(text.strip())
+        assign(table, assignment)
     return table
+
+
+def assign(table: dict[str, Any], assignment: str) -> None:
+    """Set one `section.key=value` in a table, making sections that are not there."""
+    name, equals, text = assignment.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not key:
+        raise ConfigError(f"--set {assignment!r}: expected section.key=value")
+    target = table
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {assignment!r}: {section!r} is a value, not a section")
+    target[key] = _toml_value(text.strip())
+
+
+def overlaid(table: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a table with the values of another laid over it, section by section."""
+    merged = dict(table)
+    for key, value in above.items():
+        below = merged.get(key)
+        merged[key] = overlaid(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _toml_value(text: str) -> Any:

@@ -38,6 +38,8 @@ from serving.telemetry import CONTENT_TYPE, Telemetry
 
 logger = logging.getLogger(__name__)
 
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+
 T = TypeVar("T")
 Timings = Mapping[str, float]
 
@@ -137,7 +139,8 @@ class Frame:
             await problems.unexpected()(scope, receive, framed_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._telemetry.request(route, scope["method"], status, time.perf_counter() - began, sent)
+            method = scope["method"] if scope["method"] in METHODS else "other"  # labels that clients can't multiply
+            self._telemetry.request(route, method, status, time.perf_counter() - began, sent)
 
     def _counted(self, receive: Receive) -> Receive:
         """Stop a body that comes in chunks, without a declared length, once it is too long."""
@@ -177,10 +180,7 @@ def create_app(service: Service, limits: Limits = Limits(), request_ids: bool = 
         title="recsys",
         version=recsys.__version__,
         description="Recommendations from long behaviour histories. Errors are RFC 9457 problem documents.",
-        responses={
-            "4XX": {"model": problems.Problem, "description": "refused", "content": {problems.MEDIA_TYPE: {}}},
-            "503": {"model": problems.Problem, "description": "overloaded", "content": {problems.MEDIA_TYPE: {}}},
-        },
+        responses=problems.responses(),
     )
     problems.install(app)
     worker = Worker(limits.waiting)

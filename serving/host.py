@@ -39,7 +39,8 @@ class Running:
     """
 
     def __init__(self, config: ServeConfig, directory: Path) -> None:
-        self.address = f"http://{config.host}:{config.port}"
+        host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+        self.address = f"http://{host}:{config.port}"
         self._config = config
         self._directory = directory
         self._stopped = False
@@ -76,7 +77,8 @@ class Running:
 
         # Ray prints, on the standard output, that the controller it was told to kill is dead.
         with contextlib.redirect_stdout(io.StringIO()):
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            if ray.is_initialized():
+                serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -102,6 +104,7 @@ def start(config: ServeConfig) -> Running:
     from ranking.snapshot import SnapshotReader
 
     _require_free(config.host, config.port)
+    _require_unset()
     _check(config.bundle, golden=False)
     SnapshotReader(config.snapshot)
     SegmentLog(config.state / "log", config.durability, config.window).close()
@@ -144,6 +147,12 @@ def _require_free(host: str, port: int) -> None:
             ) from None
 
 
+def _require_unset() -> None:
+    """Refuse if Ray Serve has already read its settings: it does so when it is imported."""
+    if "ray.serve._private.constants" in sys.modules and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ:
+        raise ConfigError("ray.serve was imported before the service was started; start the service first")
+
+
 def _check(bundle: Path, golden: bool) -> None:
     """Refuse a damaged bundle here, in plain words, rather than in a replica's log."""
     from ranking.bundle import Bundle
@@ -171,11 +180,6 @@ def _set_environment(directory: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
     }
-    constants = sys.modules.get("ray.serve._private.constants")
-    if constants is not None and not getattr(constants, "RAY_SERVE_THROUGHPUT_OPTIMIZED", False):
-        raise ConfigError(
-            "ray.serve was imported before the service was started, so its settings are fixed; start first"
-        )
     os.environ.update(settings)
 
 

@@ -51,6 +51,17 @@ class Problem(BaseModel):
     errors: list[FieldError] = []
 
 
+def responses() -> dict[int | str, dict[str, Any]]:
+    """Give the problem documents as OpenAPI responses."""
+    schema = Problem.model_json_schema()
+    schema["properties"]["errors"]["items"] = schema.pop("$defs")["FieldError"]
+    content = {MEDIA_TYPE: {"schema": schema}}
+    return {
+        "4XX": {"description": "Refused", "content": content},
+        "503": {"description": "Overloaded, or no bundle yet", "content": content},
+    }
+
+
 def problem(
     status: int,
     code: str,

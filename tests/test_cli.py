@@ -56,13 +56,13 @@ def test_bad_usage_has_its_code_and_says_what_to_do(tmp_path: Path, arguments, c
     assert done.stdout == ""
 
 
-def test_every_model_has_one_shipped_config_that_loads():
+def test_every_model_has_a_shipped_config_that_loads():
     from pipelines.train import load_config
 
     names = set()
     for path in CONFIGS.glob("*.toml"):
         if "model" in tomllib.loads(path.read_text()):
             config = load_config(path)
-            assert path.stem == config.name
+            assert path.stem.startswith(config.name)  # dare.toml, and variants as dare_own_counts.toml
             names.add(config.name)
     assert names == set(RANKERS)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.config import parse, read_toml
+from recsys.config import overlaid, parse, read_toml
 from recsys.errors import ConfigError
 
 
@@ -76,3 +76,9 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: str):
         read_toml(path)
     with pytest.raises(ConfigError, match=r"absent\.toml: no such file"):
         read_toml(tmp_path / "absent.toml")
+
+
+def test_sections_are_laid_over_each_other():
+    below = {"a": {"x": 1, "y": {"z": 1}}, "b": 1}
+    assert overlaid(below, {"a": {"y": {"w": 2}}, "b": 3}) == {"a": {"x": 1, "y": {"z": 1, "w": 2}}, "b": 3}
+    assert below == {"a": {"x": 1, "y": {"z": 1}}, "b": 1}

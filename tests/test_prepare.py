@@ -34,20 +34,25 @@ class Line:
     action: str | None
 
 
-@st.composite
-def logs(draw, distinct_starts: bool = False) -> list[Line]:
-    """Sessions of a few users over ninety days; lines of a session may be apart, sessions may interleave."""
-    starts = st.tuples(st.sampled_from("αbcde"), st.integers(0, 90 * 4))
+def random_log(seed: int, users: int, sessions: int, distinct: bool) -> list[Line]:
+    """Sessions of a few users over ninety days: lines apart by up to twelve days, so that sessions interleave and
+    straddle cuts; moments shared by sessions, and names of sessions by users, unless all must be distinct.
+    """
+    draw = np.random.default_rng(seed)
     lines = []
-    for number, (user, quarter) in enumerate(draw(st.lists(starts, min_size=3, max_size=25, unique=distinct_starts))):
-        session = draw(st.sampled_from([f"s{number}", f"s{number % 3}", None]))  # users may share the name of a session
-        for item, later in draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=5)):
-            time = (
-                quarter * DAY // 4 + (0 if session is None else later * DAY // 8) + (number if distinct_starts else 0)
-            )
-            action = draw(st.sampled_from(["buy", "buy", "view", None]))
-            lines.append(Line(user, f"i{item}", time, session, action))
+    for number in range(sessions):
+        user = "αbcdefgh"[draw.integers(users)]
+        session = [f"s{number}", f"s{number % 3}", None][draw.choice(3, p=[0.5, 0.2, 0.3])]
+        start = draw.integers(90 * 2) * DAY // 2 + (number if distinct else 0)
+        spread = 2 * DAY if session and draw.random() < 0.5 else 0
+        for later in sorted(draw.integers(0, 7, draw.integers(1, 6))):
+            action = ["buy", "view", None][draw.choice(3, p=[0.6, 0.3, 0.1])]
+            lines.append(Line(user, f"i{draw.integers(10)}", int(start + later * spread), session, action))
     return lines
+
+
+def logs(distinct: bool = False) -> st.SearchStrategy[list[Line]]:
+    return st.builds(random_log, st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 60), st.just(distinct))
 
 
 def raw(lines: list[Line], name: str = "a log", sessions: bool = True) -> RawLog:
@@ -179,7 +184,7 @@ configs = st.builds(
 def test_equals_the_reference_on_any_log(data, config: PrepareConfig, sessions: bool) -> None:
     # Which of two requests at one moment is a user's last is not defined, so under last_request moments are distinct.
     last_request = config.split.kind == "last_request"
-    lines = data.draw(logs(distinct_starts=last_request))
+    lines = data.draw(logs(distinct=last_request))
     sessions = sessions or last_request
     expected = reference(lines, config.split, config.positive, sessions)
     with TemporaryDirectory() as folder:
@@ -195,7 +200,9 @@ def test_equals_the_reference_on_any_log(data, config: PrepareConfig, sessions: 
         for name in SPLITS:
             assert sorted(found.requests[name]) == sorted(expected.requests[name])
         assert found.count == expected.count
-        assert found.transitions == pytest.approx(expected.transitions, rel=1e-5)
+        moments = Counter(request[:2] for name in SPLITS for request in expected.requests[name])
+        if max(moments.values()) == 1:  # the order of two requests at one moment is not defined
+            assert found.transitions == pytest.approx(expected.transitions, rel=1e-5)
         check_catalogue(done, lines)
         check_candidates(done, config)
 

@@ -86,7 +86,7 @@ def evaluation(gauc=GAUC, width=0.01, full=True):
             for sampler in samplers
             for metric in ("gauc", "ndcg_at_10", f"segment/{OUTSIDE}/gauc")
         ],
-        cost={model: Cost(1.5, 2000, 440_000, 0.75, 256, "cpu") for model in gauc},
+        cost={model: Cost(1.5, 2000, 440_000, 0.75, "cpu") for model in gauc},
     )
 
 

@@ -125,7 +125,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
 
 @contextmanager
 def _bare(config: ServeConfig) -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=_run_bare, args=(config,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=run_bare, args=(config,), daemon=True)
     process.start()
     try:
         _await(config.port, process.is_alive)
@@ -133,11 +133,6 @@ def _bare(config: ServeConfig) -> Iterator[None]:
     finally:
         process.terminate()
         process.join(10)
-
-
-def _run_bare(config: ServeConfig) -> None:
-    os.setsid()  # a session of its own, as Ray's processes have: Linux shares the cores out by session
-    run_bare(config)
 
 
 def _await(port: int, alive: Callable[[], bool]) -> None:
