@@ -159,12 +159,13 @@ def _prepare(
 
     with _pool(config.workers or (1 if log.count < SMALL_LOG else cpu_count() or 1)) as pool:
         done = _run_buckets(pool, work, people, number, plan, report)
-        histories, requests = assembly.join_histories(done, out), assembly.join_requests(done)
-        if not len(requests["train"]):
-            raise DataError(_nothing_to_train(log, config, {name: len(split) for name, split in requests.items()}))
-        transitions = assembly.merge_transitions(
+        _check_training(log, config, done)
+        merged = assembly.merge_transitions(
             pool, done, rows, config.transitions_top_n, lambda i, n: report("transitions", i, n)
         )
+        # The pool merges transitions while this process joins the rest.
+        histories, requests = assembly.join_histories(done, out), assembly.join_requests(done)
+        transitions = assembly.join_transitions(merged)
     hashes = people[catalogue.USER_HASH].to_numpy()
     requests = assembly.choose_evaluated(requests, hashes, config.max_eval_requests, config.seed)
     values = catalogue.vocabulary(items, columns)
@@ -288,12 +289,15 @@ def _lasting(config: PrepareConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("buckets", "workers")}
 
 
-def _nothing_to_train(log: _Log, config: PrepareConfig, found: dict[str, int]) -> str:
-    where = f"{log.directory / 'events.parquet'}: no training request (found {found})"
+def _check_training(log: _Log, config: PrepareConfig, done: assembly.Buckets) -> None:
+    """Refuse a split that leaves nothing to train on."""
+    if any(summary.requests["train"] for _, summary in done):
+        return
+    where = f"{log.directory / 'events.parquet'}: no training request"
     if config.split.kind == "last_request":
-        return f"{where}; under last_request a user needs at least three requests"
+        raise DataError(f"{where}; under last_request a user needs at least three requests")
     days = (log.newest - log.first) / splits.DAY
-    return (
+    raise DataError(
         f"{where}; {TIMESTAMP} spans {days:.4g} days, validation and test take {config.split.valid_days:g} + "
         f"{config.split.test_days:g} of them; shorten them, or use the split last_request"
     )

@@ -21,7 +21,7 @@ from pipelines.steps import Step, run_step
 from pipelines.train import Report, TrainConfig, Trained, load_config, train, trained_run
 from pipelines.workspace import Workspace
 from recsys import __version__
-from recsys.config import overlaid, parse, read_toml
+from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json
 
@@ -48,7 +48,6 @@ class QuickstartConfig:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     train: dict[str, Any] = field(default_factory=dict)  # sections laid over every model's own file
-    train_model: dict[str, dict[str, Any]] = field(default_factory=dict)  # sections laid over one model's, by its name
 
     def __post_init__(self) -> None:
         if self.retriever not in self.models:
@@ -56,8 +55,7 @@ class QuickstartConfig:
 
     def training(self, name: str) -> TrainConfig:
         """Give the training config of one of the models."""
-        overlay = overlaid(self.train, self.train_model.get(name, {}))
-        return load_config(find_config(name), overlay=overlay)
+        return load_config(find_config(name), overlay=self.train)
 
 
 def load_quickstart(name: str = "quickstart", assignments: tuple[str, ...] = ()) -> QuickstartConfig:

@@ -43,7 +43,7 @@ def exact(module: nn.Module, *inputs: Tensor) -> Tensor:
     if module.training:
         output: Tensor = module(*inputs)
     else:
-        output = _double(module)(*(x.double() for x in inputs))
+        output = in_float64(module)(*(x.double() for x in inputs))
     return output
 
 
@@ -51,7 +51,7 @@ _doubles: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], nn.
 _doubles_lock = threading.Lock()
 
 
-def _double(module: nn.Module) -> nn.Module:
+def in_float64(module: nn.Module) -> nn.Module:
     """Give a float64 copy of a module, made anew only when one of its tensors was moved or written to.
 
     A copy, because swapping the weights of the module itself would show them to other threads that score with it.

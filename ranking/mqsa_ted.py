@@ -32,7 +32,7 @@ from ranking.baskets import Slots, arrange, by_length, targets
 from ranking.batch import FIRST_ITEM, PAD, UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import hide_items, take
 from ranking.items import ItemTable, Transitions
-from ranking.layers import dropout
+from ranking.layers import dropout, in_float64
 from ranking.ranker import NEGATIVE, Loss
 from ranking.softmax import (
     Positives,
@@ -207,9 +207,10 @@ class MqsaTed(nn.Module):
         Computed in float64, like all scores: see `ranking.layers`.
         """
         slots = arrange(history.padded(self.config.length), self.items.embedding_row, self.config.baskets)
-        weights = {name: value.double() for name, value in self.named_parameters() if value is not self.item}
-        z: Tensor = torch.func.functional_call(self, weights, (slots, _keep, True))  # [B, 1, D]
-        return z[:, -1].to(self.item.dtype)
+        x = self.inputs(slots, _keep).double()
+        short, long = (in_float64(branch)(x, slots, _keep, True) for branch in (self.short, self.long))  # [B, 1, D]
+        mixed: Tensor = self.config.alpha * short + (1 - self.config.alpha) * long
+        return mixed[:, -1].to(self.item.dtype)
 
     def score(self, state: Tensor, request: Request, candidates: Candidates) -> Tensor:
         """Give state . E[item], [B, C]; `NEGATIVE` at padding and unknown, 0 at items without training events."""

@@ -365,7 +365,7 @@ def test_what_cannot_be_prepared_is_said(tmp_path: Path) -> None:
         ),
         (PrepareConfig(positive=("rent",)), DataError, r"action 'rent' does not occur; the log has buy, view"),
         (PrepareConfig(columns=("colour",)), DataError, r"no column 'colour' to code; the catalogue has category"),
-        (PrepareConfig(split=SplitConfig("time", 300, 28)), DataError, r"no training request .*spans \d+.* days"),
+        (PrepareConfig(split=SplitConfig("time", 300, 28)), DataError, r"no training request.*spans \d+.* days"),
     ]
     for config, kind, message in wrong:
         with pytest.raises(kind, match=message):
