@@ -22,7 +22,7 @@ Changed, and why:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ from ranking.baskets import Slots, arrange, by_length, targets
 from ranking.batch import FIRST_ITEM, PAD, UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import hide_items, take
 from ranking.items import ItemTable, Transitions
-from ranking.layers import dropout, in_float64
-from ranking.ranker import NEGATIVE, Loss
+from ranking.layers import binary_cross_entropy, dropout, in_float64
+from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from ranking.softmax import (
     Positives,
     Proposal,
@@ -68,6 +68,7 @@ class MqsaTedConfig:
     dropout: float = 0.5
     softmax: Literal["chunked", "full", "sampled"] = "chunked"  # chunked and full are the same numbers
     negatives: int = 1024  # drawn per step, softmax = "sampled" only
+    objective: Literal["sequence", "candidates"] = "sequence"  # candidates: learn to order a request's candidates only
     kd_heads: int = 0  # distil at most so many tokens a step, repeats merged; 0: every token (the paper)
     baskets: bool = True  # events of one moment are one basket; False: every event is its own
     unknown_rate: float = 0.0  # share of items hidden behind the unknown row in a training step (the paper: none)
@@ -168,7 +169,6 @@ class MqsaTed(nn.Module):
     unknown (row 1) and scores 0, the logit of the padding class; the retriever never gives it.
     """
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "sequences"
     items: ItemTable
 
     def __init__(self, config: MqsaTedConfig, items: ItemTable) -> None:
@@ -194,6 +194,11 @@ class MqsaTed(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        """User sequences, or requests with negatives for the objective `candidates`."""
+        return "sequences" if self.config.objective == "sequence" else "requests"
 
     @property
     def window(self) -> int:
@@ -243,6 +248,10 @@ class MqsaTed(nn.Module):
         kd_generator = torch.Generator(generator.device).manual_seed(int(seed))
         padded = batch.history.padded(self.config.length)
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
+        if self.config.objective == "candidates":
+            slots = arrange(padded, row_of, self.config.baskets)
+            rec = self._candidates(batch, self(slots, self._dropout(generator), True)[:, -1], row_of)
+            return self._total(rec, self._distillation(slots.item[slots.item >= FIRST_ITEM], kd_generator))
         following = take(row_of, torch.where(batch.label > 0, batch.candidates.item, PAD)).long()  # [B, C]
         query, row, item, tokens, rows = [], [], [], [], 0
         for index in by_length(padded.mask.sum(1)):
@@ -260,9 +269,24 @@ class MqsaTed(nn.Module):
         if not rows:
             return self._nothing()
         rec = self._recommendation(torch.cat(query), Positives(torch.cat(row), torch.cat(item) - FIRST_ITEM), generator)
-        kd = self._distillation(torch.cat(tokens), kd_generator)
-        total = rec + self.config.lambda_kd * kd
-        return Loss(total, {"rec": rec.detach(), "kd": kd.detach()})
+        return self._total(rec, self._distillation(torch.cat(tokens), kd_generator))
+
+    def _total(self, rec: Tensor, kd: Tensor) -> Loss:
+        return Loss(rec + self.config.lambda_kd * kd, {"rec": rec.detach(), "kd": kd.detach()})
+
+    def _candidates(self, batch: Batch, z: Tensor, row_of: Tensor) -> Tensor:
+        """Give the loss of user vectors [B, D] on their requests' candidates, those that are known.
+
+        Softmax cross-entropy where every row has exactly one positive, else binary cross-entropy over all candidates.
+        """
+        row = take(row_of, batch.candidates.item)  # [B, C]
+        logits = (F.embedding(row, self.item, padding_idx=PAD) @ z[:, :, None]).squeeze(2)
+        weight = batch.weight * (row >= FIRST_ITEM)
+        positive = batch.label * weight
+        if bool(((positive > 0).sum(1) == 1).all()):
+            logits = logits.masked_fill(weight == 0, torch.finfo(logits.dtype).min)
+            return -(logits.log_softmax(1) * (positive > 0)).sum(1).mean()
+        return binary_cross_entropy(logits, positive, weight)
 
     def forward(self, slots: Slots, drop: Drop, newest: bool = False) -> Tensor:
         """Give Zhat, both branches mixed, of every basket [B, G, D] or of the newest only [B, 1, D]."""

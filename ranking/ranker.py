@@ -6,7 +6,7 @@ What depends on the moment of the request (ages) is computed once per request in
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from ranking.items import ItemTable
 
 NEGATIVE = -1e9
 """Score of padding, and of what a model can never recommend: large, negative, finite."""
+
+TrainsOn = Literal["requests", "sequences", "nothing"]
 
 S = TypeVar("S")
 
@@ -37,8 +39,12 @@ class Ranker(Protocol[S]):
         window: newest events of a history the model reads; None reads all.
     """
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]]
     items: ItemTable
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        """What a training row of this model is."""
+        ...
 
     @property
     def window(self) -> int | None:

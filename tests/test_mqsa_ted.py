@@ -613,3 +613,33 @@ def test_the_protocol_gives_the_reference_points_to_four_digits(real):
     name, data = real
     for got, expected in zip(parity.references(data).values(), REFERENCES[name], strict=True):
         assert tuple(round(value, 4) for value in got.values()) == expected
+
+
+def request_batch(label, item):
+    history = packed([[[2, 3], [4]], [[5], [6, 7]]])
+    label = torch.tensor(label)
+    item = torch.tensor(item, dtype=torch.int32)
+    return Batch(history, Request(torch.tensor([100, 100])), Candidates(item), label, (item > 0).float())
+
+
+@pytest.mark.parametrize("lambda_kd", [0.0, 0.3])
+def test_candidates_objective_is_softmax_for_one_positive_else_binary_cross_entropy(lambda_kd):
+    model = make_model(objective="candidates", lambda_kd=lambda_kd).train()
+    assert model.trains_on == "requests"
+    item = [[8, 3, 9, 0], [4, 10, 2, 6]]
+    one = request_batch([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]], item)
+    scores = model.score(model.encode(one.history), one.request, one.candidates).detach()
+    expected = -(scores[0, :3].log_softmax(0)[1] + scores[1].log_softmax(0)[0]) / 2
+    loss = model.loss(one, torch.Generator().manual_seed(1))
+    assert float(loss.parts["rec"]) == pytest.approx(float(expected), rel=1e-5)
+    sequence = make_model(lambda_kd=lambda_kd).train().loss(one, torch.Generator().manual_seed(1))
+    tokens = float(sequence.parts["kd"])  # TED reads the same tokens in either objective
+    assert float(loss.parts["kd"]) == pytest.approx(tokens, rel=1e-5)
+
+    two = request_batch([[0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], item)
+    real = two.candidates.mask
+    expected = nn.functional.binary_cross_entropy_with_logits(scores[real], two.label[real])
+    loss = model.loss(two, torch.Generator().manual_seed(1))
+    assert float(loss.parts["rec"]) == pytest.approx(float(expected), rel=1e-5)
+    loss.total.backward()
+    assert model.item.grad[0].abs().sum() == 0

@@ -67,10 +67,12 @@ def test_the_steps_run_as_written(tmp_path: Path):
         for line in commands():
             line = line.replace("8000", str(port))
             words = shlex.split(line)
-            if words[0] == "recsys" and words[1] == "serve":
+            if words[:2] == ["recsys", "quickstart"]:
+                run([str(RECSYS), *words[1:], *QUICKSTART, "--port", str(free_port())], tmp_path)
+            elif words[:2] == ["recsys", "serve"]:
                 server = subprocess.Popen([RECSYS, *words[1:]], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
                 await_ready(server, port)
-            elif words[0] == "recsys" and words[1] != "bench":
+            elif words[0] == "recsys":
                 run([str(RECSYS), *words[1:], *SMOKE.get(words[1], [])], tmp_path)
             elif words[0] == "curl":
                 answer = json.loads(run(words, tmp_path).stdout)
