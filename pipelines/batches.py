@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.prepared import PreparedSet, Requests
-from pipelines.samplers import SAMPLERS, Ragged, Sampler
+from pipelines.samplers import SAMPLERS, Ragged, Sampler, log_density
 from ranking.batch import Batch, assemble, rows_of
 from recsys.errors import ConfigError
 from recsys.randomness import generator
@@ -27,6 +27,7 @@ class BatchConfig:
     rows: int = 256  # requests (or user sequences) per step
     negatives: int = 2  # sampled per positive; rows of `sequences` models have none
     samplers: tuple[str, ...] = ("uniform", "popularity")  # negatives are shared out evenly among them
+    correct: bool = True  # learn how likely an item is, not how much likelier than the samplers draw it
     max_positives: int = 8  # of one request, a seeded choice among more
     max_requests: int | None = None  # use only a seeded sample of the training requests
     sequence_end: Literal["random", "newest"] = "random"  # which of a user's requests ends its training sequence
@@ -76,6 +77,10 @@ class TrainingBatches:
         return [SAMPLERS[name](self.prepared.items) for name in self.config.samplers]
 
     @cached_property
+    def _offset(self) -> NDArray[np.float32]:
+        return log_density(self._samplers)
+
+    @cached_property
     def _users(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Requests grouped by user: their order and the offsets of the groups."""
         order = np.lexsort((self.requests.at, self.requests.user))
@@ -93,17 +98,28 @@ class TrainingBatches:
         rows = len(self.requests) if self.trains_on == "requests" else len(self._users[1]) - 1
         return min(len(self) * self.config.rows, rows)
 
-    def batch(self, step: int) -> Batch:
-        """Give the batch of one step, counted from 0 over the whole run."""
-        index = self._epoch(step // len(self))[step % len(self)]
-        requests = self.requests.take(index)
+    def chosen(self, step: int) -> NDArray[np.int64]:
+        """Give which of `requests` make up the batch of one step."""
+        return self._epoch(step // len(self))[step % len(self)]
+
+    def batch(self, step: int, rank: int = 0, size: int = 1) -> Batch:
+        """Give the batch of one step, counted from 0 over the whole run, or the share of one of `size` workers in it.
+
+        Worker `rank` gets every size-th row from its own on: the rows lie by length, so shares cost alike.
+        """
+        requests = self.requests.take(self.chosen(step))
         draws = generator(self.seed, step, "candidates")
         positives = _some_positives(requests, self.config.max_positives, draws)
-        items, labels = positives, (positives > 0).astype(np.float32)
+        items, labels, offset = positives, (positives > 0).astype(np.float32), None
         if self.trains_on == "requests":
             negatives = self._negatives(requests, positives, draws)
             items = np.concatenate([positives, negatives], axis=1)
             labels = np.concatenate([labels, np.zeros(negatives.shape, np.float32)], axis=1)
+        if size > 1:
+            mine = np.arange(rank, len(requests), size)
+            requests, items, labels = requests.take(mine), items[mine], labels[mine]
+        if self.trains_on == "requests" and self.config.correct:
+            offset = self._offset[items]
         histories = self.prepared.histories
         return assemble(
             histories.events,
@@ -114,6 +130,7 @@ class TrainingBatches:
             self.prepared.key_to_row,
             labels,
             self.window,
+            offset,
         )
 
     def _negatives(

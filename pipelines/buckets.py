@@ -7,7 +7,7 @@ by the largest bucket.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,105 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from pipelines.mixing import mix
-from pipelines.splits import TEST, TRAIN, VALID, Cuts, assign
+from pipelines.parts import Part
+from pipelines.splits import TRAIN, Cuts, assign
 from pipelines.transitions import PAIRS, pair_words
-from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, SESSION_ID, TIMESTAMP, USER_ID
+from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, SESSION_ID, TIMESTAMP, USER_ID, VALUE
+from recsys.errors import DataError
 
 FIRST_ROW = 2
 """Model row of item key 0: `ranking.batch.FIRST_ITEM`, repeated so that a worker need not load torch."""
-SPLITS = {"train": TRAIN, "valid": VALID, "test": TEST}
 BUCKET_FILE = "bucket.safetensors"
-REQUEST_ARRAYS = ("user", "at", "end", "size", "positive")
-USER_ROW, SESSION, BUCKET = "user_row", "session", "bucket"
-_SCHEMA = {USER_ROW: pl.UInt32, TIMESTAMP: pl.Int64, SESSION: pl.UInt64, ITEM_KEY: pl.UInt32, ACTION: pl.UInt8}
+USER_ROW, SESSION, POSITIVE, BUCKET = "user_row", "session", "positive", "bucket"
+ROW_GROUP = 16_384
+"""Rows buffered per bucket while the log is partitioned: with polars' own 262,144 the whole log would be."""
+_SCHEMA = {
+    USER_ROW: pl.UInt32,
+    TIMESTAMP: pl.Int64,
+    ITEM_KEY: pl.UInt32,
+    ACTION: pl.UInt8,
+    POSITIVE: pl.Boolean,
+    SESSION: pl.UInt64,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which events are positives: those of one of `actions` (empty: any) and of a value of `min_value` at least."""
+
+    actions: tuple[str, ...] = ()
+    min_value: float | None = None
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """What a bucket needs to know besides its events.
-
-    Attributes:
-        first_user: history row of its first user.
-        users: number of its users.
-        cuts: where the periods begin.
-        positive: action codes that make an event a positive; empty means all.
-        has_sessions: whether requests are sessions rather than moments.
-    """
+    """What a bucket needs to know besides its events: first history row, number of users, where periods begin."""
 
     first_user: int
     users: int
     cuts: Cuts
-    positive: tuple[int, ...]
-    has_sessions: bool
 
 
 @dataclass(frozen=True)
 class BucketSummary:
-    """What a bucket held: events, distinct (user, item) pairs, straddling requests, requests by split."""
+    """What a bucket held: events, distinct (user, item) pairs; requests and their positives, training or pending."""
 
     events: int
     user_items: int
-    straddling: int
-    requests: dict[str, int]
+    train: int
+    train_positives: int
+    pending: int
+    pending_positives: int
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """Requests that still know when their session ended, by (user, first moment, last moment, first event).
+
+    `user`, `at`, `last`, `end` int64 [R]: history row, first and last moment, and the end of the history in the packed
+    events. Request r's positives are the distinct item rows positive[offsets[r]] .. positive[offsets[r + 1]].
+    """
+
+    user: NDArray[np.int64]
+    at: NDArray[np.int64]
+    last: NDArray[np.int64]
+    end: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    positive: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, index: NDArray[np.int64]) -> "Sessions":
+        """Give the requests at `index`, in that order."""
+        size = np.diff(self.offsets)[index]
+        offsets = np.concatenate([[0], np.cumsum(size)])
+        where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], size)
+        return Sessions(
+            self.user[index], self.at[index], self.last[index], self.end[index], offsets, self.positive[where]
+        )
+
+    @staticmethod
+    def concatenate(first: "Sessions", second: "Sessions") -> "Sessions":
+        """Give the requests of `first`, then those of `second`."""
+        offsets = np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]])
+        joined = {
+            field.name: np.concatenate([getattr(first, field.name), getattr(second, field.name)])
+            for field in fields(Sessions)
+        }
+        return Sessions(**{**joined, "offsets": offsets})
+
+
+@dataclass(frozen=True)
+class SortedEvents:
+    """Events in the order of `sort_events`; users counted from the bucket's first."""
+
+    user: NDArray[np.int64]
+    time: NDArray[np.int64]
+    item: NDArray[np.uint32]
+    action: NDArray[np.uint8]
+    session: NDArray[np.uint64]
+    positive: NDArray[np.bool_]
 
 
 def user_hashes(user_ids: Sequence[str]) -> NDArray[np.uint64]:
@@ -70,54 +129,90 @@ def bucket_of(hashes: NDArray[np.uint64], buckets: int) -> NDArray[np.uint32]:
     return ((hashes >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.uint32)
 
 
-def partition(
-    events: pl.LazyFrame, users: pl.DataFrame, items: pl.DataFrame, actions: Sequence[str], out: Path
-) -> None:
-    """Stream the log into `out`/bucket=b/*.parquet with numbers for ids.
+def numbered(
+    part: Part, index: int, users: pl.DataFrame, items: pl.DataFrame, actions: Sequence[str], rule: Rule
+) -> pl.LazyFrame:
+    """Give a part's events with numbers for ids, a session for every event, and whether it is a positive.
 
     Args:
-        events: the canonical log.
+        part: the events.
+        index: the part's place among the log's parts; sessions of two parts are never the same.
         users: user_id, user_row, bucket.
         items: item_id, item_key.
         actions: names of the action codes 1, 2, ...; code 0 means no action.
-        out: an existing directory.
+        rule: which events are positives.
 
-    Cost: streaming; 20 million events into 80 buckets take 6 CPU seconds and 1.5 GB at most.
+    Raises:
+        DataError: the rule wants a value, the part has none.
     """
-    columns = events.collect_schema().names()
-    selected = [BUCKET, USER_ROW, pl.col(TIMESTAMP), ITEM_KEY, _action_code(actions if ACTION in columns else ())]
-    if SESSION_ID in columns:
-        # An event without session is a session of its own moment. Polars' hash serves to group within one run only.
-        session, moment = pl.col(SESSION_ID), pl.col(TIMESTAMP)
-        selected.append(pl.when(session.is_null()).then(moment.hash(2)).otherwise(session.hash(1)).alias(SESSION))
-    (
-        events.join(users.lazy().select(USER_ID, USER_ROW, BUCKET), on=USER_ID)
+    # An event without session is a session of its own moment. Polars' hash is fixed by its seed and its version.
+    session = pl.col(TIMESTAMP).hash(2 * index + 2)
+    if SESSION_ID in part.columns:
+        name = pl.col(SESSION_ID)
+        session = pl.when(name.is_null()).then(session).otherwise(name.hash(2 * index + 1))
+    return (
+        part.events.join(users.lazy().select(USER_ID, USER_ROW, BUCKET), on=USER_ID)
         .join(items.lazy().select(ITEM_ID, ITEM_KEY), on=ITEM_ID)
-        .select(selected)
-        .sink_parquet(pl.PartitionBy(out, key=BUCKET, include_key=False), mkdir=True, compression="lz4")
+        .select(
+            pl.col(BUCKET, USER_ROW, TIMESTAMP, ITEM_KEY),
+            _positive(part, rule).alias(POSITIVE),
+            _action_code(actions if ACTION in part.columns else ()).alias(ACTION),
+            session.alias(SESSION),
+        )
+    )
+
+
+def partition(events: pl.LazyFrame, out: Path) -> None:
+    """Stream numbered events into `out`/bucket=b/*.parquet; `out` exists."""
+    events.sink_parquet(
+        pl.PartitionBy(out, key=BUCKET, include_key=False),
+        mkdir=True,
+        compression="lz4",
+        statistics=False,
+        row_group_size=ROW_GROUP,
+        maintain_order=False,
     )
 
 
 def _action_code(actions: Sequence[str]) -> pl.Expr:
     if not actions:
-        return pl.lit(0, pl.UInt8).alias(ACTION)
-    codes = range(1, len(actions) + 1)
-    return pl.col(ACTION).replace_strict(actions, codes, default=0, return_dtype=pl.UInt8).alias(ACTION)
+        return pl.lit(0, pl.UInt8)
+    return pl.col(ACTION).replace_strict(actions, range(1, len(actions) + 1), default=0, return_dtype=pl.UInt8)
+
+
+def _positive(part: Part, rule: Rule) -> pl.Expr:
+    chosen = pl.lit(True)
+    if rule.actions:
+        chosen = pl.col(ACTION).is_in(rule.actions) if ACTION in part.columns else pl.lit(False)
+    if rule.min_value is not None:
+        if VALUE not in part.columns:
+            raise DataError(
+                f"{part.directory / 'events.parquet'}: min_value is {rule.min_value:g}, but there is no column "
+                f"{VALUE!r}; it has {', '.join(part.columns)}"
+            )
+        chosen &= pl.col(VALUE).fill_nan(None) >= rule.min_value
+    return chosen.fill_null(False)
 
 
 def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> BucketSummary:
     """Turn a bucket's events into arrays in `out` (an existing directory), the same whatever the order of the rows.
 
-    Writes bucket.safetensors: item, action, time; lengths (events per user); per split {split}_{array} for the arrays
-    user, at, end (within the bucket), size, positive; counted_row and counted (training events by model row). Writes
-    pairs.bin (`pipelines.transitions`).
+    Writes bucket.safetensors: item, action, time; lengths (events per user); train_{array} for the training requests by
+    (at, user) and pending_{array} for all others by user, each with the arrays of `Sessions` but size for offsets, ends
+    counted from the bucket's first event; counted_row and counted (training events by model row). Writes pairs.bin
+    (`pipelines.transitions`).
 
     Cost: 1.5 million events take about 1 s on one core; memory is about 300 bytes per event of the bucket, half of it
     for the pairs.
     """
-    log = _read(parts, plan)
-    requests = _requests(log, plan)
+    frame = pl.read_parquet(list(parts), columns=list(_SCHEMA)) if parts else pl.DataFrame(schema=_SCHEMA)
+    log = sort_events(frame, plan.first_user)
+    del frame
+    requests = session_requests(log)
     split, training_end = assign(plan.cuts, plan.users, requests.user, requests.at, requests.last)
+    train = requests.take(np.flatnonzero(split == TRAIN))
+    pending = requests.take(np.flatnonzero(split != TRAIN))
+    pair_words(train.user, train.offsets, train.positive).tofile(out / PAIRS)
     counted = np.bincount(log.item[log.time < training_end[log.user]])
     arrays: dict[str, NDArray[Any]] = {
         "item": log.item,
@@ -127,85 +222,55 @@ def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> Bucket
         "counted_row": np.flatnonzero(counted) + FIRST_ROW,
         "counted": counted[counted > 0],
     }
-    sizes = {}
-    for name, code in SPLITS.items():
-        chosen = requests.where(split == code)
-        sizes[name] = len(chosen.user)
-        columns: tuple[NDArray[Any], ...]
-        columns = (chosen.user + plan.first_user, chosen.at, chosen.end, np.diff(chosen.offsets), chosen.positive)
-        arrays |= {f"{name}_{array}": values for array, values in zip(REQUEST_ARRAYS, columns, strict=True)}
-        if code == TRAIN:
-            pair_words(chosen.user, chosen.offsets, chosen.positive).tofile(out / PAIRS)
+    for name, some in (("train", train.take(np.argsort(train.at, kind="stable"))), ("pending", pending)):
+        arrays |= {
+            f"{name}_user": some.user + plan.first_user,
+            f"{name}_at": some.at,
+            f"{name}_last": some.last,
+            f"{name}_end": some.end,
+            f"{name}_size": np.diff(some.offsets),
+            f"{name}_positive": some.positive,
+        }
     save_file(arrays, out / BUCKET_FILE)
-    distinct = _distinct(log.user.astype(np.uint64) << np.uint64(32) | log.item)
-    return BucketSummary(len(log.item), len(distinct), int((split > TEST).sum()), sizes)
+    pairs = distinct(log.user.astype(np.uint64) << np.uint64(32) | log.item)
+    return BucketSummary(
+        len(log.item), len(pairs), len(train), len(train.positive), len(pending), len(pending.positive)
+    )
 
 
-@dataclass(frozen=True)
-class _Log:
-    """Events in the order of `_read`; users counted from the bucket's first."""
-
-    user: NDArray[np.int64]
-    time: NDArray[np.int64]
-    item: NDArray[np.uint32]
-    action: NDArray[np.uint8]
-    session: NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class _BucketRequests:
-    """Requests by (user, first moment, first event); `end` counts from the bucket's first event."""
-
-    user: NDArray[np.int64]
-    at: NDArray[np.int64]
-    last: NDArray[np.int64]
-    end: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    positive: NDArray[np.int32]
-
-    def where(self, mask: NDArray[np.bool_]) -> "_BucketRequests":
-        size = np.diff(self.offsets)
-        offsets = np.concatenate([[0], np.cumsum(size[mask])])
-        positive = self.positive[np.repeat(mask, size)]
-        return _BucketRequests(self.user[mask], self.at[mask], self.last[mask], self.end[mask], offsets, positive)
-
-
-def _read(parts: Sequence[Path], plan: BucketPlan) -> _Log:
-    """Read and sort a bucket by user, time, session and a hash of the line.
+def sort_events(frame: pl.DataFrame, first_user: int) -> SortedEvents:
+    """Sort numbered events by user, time, session and a hash of the line.
 
     Lines of one stamp have no order of their own, and a log need not keep its rows in order. Any fixed order of items
     would favour some of them wherever a window of newest events cuts through a basket: by item key, .192 of the next
     basket is found among a grocery user's newest 50 lines; by hash, as at random, .196.
     """
-    keys = [USER_ROW, TIMESTAMP, *([SESSION] if plan.has_sessions else [])]
-    columns = [*keys, ITEM_KEY, ACTION]
-    frame = pl.read_parquet(list(parts), columns=columns) if parts else pl.DataFrame(schema=_SCHEMA)
     line = frame[TIMESTAMP].to_numpy().view(np.uint64) ^ frame[ITEM_KEY].to_numpy().astype(np.uint64)
-    frame = frame.with_columns(pl.Series("line", mix(line))).sort(*keys, "line", ITEM_KEY, ACTION)
-    time = frame[TIMESTAMP].to_numpy()
-    return _Log(
-        user=frame[USER_ROW].to_numpy().astype(np.int64) - plan.first_user,
-        time=time,
+    keys = (USER_ROW, TIMESTAMP, SESSION, "line", ITEM_KEY, ACTION)
+    frame = frame.with_columns(pl.Series("line", mix(line))).sort(*keys)
+    return SortedEvents(
+        user=frame[USER_ROW].to_numpy().astype(np.int64) - first_user,
+        time=frame[TIMESTAMP].to_numpy(),
         item=frame[ITEM_KEY].to_numpy(),
         action=frame[ACTION].to_numpy(),
-        session=frame[SESSION].to_numpy() if plan.has_sessions else time.view(np.uint64),
+        session=frame[SESSION].to_numpy(),
+        positive=frame[POSITIVE].to_numpy(),
     )
 
 
-def _requests(log: _Log, plan: BucketPlan) -> _BucketRequests:
+def session_requests(log: SortedEvents) -> Sessions:
     """Give every session that has a positive, with the events strictly before its first moment as history."""
-    session, first, last = _sessions(log)
+    session, first, last = _number_sessions(log)
     index = np.arange(len(log.user))
     new_moment = np.ones(len(index), np.bool_)
     new_moment[1:] = (log.user[1:] != log.user[:-1]) | (log.time[1:] != log.time[:-1])
     # Another session may share the first moment and stand before this one: the history ends where the moment begins.
     end = np.maximum.accumulate(np.where(new_moment, index, 0))[first]
-    positive = np.isin(log.action, plan.positive) if plan.positive else np.ones(len(index), np.bool_)
-    pairs = _distinct(session[positive].astype(np.uint64) << np.uint64(32) | log.item[positive])
+    pairs = distinct(session[log.positive].astype(np.uint64) << np.uint64(32) | log.item[log.positive])
     size = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(first))
     kept = size > 0
     first, last, end = first[kept], last[kept], end[kept]
-    return _BucketRequests(
+    found = Sessions(
         user=log.user[first],
         at=log.time[first],
         last=log.time[last],
@@ -213,9 +278,14 @@ def _requests(log: _Log, plan: BucketPlan) -> _BucketRequests:
         offsets=np.concatenate([[0], np.cumsum(size[kept])]),
         positive=(pairs & np.uint64(0xFFFFFFFF)).astype(np.int32) + np.int32(FIRST_ROW),
     )
+    # Sessions that begin together stand in the order in which they end: one that joins the training period later, when
+    # a cut has moved past its end, then comes after those that were in it before.
+    if ((found.user[1:] == found.user[:-1]) & (found.at[1:] == found.at[:-1])).any():
+        return found.take(np.lexsort((found.last, found.at, found.user)))
+    return found
 
 
-def _sessions(log: _Log) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _number_sessions(log: SortedEvents) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Number the (user, session) pairs by their first event; give each event's number, and first and last events."""
     if not len(log.user):
         return log.user, log.user, log.user
@@ -234,7 +304,7 @@ def _sessions(log: _Log) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[
     return np.repeat(of_run, length), start[first_run[order]], last
 
 
-def _distinct(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def distinct(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Give the distinct words, ascending. Sorts in place: five times as fast as `np.unique`."""
     words.sort()
     return words[np.concatenate([[True], words[1:] != words[:-1]])] if len(words) else words

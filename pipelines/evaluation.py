@@ -8,7 +8,8 @@
                                        "test/segment/target_outside_history/auc": ..., "test/logloss": null},
                            "all_items": {"test/ndcg_at_10": ...}}},
       "comparisons": [{...Comparison...}],                       paired over the same resamples of the users
-      "cost": {"dare": {...Cost...}}
+      "cost": {"dare": {...Cost...}},
+      "cold_start": {...ColdStart...}                            null if no positive is without training events
     }
 
 null stands for "not defined": log loss and calibration on sampled candidates, an interval of fewer than two users, the
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from ranking.content_vectors import ContentQuality
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, whole_directory, write_json
 
@@ -49,6 +51,7 @@ class EvaluateConfig:
         samplers: candidate sets to score; the first is the one the report's summary speaks of.
         max_requests: most requests scored, drawn by seed, the same for every model.
         full_ranking_requests: requests (drawn from those) for which all items are ranked; 0 leaves it out.
+        cold_requests: most requests on which finding items without training events is measured; 0 leaves it out.
         batch_requests: most requests of one batch.
         resamples: of the users, for the intervals; 0 gives none.
         level: of the intervals.
@@ -60,6 +63,7 @@ class EvaluateConfig:
     samplers: tuple[str, ...] = ("uniform", "popularity")
     max_requests: int = 20_000
     full_ranking_requests: int = 200
+    cold_requests: int = 200
     batch_requests: int = 256
     resamples: int = 1000
     level: float = 0.95
@@ -67,9 +71,10 @@ class EvaluateConfig:
     seed: int = 2023
 
     def __post_init__(self) -> None:
-        for name, least in (("max_requests", 1), ("full_ranking_requests", 0), ("batch_requests", 1), ("resamples", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {least}")
+        least = {"max_requests": 1, "full_ranking_requests": 0, "cold_requests": 0, "batch_requests": 1, "resamples": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {low}")
         if not self.samplers:
             raise ConfigError("evaluate: samplers is empty; name at least one, e.g. uniform")
         if not 0 < self.level < 1:
@@ -127,6 +132,44 @@ class Comparison:
     def certain(self) -> bool:
         """Whether the interval lies on one side of zero; where it does not, no difference was found."""
         return self.ci_low is not None and self.ci_high is not None and (self.ci_low > 0 or self.ci_high < 0)
+
+
+@dataclass(frozen=True)
+class ColdScore:
+    """How well a scorer finds items without training events.
+
+    `auc` and `recall_at_50` are means over requests, among all such items of the catalogue, with their intervals;
+    `recall_at_100_of_all` is a retriever's recall among all items, by its vectors.
+    """
+
+    auc: float
+    auc_low: float | None
+    auc_high: float | None
+    recall_at_50: float
+    recall_low: float | None
+    recall_high: float | None
+    recall_at_100_of_all: float | None = None
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Finding items first seen after training (`pipelines.cold_start`).
+
+    Attributes:
+        items: items of the catalogue without training events: the candidates.
+        requests: requests with a positive among them.
+        users: whose requests these are.
+        targets: such positives.
+        scores: by scorer: references, models, retrievers with content.
+        content: by retriever, how well content tells the vectors of trained items held out.
+    """
+
+    items: int
+    requests: int
+    users: int
+    targets: int
+    scores: dict[str, ColdScore]
+    content: dict[str, ContentQuality]
 
 
 @dataclass(frozen=True)
@@ -190,6 +233,7 @@ class Evaluation:
     metrics: dict[str, dict[str, Metrics]]
     comparisons: list[Comparison]
     cost: dict[str, Cost]
+    cold_start: ColdStart | None = None
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -1,21 +1,38 @@
-"""Takes a raw log into the system: checked, in canonical columns and types, as three Parquet files.
+"""Takes a raw log into the system: checked, in canonical columns and types, as Parquet files.
 
-    events.parquet    user_id, item_id, timestamp; action, value, session_id, event_id where the log has them
-    items.parquet     item_id, text, the catalogue's columns; one row per item
-    users.parquet     user_id, the users' columns; one row per user
-    ingest.json       counts, time range, digest
+    events.parquet        user_id, item_id, timestamp; action, value, session_id, event_id where the log has them
+    items.parquet         item_id, text, the catalogue's columns; one row per item
+    users.parquet         user_id, the users' columns; one row per user
+    impressions.parquet   request_id, user_id, item_id, timestamp, label; only where the log has them
+    ingest.json           the data card (pipelines.cards): counts, time range, what was left out and why, digest
 
-Events are streamed and keep the order they had.
+`ingest` takes a log in canonical columns, `ingest_files` any files that a mapping describes. Events are streamed and
+keep the order they had, unless sessions had to be cut.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import polars as pl
 
+from pipelines.cards import DataCard, Tally, measure_events
 from pipelines.datasets import RawLog
-from recsys.columns import ACTION, EVENT_ID, ITEM_ID, SESSION_ID, TEXT, TIMESTAMP, USER_ID, VALUE
+from pipelines.mapped import read_mapped
+from pipelines.mapping import IngestConfig
+from recsys.columns import (
+    ACTION,
+    EVENT_ID,
+    ITEM_ID,
+    LABEL,
+    REQUEST_ID,
+    SESSION_ID,
+    TEXT,
+    TIMESTAMP,
+    USER_ID,
+    VALUE,
+)
 from recsys.errors import DataError
 from recsys.files import sha256_file, sha256_json, whole_directory, write_json
 
@@ -23,51 +40,87 @@ REQUIRED = (USER_ID, ITEM_ID, TIMESTAMP)
 OPTIONAL = {ACTION: pl.String(), VALUE: pl.Float64(), SESSION_ID: pl.String(), EVENT_ID: pl.String()}
 
 
-@dataclass(frozen=True)
-class IngestSummary:
-    """What was taken in. Times are microseconds UTC; `digest` is SHA-256 over the three files."""
-
-    source: str
-    events: int
-    users: int
-    items: int
-    catalogue_items: int
-    first_time: int
-    last_time: int
-    columns: tuple[str, ...]
-    digest: str
+IMPRESSIONS = {REQUEST_ID: pl.String(), USER_ID: pl.String(), ITEM_ID: pl.String(), TIMESTAMP: pl.Int64()}
 
 
-def ingest(raw: RawLog, directory: Path) -> IngestSummary:
+def ingest_files(config: IngestConfig, folder: Path, directory: Path, name: str) -> DataCard:
+    """Read the files a mapping describes and write them as canonical ones; see `ingest`.
+
+    Bad rows go to quarantine.parquet beside `directory`, with file, row, column, what was found and what was expected;
+    also when there are too many of them and nothing else is written.
+
+    Args:
+        config: the mapping (`pipelines.mapping.load_mapping`).
+        folder: where its relative paths start.
+        directory: appears whole or not at all.
+        name: what manifests and reports call the log.
+
+    Raises:
+        DataError: files, columns or rows that are not what the mapping says, too many bad rows, nothing left.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.work.") as work:
+        raw = read_mapped(config, folder, name, Path(work), quarantine_of(directory))
+        return ingest(raw, directory)
+
+
+def quarantine_of(directory: Path) -> Path:
+    """Give where the bad rows of a log are kept: beside it, so that they are there when the log is refused."""
+    return directory.with_name("quarantine.parquet")
+
+
+def ingest(raw: RawLog, directory: Path) -> DataCard:
     """Check a raw log and write it as canonical files; `directory` appears whole or not at all.
 
     Raises:
         DataError: a missing column, a column of a type that cannot be meant, no events, a missing id or time, or an
             id that stands twice in the item or user table. The message names the source, the table and the column.
 
-    Cost: streaming; memory does not grow with the number of events.
+    Cost: streaming; memory grows with the users and items, not with the events.
     """
     events = _canonical_events(raw)
+    names = ["events.parquet", "items.parquet", "users.parquet"]
     with whole_directory(directory) as out:
         events.sink_parquet(out / "events.parquet", compression="zstd")
         written = pl.scan_parquet(out / "events.parquet")
-        counts = _check_events(raw.name, written)
-        for table, frame, key in (("items", raw.items, ITEM_ID), ("users", raw.users, USER_ID)):
-            _canonical_table(raw.name, table, frame, key, written).write_parquet(out / f"{table}.parquet")
-        files = {name: sha256_file(out / name) for name in ("events.parquet", "items.parquet", "users.parquet")}
-        summary = IngestSummary(
-            source=raw.name,
-            events=counts["events"],
-            users=counts["users"],
-            items=counts["items"],
-            catalogue_items=pl.scan_parquet(out / "items.parquet").select(pl.len()).collect().item(),
-            first_time=counts["first_time"],
-            last_time=counts["last_time"],
-            columns=tuple(written.collect_schema().names()),
-            digest=sha256_json(files),
-        )
-        write_json(out / "ingest.json", asdict(summary))
-    return summary
+        count = _check_events(raw.name, written)
+        missing_text = _write_items(raw, out, written)
+        _canonical_table(raw.name, "users", raw.users, USER_ID, written).write_parquet(out / "users.parquet")
+        if raw.impressions is not None:
+            columns = [pl.col(name).cast(kind) for name, kind in (*IMPRESSIONS.items(), (LABEL, pl.UInt8()))]
+            raw.impressions.select(columns).sink_parquet(out / "impressions.parquet", compression="zstd")
+            names.append("impressions.parquet")
+        card = _card(raw, out, names, count, missing_text)
+        write_json(out / "ingest.json", asdict(card))
+    return card
+
+
+def _card(raw: RawLog, out: Path, names: list[str], count: int, missing_text: int) -> DataCard:
+    """Give the data card of what was written under `out`."""
+    rows = {name: int(pl.scan_parquet(out / name).select(pl.len()).collect().item()) for name in names}
+    tally = raw.tally or Tally(count)
+    facts = measure_events(out / "events.parquet", count)
+    return DataCard(
+        source=raw.name,
+        events=count,
+        read=tally.read,
+        filtered=dict(tally.filtered),
+        bad=dict(tally.bad),
+        users=facts.users,
+        items=facts.items,
+        catalogue_items=rows["items.parquet"],
+        missing_text=missing_text,
+        impressions=rows.get("impressions.parquet", 0),
+        bad_impressions=tally.bad_impressions,
+        order=raw.order,
+        first_time=facts.first_time,
+        last_time=facts.last_time,
+        history=facts.history,
+        repeated_share=facts.repeated_share,
+        columns=tuple(pl.read_parquet_schema(out / "events.parquet")),
+        positive=raw.positive,
+        digest=sha256_json({name: sha256_file(out / name) for name in names}),
+    )
 
 
 def _canonical_events(raw: RawLog) -> pl.LazyFrame:
@@ -97,35 +150,38 @@ def _time(source: str, kind: pl.DataType) -> pl.Expr:
     )
 
 
-def _check_events(source: str, events: pl.LazyFrame) -> dict[str, int]:
+def _check_events(source: str, events: pl.LazyFrame) -> int:
     """Count what was written; refuse an empty log and missing ids or times."""
+    nulls = (pl.col(name).null_count().alias(name) for name in REQUIRED)
     counts: dict[str, Any] = (
-        events.select(
-            pl.len().alias("events"),
-            pl.col(USER_ID).n_unique().alias("users"),
-            pl.col(ITEM_ID).n_unique().alias("items"),
-            pl.col(TIMESTAMP).min().alias("first_time"),
-            pl.col(TIMESTAMP).max().alias("last_time"),
-            *(pl.col(name).null_count().alias(f"null_{name}") for name in REQUIRED),
-        )
-        .collect(engine="streaming")
-        .row(0, named=True)
+        events.select(pl.len().alias("events"), *nulls).collect(engine="streaming").row(0, named=True)
     )
     if counts["events"] == 0:
         raise DataError(f"{source}, events: the log is empty; expected at least one event")
     for name in REQUIRED:
-        if nulls := counts[f"null_{name}"]:
+        if counts[name]:
             row = _first_null(events, name)
             raise DataError(
-                f"{source}, events: column {name!r} is missing in {nulls:,} of {counts['events']:,} rows, "
+                f"{source}, events: column {name!r} is missing in {counts[name]:,} of {counts['events']:,} rows, "
                 f"first in row {row:,} (counted from 0); drop or repair these rows"
             )
-    return counts
+    return int(counts["events"])
 
 
 def _first_null(events: pl.LazyFrame, name: str) -> int:
     rows = events.with_row_index("row").filter(pl.col(name).is_null()).select("row").head(1).collect()
     return int(rows.item())
+
+
+def _write_items(raw: RawLog, out: Path, events: pl.LazyFrame) -> int:
+    """Write items.parquet, the id standing in for a missing text; give the items with events that have no text."""
+    items = _canonical_table(raw.name, "items", raw.items, ITEM_ID, events)
+    text = pl.col(TEXT).cast(pl.String) if TEXT in items.columns else pl.lit(None, pl.String)
+    items = items.with_columns(text.alias(TEXT)).select(ITEM_ID, TEXT, pl.exclude(ITEM_ID, TEXT))
+    known = items.lazy().filter(pl.col(TEXT).is_not_null()).select(ITEM_ID)
+    without = events.select(pl.col(ITEM_ID).unique()).join(known, on=ITEM_ID, how="anti")
+    items.with_columns(pl.coalesce(TEXT, ITEM_ID).alias(TEXT)).write_parquet(out / "items.parquet")
+    return int(without.select(pl.len()).collect(engine="streaming").item())
 
 
 def _canonical_table(
@@ -142,11 +198,7 @@ def _canonical_table(
         raise DataError(f"{source}, {table}: column {key!r} is missing in {nulls:,} of {rows.height:,} rows")
     if twice := rows.filter(pl.col(key).is_duplicated())[key].sort().head(1).to_list():
         raise DataError(f"{source}, {table}: {key} {twice[0]!r} stands in more than one row; expected one row per id")
-    if key == USER_ID:
-        return rows
-    text = pl.coalesce(pl.col(TEXT).cast(pl.String), key) if TEXT in rows.columns else pl.col(key)
-    rows = rows.with_columns(text.alias(TEXT))
-    return rows.select(key, TEXT, pl.exclude(key, TEXT))
+    return rows
 
 
 def _schema(source: str, table: str, frame: pl.LazyFrame) -> pl.Schema:

@@ -9,10 +9,12 @@
     histories/                recsys.history.Histories over item keys
     requests/{train,valid,test}.safetensors            Requests
     candidates/{valid,test}_{sampler}.safetensors      CandidateSets, request by request
+    growth/                   what `append` needs (`pipelines.growth`); outside the digest, nothing else reads it
 
-Everything is plain Parquet, npy, safetensors or JSON.
+Everything is plain Parquet, npy, safetensors or JSON, but for the bare 64-bit words under growth/.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +27,32 @@ from safetensors.numpy import load_file, save_file
 
 from ranking.items import ItemTable
 from recsys.errors import DataError
-from recsys.files import read_json
+from recsys.files import read_json, sha256_file, sha256_json
 from recsys.history import Histories
 
 Split = Literal["train", "valid", "test"]
 FORMAT = 1
+GROWTH = "growth"
+"""folder of what `append` needs"""
+
+
+def contents(directory: Path) -> list[Path]:
+    """Give the files of a prepared set that its digest covers: all but the manifest and the means of growth."""
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and path.relative_to(directory).parts[0] not in ("manifest.json", GROWTH)
+    )
+
+
+def digest_of(directory: Path) -> str:
+    """Give the SHA-256 over names and contents of `contents`, hashing files side by side."""
+    files = contents(directory)
+    with ThreadPoolExecutor(2) as pool:
+        digests = pool.map(sha256_file, files)
+        return sha256_json(
+            {str(path.relative_to(directory)): found for path, found in zip(files, digests, strict=True)}
+        )
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from pipelines.cold_start import features_of, item_names, vectors_of
 from pipelines.prepared import PreparedSet
 from pipelines.tracking import git_commit, tracking_client
 from pipelines.train import Trained
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.content import match_content
 from ranking.index import IndexConfig
 from ranking.manifest import MANIFEST, Provenance, read_manifest
 from ranking.snapshot import write_snapshot
-from recsys.columns import ITEM_ID, TEXT, USER_ID
+from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json
 
@@ -37,6 +40,9 @@ def publish(
 ) -> str:
     """Write the bundle and the user snapshot, each whole or not at all, and give the bundle's version.
 
+    Items without training events are matched by their content, and get vectors from it where content tells those of
+    held-out items; how well it does is recorded with the metrics.
+
     Args:
         prepared: the set the models were trained on.
         ranker: scores the candidates.
@@ -51,13 +57,20 @@ def publish(
     Raises:
         DataError: the set's catalogue does not fit its item table.
     """
+    contents = contents_of(prepared, ranker, retriever)
+    features = features_of(prepared)
+    contents = replace(contents, content=match_content(features, prepared.items.count))
+    if retriever is not None:
+        vectors, told = vectors_of(retriever.model, features)
+        contents = replace(contents, content_vectors=vectors)
+        metrics = {**metrics, **({f"content/{name}": value for name, value in asdict(told).items()} if told else {})}
     provenance = Provenance(
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit or git_commit(),
         data_digest=prepared.digest,
         metrics=_numbers(metrics),
     )
-    version = write_bundle(out, contents_of(prepared, ranker, retriever), provenance, index)
+    version = write_bundle(out, contents, provenance, index)
     write_snapshot(snapshot, prepared.users[USER_ID].cast(pl.String).to_list(), prepared.histories, prepared.digest)
     return version
 
@@ -72,15 +85,14 @@ def contents_of(prepared: PreparedSet, ranker: Trained, retriever: Trained | Non
             f"{int(rows.max(initial=0))} of {len(prepared.items)}; prepare the set again"
         )
     ids = catalogue[ITEM_ID].cast(pl.String)
-    texts = catalogue[TEXT].cast(pl.String).fill_null(ids) if TEXT in catalogue.columns else ids
-    item_ids, names = [""] * len(prepared.items), [""] * len(prepared.items)
-    for row, item_id, text in zip(rows.tolist(), ids.to_list(), texts.to_list(), strict=True):
+    item_ids = [""] * len(prepared.items)
+    for row, item_id in zip(rows.tolist(), ids.to_list(), strict=True):
         if row >= FIRST_ITEM:
-            item_ids[row], names[row] = item_id, text
+            item_ids[row] = item_id
     return Contents(
         items=prepared.items,
         item_ids=item_ids,
-        names=names,
+        names=item_names(prepared),
         key_to_row=rows,
         vocabulary=read_json(prepared.directory / "vocabulary.json"),
         actions=["", *prepared.manifest["actions"]],

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines import tracking
+from pipelines.audit import audit, refuse_failed
+from pipelines.audit_record import last_audit
 from pipelines.datasets import completejourney
 from pipelines.evaluate import EvaluateConfig, TrainingSummary, evaluate
 from pipelines.ingest import ingest
@@ -79,6 +81,7 @@ class Job:
         configs = {name: self.config.training(name) for name in self.config.models}
         self._ingest()
         self._prepare()
+        self._audit()
         for name, config in configs.items():
             self._train(name, config)
         self._evaluate(configs)
@@ -115,6 +118,21 @@ class Job:
             run,
         )
 
+    def _audit(self) -> None:
+        def run() -> None:
+            with self.ui.bar("audit") as report:
+                found = audit(self.workspace.prepared, self.workspace.parts, _titled(report))
+            found.save(self.workspace.audit)
+            refuse_failed(found)
+
+        self._step(
+            "audit",
+            "Looking for leaks between the periods.",
+            {"data": self.workspace.prepared.digest},
+            (self.workspace.audit,),
+            run,
+        )
+
     def _train(self, name: str, config: TrainConfig) -> None:
         directory, prepared = self.workspace.run(name), self.workspace.prepared
 
@@ -147,7 +165,8 @@ class Job:
             with self.ui.bar("evaluate") as report:
                 evaluation = evaluate(models, prepared, self.config.evaluate, _titled(report))
             evaluation.save(out)
-            write_report(evaluation, self._summaries(), prepared.manifest, out)
+            audited = last_audit(self.workspace.audit)
+            write_report(evaluation, self._summaries(), prepared.manifest, out, audited)
             for name in configs:
                 run_id = read_json(self.workspace.run(name) / "run.json")["run_id"]
                 client = tracking.tracking_client(self.uri)

@@ -1,22 +1,32 @@
-"""The offline batch job: the answers of the service for many users, written as Parquet by the very same recommender."""
+"""The offline batch job: the answers of the service for many users, written as Parquet by the very same recommender.
+
+Users are answered chunk by chunk. With several workers the chunks go to Ray actors, each of which has loaded the bundle
+once; they are written in the order of the users, so the table is the same whoever did the work.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import polars as pl
+import torch
 
+from pipelines.ray_session import ray_session
 from ranking.bundle import Bundle
+from ranking.manifest import read_manifest
 from ranking.recommender import Recommender, RecommenderConfig
+from ranking.snapshot import SnapshotReader
 from recsys.columns import ITEM_ID, USER_ID
-from recsys.errors import DataError
+from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import whole_file
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import HistoryReader
 
-CHUNK = 2_000
-"""Requests answered between two writes; bounds memory."""
+CHUNK = 250
+"""Requests answered between two writes: bounds memory, and is what one worker takes at a time."""
 
 T = TypeVar("T")
 
@@ -59,6 +69,20 @@ def read_user_ids(path: Path) -> list[str]:
     return table[USER_ID].cast(pl.String).drop_nulls().to_list()
 
 
+@dataclass(frozen=True)
+class BatchRequest:
+    """What is asked for every user of a batch.
+
+    `k` items each, at the moment `at` (microseconds UTC; only events strictly before it are used), without the items of
+    the user's history if `exclude_seen`; `config` holds quotas and limits, as the service has them.
+    """
+
+    k: int
+    at: int
+    exclude_seen: bool = False
+    config: RecommenderConfig = field(default_factory=RecommenderConfig)
+
+
 def recommend_users(
     bundle: Bundle,
     histories: HistoryReader,
@@ -88,16 +112,59 @@ def recommend_users(
 
     Cost: one request of the service per user; memory is bounded by `CHUNK` users.
     """
-    recommender = Recommender(bundle, histories, config or RecommenderConfig())
+    asked = BatchRequest(k, at, exclude_seen, config or RecommenderConfig())
+    recommender = Recommender(bundle, histories, asked.config)
+    tables = (_recommendations(recommender, asked, chunk) for _, chunk in _chunks(user_ids))
+    with _one_thread():
+        return _write_tables(tables, len(user_ids), out, progress)
 
-    def answers(chunk: Sequence[str], _: int) -> Iterator[tuple[object, ...]]:
-        for user_id in chunk:
-            request = RecommendRequest(user_id=user_id, k=k, at=at, exclude_seen=exclude_seen)
-            answer = recommender.recommend(request, at)
-            for rank, item in enumerate(answer.items, start=1):
-                yield user_id, item.item_id, rank, item.score, item.sources, answer.user_known
 
-    return _write_chunks(user_ids, answers, RECOMMENDATIONS, out, progress)
+def recommend_on_workers(
+    bundle: Path,
+    snapshot: Path,
+    user_ids: Sequence[str],
+    asked: BatchRequest,
+    out: Path,
+    workers: int,
+    progress: Progress | None = None,
+) -> int:
+    """Write what `recommend_users` writes, the work shared out among Ray workers; gives the number of rows.
+
+    Args:
+        bundle: directory of the bundle; on several machines, where each of them finds it.
+        snapshot: directory of the user snapshot, likewise.
+        user_ids: as of `recommend_users`.
+        asked: what is asked for each of them.
+        out: as of `recommend_users`.
+        workers: processes, one core each, in the Ray of RAY_ADDRESS or one that is started and stopped here.
+        progress: called after every `CHUNK` users.
+
+    Raises:
+        ConfigError: fewer than one worker.
+        BundleError: there is no bundle.
+        RecsysError: a worker failed; nothing is written.
+
+    Cost: some ten seconds to start Ray and load the bundle in every worker.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; expected at least 1")
+    if not user_ids:
+        return _write_tables(iter([pl.DataFrame(schema=RECOMMENDATIONS)]), 0, out, progress)
+    read_manifest(bundle)  # in plain words here, rather than from a worker
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.actor_pool import ActorPool
+
+    with ray_session(workers):
+        actor = ray.remote(num_cpus=1)(_Worker)
+        # Where there are fewer chunks than workers, the rest would only load the bundle.
+        count = min(workers, -(-len(user_ids) // CHUNK))
+        pool = ActorPool([actor.remote(bundle.resolve(), snapshot.resolve(), asked) for _ in range(count)])
+        tables = pool.map(lambda worker, chunk: worker.answer.remote(chunk), [chunk for _, chunk in _chunks(user_ids)])
+        try:
+            return _write_tables(tables, len(user_ids), out, progress)
+        except RayError as error:
+            raise RecsysError(f"{out}: a worker failed: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def rank_requests(
@@ -121,36 +188,76 @@ def rank_requests(
         progress: called after every `CHUNK` requests.
     """
     recommender = Recommender(bundle, histories, config or RecommenderConfig())
-
-    def answers(chunk: Sequence[RankRequest], start: int) -> Iterator[tuple[object, ...]]:
-        for number, request in enumerate(chunk, start):
-            answer = recommender.rank(request, now)
-            for item_id, score in zip(request.item_ids, answer.scores, strict=True):
-                yield number, request.user_id, item_id, score
-
-    return _write_chunks(requests, answers, SCORES, out, progress)
+    tables = (_scores(recommender, chunk, start, now) for start, chunk in _chunks(requests))
+    with _one_thread():
+        return _write_tables(tables, len(requests), out, progress)
 
 
-def _write_chunks(
-    requests: Sequence[T],
-    answers: Callable[[Sequence[T], int], Iterable[tuple[object, ...]]],
-    schema: pl.Schema,
-    out: Path,
-    progress: Progress | None,
-) -> int:
-    """Answer chunk by chunk into part files, then join them in order under the final name."""
+class _Worker:
+    """What runs in each Ray worker: the bundle, loaded once, behind one recommender."""
+
+    def __init__(self, bundle: Path, snapshot: Path, asked: BatchRequest) -> None:
+        self._asked = asked
+        self._recommender = Recommender(Bundle.load(bundle), SnapshotReader(snapshot), asked.config)
+
+    def answer(self, user_ids: Sequence[str]) -> pl.DataFrame:
+        """Give the rows of one chunk."""
+        with _one_thread():
+            return _recommendations(self._recommender, self._asked, user_ids)
+
+
+def _recommendations(recommender: Recommender, asked: BatchRequest, user_ids: Sequence[str]) -> pl.DataFrame:
+    rows: list[tuple[object, ...]] = []
+    for user_id in user_ids:
+        request = RecommendRequest(user_id=user_id, k=asked.k, at=asked.at, exclude_seen=asked.exclude_seen)
+        answer = recommender.recommend(request, asked.at)
+        rows += [
+            (user_id, item.item_id, place, item.score, item.sources, answer.user_known)
+            for place, item in enumerate(answer.items, start=1)
+        ]
+    return pl.DataFrame(rows, schema=RECOMMENDATIONS, orient="row")
+
+
+def _scores(recommender: Recommender, requests: Sequence[RankRequest], start: int, now: int) -> pl.DataFrame:
+    rows: list[tuple[object, ...]] = []
+    for number, request in enumerate(requests, start):
+        answer = recommender.rank(request, now)
+        rows += [
+            (number, request.user_id, item_id, score)
+            for item_id, score in zip(request.item_ids, answer.scores, strict=True)
+        ]
+    return pl.DataFrame(rows, schema=SCORES, orient="row")
+
+
+def _chunks(requests: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+    """Give runs of `CHUNK` requests with the place of their first; one empty run if there are none."""
+    for start in range(0, max(len(requests), 1), CHUNK):
+        yield start, requests[start : start + CHUNK]
+
+
+def _write_tables(tables: Iterable[pl.DataFrame], total: int, out: Path, progress: Progress | None) -> int:
+    """Write chunk by chunk into part files, then join them in order under the final name."""
     rows = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         parts = []
-        for start in range(0, max(len(requests), 1), CHUNK):
-            chunk = requests[start : start + CHUNK]
-            part = pl.DataFrame(list(answers(chunk, start)), schema=schema, orient="row")
-            parts.append(Path(name) / f"{start:012d}.parquet")
-            part.write_parquet(parts[-1])
-            rows += len(part)
+        for number, table in enumerate(tables):
+            parts.append(Path(name) / f"{number:09d}.parquet")
+            table.write_parquet(parts[-1])
+            rows += len(table)
             if progress is not None:
-                progress(start + len(chunk), len(requests))
+                progress(min((number + 1) * CHUNK, total), total)
         with whole_file(out) as temporary:
             pl.scan_parquet(parts).sink_parquet(temporary)
     return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Score with one thread: a request is too small to share, and more threads would add the numbers up otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

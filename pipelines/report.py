@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import findings, plots, tables
+from pipelines import audit_record, findings, plots, tables
+from pipelines.audit_record import Audit
 from pipelines.evaluation import OUTSIDE, Evaluation, TrainingSummary
 from pipelines.findings import PRIMARY
 from pipelines.plots import Curve, Point, Series
@@ -33,6 +34,11 @@ DEFINITIONS = (
     ("MRR@k", "1 / rank of the first positive, 0 beyond k."),
     ("Recall@k", "share of a request's positives among its first k; below 1 where it has more than k positives."),
     ("Hit rate@k", "share of requests with a positive among the first k."),
+    (
+        "Matched scores",
+        "a score estimates how likely an item is; against drawn negatives it is compared after subtracting log of how "
+        "often the sampler draws the item, for every model alike. The full ranking subtracts nothing.",
+    ),
     ("Ties", "are worth their expectation over all orders, so a constant score gets exactly what chance gets."),
     ("Outside the history", "candidates, positive and negative, that do not occur among the user's earlier events."),
     ("In the history", "positives that do, against the same negatives outside the history."),
@@ -49,17 +55,28 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the audit of the data said in a sentence, and whether a reader may go on without a doubt."""
+
+    text: str
+    passed: bool
+
+
+@dataclass(frozen=True)
 class Page:
     """All a reader gets, in order."""
 
     title: str
+    verdict: Verdict | None
     summary: list[str]
     quality: list[Table]
     by_target: list[Table]
     full_ranking: Table | None
+    cold_start: Table | None
     by_length: list[Table]
     cost: Table
     data: Table
+    audit: list[Table]
     sampling: list[str]
     definitions: list[tuple[str, str]]
     settings: list[tuple[str, list[tuple[str, str]]]]
@@ -67,7 +84,11 @@ class Page:
 
 
 def write_report(
-    evaluation: Evaluation, training: Mapping[str, TrainingSummary], manifest: Mapping[str, Any], out: Path
+    evaluation: Evaluation,
+    training: Mapping[str, TrainingSummary],
+    manifest: Mapping[str, Any],
+    out: Path,
+    audit: Audit | None = None,
 ) -> None:
     """Write `report.html` and `report.md` into the directory `out`.
 
@@ -76,27 +97,37 @@ def write_report(
         training: summaries by model name; models without one have dashes in the cost table.
         manifest: of the prepared set, for the data card.
         out: directory; made if it is not there. Each file is written whole or not at all.
+        audit: of the prepared set, if there was one; its verdict stands above everything else.
     """
-    page = build_page(evaluation, training, manifest)
+    page = build_page(evaluation, training, manifest, audit)
     for name, text in (("report.html", render_html(page)), ("report.md", render_markdown(page))):
         with whole_file(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
-def build_page(evaluation: Evaluation, training: Mapping[str, TrainingSummary], manifest: Mapping[str, Any]) -> Page:
-    """Collect everything the report says."""
+def build_page(
+    evaluation: Evaluation,
+    training: Mapping[str, TrainingSummary],
+    manifest: Mapping[str, Any],
+    audit: Audit | None = None,
+) -> Page:
+    """Collect everything the report says; an audit of other data counts as none."""
+    current = audit is not None and audit.data_digest == evaluation.data_digest
     samplers = evaluation.config.samplers
     source = manifest.get("source")
     name = source.get("name") if isinstance(source, Mapping) else source
     return Page(
         title=f"Evaluation on {name}" if name else "Evaluation",
+        verdict=_verdict(audit, current),
         summary=findings.summary(evaluation),
         quality=[tables.quality(evaluation, sampler) for sampler in samplers],
         by_target=[tables.by_target(evaluation, sampler) for sampler in samplers],
         full_ranking=tables.full_ranking(evaluation) if "all_items" in evaluation.candidates else None,
+        cold_start=tables.cold_start(evaluation.cold_start, evaluation.split) if evaluation.cold_start else None,
         by_length=[tables.by_length(evaluation, sampler) for sampler in samplers],
         cost=tables.cost(evaluation, training),
         data=tables.data_card(manifest),
+        audit=audit_record.tables(audit) if audit is not None and current else [],
         sampling=[
             f"`{sampler}`: {SAMPLERS.get(sampler, 'see the documentation of this sampler')}." for sampler in samplers
         ],
@@ -104,6 +135,14 @@ def build_page(evaluation: Evaluation, training: Mapping[str, TrainingSummary], 
         settings=[(name, _settings(training[name])) for name in evaluation.models if name in training],
         plots=_plots(evaluation, training),
     )
+
+
+def _verdict(audit: Audit | None, current: bool) -> Verdict | None:
+    if audit is None:
+        return None
+    if not current:
+        return Verdict("The last audit was of other data than this report; run `recsys audit` again.", passed=False)
+    return Verdict(audit.verdict, audit.passed)
 
 
 def render_html(page: Page) -> str:
@@ -124,14 +163,16 @@ def render_html(page: Page) -> str:
 
 def render_markdown(page: Page) -> str:
     """Give the same in Markdown, without plots and settings."""
-    parts = [f"# {page.title}", *page.summary]
+    parts = [f"# {page.title}", *([f"**{page.verdict.text}**"] if page.verdict else []), *page.summary]
     sections: list[tuple[str, list[Table]]] = [
         ("Quality", page.quality),
         ("Outside and in the history", page.by_target),
         ("All items", [page.full_ranking] if page.full_ranking else []),
+        ("New items", [page.cold_start] if page.cold_start else []),
         ("History length", page.by_length),
         ("Cost", [page.cost]),
         ("Data", [page.data]),
+        ("Audit", page.audit),
     ]
     for title, found in sections:
         if found:

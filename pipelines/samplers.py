@@ -203,6 +203,13 @@ class Sampler:
         total = weights.sum()
         return weights / total if total > 0 else weights
 
+    def density(self) -> NDArray[np.float64] | None:
+        """Give the probability of each row before a request forbids anything, float64 [V]; None if requests differ."""
+        if isinstance(self.proposal, SameCategory):
+            return None
+        weights = self.proposal.weights(np.empty(0, np.int32))
+        return np.asarray(weights / weights.sum(), np.float64)
+
     def _draw(self, uniform: Uniform, basket: Ragged, count: int, history: Ragged | None) -> Rows:
         forbidden = self._forbidden(basket, history)
         drawn = np.full(len(basket) * count, PAD, np.int32)
@@ -247,6 +254,21 @@ class Sampler:
         if history is None:
             raise ValueError(f"sampler {self.name!r} needs the histories of the requests")
         return history
+
+
+def log_density(samplers: Sequence[Sampler]) -> NDArray[np.float32]:
+    """Give log(q / average q) of each row, float32 [V], for samplers that draw in equal shares.
+
+    Rows that are never drawn count as the rarest that are. A sampler whose requests differ (`in_category`) draws the
+    items it can draw about alike, so it has no say.
+    """
+    densities = [density for sampler in samplers if (density := sampler.density()) is not None]
+    if not densities:
+        return np.zeros(samplers[0].rows, np.float32)
+    q = np.mean(densities, axis=0)
+    drawn = q[q > 0]
+    ratio: NDArray[np.float32] = np.log(np.maximum(q, drawn.min()) / drawn.mean()).astype(np.float32)
+    return ratio
 
 
 def _contains(ascending: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipelines.prepared import CandidateSets, PreparedSet, Requests, Split
+from pipelines.samplers import SAMPLERS, log_density
 from ranking.batch import FIRST_ITEM, Batch, Candidates, assemble, rows_of
 from ranking.ranker import NEGATIVE, AnyRanker, Retriever
 from recsys.errors import DataError
@@ -155,6 +156,18 @@ def score_sets(
             f"{type(model).__name__}: the score of item row {sets.item[place]} for request {request} is NaN"
         )
     return scores
+
+
+def matched(
+    scores: NDArray[np.float32], item: NDArray[np.int32], prepared: PreparedSet, sampler: str
+) -> NDArray[np.float32]:
+    """Give scores minus log of how often the sampler draws each item, float32 [N], the same rule for every model.
+
+    A score estimates log p(item | user). Against negatives drawn by q the best order is by log p - log q; without it an
+    AUC against popular negatives says how little a model believes in popular items. Uniform draws change nothing.
+    """
+    matched: NDArray[np.float32] = scores - log_density([SAMPLERS[sampler](prepared.items)])[item]
+    return matched
 
 
 def rank_all_items(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.evaluation import ALL_ITEMS, INSIDE, OUTSIDE, Evaluation, TrainingSummary, length_segments
-from pipelines.findings import PRIMARY, best, conditions, difference, interval, number
+from pipelines.evaluation import ALL_ITEMS, INSIDE, OUTSIDE, ColdStart, Evaluation, TrainingSummary, length_segments
+from pipelines.findings import PRIMARY, best, conditions, difference, interval, number, percent
 
 COLUMNS = (
     ("gauc", "GAUC"),
@@ -99,6 +99,42 @@ def by_length(evaluation: Evaluation, sampler: str) -> Table:
     rows.append((Cell("requests"), *(Cell(f"{requests:,}") for _, _, requests in segments)))
     note = conditions(evaluation.candidates[sampler], sampler, evaluation.split)
     return Table(f"GAUC by events before the request, {sampler} negatives", _header(columns), tuple(rows), note)
+
+
+def cold_start(found: ColdStart, split: str) -> Table:
+    """Give how well items without training events are found, best AUC first."""
+    names = sorted(found.scores, key=lambda name: -found.scores[name].auc)
+    top = {key: max(getattr(score, key) for score in found.scores.values()) for key in ("auc", "recall_at_50")}
+    rows = []
+    for name in names:
+        score = found.scores[name]
+        bounds = [
+            None if low is None or high is None else (low, high)
+            for low, high in ((score.auc_low, score.auc_high), (score.recall_low, score.recall_high))
+        ]
+        rows.append(
+            (
+                Cell(name),
+                Cell(number(score.auc), interval(bounds[0]), score.auc == top["auc"]),
+                Cell(number(score.recall_at_50), interval(bounds[1]), score.recall_at_50 == top["recall_at_50"]),
+                Cell(number(score.recall_at_100_of_all)),
+            )
+        )
+    note = (
+        f"Split `{split}`: {found.requests:,} requests of {found.users:,} users with {found.targets:,} positives "
+        f"without training events; the candidates are all {found.items:,} such items of the catalogue. The last column "
+        "ranks all items by a retriever's vectors. `popular` and `own` order by the item's category (the best column): "
+        "by its training events, and by the user's own events in it."
+    )
+    for name, told in found.content.items():
+        note += (
+            f" For {told.items:,} trained items held out, content explains {percent(max(told.r2, 0.0))} of what sets "
+            f"their `{name}` vectors apart from the mean, and {percent(told.recall_at_10)} of them are among the 10 "
+            f"nearest to what it predicts (chance: {percent(told.chance_at_10)})"
+        )
+        note += "." if told.useful else ": not enough, so vectors from content are not used."
+    header = ("Scorer", "AUC", "Recall@50", "Recall@100 of all")
+    return Table("Items without training events", header, tuple(rows), note)
 
 
 def cost(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> Table:

@@ -9,26 +9,33 @@ import dataclasses
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines import tracking
+from pipelines import boost, tracking
 from pipelines.batches import BatchConfig, TrainingBatches
 from pipelines.checkpoint import Checkpoint, Progress, restore
 from pipelines.evaluate import TrainingSummary, validate
 from pipelines.optimise import OptimiserConfig, build_optimisers, update
 from pipelines.prepared import PreparedSet
+from pipelines.team import Alone, Team
+from ranking.gradient_boosting import GradientBoosting
 from ranking.models import RANKERS
 from ranking.ranker import AnyRanker
 from recsys.config import assign, overlaid, parse, read_toml
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import read_json, sha256_json, write_json
 from recsys.randomness import derive
+
+CHECKPOINT = "checkpoint.safetensors"
+"""of a run, in its directory"""
 
 Report = Callable[[int, int, str], None]
 """Called as (steps done, steps in all, a few words) for progress bars."""
@@ -116,9 +123,7 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     if about["inputs"] != inputs:
         raise DataError(f"{directory}: trained on another prepared set than {prepared.directory}; train it again")
     model = build(config, prepared)
-    saved = Checkpoint.load(
-        directory / "checkpoint.safetensors", len(build_optimisers(_module(model), config.optimiser))
-    )
+    saved = Checkpoint.load(directory / CHECKPOINT, len(build_optimisers(_module(model), config.optimiser)))
     if not saved.progress.finished:
         raise DataError(f"{directory}: stopped at step {saved.progress.step}; run `recsys train` again to finish it")
     _module(model).load_state_dict(saved.best)
@@ -158,29 +163,60 @@ def train(
     Raises:
         TrainingError: the loss is not finite; the last good checkpoint is kept.
     """
+    with begin(config, prepared, directory, uri) as (run, inputs):
+        loop = Loop(config, prepared, directory, inputs, run)
+        loop.run_to_end(report)
+        return Trained(loop.model, config, finish(directory, loop, run), run.run_id)
+
+
+@contextmanager
+def begin(config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str) -> Iterator[tuple[tracking.Run, str]]:
+    """Open the MLflow run of a directory, a new one unless it holds this very run; gives it and the inputs' digest."""
     inputs = sha256_json({"config": config.table(), "data": prepared.digest})
     about = directory / "run.json"
     known = read_json(about) if about.exists() else {}
     run_id = known.get("run_id") if known.get("inputs") == inputs else None
     with tracking.run(uri, directory.name, run_id) as run:
         if run_id is None:
-            (directory / "checkpoint.safetensors").unlink(missing_ok=True)
+            (directory / CHECKPOINT).unlink(missing_ok=True)
             write_json(about, {"inputs": inputs, "run_id": run.run_id, "config": config.table()})
             run.params(config.table())
             run.tags({"data_digest": prepared.digest, "git_commit": tracking.git_commit(), "model": config.name})
-        loop = _Loop(config, prepared, directory / "checkpoint.safetensors", inputs, run)
-        progress = loop.run_to_end(report)
-        summary = _summary(config, loop, progress)
-        write_json(directory / "summary.json", summary.table())
-        run.metrics({"train/seconds": summary.seconds, "train/samples_per_second": summary.samples_per_second}, 0)
-        return Trained(loop.model, config, summary, run.run_id)
+        yield run, inputs
 
 
-class _Loop:
-    """State of one run between steps."""
+def finish(directory: Path, loop: "Loop", run: tracking.Run) -> TrainingSummary:
+    """Write and log what the run took."""
+    summary = _summary(loop)
+    write_json(directory / "summary.json", summary.table())
+    run.metrics({"train/seconds": summary.seconds, "train/samples_per_second": summary.samples_per_second}, 0)
+    return summary
 
-    def __init__(self, config: TrainConfig, prepared: PreparedSet, path: Path, inputs: str, run: tracking.Run) -> None:
-        self.config, self.prepared, self.path, self.inputs, self.run = config, prepared, path, inputs, run
+
+class Loop:
+    """State of one run between steps.
+
+    Args:
+        config: the run.
+        prepared: what it trains on.
+        directory: where its checkpoint is, or will be.
+        inputs: digest of the two.
+        run: where metrics go; None in all members of a team but the first.
+        team: who takes the steps together; this process alone if absent.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: PreparedSet,
+        directory: Path,
+        inputs: str,
+        run: tracking.Run | None,
+        team: Team | None = None,
+    ) -> None:
+        self.config, self.prepared, self.inputs, self.run = config, prepared, inputs, run
+        self.team: Team = team or Alone()
+        self.path = directory / CHECKPOINT
         self.device = pick_device(config.device)
         self.model = build(config, prepared)
         self.module = _module(self.model).to(self.device)
@@ -193,8 +229,8 @@ class _Loop:
             if trains_on == "nothing"
             else TrainingBatches(prepared, config.batches, trains_on, self.model.window, config.seed)
         )
-        if path.exists():
-            saved = Checkpoint.load(path, len(self.optimisers))
+        if self.path.exists():
+            saved = Checkpoint.load(self.path, len(self.optimisers))
             self.module.load_state_dict(saved.weights)
             restore(self.optimisers, saved.optimisers)
             self.progress, self.best = saved.progress, saved.best
@@ -202,16 +238,20 @@ class _Loop:
     @property
     def steps(self) -> int:
         """Steps the run may take."""
-        if self.batches is None:
-            return 0
+        return 0 if self.batches is None else self.budget(len(self.batches))
+
+    def budget(self, steps_per_epoch: int) -> int:
+        """Batches the run may see."""
         stop = self.config.stop
-        steps = max(round(stop.epochs * len(self.batches)), 1)
+        steps = max(round(stop.epochs * steps_per_epoch), 1)
         return steps if stop.max_steps is None else min(steps, stop.max_steps)
 
     def run_to_end(self, report: Report | None) -> Progress:
         """Take the remaining steps; leaves the best weights in the model."""
         stop = self.config.stop
         losses: dict[str, Tensor] = {}
+        if isinstance(self.model, GradientBoosting) and not self.progress.finished:
+            self.grow(self.model, report)
         while not self.progress.finished and self.progress.step < self.steps:
             losses = self.step()
             done = self.progress.step
@@ -232,12 +272,23 @@ class _Loop:
         self.module.eval()
         return self.progress
 
+    def grow(self, model: GradientBoosting, report: Report | None) -> None:
+        """Grow trees from the batches that a model with gradients would take its steps on."""
+        started, config = time.perf_counter(), self.config
+        batches = TrainingBatches(self.prepared, config.batches, "requests", model.window, config.seed)
+        sizes = torch.from_numpy(np.diff(batches.requests.offsets))
+        steps = range(self.budget(len(batches)))
+        seen = ((batches.batch(step), sizes[batches.chosen(step)]) for step in steps)
+        recent = boost.recent_counts(batches.requests, len(model.items), model.config.recent_days)
+        boost.grow(model, seen, recent, config.seed, report)
+        self.progress = dataclasses.replace(self.progress, seconds=time.perf_counter() - started)
+
     def step(self) -> dict[str, Tensor]:
         """Take one step and give the parts of its loss."""
         assert self.batches is not None
         started = time.perf_counter()
         step = self.progress.step
-        batch = self.batches.batch(step).to(self.device)
+        batch = self.batches.batch(step, self.team.rank, self.team.size).to(self.device)
         self.module.train()
         draws = torch.Generator(self.device).manual_seed(derive(self.config.seed, step, "loss"))
         loss = self.model.loss(batch, draws)
@@ -248,6 +299,7 @@ class _Loop:
                 "try a smaller learning_rate"
             )
         loss.total.backward()  # type: ignore[no-untyped-call]
+        self.team.average(self.module, batch.weight.sum())
         norm = update(self.optimisers, self.config.optimiser)
         seconds = self.progress.seconds + time.perf_counter() - started
         self.progress = dataclasses.replace(self.progress, step=step + 1, seconds=seconds)
@@ -257,7 +309,10 @@ class _Loop:
         """Measure on the validation requests; keep the weights if they are the best so far."""
         stop, progress = self.config.stop, self.progress
         self.module.eval()
-        found = [validate(self.model, self.prepared, "valid", name, stop.requests) for name in stop.samplers]
+        measured = None
+        if self.team.rank == 0:
+            measured = [validate(self.model, self.prepared, "valid", name, stop.requests) for name in stop.samplers]
+        found: list[dict[str, float]] = self.team.agree(measured)
         values = {f"valid/{name}/{key}": v[key] for name, v in zip(stop.samplers, found, strict=True) for key in v}
         if stop.metric not in found[0]:
             raise ConfigError(f"[stop] metric must be one of {', '.join(found[0])}, found {stop.metric!r}")
@@ -265,7 +320,8 @@ class _Loop:
         values |= {f"valid/{key}": mean for key, mean in means.items()}
         value = means[stop.metric]
         values |= {f"train/{key}": float(part) for key, part in losses.items()}
-        self.run.metrics(values, progress.step)
+        if self.run is not None:
+            self.run.metrics(values, progress.step)
         gained = value > progress.best_value
         if gained:
             self.best = _copy(self.module)
@@ -278,7 +334,9 @@ class _Loop:
         )
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; of a team, the first member does."""
+        if self.team.rank:
+            return
         states = [optimiser.state_dict()["state"] for optimiser in self.optimisers]
         Checkpoint(self.inputs, self.progress, _copy(self.module), self.best, states).save(self.path)
 
@@ -292,7 +350,8 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def _summary(config: TrainConfig, loop: _Loop, progress: Progress) -> TrainingSummary:
+def _summary(loop: Loop) -> TrainingSummary:
+    config, progress = loop.config, loop.progress
     rows = config.batches.rows
     seconds = progress.seconds
     per_second = progress.step * rows / seconds if seconds else 0.0

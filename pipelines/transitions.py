@@ -118,12 +118,12 @@ def blocks(files: Sequence[Path], rows: int) -> list[Block]:
     ]
 
 
-def block_edges(files: Sequence[Path], block: Block, top_n: int) -> Edges:
+def block_edges(files: Sequence[Path], block: Block, top_n: int, keep: Path | None = None) -> Edges:
     """Merge a block's words from all files into edges, the `top_n` heaviest per source row.
 
-    Equal weights (in float32) go to the smaller target row. `top_n` 0 keeps all edges.
+    Equal weights (in float32) go to the smaller target row. `top_n` 0 keeps all edges. With `keep`, the block's words
+    are also written, ascending, to the file of that folder named by `base_name`.
     """
-    low, high = block.low, block.high
     words = np.concatenate(
         [
             np.fromfile(file, np.uint64, count=end - start, offset=8 * start)
@@ -131,35 +131,65 @@ def block_edges(files: Sequence[Path], block: Block, top_n: int) -> Edges:
         ]
     )
     words.sort()
+    if keep is not None:
+        words.tofile(keep / base_name(block.low))
     pair = words >> np.uint64(SIZE_BITS)
     starts = np.flatnonzero(np.concatenate([[True], pair[1:] != pair[:-1]])) if len(pair) else np.empty(0, np.int64)
-    step = (1 << 32) // np.maximum((words & np.uint64((1 << SIZE_BITS) - 1)).astype(np.int64), 1)
-    total = np.add.reduceat(step, starts) if len(starts) else np.empty(0, np.int64)
+    total = np.add.reduceat(steps(words), starts) if len(starts) else np.empty(0, np.int64)
     pair = pair[starts]
-    source = (pair >> np.uint64(ROW_BITS)).astype(np.int64) - low
-    target = (pair & np.uint64(MAX_ROWS - 1)).astype(np.int32)
-    weight = (total * 2.0**-32).astype(np.float32)
-    degree = np.bincount(source, minlength=high - low)
+    source = (pair >> np.uint64(ROW_BITS)).astype(np.int64) - block.low
+    return heaviest_edges(pair, weight_of(total), np.bincount(source, minlength=block.high - block.low), top_n)
+
+
+def base_name(low: int) -> str:
+    """Give the name of the file of the block whose first source row is `low`; names sort as rows do."""
+    return f"base-{low:08}.bin"
+
+
+def steps(words: Words) -> NDArray[np.int64]:
+    """Give the weight of each word, 1 / (|a| |b|) in steps of 2^-32."""
+    return (1 << 32) // np.maximum((words & np.uint64((1 << SIZE_BITS) - 1)).astype(np.int64), 1)
+
+
+def weight_of(total: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Give weights from sums of `steps`."""
+    return (total * 2.0**-32).astype(np.float32)
+
+
+def heaviest_edges(pair: Words, weight: NDArray[np.float32], degree: NDArray[np.int64], top_n: int) -> Edges:
+    """Give the edges of a run of source rows, the `top_n` heaviest of each, from distinct ascending pairs.
+
+    A pair is source row | target row; `degree` are the pairs of each source. See `block_edges`.
+    """
     if top_n and len(degree) and degree.max() > top_n:
-        keep = _heaviest(source, degree, weight, top_n)
-        source, target, weight = source[keep], target[keep], weight[keep]
-        degree = np.bincount(source, minlength=high - low)
-    return Edges(degree.astype(np.int64), target, weight)
+        kept = _heaviest(degree, weight, top_n)
+        pair, weight, degree = pair[kept], weight[kept], np.minimum(degree, top_n)
+    return Edges(degree, (pair & np.uint64(MAX_ROWS - 1)).astype(np.int32), weight)
 
 
-def _heaviest(
-    source: NDArray[np.int64], degree: NDArray[np.int64], weight: NDArray[np.float32], top_n: int
-) -> NDArray[np.bool_]:
-    """Mark the `top_n` heaviest edges of each source: sort source | inverted weight as bare words, take the nth."""
+def _heaviest(degree: NDArray[np.int64], weight: NDArray[np.float32], top_n: int) -> NDArray[np.bool_]:
+    """Mark the `top_n` heaviest edges of each source; of equal ones at the limit, those that stand first.
+
+    Only sources with more than `top_n` are looked at: row | inverted weight is sorted as bare words, the nth is the
+    limit. `degree` are the edges of each source, which stand together.
+    """
+    marked = np.ones(len(weight), np.bool_)
+    over = np.flatnonzero(degree > top_n)
+    length = degree[over]
+    mine = np.flatnonzero(np.repeat(degree > top_n, degree))
     # Positive floats order as their bits do, so the inverted bits put the heaviest first.
-    light = np.uint64(0xFFFFFFFF) - weight.view(np.uint32).astype(np.uint64)
-    key = source.astype(np.uint64) << np.uint64(32) | light
-    begin = np.cumsum(degree) - degree
-    nth = np.minimum(begin + top_n, begin + degree) - 1
-    threshold = np.sort(key)[np.maximum(nth, 0)][source]
-    inside, tie = key < threshold, key == threshold
-    before = np.cumsum(tie) - tie  # ties to the left, over all sources
-    ties_before = before - before[begin[source]]
-    free = top_n - np.bincount(source[inside], minlength=len(degree))[source]
-    marked: NDArray[np.bool_] = inside | (tie & (ties_before < free))
+    key = np.uint64(0xFFFFFFFF) - weight[mine].view(np.uint32)
+    key |= np.repeat(np.arange(len(over), dtype=np.uint64) << np.uint64(32), length)
+    begin = np.cumsum(length) - length
+    limit = np.repeat(np.sort(key)[begin + top_n - 1], length)
+    inside = key <= limit
+    excess = np.add.reduceat(inside, begin, dtype=np.int64) - top_n
+    if excess.any():
+        # Ties at the limit: a row's last `excess` of them are one too many.
+        tie = np.flatnonzero(key == limit)
+        row = (key[tie] >> np.uint64(32)).astype(np.int64)
+        ties = np.bincount(row, minlength=len(over))
+        place = np.arange(len(tie)) - (np.cumsum(ties) - ties)[row]
+        inside[tie[place >= (ties - excess)[row]]] = False
+    marked[mine] = inside
     return marked

@@ -20,9 +20,24 @@ class Workspace:
         return self.root / "log"
 
     @property
+    def parts(self) -> list[Path]:
+        """The canonical log and the later parts that were added to it, oldest first."""
+        return [self.log, *sorted(self.later_parts.glob("[0-9]*"))]
+
+    @property
+    def later_parts(self) -> Path:
+        """Where later parts of the log lie, one numbered directory each."""
+        return self.root / "later"
+
+    @property
     def prepared(self) -> PreparedSet:
         """The prepared set."""
         return PreparedSet(self.root / "prepared")
+
+    @property
+    def audit(self) -> Path:
+        """What the last audit of the prepared set said."""
+        return self.root / "audit.json"
 
     def run(self, name: str) -> Path:
         """Directory of a training run."""

@@ -7,6 +7,8 @@
     vocabulary.json           {column: [value of code 2, value of code 3, ...]}
     models/<role>.safetensors weights of the `ranker` and, if it is another model, the `retriever`
     index/shard_<n>.faiss     items by the retriever's vectors (ranking.index)
+    content.safetensors       if there are items without training events: what is known of all (ranking.content)
+    content_vectors.safetensors   if content tells them: retriever's vectors of such items (ranking.content_vectors)
     golden.json               synthetic requests and what they were answered (ranking.golden)
 
 Everything is JSON, npy, safetensors or a FAISS index: nothing that can run code. Weights and index stay memory-mapped,
@@ -30,6 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ranking.batch import FIRST_ITEM
+from ranking.content import ContentMatch
+from ranking.content_vectors import ContentVectors, WithContent
 from ranking.golden import Answering, Golden, make_golden, replay
 from ranking.index import Index, IndexConfig, build
 from ranking.items import ItemTable
@@ -66,7 +70,11 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle. `item_ids` and `names` are by model row; rows 0 and 1 have none ("")."""
+    """What goes into a bundle. `item_ids` and `names` are by model row; rows 0 and 1 have none ("").
+
+    `content` and `content_vectors` are for items without training events: what is like them, and where they would lie
+    in the retriever's space.
+    """
 
     items: ItemTable
     item_ids: Sequence[str]
@@ -76,6 +84,8 @@ class Contents:
     actions: Sequence[str]
     ranker: NamedModel
     retriever: NamedModel | None = None
+    content: ContentMatch | None = None
+    content_vectors: ContentVectors | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Bundle:
     ranker: AnyRanker
     retriever: Retriever | None
     index: Index | None
+    content: ContentMatch | None
     device: torch.device
 
     @property
@@ -188,12 +199,17 @@ def write_bundle(
         save_file(tables, temporary / "strings.safetensors")
         np.save(temporary / "key_to_row.npy", contents.key_to_row.astype(np.int32))
         write_json(temporary / "vocabulary.json", {key: list(values) for key, values in contents.vocabulary.items()})
-        found = _build_index(contents, index or IndexConfig())
+        if contents.content is not None:
+            contents.content.save(temporary / "content.safetensors")
+        if contents.content_vectors is not None:
+            contents.content_vectors.save(temporary / "content_vectors.safetensors")
+        ranker, retriever = _answering_models(contents, entries)
+        found = None if retriever is None else _build_index(retriever, index or IndexConfig())
         shards = []
         if found is not None:
             (temporary / "index").mkdir()
             shards = found.save(temporary / "index")
-        golden = make_golden(_answering_of(contents, found), seed)
+        golden = make_golden(_answering_of(contents, ranker, retriever, found), seed)
         write_json(temporary / "golden.json", golden.model_dump())
         counts = {
             "rows": len(contents.items),
@@ -201,6 +217,8 @@ def write_bundle(
             "keys": len(contents.key_to_row),
             "trained_items": int(contents.items.trained.sum()),
             "indexed_items": 0 if found is None else len(found),
+            "matched_items": 0 if contents.content is None else len(contents.content),
+            "content_vectors": 0 if contents.content_vectors is None else len(contents.content_vectors),
         }
         manifest = Manifest(
             format=FORMAT,
@@ -234,16 +252,26 @@ def _write_models(directory: Path, named: Sequence[tuple[Role, NamedModel]]) -> 
     return entries
 
 
-def _build_index(contents: Contents, config: IndexConfig) -> Index | None:
+def _answering_models(contents: Contents, entries: Mapping[Role, ModelEntry]) -> tuple[AnyRanker, AnyRanker | None]:
+    """Give ranker and retriever as a loaded bundle has them: one object if they are one model, with content if any."""
+    ranker = contents.ranker.model
     if contents.retriever is None:
-        return None
-    retriever = cast(Retriever, contents.retriever.model)
+        return ranker, None
+    retriever = contents.retriever.model
+    if contents.content_vectors is not None:
+        retriever = WithContent(retriever, contents.content_vectors)
+    same = entries["ranker"].weights == entries["retriever"].weights
+    return (retriever if same else ranker), retriever
+
+
+def _build_index(model: AnyRanker, config: IndexConfig) -> Index:
+    retriever = cast(Retriever, model)
     with torch.inference_mode():
         vectors = retriever.item_vectors().detach().float().cpu().numpy()
     rows = np.flatnonzero(vectors.any(axis=1))
     rows = rows[rows >= FIRST_ITEM]
     if not len(rows):
-        raise BundleError(f"{contents.retriever.name} has no item vector that is not zero; is it trained?")
+        raise BundleError(f"{type(model).__name__} has no item vector that is not zero; is it trained?")
     return build(vectors[rows], rows, config)
 
 
@@ -267,6 +295,9 @@ def _load_parts(
     if "ranker" not in manifest.models:
         raise BundleError(f"{directory}: no model in the role 'ranker'; publish again")
     retriever = manifest.models.get("retriever")
+    if retriever is not None and "content_vectors.safetensors" in paths:
+        vectors = ContentVectors.load(paths["content_vectors.safetensors"])
+        models[retriever.weights] = WithContent(models[retriever.weights], vectors).requires_grad_(False).eval()
     return Bundle(
         directory=directory,
         manifest=manifest,
@@ -279,6 +310,7 @@ def _load_parts(
         ranker=models[manifest.models["ranker"].weights],
         retriever=cast(Retriever, models[retriever.weights]) if retriever else None,
         index=Index.load([listed(paths, shard, directory) for shard in manifest.index]) if manifest.index else None,
+        content=ContentMatch.load(paths["content.safetensors"]) if "content.safetensors" in paths else None,
         device=device,
     )
 
@@ -311,15 +343,15 @@ def _answering(bundle: Bundle) -> Answering:
     )
 
 
-def _answering_of(contents: Contents, index: Index | None) -> Answering:
+def _answering_of(contents: Contents, ranker: AnyRanker, retriever: AnyRanker | None, index: Index | None) -> Answering:
     model = cast(nn.Module, contents.ranker.model)
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     return Answering(
         contents.items,
         contents.item_ids,
         contents.key_to_row,
-        contents.ranker.model,
-        cast(Retriever, contents.retriever.model) if contents.retriever else None,
+        ranker,
+        cast(Retriever, retriever) if retriever is not None else None,
         index,
         device,
     )

@@ -36,13 +36,19 @@ from torch import Tensor, nn
 from ranking.batch import UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
 from ranking.items import ItemTable
-from ranking.layers import ScoringHead, binary_cross_entropy, candidate_chunks, masked_softmax, score_real
+from ranking.layers import (
+    ScoringHead,
+    binary_cross_entropy,
+    candidate_chunks,
+    masked_softmax,
+    pool_by_scatter,
+    pool_found,
+    score_real,
+    search,
+)
 from ranking.own_counts import OwnEvents, add_event, decayed_counts, own_events
 from ranking.ranker import Loss
 from recsys.errors import ConfigError
-
-GATHER_ABOVE = 16
-"""History length, in multiples of K, from which fetching the K rows beats one product with all rows."""
 
 LEAST_COUNT = 1e-3
 """Added to a decayed count before its logarithm: ten half-lives ago is as good as never."""
@@ -160,11 +166,11 @@ class Dare(nn.Module):
         mask = batch.candidates.mask
         features = self._with_counts(self._features(v, h), state, batch.request, batch.candidates, row_of)
         logits = score_real(self.head, features, mask)
-        parts = {"main": binary_cross_entropy(logits, batch.label, batch.weight)}
+        parts = {"main": binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)}
         if self.auxiliary_head is not None:
             everything = masked_softmax(scores, state.mask[:, None, :].expand_as(scores)) @ state.value
             logits = score_real(self.auxiliary_head, self._features(v, everything), mask)
-            parts["auxiliary"] = binary_cross_entropy(logits, batch.label, batch.weight)
+            parts["auxiliary"] = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         parts["l2"] = self.config.l2 * torch.stack([p.square().sum() for p in network_weights(self)]).sum()
         total = torch.stack(list(parts.values())).sum()
         return Loss(total, {name: part.detach() for name, part in parts.items()})
@@ -230,8 +236,7 @@ class Dare(nn.Module):
         scores = self.search_scores(state, query)
         index, found = search(scores, state.mask, self.config.retrieved)
         weights = masked_softmax(scores.gather(-1, index), found)
-        pool = pool_by_gather if scores.shape[-1] > GATHER_ABOVE * index.shape[-1] else pool_by_scatter
-        return pool(weights, index, state.value)
+        return pool_found(weights, index, state.value)
 
     def _features(self, v: Tensor, h: Tensor) -> Tensor:
         """Give what the head sees of a candidate v and its history h, [B, C, ...]."""
@@ -256,51 +261,3 @@ class Dare(nn.Module):
 def push(values: Tensor, newest: Tensor) -> Tensor:
     """Give [B, T + 1, ...]: values [B, T, ...] with newest [B, ...] after the last."""
     return torch.cat([values, newest[:, None]], 1)
-
-
-def search(scores: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k best real events of every candidate; among equal scores the newer wins, on every device.
-
-    Args:
-        scores: [B, C, T]; what stands at padding is not read.
-        mask: bool [B, T], True at real events.
-        k: how many to find.
-
-    Returns:
-        Slots int64 [B, C, min(k, T)] in no order, and bool of that shape: False where fewer than k events exist.
-
-    Cost: one partial selection over [B, C, T]; only candidates with a tie at the cut are sorted.
-    """
-    real = mask[:, None, :].expand_as(scores)
-    length = scores.shape[-1]
-    if k >= length:
-        return torch.arange(length, device=scores.device).expand_as(scores), real
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.detach().masked_fill(~real, lowest)
-    best, index = torch.topk(scores, k, sorted=False)
-    cut = best.amin(-1, keepdim=True)
-    tied = ((scores >= cut).sum(-1) > k) & (cut.squeeze(-1) > lowest)  # more than k reach the cut
-    if bool(tied.any()):
-        newest_first = scores[tied].flip(-1).sort(stable=True, dim=-1, descending=True).indices[:, :k]
-        index[tied] = length - 1 - newest_first
-    return index, real.gather(-1, index)
-
-
-def pool_by_gather(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Give sum_j w_j e_j, [B, C, D], by fetching the found rows: O(C K D), best for long histories.
-
-    Args:
-        weights: [B, C, K], 0 where nothing was found.
-        index: int64 [B, C, K], slots.
-        value: [B, T, D].
-    """
-    batch, length, width = value.shape
-    flat = index + torch.arange(0, batch * length, length, device=index.device)[:, None, None]
-    rows = value.reshape(-1, width).index_select(0, flat.flatten()).view(*index.shape, width)  # [B, C, K, D]
-    return (weights.unsqueeze(-2) @ rows).squeeze(-2)
-
-
-def pool_by_scatter(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Give the same by spreading the weights over all T slots and one batched product: best in training."""
-    spread = weights.new_zeros(*weights.shape[:2], value.shape[1]).scatter(-1, index, weights)  # [B, C, T]
-    return spread @ value

@@ -26,6 +26,7 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
 from ranking.layers import (
+    AttentionNetwork,
     ScoringHead,
     binary_cross_entropy,
     candidate_chunks,
@@ -105,7 +106,7 @@ class Din(nn.Module):
         """Give binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
-        main = binary_cross_entropy(logits, batch.label, batch.weight)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
 
     def _encode(self, history: History, row_of: Tensor) -> DinState:
@@ -128,31 +129,3 @@ class Din(nn.Module):
         else:
             weight = weight.masked_fill(~mask, 0.0)
         return weight @ state.event.to(weight.dtype)
-
-
-class AttentionNetwork(nn.Module):
-    """w2 . PReLU(W [q ; s ; q - s ; q * s] + b) + c for all pairs of candidates and events.
-
-    Args:
-        width: D of candidates and events.
-        hidden: rows of W.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4 * width, hidden)
-        self.slope = nn.Parameter(torch.tensor(0.25))
-        self.outer = nn.Linear(hidden, 1)
-
-    def forward(self, q: Tensor, s: Tensor) -> Tensor:
-        """Give [B, C, T] for candidates q [B, C, D] and events s [B, T, D]."""
-        batch, count, width = q.shape
-        wa, wb, wc, wd = self.inner.weight.view(-1, 4, width).unbind(1)  # [hidden, D] each
-        matrix = q[:, :, None, :] * wd + (wb - wc)  # [B, C, hidden, D]
-        constant = nn.functional.linear(q, wa + wc, self.inner.bias)  # [B, C, hidden]
-        w2, events = self.outer.weight, s.mT  # [1, hidden], [B, D, T]
-        z = torch.baddbmm(constant.view(batch, -1, 1), matrix.flatten(1, 2), events)  # [B, C * hidden, T]
-        bent = w2 @ z.relu_().view(batch, count, len(w2.T), -1)  # [B, C, 1, T]
-        straight = (w2 @ matrix).squeeze(2) @ events + (constant @ w2.T)  # [B, C, T]
-        weights: Tensor = self.slope * straight + (1 - self.slope) * bent.squeeze(2) + self.outer.bias
-        return weights

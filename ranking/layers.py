@@ -1,4 +1,4 @@
-"""Small parts that several models share: dropout with its own generator, the scoring head, masked softmax, losses.
+"""Small parts that several models share: dropout, the scoring head, search and pooling over a history, losses.
 
 Scores are computed in float64 and rounded at the end. A float32 matrix product depends on the shape of the batch in its
 last digits, enough that the same candidate, scored alone and among others, differed by 1.7e-6 with DIN; in float64 the
@@ -7,6 +7,7 @@ two agree to the rounding of the result, so offline and online answers can be co
 
 import copy
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from ranking.ranker import NEGATIVE
 
 CHUNK_ELEMENTS = 1 << 20
 """Numbers in the largest temporary of a chunked loop: 4-8 MB, which stays in the last-level cache of one core."""
+
+GATHER_ABOVE = 16
+"""History length, in multiples of K, from which fetching the K rows beats one product with all rows."""
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
@@ -105,6 +109,34 @@ class ScoringHead(nn.Module):
         return logits
 
 
+class AttentionNetwork(nn.Module):
+    """w2 . PReLU(W [q ; s ; q - s ; q * s] + b) + c for all pairs of candidates and events: DIN's attention.
+
+    Args:
+        width: D of candidates and events.
+        hidden: rows of W.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4 * width, hidden)
+        self.slope = nn.Parameter(torch.tensor(0.25))
+        self.outer = nn.Linear(hidden, 1)
+
+    def forward(self, q: Tensor, s: Tensor) -> Tensor:
+        """Give [B, C, T] for candidates q [B, C, D] and events s [B, T, D]."""
+        batch, count, width = q.shape
+        wa, wb, wc, wd = self.inner.weight.view(-1, 4, width).unbind(1)  # [hidden, D] each
+        matrix = q[:, :, None, :] * wd + (wb - wc)  # [B, C, hidden, D]
+        constant = F.linear(q, wa + wc, self.inner.bias)  # [B, C, hidden]
+        w2, events = self.outer.weight, s.mT  # [1, hidden], [B, D, T]
+        z = torch.baddbmm(constant.view(batch, -1, 1), matrix.flatten(1, 2), events)  # [B, C * hidden, T]
+        bent = w2 @ z.relu_().view(batch, count, len(w2.T), -1)  # [B, C, 1, T]
+        straight = (w2 @ matrix).squeeze(2) @ events + (constant @ w2.T)  # [B, C, T]
+        weights: Tensor = self.slope * straight + (1 - self.slope) * bent.squeeze(2) + self.outer.bias
+        return weights
+
+
 def score_real(head: ScoringHead, features: Tensor, mask: Tensor) -> Tensor:
     """Give logits [B, C] with `NEGATIVE` where mask is False; the head sees the real rows only.
 
@@ -121,8 +153,94 @@ def score_real(head: ScoringHead, features: Tensor, mask: Tensor) -> Tensor:
     return logits.index_copy(0, index, exact(head, rows).to(logits.dtype)).view(mask.shape)
 
 
-def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Give the weighted mean of binary cross-entropy over all numbers; weight is 0 at padding."""
+def search(scores: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k best real events of every candidate; among equal scores the newer wins, on every device.
+
+    Args:
+        scores: [B, C, T]; what stands at padding is not read.
+        mask: bool [B, T], True at real events.
+        k: how many to find.
+
+    Returns:
+        Slots int64 [B, C, min(k, T)] in no order, and bool of that shape: False where fewer than k events exist.
+
+    Cost: one partial selection over [B, C, T]; only candidates with a tie at the cut are sorted.
+    """
+    real = mask[:, None, :].expand_as(scores)
+    length = scores.shape[-1]
+    if k >= length:
+        return torch.arange(length, device=scores.device).expand_as(scores), real
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.detach().masked_fill(~real, lowest)
+    best, index = torch.topk(scores, k, sorted=False)
+    cut = best.amin(-1, keepdim=True)
+    tied = ((scores >= cut).sum(-1) > k) & (cut.squeeze(-1) > lowest)  # more than k reach the cut
+    if bool(tied.any()):
+        newest_first = scores[tied].flip(-1).sort(stable=True, dim=-1, descending=True).indices[:, :k]
+        index[tied] = length - 1 - newest_first
+    return index, real.gather(-1, index)
+
+
+def rows_at(value: Tensor, index: Tensor) -> Tensor:
+    """Give value[b, index[b, c, k]], [B, C, K, D], for slots int64 [B, C, K] and values [B, T, D]."""
+    batch, length, width = value.shape
+    flat = index + torch.arange(0, batch * length, length, device=index.device)[:, None, None]
+    return value.reshape(-1, width).index_select(0, flat.flatten()).view(*index.shape, width)
+
+
+def pool_by_gather(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Give sum_j w_j e_j, [B, C, D], by fetching the found rows: O(C K D), best for long histories.
+
+    Args:
+        weights: [B, C, K], 0 where nothing was found.
+        index: int64 [B, C, K], slots.
+        value: [B, T, D].
+    """
+    return (weights.unsqueeze(-2) @ rows_at(value, index)).squeeze(-2)
+
+
+def pool_by_scatter(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Give the same by spreading the weights over all T slots and one batched product: best in training.
+
+    The slots of a candidate must be distinct.
+    """
+    spread = weights.new_zeros(*weights.shape[:2], value.shape[1]).scatter(-1, index, weights)  # [B, C, T]
+    return spread @ value
+
+
+def pool_found(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Give the same by whichever of the two is faster for this length."""
+    pool = pool_by_gather if value.shape[1] > GATHER_ABOVE * index.shape[-1] else pool_by_scatter
+    return pool(weights, index, value)
+
+
+def attend(query: Tensor, value: Tensor, index: Tensor, found: Tensor) -> Tensor:
+    """Give what scaled dot-product attention makes of the found events only, [B, C, D]; 0 where none was found.
+
+    Args:
+        query: [B, C, D], candidates.
+        value: [B, T, D], events.
+        index: int64 [B, C, K], distinct slots of each candidate.
+        found: bool [B, C, K], which of them count.
+    """
+    query = query / math.sqrt(query.shape[-1])
+    if value.shape[1] > GATHER_ABOVE * index.shape[-1]:
+        rows = rows_at(value, index)  # [B, C, K, D]
+        weights = masked_softmax((rows @ query.unsqueeze(-1)).squeeze(-1), found)
+        return (weights.unsqueeze(-2) @ rows).squeeze(-2)
+    weights = masked_softmax((query @ value.mT).gather(-1, index), found)
+    return pool_by_scatter(weights, index, value)
+
+
+def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Give the weighted mean of binary cross-entropy over all numbers; weight is 0 at padding.
+
+    With `offset`, log of how often each candidate is drawn as a negative, the logits learn the log-odds of an item
+    being taken, whatever the sampler: of positives p and negatives q the best classifier has the logit log p - log q
+    (noise-contrastive estimation, Gutmann and Hyvarinen 2010).
+    """
+    if offset is not None:
+        logits = logits - offset
     each = F.binary_cross_entropy_with_logits(logits, label, weight, reduction="sum")
     return each / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 

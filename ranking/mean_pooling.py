@@ -81,7 +81,7 @@ class MeanPooling(nn.Module):
         """Give binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
-        main = binary_cross_entropy(logits, batch.label, batch.weight)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
 
     def _encode(self, history: History, row_of: Tensor) -> MeanPoolingState:

@@ -46,9 +46,30 @@ def decayed_counts(own: OwnEvents, at: Tensor, item: Tensor, half_life_days: flo
         item: int32 [B, C], candidates.
         half_life_days: age at which an event counts half.
     """
-    age = (at[:, None] - own.time).clamp_min(0).double() / (half_life_days * MICROSECONDS_PER_DAY)  # [B, T]
-    weight = torch.exp2(-age).masked_fill(own.item == PAD, 0.0)
-    running = F.pad(weight.cumsum(1), (1, 0))  # [B, T + 1]
-    item = item.contiguous()
-    start, end = torch.searchsorted(own.item, item), torch.searchsorted(own.item, item, right=True)  # [B, C]
+    running = F.pad(_fresh(own, at, half_life_days).cumsum(1), (1, 0))  # [B, T + 1]
+    start, end = _places(own, item)
     return running.gather(1, end) - running.gather(1, start)
+
+
+def decayed_total(own: OwnEvents, at: Tensor, half_life_days: float) -> Tensor:
+    """Give the same sum over all events, float64 [B]."""
+    return _fresh(own, at, half_life_days).sum(1)
+
+
+def counts_and_newest(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the number of each candidate's events and the time of the newest of them (0 if none), int64 [B, C] each."""
+    start, end = _places(own, item)
+    count = end - start
+    return count, own.time.gather(1, (end - 1).clamp_min(0)).masked_fill(count == 0, 0)
+
+
+def _places(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:
+    """Give where the events of each candidate start and end, int64 [B, C]."""
+    item = item.contiguous()
+    return torch.searchsorted(own.item, item), torch.searchsorted(own.item, item, right=True)
+
+
+def _fresh(own: OwnEvents, at: Tensor, half_life_days: float) -> Tensor:
+    """Give 2^(-age / half_life) of every event, float64 [B, T], 0 at padding."""
+    age = (at[:, None] - own.time).clamp_min(0).double() / (half_life_days * MICROSECONDS_PER_DAY)  # [B, T]
+    return torch.exp2(-age).masked_fill(own.item == PAD, 0.0)

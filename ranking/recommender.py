@@ -17,7 +17,7 @@ from torch import Tensor
 from ranking.batch import FIRST_ITEM, Batch, Candidates, assemble, rows_of
 from ranking.bundle import Bundle
 from ranking.ranker import NEGATIVE
-from ranking.sources import Followers, Popularity, Repeats, Retrieval, Source, SourceQuery, merge
+from ranking.sources import Followers, NewItems, Popularity, Repeats, Retrieval, Source, SourceQuery, merge
 from recsys.errors import ConfigError, RequestError
 from recsys.history import Events
 from recsys.messages import (
@@ -53,6 +53,8 @@ class RecommenderConfig:
     """candidates that followed the user's newest items in training"""
     popularity: int = 25
     """candidates by training count"""
+    new_items: int = 20
+    """candidates without training events, by how like the user's own items their content is"""
     history_limit: int = 10_000
     """newest events of a history that are used; older ones count for nothing"""
     half_life_days: float = 60.0
@@ -63,7 +65,7 @@ class RecommenderConfig:
     """heaviest transitions kept of each item"""
 
     def __post_init__(self) -> None:
-        for name in ("retrieval", "repeats", "transitions", "popularity"):
+        for name in ("retrieval", "repeats", "transitions", "popularity", "new_items"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected 0 or more")
         for name in ("history_limit", "half_life_days", "recent_items", "edges_per_item"):
@@ -303,6 +305,8 @@ class Recommender:
         ]
         if bundle.index is not None:
             sources.insert(0, (Retrieval(bundle.index), config.retrieval))
+        if bundle.content is not None:
+            sources.append((NewItems(bundle.content), config.new_items))
         return [(source, quota) for source, quota in sources if quota]
 
     def _state_is_vector(self) -> bool:

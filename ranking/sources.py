@@ -4,6 +4,7 @@
     repeats       the user's own items, by frequency with decay over age
     transitions   what follows the user's newest items, from the training period's transition counts
     popularity    the most frequent items of the training period
+    new_items     items without training events, by how like the user's own items their content is
 
 Each source proposes distinct rows, best first. Measured per request on one core, 68,509 items: retrieval 0.4 ms (exact
 search), transitions 0.2 ms, repeats 0.03 ms, popularity 0.001 ms.
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.batch import FIRST_ITEM
+from ranking.content import ContentMatch
 from ranking.index import Index
 from ranking.items import ItemTable
 
@@ -65,6 +67,33 @@ class Retrieval:
         found, _ = self._index.search(query.vector, limit, query.allowed)
         rows: NDArray[np.int32] = found[0][found[0] >= FIRST_ITEM]
         return rows
+
+
+class NewItems:
+    """The items without training events that are most like what the user chose, beyond what is usual for them.
+
+    They are in the index too, but few of them get past the trained items there: here they compete among themselves, and
+    the ranker decides.
+    """
+
+    name: ClassVar[str] = "new_items"
+
+    def __init__(self, content: ContentMatch) -> None:
+        self._content = content
+
+    def propose(self, query: SourceQuery, limit: int) -> NDArray[np.int32]:
+        """Give the new rows of the largest lift, ties by ascending row; none for a history of unknown items."""
+        if not (query.rows >= FIRST_ITEM).any():
+            return np.empty(0, np.int32)
+        rows, distance = self._content.row, -self._content.lift(query.rows)  # [n]
+        if query.allowed is not None:
+            keep = query.allowed[rows]
+            rows, distance = rows[keep], distance[keep]
+        if limit < len(rows):
+            near = distance <= np.partition(distance, limit)[limit]
+            rows, distance = rows[near], distance[near]
+        best: NDArray[np.int32] = rows[np.argsort(distance, kind="stable")[:limit]]
+        return best
 
 
 class Repeats:

@@ -6,8 +6,6 @@ Everything heavy is imported inside the verb that needs it, so that `recsys --he
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ import typer
 
 from recsys import __version__
 from recsys.errors import ConfigError, RecsysError
+from recsys.terminal import Terminal, print_result
 
 app = typer.Typer(
     name="recsys",
@@ -31,33 +30,6 @@ UriOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEFAULT_WORKSPACE = Path("workspace")
-
-
-class Terminal:
-    """Speaks on stderr, so that stdout carries results alone."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
-
-    def say(self, sentence: str) -> None:
-        """Show one plain sentence."""
-        self.console.print(sentence, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Open a progress bar; what it gives is called as (done, total, words)."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = ("  ", BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
-
-            def report(done: int, total: int, words: str) -> None:
-                progress.update(task, completed=done, total=total, description=words or title)
-
-            yield report
 
 
 def main() -> None:
@@ -87,44 +59,118 @@ def _options(
 
 
 @app.command()
+def init(
+    events: Annotated[Path, typer.Option(help="The log: CSV, Parquet or JSON Lines.")],
+    items: Annotated[Path | None, typer.Option(help="The catalogue, if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("recsys.toml"),
+) -> None:
+    """Look at a log of your own and write a commented mapping of its columns, to check and edit."""
+    from pipelines.guess import write_mapping
+    from recsys.files import whole_file
+
+    if out.exists():
+        raise ConfigError(f"{out}: already there; give another --out, or remove it")
+    text = write_mapping(events, items, out.parent)
+    with whole_file(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(text)
+    Terminal().say(f"Check {out}, then: recsys ingest --config {out} --workspace {DEFAULT_WORKSPACE}")
+
+
+@app.command()
 def ingest(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    dataset: Annotated[str, typer.Option(help="A log this package knows.")] = "completejourney",
-    users: Annotated[int | None, typer.Option(help="Keep a sample of this many users.", min=1)] = None,
+    config: Annotated[Path | None, typer.Option(help="A mapping of your own files; `recsys init` writes one.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A log this package knows; completejourney if no --config is given.")
+    ] = None,
+    users: Annotated[int | None, typer.Option(help="Keep a sample of this many users of a dataset.", min=1)] = None,
+    assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a raw log into the canonical events, items and users of a workspace."""
     from pipelines.datasets import DATASETS
     from pipelines.ingest import ingest as run
+    from pipelines.ingest import ingest_files, quarantine_of
+    from pipelines.mapping import load_mapping
     from pipelines.workspace import Workspace
 
-    if dataset not in DATASETS:
-        raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}, found {dataset!r}")
-    summary = run(DATASETS[dataset](users), Workspace(workspace).log)
-    _result(summary, as_json)
+    log, name = Workspace(workspace).log, dataset or "completejourney"
+    if config is not None:
+        if dataset is not None or users is not None:
+            raise ConfigError("--dataset and --users choose a known log; expected --config alone")
+        card = ingest_files(load_mapping(config, assignments or ()), config.parent, log, config.stem)
+    elif assignments:
+        raise ConfigError("--set changes a mapping; expected --config with it")
+    elif name not in DATASETS:
+        raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}, found {name!r}")
+    else:
+        card = run(DATASETS[name](users), log)
+    if as_json:
+        print_result(card, as_json)
+    else:
+        typer.echo("\n".join(f"{label:<20} {words}" for label, words in card.describe()))
+    if card.bad or card.bad_impressions:
+        Terminal().say(f"Bad rows: {quarantine_of(log)}")
+    if card.order == "position":
+        Terminal().say("This log knows only an order: prepare splits it by each user's last requests.")
 
 
 @app.command()
 def prepare(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "prepare",
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("--add", help="A log's directory with later events only: kept, and appended to the prepared set."),
+    ] = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Pack histories, split by time, build requests, candidates, counts and transitions."""
+    from pipelines.append import add_part
+    from pipelines.cards import prepare_defaults
     from pipelines.prepare import PrepareConfig
     from pipelines.prepare import prepare as run
     from pipelines.shipped import find_config
     from pipelines.workspace import Workspace
-    from recsys.config import parse, read_toml
+    from recsys.config import overlaid, parse, read_toml
 
     path = find_config(config)
     place = Workspace(workspace)
-    log = place.require(place.log, "ingest")
-    options = parse(PrepareConfig, read_toml(path, assignments or ()), str(path))
+    place.require(place.log, "ingest")
+    options = parse(PrepareConfig, overlaid(prepare_defaults(place.log), read_toml(path, assignments or ())), str(path))
+    if add and assignments:
+        raise ConfigError("--add goes on with the settings of the prepared set; expected no --set beside it")
+    out = place.require(place.prepared.directory, "prepare") if add else place.prepared.directory
     with Terminal().bar("prepare") as bar:
-        prepared = run(log, place.prepared.directory, options, lambda words, done, total: bar(done, total, words))
-    _result(prepared.manifest, as_json)
+
+        def report(words: str, done: int, total: int) -> None:
+            bar(done, total, words)
+
+        for part in add or ():
+            prepared = add_part(part, place.parts, place.later_parts, out, report)
+        if not add:
+            prepared = run(place.parts, out, options, report)
+    print_result(prepared.manifest, as_json)
+
+
+@app.command()
+def audit(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
+    """Look for leaks in the prepared set: checks that can fail (exit 4) and facts; writes audit.json."""
+    from pipelines.audit import audit as run
+    from pipelines.audit import refuse_failed
+    from pipelines.audit_record import text
+    from pipelines.workspace import Workspace
+
+    place = Workspace(workspace)
+    place.require(place.prepared.directory, "prepare")
+    with Terminal().bar("audit") as bar:
+        parts = place.parts if place.log.exists() else []
+        found = run(place.prepared, parts, lambda words, done, total: bar(done, total, words))
+    found.save(place.audit)
+    typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else text(found))
+    refuse_failed(found)
 
 
 @app.command()
@@ -132,6 +178,7 @@ def train(
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one, e.g. dare.")],
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     name: Annotated[str | None, typer.Option(help="Directory name of the run; that of the config if absent.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share every batch, through Ray Train.")] = 1,
     mlflow: UriOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -146,9 +193,41 @@ def train(
     place.require(place.prepared.directory, "prepare")
     options = load_config(find_config(config), assignments or ())
     directory = place.run(name or Path(config).stem)
-    with Terminal().bar(f"train {options.name}") as bar:
-        trained = run(options, place.prepared, directory, mlflow or place.tracking_uri, bar)
-    _result({"run_id": trained.run_id, **trained.summary.table()}, as_json)
+    uri = mlflow or place.tracking_uri
+    if workers > 1:
+        from pipelines.distributed import train_on_workers
+
+        Terminal().say(f"Training {options.name} on {workers} workers.")
+        trained = train_on_workers(options, place.prepared, directory, uri, workers)
+    else:
+        with Terminal().bar(f"train {options.name}") as bar:
+            trained = run(options, place.prepared, directory, uri, bar)
+    print_result({"run_id": trained.run_id, **trained.summary.table()}, as_json)
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "sweep",
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    name: Annotated[str | None, typer.Option(help="Directory of the sweep; that of the config if absent.")] = None,
+    mlflow: UriOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tune every model with the same budget on the validation period, or go on with a sweep that was interrupted."""
+    from pipelines.shipped import find_config
+    from pipelines.sweep import load_sweep
+    from pipelines.sweep import sweep as run
+    from pipelines.workspace import Workspace
+
+    place = Workspace(workspace)
+    options = load_sweep(find_config(config), assignments or ())
+    place.require(place.prepared.directory, "prepare")
+    directory = place.run(name or Path(config).stem)
+    with Terminal().bar("sweep") as bar:
+        swept = run(options, place.prepared, directory, mlflow or place.tracking_uri, bar)
+    typer.echo(json.dumps(swept.table(), indent=2, sort_keys=True) if as_json else swept.markdown())
+    Terminal().say(f"Runs, sweep.json and sweep.md: {directory.resolve()}")
 
 
 @app.command()
@@ -160,6 +239,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score the test requests with trained models and write metrics.json, report.html and report.md."""
+    from pipelines.audit_record import last_audit
     from pipelines.evaluate import EvaluateConfig
     from pipelines.evaluate import evaluate as run
     from pipelines.report import write_report
@@ -176,7 +256,7 @@ def evaluate(
         evaluation = run(models, place.prepared, options, lambda words, done, total: bar(done, total, words))
     summaries = {name: one.summary for name, one in trained.items()}
     evaluation.save(place.evaluation)
-    write_report(evaluation, summaries, place.prepared.manifest, place.evaluation)
+    write_report(evaluation, summaries, place.prepared.manifest, place.evaluation, last_audit(place.audit))
     Terminal().say(f"Report: {(place.evaluation / 'report.html').resolve()}")
     if as_json:
         typer.echo((place.evaluation / "metrics.json").read_text())
@@ -220,19 +300,29 @@ def recommend(
     ] = None,
     k: Annotated[int, typer.Option(min=1, max=1000, help="Items per user.")] = 10,
     at: Annotated[int | None, typer.Option(help="Moment of the requests, microseconds UTC; now if absent.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 they are Ray workers.")] = 1,
 ) -> None:
     """Recommend to many users at once, with the very request path of the service."""
-    from pipelines.recommend import read_user_ids, recommend_users
+    from pipelines.recommend import BatchRequest, read_user_ids, recommend_on_workers, recommend_users
     from pipelines.workspace import Workspace
     from ranking.bundle import Bundle
+    from ranking.manifest import read_manifest
     from ranking.snapshot import SnapshotReader
 
-    place = Workspace(workspace)
-    bundle = Bundle.load(place.require(place.bundle, "publish"))
+    place, moment = Workspace(workspace), _now() if at is None else at
+    _, version = read_manifest(place.require(place.bundle, "publish"))
     snapshot = SnapshotReader(place.snapshot)
     ids = read_user_ids(users) if users else snapshot.users(len(snapshot))
-    count = recommend_users(bundle, snapshot, ids, k, _now() if at is None else at, out)
-    typer.echo(f"{out}: {count} rows for {len(ids)} users, bundle {bundle.version}")
+    with Terminal().bar("recommend") as bar:
+        if workers == 1:
+            bundle = Bundle.load(place.bundle)
+            count = recommend_users(bundle, snapshot, ids, k, moment, out, progress=lambda done, n: bar(done, n, ""))
+        else:
+            asked = BatchRequest(k, moment)
+            count = recommend_on_workers(
+                place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
+            )
+    typer.echo(f"{out}: {count} rows for {len(ids)} users, bundle {version}")
 
 
 @app.command()
@@ -278,7 +368,7 @@ def quickstart(
     with start(_serve_config(workspace, "127.0.0.1", port, 1)) as running:
         show_requests(running.address, terminal.say)
         terminal.say(f"Report    {(place.evaluation / 'report.html').resolve()}")
-        terminal.say(f"Endpoint  {running.address}/ (a page to try it by hand: {running.address}/docs)")
+        terminal.say(f"Endpoint  {running.address}/ (open it to try the service by hand)")
         terminal.say(f"MLflow    {uri} (mlflow ui --backend-store-uri {uri})")
         if not leave:
             terminal.say("Serving until Ctrl-C.")
@@ -298,19 +388,6 @@ def _serve_config(workspace: Path, host: str, port: int, replicas: int) -> Any:
         port=port,
         replicas=replicas,
     )
-
-
-def _result(value: Any, as_json: bool) -> None:
-    """Print a result: JSON for machines, aligned lines for people."""
-    import dataclasses
-
-    table = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    if as_json:
-        typer.echo(json.dumps(table, indent=2, sort_keys=True, default=str))
-        return
-    for key, entry in table.items():
-        if not isinstance(entry, dict | list):
-            typer.echo(f"{key:<24} {entry}")
 
 
 def _now() -> int:

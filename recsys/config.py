@@ -89,7 +89,8 @@ def _refuse_unknown(kind: type[Any], table: Mapping[str, Any], where: str) -> No
     for key, value in table.items():
         if key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "there is nothing to set"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
         nested = fields[key].type
         if isinstance(value, Mapping) and isinstance(nested, type):
             _refuse_unknown(nested, value, f"{where} [{key}]")

@@ -35,6 +35,9 @@ def whole_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
+        for written in temporary.rglob("*"):  # some libraries write files that only their owner may read
+            if not written.is_symlink():
+                written.chmod(0o755 if written.is_dir() else 0o644)
         temporary.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))

@@ -22,6 +22,14 @@ class Event:
     value: float = 0.0
 
 
+@dataclass(frozen=True)
+class Tombstone:
+    """A user is forgotten: what the snapshot and the log before this entry know of the user counts no longer."""
+
+    event_id: str
+    user_id: str
+
+
 class HistoryReader(Protocol):
     """Read side of the live histories: all that recommending needs."""
 
@@ -47,4 +55,8 @@ class EventLog(Protocol):
 
     def append(self, events: Sequence[Event]) -> list[bool]:
         """Write events durably; False marks those whose event id is in the window already (not written again)."""
+        ...
+
+    def forget(self, user_id: str) -> None:
+        """Write durably that a user is forgotten; events written later count again."""
         ...

@@ -32,8 +32,16 @@ from recsys.messages import (
     RecommendResponse,
 )
 from serving import problems
-from serving.page import PAGE
-from serving.service import HistoryResponse, ModelsResponse, Service, SimilarResponse, UsersResponse
+from serving.page import read_page
+from serving.service import (
+    ForgottenResponse,
+    HistoryResponse,
+    ItemsResponse,
+    ModelsResponse,
+    Service,
+    SimilarResponse,
+    UsersResponse,
+)
 from serving.telemetry import CONTENT_TYPE, Telemetry
 
 logger = logging.getLogger(__name__)
@@ -243,6 +251,23 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         """Give the newest events of a user, newest first."""
         return await _answer(worker, lambda: service.history(user_id, limit))
 
+    @app.delete("/v1/users/{user_id:path}", response_model=ForgottenResponse, tags=["events"])
+    async def forget(user_id: Annotated[str, Path()]) -> Response:
+        """Forget a user: no answer uses or shows what was known; events posted later count again.
+
+        A tombstone in the event log says so to every replica, at every later start, and over every later bundle. The
+        files of the snapshot and the log keep the older bytes until they are written anew or removed.
+        """
+        return await _answer(worker, lambda: service.forget(user_id))
+
+    @app.get("/v1/items", response_model=ItemsResponse, tags=["look up"])
+    async def items(
+        query: Annotated[str, Query(max_length=512, description="part of a name in any case, or an item id")] = "",
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> Response:
+        """Give items by a part of their name: the one whose id it is first, then the most frequent in training."""
+        return await _answer(worker, lambda: service.items(query, limit))
+
     @app.get("/v1/items/{item_id:path}/similar", response_model=SimilarResponse, tags=["look up"])
     async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """Give the items nearest to an item by the retriever's vectors."""
@@ -261,10 +286,11 @@ async def _answer(worker: Worker, work: Callable[[], BaseModel]) -> Response:
 
 def _add_operations(app: FastAPI, service: Service) -> None:
     """The page and the probes."""
+    page = read_page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> str:
-        return PAGE
+    async def by_hand() -> Response:
+        return HTMLResponse(page.html, headers=page.headers)
 
     @app.get("/livez", response_class=PlainTextResponse, tags=["operate"])
     async def livez() -> str:

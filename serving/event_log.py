@@ -9,6 +9,9 @@ All writers share one sequence of segments under a file lock, rather than one fi
 fsync of some 100 us, and it buys one order of all events, one window of event ids for all replicas (a repeated post
 is recognised whichever replica it reaches), and a position that says exactly what a view of the log has seen.
 
+A user who is forgotten leaves a tombstone, an entry like the others: views drop what came before it. The bytes of
+those events stay in their segments; nothing here writes a segment anew.
+
 A process killed while it writes leaves a torn tail that nobody was told is durable: a line cut short, or zeros after a
 power cut. The next writer, alone under the lock, cuts it off. Any other damage is a `DataError` and is left as it is.
 """
@@ -21,13 +24,13 @@ import threading
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from recsys.errors import DataError
-from recsys.stores import Event
+from recsys.stores import Event, Tombstone
 
 Durability = Literal["fsync", "os"]
 """`fsync`: on the disk before `append` returns. `os`: with the operating system; survives a kill, not a power cut."""
@@ -37,9 +40,9 @@ WINDOW = 100_000
 
 
 class Record(NamedTuple):
-    """An event and the position just after it, from which a later replay goes on."""
+    """An entry of the log and the position just after it, from which a later replay goes on."""
 
-    event: Event
+    event: Event | Tombstone
     end: int
 
 
@@ -96,7 +99,25 @@ class SegmentLog:
 
         Cost: about 10 us an event, and one fsync a call.
         """
-        lines = [_encode(event) for event in events]
+        return self._append([_encode(event) for event in events])
+
+    def forget(self, user_id: str) -> None:
+        """Write a tombstone durably: views of the log drop all events of the user before it.
+
+        Raises:
+            OSError: the disk refused; nothing of the call remains in the log.
+        """
+        event_id = uuid.uuid4().hex
+        self._append([(event_id, _line({"id": event_id, "forget": user_id}))])
+
+    def refresh(self) -> int:
+        """Take note of what other processes have written; gives the new end."""
+        with self._exclusive():
+            self._catch_up()
+            return self.end
+
+    def _append(self, lines: Sequence[tuple[str, bytes]]) -> list[bool]:
+        """Write lines with their ids, except those whose id is in the window; True marks what was written."""
         with self._exclusive():
             self._catch_up()
             fresh: list[bool] = []
@@ -108,14 +129,8 @@ class SegmentLog:
             self._remember(event_id for (event_id, _), wanted in zip(lines, fresh, strict=True) if wanted)
         return fresh
 
-    def refresh(self) -> int:
-        """Take note of what other processes have written; gives the new end."""
-        with self._exclusive():
-            self._catch_up()
-            return self.end
-
     def replay(self, start: int = 0) -> Iterator[Record]:
-        """Give the events from position `start` to the end this process knows, oldest first.
+        """Give the entries from position `start` to the end this process knows, oldest first.
 
         Raises:
             DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
@@ -266,7 +281,7 @@ def _encode(event: Event) -> tuple[str, bytes]:
         raise DataError(f"event {event_id!r}: value {event.value} is not a finite number")
     if not -(2**63) <= event.time < 2**63:
         raise DataError(f"event {event_id!r}: time {event.time} is not a 64-bit number of microseconds")
-    fields = {
+    fields: dict[str, str | int | float] = {
         "id": event_id,
         "user": event.user_id,
         "item": event.item_id,
@@ -275,16 +290,22 @@ def _encode(event: Event) -> tuple[str, bytes]:
         "value": event.value,
     }
     try:
-        payload = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        return event_id, _line(fields)
     except UnicodeEncodeError:
         raise DataError(f"event {event_id!r}: a text is not valid Unicode (half of a surrogate pair)") from None
-    return event_id, b"%08x %s\n" % (zlib.crc32(payload), payload)
 
 
-def _decode(line: bytes) -> Event | None:
-    """Give the event of a line, or None if the line is damaged or not whole."""
+def _line(fields: Mapping[str, str | int | float]) -> bytes:
+    payload = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(payload), payload)
+
+
+def _decode(line: bytes) -> Event | Tombstone | None:
+    """Give the entry of a line, or None if the line is damaged or not whole."""
     payload = line[9:-1]
     if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(payload):
         return None
     fields = json.loads(payload)
+    if "forget" in fields:
+        return Tombstone(fields["id"], fields["forget"])
     return Event(fields["id"], fields["user"], fields["item"], fields["time"], fields["action"], float(fields["value"]))

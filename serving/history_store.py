@@ -3,6 +3,8 @@
     key     length of the user id (2 bytes), user id in UTF-8, number of the chunk (4 bytes, big-endian)
     value   up to 256 events of 13 bytes: time int64, item key uint32, action code uint8; oldest first
 
+A user whom the log forgets has no chunks from before, and a mark that hides the snapshot's part.
+
 The view is never the truth. It remembers the log position up to which it has applied events, in the same transaction
 as the events, so `follow` applies each event exactly once whichever process wrote it and whichever was killed. For the
 same reason it is not synced to disk: a kill cannot harm it, and after a power cut (another boot of the machine) it
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from recsys.errors import DataError
 from recsys.history import UNKNOWN_KEY, Events
-from recsys.stores import Event, HistoryReader
+from recsys.stores import Event, HistoryReader, Tombstone
 from serving.event_log import Record
 
 MAX_USER_BYTES = 480
@@ -93,17 +95,29 @@ class LmdbHistoryStore:
         self._env.reader_check()
         self._meta = self._env.open_db(b"meta")
         self._chunks = self._env.open_db(b"chunks")
+        self._forgotten = self._env.open_db(b"forgotten")
 
     def read(self, user_id: str) -> Events | None:
         """Give the user's history, oldest first, or None if neither the snapshot nor the log knows the user.
 
         Cost: some 20 us plus 4 us for every 1,000 events that were posted; the snapshot's part is views.
         """
-        base = self._base.read(user_id)
-        posted = self._posted(user_id)
+        base, posted = self.parts(user_id)
         if posted is None:
             return base
         return posted if base is None else Events.concatenate(base, posted)
+
+    def parts(self, user_id: str) -> tuple[Events | None, Events | None]:
+        """Give what the snapshot and what the log know of a user, None each for nothing."""
+        encoded = user_id.encode()
+        if len(encoded) > MAX_USER_BYTES:
+            return self._base.read(user_id), None
+        prefix = _prefix(encoded)
+        with self._env.begin(self._chunks, buffers=True) as txn:
+            raw = b"".join(self._chunks_of(txn, prefix))
+            forgotten = self._is_forgotten(txn, prefix)
+        base = None if forgotten else self._base.read(user_id)
+        return base, _events(np.frombuffer(raw, RECORD)) if raw else None
 
     def users(self, limit: int) -> list[str]:
         """Give up to `limit` user ids: those with posted events first, then users of the snapshot."""
@@ -114,10 +128,12 @@ class LmdbHistoryStore:
                 prefix = cursor.key()[:-4]
                 users[prefix[2:].decode()] = None
                 found = cursor.set_range(prefix + b"\xff\xff\xff\xff")
-        for user in self._base.users(limit):
-            if len(users) >= limit:
-                break
-            users[user] = None
+            hidden = txn.stat(self._forgotten)["entries"]
+            for user in self._base.users(limit + hidden):
+                if len(users) >= limit:
+                    break
+                if not (hidden and self._is_forgotten(txn, _prefix(user.encode()))):
+                    users[user] = None
         return list(users)
 
     def append(self, user_id: str, events: Events) -> None:
@@ -166,14 +182,9 @@ class LmdbHistoryStore:
         """Close the environment; the object can't be used afterwards."""
         self._env.close()
 
-    def _posted(self, user_id: str) -> Events | None:
-        encoded = user_id.encode()
-        if len(encoded) > MAX_USER_BYTES:
-            return None
-        prefix = _prefix(encoded)
-        with self._env.begin(self._chunks, buffers=True) as txn:
-            raw = b"".join(self._chunks_of(txn, prefix))
-        return _events(np.frombuffer(raw, RECORD)) if raw else None
+    def _is_forgotten(self, txn: Any, prefix: bytes) -> bool:
+        # A longer id can neither be posted nor forgotten.
+        return len(prefix) <= MAX_USER_BYTES + 2 and txn.get(prefix, db=self._forgotten) is not None
 
     def _chunks_of(self, txn: Any, prefix: bytes) -> Iterator[memoryview]:
         with txn.cursor(self._chunks) as cursor:
@@ -188,8 +199,12 @@ class LmdbHistoryStore:
         records = log.replay(position)
         while batch := list(islice(records, APPLY_EVENTS)):
             by_user: dict[str, list[Event]] = {}
-            for record in batch:
-                by_user.setdefault(record.event.user_id, []).append(record.event)
+            for entry in (record.event for record in batch):
+                if isinstance(entry, Tombstone):
+                    by_user.pop(entry.user_id, None)
+                    unknown -= self._forget(txn, entry.user_id)
+                else:
+                    by_user.setdefault(entry.user_id, []).append(entry)
             for user_id, events in by_user.items():
                 packed = encoder.events(events)
                 unknown += int((packed.item == UNKNOWN_KEY).sum())
@@ -200,6 +215,18 @@ class LmdbHistoryStore:
             txn.put(_POSITION, position.to_bytes(8, "big"), db=self._meta)
             txn.put(_UNKNOWN, unknown.to_bytes(8, "big"), db=self._meta)
         return applied
+
+    def _forget(self, txn: Any, user_id: str) -> int:
+        """Drop a user's chunks and hide the snapshot's part; gives how many events of unknown items were dropped."""
+        prefix = _prefix(user_id.encode())
+        unknown = 0
+        with txn.cursor(self._chunks) as cursor:
+            found = cursor.set_range(prefix)
+            while found and cursor.key()[:-4] == prefix:
+                unknown += int((np.frombuffer(cursor.value(), RECORD)["item"] == UNKNOWN_KEY).sum())
+                found = cursor.delete()
+        txn.put(prefix, b"", db=self._forgotten)
+        return unknown
 
     def _merge(self, txn: Any, user_id: str, new: NDArray[np.void]) -> None:
         """Put records in their place: the usual case rewrites the last chunk, a late event all of the user's."""
@@ -232,6 +259,7 @@ class LmdbHistoryStore:
     def _clear(self, txn: Any) -> None:
         txn.drop(self._chunks, delete=False)
         txn.drop(self._meta, delete=False)
+        txn.drop(self._forgotten, delete=False)
 
     def _number(self, txn: Any, name: bytes) -> int:
         return int.from_bytes(txn.get(name, default=b"", db=self._meta), "big")
@@ -253,7 +281,7 @@ def _open(directory: Path, map_bytes: int) -> Any:
         return lmdb.open(
             str(directory),
             map_size=map_bytes,
-            max_dbs=2,
+            max_dbs=3,
             max_readers=512,
             sync=not unsynced,
             metasync=not unsynced,

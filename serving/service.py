@@ -33,6 +33,7 @@ from recsys.messages import (
 from recsys.stores import Event
 from serving.event_log import SegmentLog
 from serving.history_store import MAX_USER_BYTES, Encoder, LmdbHistoryStore
+from serving.name_search import NameSearch
 from serving.telemetry import Telemetry
 
 MAX_EVENTS = 1_000
@@ -93,6 +94,28 @@ class HistoryResponse(Message):
     events: list[HistoryEvent]
 
 
+class ForgottenResponse(Message):
+    """What was known of a user and counts no longer."""
+
+    user_id: str
+    snapshot_events: int = Field(description="events of the published snapshot")
+    posted_events: int = Field(description="events that were posted")
+
+
+class FoundItem(Message):
+    """An item of the bundle."""
+
+    item_id: str
+    name: str
+    events: int = Field(description="events of the item in the training period")
+
+
+class ItemsResponse(Message):
+    """Items whose name holds the text asked for."""
+
+    items: list[FoundItem]
+
+
 class SimilarItem(Message):
     """A neighbour of an item."""
 
@@ -124,6 +147,12 @@ class Served:
         with torch.inference_mode():
             vectors: NDArray[np.float32] = self.bundle.retriever.item_vectors().float().cpu().numpy()
         return vectors
+
+    @cached_property
+    def names(self) -> NameSearch:
+        """Search over the names of the items."""
+        bundle = self.bundle
+        return NameSearch(bundle.names, bundle.item_ids, bundle.items.count.cpu().numpy())
 
 
 class Service:
@@ -210,9 +239,43 @@ class Service:
         newest = events.slice(max(len(events) - limit, 0), len(events))
         return HistoryResponse(user_id=user_id, total=len(events), events=_describe(newest, self.served.bundle)[::-1])
 
+    def forget(self, user_id: str) -> ForgottenResponse:
+        """Forget a user, durably, before answering; raises `RequestError` 404 for a user nothing is known of."""
+        if len(user_id.encode()) > MAX_USER_BYTES:
+            raise RequestError(422, "validation", f"user_id: more than {MAX_USER_BYTES} bytes in UTF-8; no such user")
+        encoder = _encoder(self.served.bundle)
+        self._log.refresh()
+        self.store.follow(self._log, encoder)
+        snapshot, posted = self.store.parts(user_id)
+        if snapshot is None and posted is None:
+            raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
+        self._log.forget(user_id)
+        self.store.follow(self._log, encoder)
+        self.telemetry.forget()
+        return ForgottenResponse(
+            user_id=user_id,
+            snapshot_events=0 if snapshot is None else len(snapshot),
+            posted_events=0 if posted is None else len(posted),
+        )
+
     def users(self, limit: int) -> UsersResponse:
         """Give some user ids."""
         return UsersResponse(users=self.store.users(limit))
+
+    def items(self, query: str, limit: int) -> ItemsResponse:
+        """Give the item with this very id, then those whose name holds the text, most frequent in training first."""
+        served = self.served
+        bundle, row = served.bundle, served.bundle.row_of.get(query)
+        rows = served.names.find(query, limit)
+        if row is not None:
+            rows = [row, *(other for other in rows if other != row)][:limit]
+        counts = bundle.items.count[rows].tolist()
+        return ItemsResponse(
+            items=[
+                FoundItem(item_id=bundle.item_ids[row], name=bundle.names[row], events=count)
+                for row, count in zip(rows, counts, strict=True)
+            ]
+        )
 
     def similar(self, item_id: str, k: int) -> SimilarResponse:
         """Give the k items nearest to an item by the retriever's vectors.

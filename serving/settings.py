@@ -67,6 +67,8 @@ def load_into(service: Service, directory: Path) -> None:
     from ranking.recommender import Recommender
 
     bundle = Bundle.load(directory)
-    service.swap(Served(bundle, Recommender(bundle, service.store)))
+    served = Served(bundle, Recommender(bundle, service.store))
+    _ = served.names  # built here, not by the first search: a million names take seconds
+    service.swap(served)
     gc.collect()
     gc.freeze()  # what was loaded stays: the collector need not look at it again during requests

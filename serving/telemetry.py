@@ -52,6 +52,7 @@ class Telemetry:
             "recsys_unknown_items", "Items in rank requests that the bundle does not know.", registry=registry
         )
         self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
+        self._forgotten = Counter("recsys_users_forgotten", "Users forgotten on request.", registry=registry)
         self._refused = Counter("recsys_bundles_refused", "Bundles that did not load.", registry=registry)
         self._swaps = Counter("recsys_bundle_swaps", "Bundles put in place, the first one too.", registry=registry)
 
@@ -80,6 +81,10 @@ class Telemetry:
     def verdict(self, verdict: str) -> None:
         """Count one posted event."""
         self._events.labels(verdict).inc()
+
+    def forget(self) -> None:
+        """Count a user forgotten."""
+        self._forgotten.inc()
 
     def swap(self) -> None:
         """Count a bundle put in place."""

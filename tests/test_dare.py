@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-import ranking.dare
 import ranking.layers
 import worlds
 from ranking.batch import UNKNOWN, Batch, Candidates, History, Request
-from ranking.dare import Dare, DareConfig, DareState, pool_by_gather, pool_by_scatter, search
+from ranking.dare import Dare, DareConfig, DareState
 from ranking.din import Din, DinConfig
 from ranking.embeddings import FieldWidths
 from ranking.items import ItemTable
-from ranking.layers import binary_cross_entropy, masked_softmax, score_real
+from ranking.layers import binary_cross_entropy, masked_softmax, pool_by_gather, pool_by_scatter, score_real, search
 from ranking.mean_pooling import MeanPooling, MeanPoolingConfig
 from recsys.errors import ConfigError
 
@@ -386,7 +385,7 @@ def test_o13_chunks_and_pooling_paths_change_no_score(gather_above: int, monkeyp
     worlds.fit(model, world.requests("train"), 30)
     (batch,) = world.requests("test", 30, 9)
     expected = worlds.scores(model, batch)
-    monkeypatch.setattr(ranking.dare, "GATHER_ABOVE", gather_above)
+    monkeypatch.setattr(ranking.layers, "GATHER_ABOVE", gather_above)
     torch.testing.assert_close(worlds.scores(model, batch), expected, rtol=1e-6, atol=1e-6)
     monkeypatch.setattr(ranking.layers, "CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(worlds.scores(model, batch), expected, rtol=1e-6, atol=1e-6)

@@ -103,7 +103,9 @@ def test_probes_page_and_schema(client, service):
         "/v1/rank",
         "/v1/events",
         "/v1/users",
+        "/v1/users/{user_id}",
         "/v1/users/{user_id}/history",
+        "/v1/items",
         "/v1/items/{item_id}/similar",
         "/v1/models",
         "/livez",
@@ -255,6 +257,7 @@ REFUSALS = {
     "unknown user": ("/v1/users/nobody/history", None, 404, "unknown_user", "nobody"),
     "unknown item": ("/v1/items/nothing/similar", None, 404, "unknown_item", "nothing"),
     "query out of range": ("/v1/users?limit=0", None, 422, "validation", "limit: "),
+    "search of a long text": (f"/v1/items?query={'a' * 513}", None, 422, "validation", "query: "),
     "wrong method": ("/v1/recommend", None, 405, "method_not_allowed", "GET"),
 }
 

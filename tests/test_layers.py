@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ranking.layers import ScoringHead, exact, in_float64
+from ranking.layers import ScoringHead, binary_cross_entropy, exact, in_float64
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,22 @@ def test_a_float64_copy_shares_nothing_with_its_module():
     assert {p.data_ptr() for p in copy.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
     assert all(not p.requires_grad for p in copy.parameters())
     assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("q", [[0.2] * 5, [0.7, 0.1, 0.1, 0.05, 0.05], [0.05, 0.05, 0.1, 0.1, 0.7]])
+def test_with_the_offset_logits_learn_log_p_whatever_draws_the_negatives(q):
+    """Of items taken with p against negatives drawn by q the logits become log p - log q; with the offset, log p."""
+    p, q = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).double(), torch.tensor(q).double()
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    label = torch.tensor([[1.0], [0.0]]).double().expand(2, 5)
+    weight = torch.stack([p, q])  # the expectation over both kinds of draws
+    optimiser = torch.optim.LBFGS([logits], max_iter=200)
+
+    def loss():
+        optimiser.zero_grad()
+        value = binary_cross_entropy(logits.expand(2, 5), label, weight, q.log().expand(2, 5))
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    assert torch.allclose(logits.detach().log_softmax(0), p.log(), atol=1e-4)

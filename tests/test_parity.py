@@ -1,6 +1,6 @@
 """The offline batch job and the live endpoint agree on the same requests, before and after posted events.
 
-    |a - b| <= 1e-6 max(1, |a|) for every score, and the same items in the same order
+For every score |a - b| <= 1e-6 max(1, |a|), and the items are the same in the same order.
 """
 
 import socket

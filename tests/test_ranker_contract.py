@@ -49,10 +49,29 @@ SETTINGS = {
         exempt={"beats_references": "it is the reference; it beats popularity"},
     ),
     "din": Setting("din", {"window": 20, "widths": FIELDS}),
+    "transitions": Setting("transitions", exempt=NO_PARAMETERS),
+    "lightgbm": Setting(
+        "lightgbm",
+        {"trees": 40, "leaves": 15, "least_rows": 20},
+        exempt=dict.fromkeys(("overfits", "gradients", "same_losses"), "its trees are grown, not stepped"),
+    ),
+    "sim_hard": Setting(
+        "sim_hard",
+        {"window": 20, "retrieved": 5, "widths": FIELDS},
+        exempt={"beats_references": "it reads events of one category: not how many there are, nor what came last"},
+    ),
+    "eta": Setting("eta", {"window": 20, "retrieved": 5, "widths": FIELDS}),
+    "twin": Setting(
+        "dare",
+        {"window": 20, "retrieved": 5, "attention": FIELDS, "representation": FIELDS, "tied": True},
+        steps=500,  # with 250, enough for DARE, it is not yet past mean pooling
+    ),
     "dare": Setting("dare", {"window": 20, "retrieved": 5, "attention": FIELDS, "representation": FIELDS}),
     "dare+own_counts": Setting(
         "dare", {"window": 20, "retrieved": 5, "attention": FIELDS, "representation": FIELDS, "own_counts": True}
     ),
+    "sdim": Setting("sdim", {"window": 20, "recent": 4, "item_width": 8, "category_width": 8}),
+    "aw_moe": Setting("aw_moe", {"window": 3, "item_width": 8, "category_width": 8}, steps=500, learning_rate=0.003),
     "mqsa_ted": Setting(
         "mqsa_ted",
         {"length": 20, "width": 32, "dropout": 0.2},
@@ -85,7 +104,9 @@ def world() -> worlds.World:
 def trained(name: str) -> Any:
     """A model trained on the world; shared, so tests must not change it."""
     model = build(name, world())
-    if model.trains_on != "nothing":
+    if SETTINGS[name].model == "lightgbm":
+        worlds.grow(model, world())
+    elif model.trains_on != "nothing":
         worlds.fit(model, world().training(model.trains_on), SETTINGS[name].steps, SETTINGS[name].learning_rate)
     return model
 

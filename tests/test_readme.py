@@ -100,6 +100,25 @@ def await_ready(server: subprocess.Popen[str], port: int) -> None:
     raise AssertionError("the endpoint did not become ready within two minutes")
 
 
+def test_the_tutorial_runs_as_written(tmp_path: Path):
+    script = "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    environment = os.environ | {"PATH": f"{RECSYS.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-e"],
+        input=script,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((tmp_path / "shop" / "prepared" / "manifest.json").read_text())
+    assert manifest["counts"]["items"] == 3
+    assert manifest["counts"]["users"] == 2
+
+
 def test_the_quickstart_goes_on_and_repeats_only_what_changed(tmp_path: Path):
     """Kill the job in the middle, start it again, run it a third time with one changed setting."""
     arguments = [str(RECSYS), "quickstart", *QUICKSTART, "--port", str(free_port())]
@@ -122,5 +141,5 @@ def test_the_quickstart_goes_on_and_repeats_only_what_changed(tmp_path: Path):
 
     changed = [*arguments, "--set", "evaluate.resamples=100"]
     said = run(changed, tmp_path).stderr
-    assert said.count("Already done.") == 2 + 7 + 1  # ingest, prepare, seven models, publish
+    assert said.count("Already done.") == 3 + 7 + 1  # ingest, prepare, audit, seven models, publish
     assert re.search(r"Scoring \d+ requests of the test period with every model\.\n", said)

@@ -24,7 +24,7 @@ from recsys.messages import MAX_CANDIDATES, InlineEvent, RankRequest, RecommendR
 WORLD = worlds.make_world(users=60, length=20, known=50, repeats=0.2)
 ITEMS = [f"item-{key}" for key in range(len(WORLD.key_to_row))]
 NOW = worlds.START + 100 * DAY
-SMALL = {"mqsa_ted": {"width": 8, "length": 10}, "popularity": {}}
+SMALL = {"mqsa_ted": {"width": 8, "length": 10}, "sdim": {"window": 12, "recent": 5}, "popularity": {}}
 """Windows shorter than the histories, so that a wrong cut shows."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.audit_record import Audit, Check, SamplerFacts, SplitFacts
 from pipelines.evaluation import (
     ALL_ITEMS,
     INSIDE,
@@ -229,6 +230,27 @@ def test_every_number_of_the_evaluation_is_on_the_page():
         ):  # fmt: skip
             assert words in text
     assert "model.width" in texts["html"]
+
+
+def test_the_verdict_of_the_audit_stands_first():
+    checks = (Check("counts", False, "3 of 7 | all", "none"), Check("cuts", True, "two", "two"))
+    facts = (SplitFacts("test", 100, 90, 800, 0.5, 100, 1, 2, 34, 5),)
+    samplers = (SamplerFacts("test", "uniform", 100, 20.0, None, 0.61, 0.62, 0.71, None),)
+    audit = Audit("d", checks, facts, samplers, 0.4)
+    for changed, words in (
+        (audit, "The audit of this data failed 1 of 2 checks: counts."),
+        (replace(audit, checks=checks[1:]), "The audit of this data passed: 1 check, no leak found."),
+        (replace(audit, data_digest="another"), "The last audit was of other data than this report"),
+    ):
+        page = build_page(evaluation(), TRAINING, MANIFEST, changed)
+        html, markdown = "".join(read(render_html(page)).text), render_markdown(page).replace("`", "")
+        for text in (html, markdown):
+            assert text.index(words) < text.index("has the highest GAUC")
+            shown = changed.data_digest == "d"
+            assert ("What models that learn nothing reach" in text) == shown
+            assert ("0.6100" in text) == shown
+            assert ("3 of 7" in text) == (changed is audit)
+    assert "audit" not in "".join(read(render_html(build_page(evaluation(), TRAINING, MANIFEST))).text).lower()
 
 
 def test_markdown_tables_are_rectangles():

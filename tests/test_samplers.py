@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.samplers import SAMPLERS, Ragged
+from pipelines.samplers import SAMPLERS, Ragged, log_density
 from ranking.batch import PAD
 from ranking.items import ItemTable
 from recsys.errors import ConfigError, DataError
@@ -100,3 +100,14 @@ def test_what_cannot_be_sampled_is_said() -> None:
         SAMPLERS["in_category"](empty)
     with pytest.raises(ValueError, match=r"never_so_far.*histories"):
         SAMPLERS["never_so_far"](table(0)).draw(generator(0, 0, "test"), Ragged.of([[2]]), 3)
+
+
+def test_log_density_is_the_log_of_how_often_rows_are_drawn():
+    items = ItemTable([], torch.zeros(7, 0, dtype=torch.int32), [], torch.tensor([0, 0, 8, 4, 2, 2, 0]))
+    uniform, popularity = SAMPLERS["uniform"](items), SAMPLERS["popularity"](items)
+    trained = np.array([2, 3, 4, 5])
+    assert np.allclose(log_density([uniform]), 0)
+    assert np.allclose(log_density([popularity])[trained], np.log(np.array([8, 4, 2, 2]) / 4))
+    both = (np.array([8, 4, 2, 2]) / 16 + 1 / 4) / 2
+    assert np.allclose(log_density([uniform, popularity])[trained], np.log(both * 4))
+    assert log_density([popularity])[6] == log_density([popularity])[5]  # never drawn: as the rarest

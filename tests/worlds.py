@@ -20,8 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipelines import boost
 from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request, assemble
 from ranking.embeddings import sparse_parameters
+from ranking.gradient_boosting import GradientBoosting
 from ranking.items import ItemTable, Transitions, identity_rows
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
@@ -196,6 +198,12 @@ def fit(model: Any, batches: Sequence[Batch], steps: int, learning_rate: float =
         losses.append(float(loss.detach()))
     model.eval()
     return losses
+
+
+def grow(model: GradientBoosting, world: World, seed: int = 0) -> None:
+    """Grow a model's trees from the training requests; a basket here is one item, and all of the period is recent."""
+    batches = ((batch, torch.ones(len(batch), dtype=torch.int64)) for batch in world.requests("train"))
+    boost.grow(model, batches, boost.Recent(world.items.count, since=0), seed)
 
 
 @torch.no_grad()

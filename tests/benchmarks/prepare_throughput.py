@@ -3,17 +3,20 @@
     python tests/benchmarks/prepare_throughput.py                      both, 20 million synthetic events
     python tests/benchmarks/prepare_throughput.py --events 2000000     a smaller synthetic log
     python tests/benchmarks/prepare_throughput.py --events 0           the real log only
+    python tests/benchmarks/prepare_throughput.py --append             one day appended to 90, against all 91 anew
 
 The synthetic log has the shape of the real one where it matters for cost: baskets of nine lines at one stamp, a hundred
-events per user (log-normal), items by a power law (one per hundred events), ids as strings. Each step runs in a process
-of its own; memory is the resident memory of that process and all its children, summed, sampled every 20 ms, so shared
-pages count more than once. CPU seconds stand beside wall seconds: on a busy machine only the former can be compared.
+events per user (log-normal), items by a power law (one per hundred events, but 200,000 at most: a catalogue does not
+grow as its log does), ids as strings. Each step runs in a process of its own; memory is the resident memory of that
+process and all its children, summed, sampled every 20 ms, so shared pages count more than once. CPU seconds stand by
+wall seconds: on a busy machine only the former can be compared. Both begin when the modules are loaded.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,13 +29,19 @@ import numpy as np
 import polars as pl
 import psutil
 
+from pipelines.append import append
 from pipelines.datasets import RawLog, completejourney
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
+from pipelines.prepared import PreparedSet
 
-LINES_PER_BASKET, EVENTS_PER_USER, EVENTS_PER_ITEM = 9, 100, 100
-YEAR, START = 365 * 86_400, 1_483_228_800
+LINES_PER_BASKET, EVENTS_PER_USER, EVENTS_PER_ITEM, MOST_ITEMS = 9, 100, 100, 200_000
+DAY, YEAR, START = 86_400, 365, 1_483_228_800
 CHUNK_BASKETS = 200_000
+APPENDED_TO = 90
+"""days"""
+EVALUATED = 4_000
+"""Validation and test requests kept where appending is measured: their candidates are drawn anew each time."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,11 @@ class Row:
     peak_gib: float
 
 
-def write_synthetic(events: int, folder: Path, seed: int = 0) -> None:
-    """Write a synthetic log in chunks of baskets, oldest first, and its catalogue."""
+def write_synthetic(events: int, folder: Path, days: int = YEAR, seed: int = 0) -> None:
+    """Write a synthetic log of so many days in chunks of baskets, oldest first, and its catalogue."""
     draw = np.random.default_rng(seed)
-    users, items = max(events // EVENTS_PER_USER, 1), max(events // EVENTS_PER_ITEM, 1000)
-    activity = draw.lognormal(0, 1, users)
+    users, items = max(events // EVENTS_PER_USER, 1), min(max(events // EVENTS_PER_ITEM, 1000), MOST_ITEMS)
+    activity = np.cumsum(draw.lognormal(0, 1, users))
     popularity = np.cumsum(1 / np.arange(10, items + 10) ** 0.9)
     names = draw.permutation(items)
     made = chunk = 0
@@ -60,14 +69,14 @@ def write_synthetic(events: int, folder: Path, seed: int = 0) -> None:
         size = draw.geometric(1 / LINES_PER_BASKET, CHUNK_BASKETS)
         size = size[: int(np.searchsorted(np.cumsum(size), events - made)) + 1]
         basket = np.repeat(np.arange(len(size)), size)[: events - made]
-        user = draw.choice(users, len(size), p=activity / activity.sum())
-        share = (made + np.cumsum(size) - size) / events  # of the year gone
+        user = np.searchsorted(activity, draw.random(len(size)) * activity[-1])
+        share = (made + np.cumsum(size) - size) / events  # of the time gone
         item = names[np.searchsorted(popularity, draw.random(len(basket)) * popularity[-1])]
         pl.DataFrame(
             {
                 "user_id": user[basket],
                 "item_id": item,
-                "timestamp": ((START + (share * YEAR).astype(np.int64)) * 1_000_000)[basket],
+                "timestamp": ((START + (share * days * DAY).astype(np.int64)) * 1_000_000)[basket],
                 "action": pl.repeat("purchase", len(basket), eager=True),
                 "session_id": basket + chunk * CHUNK_BASKETS,
             }
@@ -96,11 +105,14 @@ def measured(log: str, step: str, work: Callable[..., int], *arguments: object) 
 
 
 def _timed(sender: Connection, work: Callable[..., int], *arguments: object) -> None:
-    start = time.perf_counter()
+    start, used = time.perf_counter(), _cpu()
     events = work(*arguments)
-    seconds = time.perf_counter() - start
+    sender.send((events, time.perf_counter() - start, _cpu() - used))
+
+
+def _cpu() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    sender.send((events, seconds, sum(usage.ru_utime + usage.ru_stime for usage in used)))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _resident(pid: int | None) -> int:
@@ -123,28 +135,72 @@ def run_ingest(folder: Path) -> int:
     return ingest(raw, folder / "source").events
 
 
-def run_prepare(folder: Path, config: PrepareConfig) -> int:
-    """Prepare what `run_ingest` wrote."""
-    return int(prepare(folder / "source", folder / "set", config).manifest["counts"]["events"])
+def run_ingest_days(folder: Path, first: int, end: int, out: str) -> int:
+    """Ingest the days first..end of the synthetic log."""
+    low, high = ((START + day * DAY) * 1_000_000 for day in (first, end))
+    events = pl.scan_parquet(folder / "raw" / "events*.parquet")
+    events = events.filter((pl.col("timestamp") >= low) & (pl.col("timestamp") < high))
+    return ingest(RawLog(out, events, pl.scan_parquet(folder / "raw" / "items.parquet")), folder / out).events
+
+
+def run_prepare(folder: Path, config: PrepareConfig, sources: tuple[str, ...] = ("source",)) -> int:
+    """Prepare what was ingested."""
+    done = prepare([folder / source for source in sources], folder / "set", config)
+    return int(done.manifest["counts"]["events"])
+
+
+def run_append(folder: Path) -> int:
+    """Append the last day; what it gives must be what preparing all days gave."""
+    return int(append(folder / "day", folder / "before", folder / "grown").manifest["counts"]["events"])
+
+
+def measure_append(events: int, folder: Path, workers: int | None) -> list[Row]:
+    """Measure 90 days at once, one day appended to them, and all 91 at once."""
+    config = PrepareConfig(workers=workers, max_eval_requests=EVALUATED)
+    (folder / "raw").mkdir()
+    write_synthetic(events, folder / "raw", APPENDED_TO + 1)
+    rows = [
+        measured("90 days", "ingest", run_ingest_days, folder, 0, APPENDED_TO, "days"),
+        measured("1 day", "ingest", run_ingest_days, folder, APPENDED_TO, APPENDED_TO + 1, "day"),
+        measured("90 days", "prepare", run_prepare, folder, config, ("days",)),
+    ]
+    (folder / "set").rename(folder / "before")
+    rows.append(measured("90 + 1 days", "append", run_append, folder))
+    rows.append(measured("91 days", "prepare", run_prepare, folder, config, ("days", "day")))
+    if PreparedSet(folder / "set").digest != PreparedSet(folder / "grown").digest:
+        raise SystemExit("the appended set is not the set prepared anew")
+    return rows
+
+
+def measure_logs(events: int, parent: Path | None, workers: int | None) -> list[Row]:
+    """Measure ingest and prepare of the real log, and of a synthetic one unless `events` is 0."""
+    rows = []
+    for size in (0, events) if events else (0,):
+        log = "synthetic" if size else "completejourney"
+        with tempfile.TemporaryDirectory(dir=parent) as name:
+            folder = Path(name)
+            if size:
+                (folder / "raw").mkdir()
+                write_synthetic(size, folder / "raw")
+            rows.append(measured(log, "ingest", run_ingest, folder))
+            shutil.rmtree(folder / "raw", ignore_errors=True)
+            rows.append(measured(log, "prepare", run_prepare, folder, PrepareConfig(workers=workers)))
+    return rows
 
 
 def main() -> None:
     """Measure, print a table, then the same as JSON."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--events", type=int, default=20_000_000, help="synthetic events; 0 leaves them out")
+    options.add_argument("--append", action="store_true", help="measure appending a day instead")
     options.add_argument("--workers", type=int, default=None, help="processes of prepare; one per core if absent")
     options.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder if absent")
     given = options.parse_args()
-    rows = []
-    for events in (0, given.events) if given.events else (0,):
-        log = "synthetic" if events else "completejourney"
+    if given.append:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
-            folder = Path(name)
-            if events:
-                (folder / "raw").mkdir()
-                write_synthetic(events, folder / "raw")
-            rows.append(measured(log, "ingest", run_ingest, folder))
-            rows.append(measured(log, "prepare", run_prepare, folder, PrepareConfig(workers=given.workers)))
+            rows = measure_append(given.events, Path(name), given.workers)
+    else:
+        rows = measure_logs(given.events, given.folder, given.workers)
     print(f"{'log':<16}{'step':<9}{'events':>12}{'seconds':>9}{'CPU s':>8}{'events/s':>12}{'peak GiB':>10}")
     for row in rows:
         print(

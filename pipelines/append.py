@@ -1,0 +1,293 @@
+"""One more part for a prepared set, at the cost of the part: the set that preparing all parts anew would give.
+
+    keys          new items, users and actions get the next numbers
+    requests      of the new events; those that wait (`pipelines.growth`) with them are split by the new cuts
+    histories     copied block by block, each user's new events behind the old
+    training      requests whose session now lies before the cut join those that train; their counts and the pairs
+                  they add or take away are added
+    the rest      as `prepare` does it: tables, evaluated requests, their fixed candidates, digest
+
+The contract is that of `pipelines.parts`: a user's new events are all later than those the set has, and a session ends
+with its part. The set itself is read once, from front to back; what is computed anew depends on the new events, on the
+requests that wait, and on the number of evaluated requests: their candidates are drawn again, because the trained items
+have changed (`max_eval_requests` bounds them).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from pipelines import assembly, buckets, splits
+from pipelines.buckets import Sessions, SortedEvents
+from pipelines.catalogue import NEWEST
+from pipelines.growth import PairRuns, load_pending, updated_edges
+from pipelines.merging import Merged, merge_histories
+from pipelines.parts import Part, PartRecord, keep_part, open_part
+from pipelines.prepare import finish
+from pipelines.prepared import GROWTH, PreparedSet, Requests
+from pipelines.settings import PrepareConfig
+from pipelines.transitions import Words, pair_words
+from pipelines.write import Log, Names, Progress, name_all, rule_of
+from ranking.items import Transitions
+from recsys.columns import USER_ID, USER_KEY
+from recsys.config import parse
+from recsys.errors import DataError
+from recsys.files import whole_directory
+from recsys.history import Histories
+
+
+def append(source: Path, previous: Path, out: Path, progress: Progress | None = None) -> PreparedSet:
+    """Add a part to a prepared set, with the set's own settings.
+
+    Args:
+        source: a directory `ingest` wrote, with events later than those of the set only.
+        previous: the prepared set; it is not changed unless `out` is the same.
+        out: where the larger set is written, whole or not at all.
+        progress: told (step, done, total) as work goes on.
+
+    Raises:
+        DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
+            the set was prepared without `appendable`.
+
+    Cost: measured by `tests/benchmarks/prepare_throughput.py --append`.
+    """
+    report = progress or (lambda *_: None)
+    earlier, part = PreparedSet(previous), open_part(source)
+    config = parse(PrepareConfig, earlier.manifest["config"], f"{previous / 'manifest.json'} [config]")
+    records = known_parts(earlier)
+    if part.record.digest in {record.digest for record in records}:
+        raise DataError(f"{source}: is part of {previous} already; nothing to append")
+    if not (previous / GROWTH).exists():
+        raise DataError(f"{previous}: nothing was kept to append to (appendable = false); prepare all parts anew")
+    with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
+        names, log = _grow(earlier, part, records, target, Path(work), config, report)
+        finish(target, Path(work), names, log, config, report)
+    return PreparedSet(out)
+
+
+def add_part(
+    source: Path, parts: Sequence[Path], later: Path, directory: Path, progress: Progress | None = None
+) -> PreparedSet:
+    """Keep a part of a log in the folder `later` and append it, and any of `parts` it lacks, to a prepared set.
+
+    The part is kept first: should the work end half-way, doing it again goes on. A part that is refused is not kept.
+
+    Args:
+        source: a directory `ingest` wrote.
+        parts: the parts the log has so far, oldest first.
+        later: where later parts lie, one numbered directory each.
+        directory: the prepared set, replaced as a whole.
+        progress: told (step, done, total) as work goes on.
+    """
+    kept = keep_part(source, later)
+    try:
+        prepared = PreparedSet(directory)
+        for path in [part for part in parts if part != kept] + [kept]:
+            if open_part(path).record.digest not in {record.digest for record in known_parts(prepared)}:
+                prepared = append(path, directory, directory, progress)
+    except DataError:
+        if kept not in parts:
+            rmtree(kept)
+        raise
+    return prepared
+
+
+def known_parts(prepared: PreparedSet) -> tuple[PartRecord, ...]:
+    """Give the parts a set was made of."""
+    return tuple(PartRecord(**record) for record in prepared.manifest.get("parts", ()))
+
+
+def _grow(
+    earlier: PreparedSet,
+    part: Part,
+    records: tuple[PartRecord, ...],
+    out: Path,
+    work: Path,
+    config: PrepareConfig,
+    report: Progress,
+) -> tuple[Names, Log]:
+    """Write histories, training requests and the pairs of growth; give what is left to write."""
+    report("keys", 0, 1)
+    hashes = np.load(earlier.directory / GROWTH / "hashes.npy", allow_pickle=False)
+    names = name_all([part], config, earlier, 1, _newest(earlier), hashes)
+    report("keys", 1, 1)
+    events = buckets.numbered(part, len(records), names.people, names.items, names.actions, rule_of(config)).collect()
+    fresh = buckets.sort_events(events, 0)
+    before, after = (splits.cuts(config.split, last) for last in _newest_moments(records, part))
+    shift = _Shift.of(earlier.histories, names.people, fresh)
+    waiting = shift.old(load_pending(earlier.directory / GROWTH))
+    _, training_end = splits.assign(before, len(shift.start), waiting.user, waiting.at, waiting.last)
+    found = Sessions.concatenate(waiting, shift.fresh(buckets.session_requests(fresh)))
+    order = np.argsort(found.user, kind="stable")
+    split, new_end = splits.assign(after, len(shift.start), found.user[order], found.at[order], found.last[order])
+    merged = merge_histories(
+        earlier.histories,
+        fresh,
+        shift.row_of,
+        (training_end, new_end),
+        names.items.height,
+        out,
+        lambda done, total: report("histories", done, total),
+    )
+    trained = found.take(order[split == splits.TRAIN])
+    old_train = earlier.requests("train")
+    old_train = Requests(
+        shift.row_of[old_train.user],
+        old_train.at,
+        shift.ends(old_train.user, old_train.end),
+        old_train.offsets,
+        old_train.positive,
+    )
+    (out / "requests").mkdir()
+    _write_training(old_train, trained, out / "requests" / "train.safetensors")
+    report("transitions", 0, 1)
+    transitions = _transitions(earlier, old_train, trained, work, names.rows, config.transitions_top_n)
+    report("transitions", 1, 1)
+    log = Log(
+        records=(*records, part.record),
+        histories=Histories.load(out / "histories"),
+        pending=found.take(order[split != splits.TRAIN]),
+        tally=_tally(earlier, merged, trained, names.rows),
+        transitions=transitions,
+    )
+    return names, log
+
+
+def _newest(earlier: PreparedSet) -> pl.DataFrame:
+    """Give each user's newest moment."""
+    histories = earlier.histories
+    some = np.flatnonzero(np.diff(histories.offsets))
+    newest = histories.events.time[histories.offsets[some + 1] - 1]
+    return pl.DataFrame({USER_ID: earlier.users[USER_ID].gather(some), NEWEST: newest})
+
+
+def _newest_moments(records: Sequence[PartRecord], part: Part) -> tuple[int, int]:
+    before = max(record.last for record in records)
+    return before, max(before, part.record.last)
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """Where the old users and events lie in the larger set.
+
+    `row_of` int64 [old users] is the new history row; `moved` int64 [old users] how far a user's events move;
+    `start` and `old_length` int64 [users] where a user's events start and how many of them are old; `fresh_start` int64
+    [users] where the user's new events start among the new events.
+    """
+
+    row_of: NDArray[np.int64]
+    moved: NDArray[np.int64]
+    start: NDArray[np.int64]
+    old_length: NDArray[np.int64]
+    fresh_start: NDArray[np.int64]
+
+    @staticmethod
+    def of(old: Histories, people: pl.DataFrame, fresh: SortedEvents) -> "_Shift":
+        # Rows are in the order of hashes, of old users as of all: the old keep their order.
+        row_of = np.flatnonzero(people[USER_KEY].to_numpy() < len(old))
+        old_length = np.zeros(people.height, np.int64)
+        old_length[row_of] = np.diff(old.offsets)
+        fresh_length = np.bincount(fresh.user, minlength=people.height)
+        length = old_length + fresh_length
+        start = np.cumsum(length) - length
+        return _Shift(
+            row_of, start[row_of] - old.offsets[:-1], start, old_length, np.cumsum(fresh_length) - fresh_length
+        )
+
+    def ends(self, user: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Move the ends of old requests; `user` are old rows."""
+        return end + self.moved[user]
+
+    def old(self, requests: Sessions) -> Sessions:
+        """Give old requests with new rows and ends."""
+        user, end = self.row_of[requests.user], self.ends(requests.user, requests.end)
+        return Sessions(user, requests.at, requests.last, end, requests.offsets, requests.positive)
+
+    def fresh(self, requests: Sessions) -> Sessions:
+        """Give requests among the new events with ends counted in all events."""
+        user = requests.user
+        end = requests.end + (self.start + self.old_length - self.fresh_start)[user]
+        return Sessions(user, requests.at, requests.last, end, requests.offsets, requests.positive)
+
+
+def _plain(requests: Sessions) -> Requests:
+    return Requests(requests.user, requests.at, requests.end, requests.offsets, requests.positive)
+
+
+def _joined(first: Requests, second: Requests) -> Requests:
+    return Requests(
+        np.concatenate([first.user, second.user]),
+        np.concatenate([first.at, second.at]),
+        np.concatenate([first.end, second.end]),
+        np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]]),
+        np.concatenate([first.positive, second.positive]),
+    )
+
+
+def _write_training(old: Requests, trained: Sessions, path: Path) -> None:
+    """Write all training requests by (at, user); only those from the first new moment on need sorting."""
+    kept = int(np.searchsorted(old.at, trained.at.min())) if len(trained) else len(old)
+    middle = int(old.offsets[kept])
+    head = Requests(old.user[:kept], old.at[:kept], old.end[:kept], old.offsets[: kept + 1], old.positive[:middle])
+    tail = _joined(old.take(np.arange(kept, len(old))), _plain(trained))
+    # Stable: of one user's requests at one moment the earlier trained stand first, as they ended first.
+    tail = tail.take(np.lexsort((tail.user, tail.at)))
+    count, positives = len(head) + len(tail), len(head.positive) + len(tail.positive)
+    assembly.write_requests(path, count, positives, iter((head, tail)))
+
+
+def _transitions(
+    earlier: PreparedSet, old: Requests, trained: Sessions, work: Path, rows: int, top_n: int
+) -> Transitions:
+    """Give the new matrix, and write the pairs of growth under `work`."""
+    added, removed = changed_words(old, _plain(trained))
+    folder = work / GROWTH / "pairs"
+    folder.mkdir(parents=True)
+    runs = PairRuns.open(earlier.directory / GROWTH / "pairs").grown(folder, added, removed, rows)
+    return assembly.join_transitions(updated_edges(runs, earlier.items.transitions, added, removed, rows, top_n))
+
+
+def changed_words(old: Requests, trained: Requests) -> tuple[Words, Words]:
+    """Give the pair words that new training requests add, and those they take away, both ascending.
+
+    Args:
+        old: training requests by (at, user).
+        trained: those that join them, by (user, at); at one moment they come after the old.
+
+    Per user, the chain of requests changes only behind the last old one before the first new one: its words are taken
+    away and those of the new chain added. Usually that old request is the last, and nothing is taken away.
+    """
+    users = int(max(old.user.max(initial=-1), trained.user.max(initial=-1))) + 1
+    first_at = np.full(users, splits.NEVER)
+    np.minimum.at(first_at, trained.user, trained.at)
+    chain = np.flatnonzero(first_at[old.user] < splits.NEVER)
+    chain = chain[np.argsort(old.user[chain], kind="stable")]  # by (user, at)
+    user, late = old.user[chain], old.at[chain] > first_at[old.user[chain]]
+    last = np.append((user[1:] != user[:-1]) | late[1:], True)[: len(chain)]
+    tail = old.take(chain[late | last])
+    longer = _joined(tail, trained)
+    longer = longer.take(np.lexsort((longer.at, longer.user)))
+    added, removed = (pair_words(part.user, part.offsets, part.positive) for part in (longer, tail))
+    return added, removed
+
+
+def _tally(earlier: PreparedSet, merged: Merged, trained: Sessions, rows: int) -> assembly.Tally:
+    """Add what is new to what was counted."""
+    counts = earlier.manifest["counts"]
+    before = earlier.items.count.numpy()
+    count = np.zeros(rows, np.int64)
+    count[: len(before)] = before
+    count[buckets.FIRST_ROW :] += merged.count
+    return assembly.Tally(
+        events=counts["events"] + merged.events,
+        user_items=counts["user_items"] + merged.user_items,
+        train=counts["requests"]["train"] + len(trained),
+        train_positives=counts["positives"]["train"] + len(trained.positive),
+        count=count,
+    )

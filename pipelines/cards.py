@@ -1,0 +1,165 @@
+"""The data card: what was read, what was left out and why, and what the log that remains is like."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from pipelines.mapping import PositiveRule
+from recsys.columns import ITEM_ID, TIMESTAMP, USER_ID
+from recsys.files import read_json
+
+Order = Literal["time", "position"]
+PAIRS_AT_ONCE = 20_000_000
+QUANTILES = (10, 25, 50, 75, 90, 100)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Rows of a source: read, left out by each filter, bad in each way. What is left went into the log.
+
+    `bad_impressions` counts apart.
+    """
+
+    read: int
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    bad: Mapping[str, int] = field(default_factory=dict)
+    bad_impressions: int = 0
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What was taken in.
+
+    Attributes:
+        source: what messages call it.
+        events: rows kept; read = kept + filtered + bad.
+        read: rows read.
+        filtered: rows left out on purpose, by filter.
+        bad: rows that could not be meant, by what was expected; they are in the quarantine file.
+        users: with events.
+        items: with events.
+        catalogue_items: of the item table.
+        missing_text: items with events that have no text of their own.
+        impressions: rows kept of them; 0 where the log has none.
+        bad_impressions: rows of them that could not be meant.
+        order: whether `timestamp` is a time or only a position.
+        first_time: of the events, microseconds UTC (or the first position).
+        last_time: of the events.
+        history: events per user, quantiles p10 to p100.
+        repeated_share: of the events, those of a pair of user and item that came before.
+        columns: of the events.
+        positive: which events are positives, as far as the source says.
+        digest: SHA-256 over the files.
+    """
+
+    source: str
+    events: int
+    read: int
+    filtered: dict[str, int]
+    bad: dict[str, int]
+    users: int
+    items: int
+    catalogue_items: int
+    missing_text: int
+    impressions: int
+    bad_impressions: int
+    order: Order
+    first_time: int
+    last_time: int
+    history: dict[str, int]
+    repeated_share: float
+    columns: tuple[str, ...]
+    positive: PositiveRule
+    digest: str
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Give the card as (label, words), for a person."""
+        rows = [
+            ("source", self.source),
+            ("events read", f"{self.read:,}"),
+            *(("  filtered", f"{n:,} by {why}") for why, n in self.filtered.items()),
+            *(("  bad", f"{n:,}: {why}") for why, n in self.bad.items()),
+            ("events kept", f"{self.events:,}"),
+            ("users", f"{self.users:,}"),
+            ("items", f"{self.items:,} with events, {self.catalogue_items:,} in the catalogue"),
+            ("items without text", f"{self.missing_text:,}"),
+            ("events per user", ", ".join(f"{name} {n:,}" for name, n in self.history.items())),
+            ("repeats", f"{self.repeated_share:.1%} of the events"),
+            ("from, to", f"{self._moment(self.first_time)}, {self._moment(self.last_time)}"),
+            ("columns", ", ".join(self.columns)),
+            ("digest", self.digest[:16]),
+        ]
+        if self.impressions or self.bad_impressions:
+            rows.append(("impressions", f"{self.impressions:,}, and {self.bad_impressions:,} bad"))
+        return rows
+
+    def _moment(self, value: int) -> str:
+        if self.order == "position":
+            return f"position {value:,}"
+        return datetime.fromtimestamp(value / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def prepare_defaults(directory: Path) -> dict[str, Any]:
+    """Give the settings of `prepare` that a log brings along, as TOML would hold them; the caller lays its own over.
+
+    They are the rule for positives, and, for a log that knows only an order, the split by each user's last requests.
+    """
+    card = read_json(directory / "ingest.json")
+    settings: dict[str, Any] = {"split": {"kind": "last_request"}} if card.get("order") == "position" else {}
+    rule = card.get("positive") or {}
+    if rule.get("actions"):
+        settings["positive"] = rule["actions"]
+    if rule.get("min_value") is not None:
+        settings["min_value"] = rule["min_value"]
+    return settings
+
+
+@dataclass(frozen=True)
+class EventFacts:
+    """What one log of events is like; see `DataCard`."""
+
+    users: int
+    items: int
+    first_time: int
+    last_time: int
+    history: dict[str, int]
+    repeated_share: float
+
+
+def measure_events(events: Path, count: int, at_once: int = PAIRS_AT_ONCE) -> EventFacts:
+    """Give the facts of a canonical Parquet file of `count` events, at least one.
+
+    Cost: streaming; memory grows with users and items, and with at most `at_once` pairs of them: these are counted by a
+    64-bit hash, one part of all hashes per pass.
+    """
+    rows = pl.scan_parquet(events)
+    lengths = rows.group_by(USER_ID).agg(pl.len()).select("len").collect(engine="streaming")["len"].to_numpy()
+    ends = (
+        rows.select(
+            pl.col(ITEM_ID).n_unique().alias("items"),
+            pl.col(TIMESTAMP).min().alias("first"),
+            pl.col(TIMESTAMP).max().alias("last"),
+        )
+        .collect(engine="streaming")
+        .row(0, named=True)
+    )
+    pair = pl.col(USER_ID).hash(21) ^ pl.col(ITEM_ID).hash(22)
+    passes = max(1, math.ceil(count / at_once))
+    distinct = 0
+    for number in range(passes):
+        some = rows.select(pair.alias("pair")).filter(pl.col("pair") % passes == number)
+        distinct += int(some.select(pl.col("pair").n_unique()).collect(engine="streaming").item())
+    return EventFacts(
+        users=len(lengths),
+        items=int(ends["items"]),
+        first_time=int(ends["first"]),
+        last_time=int(ends["last"]),
+        history={f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in QUANTILES},
+        repeated_share=1 - distinct / count,
+    )

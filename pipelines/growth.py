@@ -1,0 +1,225 @@
+"""What a prepared set keeps so that a day can be appended at the cost of a day.
+
+    hashes.npy              uint64 [U], the hash of each user's id by history row
+    pending.safetensors     the requests that do not train yet, with the last moments of their sessions
+    pairs/base-{row}.bin    every pair word (`pipelines.transitions`) of the source rows from {row} to the next file's
+    pairs/{n}-added.bin     words that the n-th append since the base brought, ascending
+    pairs/{n}-removed.bin   words that it took away: a session that straddled the old cut may now stand between two
+                            requests that followed each other before
+
+The weight of a pair is the sum over base and added minus removed words, in integers, so it does not matter when a word
+came. Files never change once written: an append links them and adds its own. After `RUNS` appends they are merged into
+a new base. Nothing here belongs to the digest of the set: it is another form of what the set says.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from pipelines.buckets import Sessions, distinct
+from pipelines.transitions import ROW_BITS, SIZE_BITS, SOURCE, Edges, Words, base_name, heaviest_edges, steps, weight_of
+from ranking.items import Transitions
+
+RUNS = 16
+"""Appends before the pairs are merged into a new base; each append reads the words of all since the base."""
+_SIZES = np.uint64((1 << SIZE_BITS) - 1)
+
+
+def save_pending(pending: Sessions, folder: Path) -> None:
+    """Write the pending requests of a set."""
+    save_file(
+        {name: np.ascontiguousarray(values) for name, values in vars(pending).items()}, folder / "pending.safetensors"
+    )
+
+
+def load_pending(folder: Path) -> Sessions:
+    """Read what `save_pending` wrote."""
+    return Sessions(**load_file(folder / "pending.safetensors"))
+
+
+@dataclass(frozen=True)
+class PairRuns:
+    """The pair words of a set; `lows` are the first source rows of the base's files."""
+
+    folder: Path
+    lows: tuple[int, ...]
+    added: tuple[Path, ...]
+    removed: tuple[Path, ...]
+
+    @staticmethod
+    def open(folder: Path) -> "PairRuns":
+        """Open the folder `pairs` of a set."""
+        lows = [int(path.stem.removeprefix("base-")) for path in sorted(folder.glob("base-*.bin"))]
+        return PairRuns(
+            folder, tuple(lows), tuple(sorted(folder.glob("*-added.bin"))), tuple(sorted(folder.glob("*-removed.bin")))
+        )
+
+    def grown(self, folder: Path, added: Words, removed: Words, rows: int) -> "PairRuns":
+        """Give these runs and one more in the empty directory `folder`, as one base if they have become many."""
+        for path in sorted(self.folder.iterdir()):
+            _link(path, folder / path.name)
+        number = len(self.added) + 1
+        added.tofile(folder / f"{number:04}-added.bin")
+        removed.tofile(folder / f"{number:04}-removed.bin")
+        runs = PairRuns.open(folder)
+        return runs._merged(rows) if number >= RUNS else runs
+
+    def _merged(self, rows: int) -> "PairRuns":
+        for low, high in self.ranges(rows):
+            words = np.concatenate([self.base(low), *_slices(self.added, low, high)])
+            words.sort()
+            gone = np.concatenate([np.empty(0, np.uint64), *_slices(self.removed, low, high)])
+            gone.sort()
+            # The k-th of equal removed words takes the k-th of the equal words away.
+            place = np.searchsorted(words, gone) + np.arange(len(gone)) - np.searchsorted(gone, gone)
+            file = self.folder / base_name(low)
+            file.unlink()  # the old one may be linked to by the set before
+            np.delete(words, place).tofile(file)
+        for file in (*self.added, *self.removed):
+            file.unlink()
+        return PairRuns.open(self.folder)
+
+    def ranges(self, rows: int) -> list[tuple[int, int]]:
+        """Give the ranges of source rows the base is divided into, up to `rows`."""
+        return list(pairwise((*self.lows, rows)))
+
+    def base(self, low: int) -> Words:
+        """Read the base's words of the range that begins at row `low`."""
+        return np.fromfile(self.folder / base_name(low), np.uint64)
+
+
+def updated_edges(
+    runs: PairRuns, old: Transitions, added: Words, removed: Words, rows: int, top_n: int
+) -> Iterator[Edges]:
+    """Give the edges after an append, range by range, two at a time.
+
+    Args:
+        runs: all words, those of the append with them.
+        old: the matrix before the append, the `top_n` heaviest edges of each row.
+        added: words the append brought.
+        removed: words it took away.
+        rows: V after the append.
+        top_n: heaviest edges kept per row; 0 keeps all.
+
+    Where nothing was taken away weights only grew, so a row's heaviest edges are among its heaviest before and those
+    that grew: only these are summed again. A row that lost a word is summed as a whole.
+    """
+    offsets, target, weight = (np.asarray(part) for part in (old.offsets, old.target, old.weight))
+    offsets = np.concatenate([offsets, np.full(rows + 1 - len(offsets), offsets[-1])])
+
+    def edges(limits: tuple[int, int]) -> Edges:
+        low, high = limits
+        before = slice(int(offsets[low]), int(offsets[high]))
+        degree = np.diff(offsets[low : high + 1])
+        pair = np.repeat(np.arange(low, high, dtype=np.uint64) << np.uint64(ROW_BITS), degree)
+        pair |= target[before].view(np.uint32)
+        lost = np.unique(_slice(removed, low, high) >> SOURCE).astype(np.int64)
+        changed, total = _sums(runs, added, removed, lost, limits)
+        row = (changed >> np.uint64(ROW_BITS)).astype(np.int64) - low
+        enough = _enough(degree, weight[before], top_n)
+        enough[lost - low] = 0
+        pair, now, more = _updated(pair, weight[before], changed, total, enough[row])
+        degree = (
+            degree + np.bincount(row[more > 0], minlength=high - low) - np.bincount(row[more < 0], minlength=high - low)
+        )
+        return heaviest_edges(pair, now, degree, top_n)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(edges, runs.ranges(rows))
+
+
+def _sums(
+    runs: PairRuns, added: Words, removed: Words, lost: NDArray[np.int64], limits: tuple[int, int]
+) -> tuple[Words, NDArray[np.int64]]:
+    """Give the pairs of a range to sum again, ascending, and their sums.
+
+    They are those with words added or removed, and all pairs of the rows that lost a word.
+    """
+    low, high = limits
+    plus, minus = [runs.base(low), *_slices(runs.added, low, high)], _slices(runs.removed, low, high)
+    whole = [_slice(words, row, row + 1) for row in lost.tolist() for words in plus]
+    words = np.concatenate([_slice(added, low, high), _slice(removed, low, high), *whole])
+    changed = distinct(words >> np.uint64(SIZE_BITS))
+    total = sum((_totals(words, changed) for words in plus), np.zeros(len(changed), np.int64))
+    return changed, total - sum((_totals(words, changed) for words in minus), np.zeros(len(changed), np.int64))
+
+
+def _enough(degree: NDArray[np.int64], weight: NDArray[np.float32], top_n: int) -> NDArray[np.float32]:
+    """Give the weight below which a new edge need not be looked at: that of the lightest edge of a full row, else 0."""
+    enough = np.zeros(len(degree), np.float32)
+    full = np.flatnonzero(degree == top_n) if top_n else np.empty(0, np.int64)
+    if len(full):
+        some = np.flatnonzero(degree)
+        lightest = np.zeros(len(degree), np.float32)
+        lightest[some] = np.minimum.reduceat(weight, (np.cumsum(degree) - degree)[some])
+        enough[full] = lightest[full]
+    return enough
+
+
+def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
+    """Give the summed steps of each pair's words; both ascending."""
+    total = np.zeros(len(pair), np.int64)
+    if not len(words):
+        return total
+    low = np.searchsorted(words, pair << np.uint64(SIZE_BITS))
+    found = np.flatnonzero(words[np.minimum(low, len(words) - 1)] >> np.uint64(SIZE_BITS) == pair)
+    if not len(found):
+        return total
+    low = low[found]
+    size = np.searchsorted(words, pair[found] << np.uint64(SIZE_BITS) | _SIZES, side="right") - low
+    starts = np.cumsum(size) - size
+    index = np.arange(size.sum()) + np.repeat(low - starts, size)
+    total[found] = np.add.reduceat(steps(np.asarray(words[index])), starts)
+    return total
+
+
+def _updated(
+    pair: Words,
+    weight: NDArray[np.float32],
+    changed: Words,
+    total: NDArray[np.int64],
+    enough: NDArray[np.float32],
+) -> tuple[Words, NDArray[np.float32], NDArray[np.int8]]:
+    """Give the edges (ascending pairs, weights) with the sums of the changed pairs, less new ones below `enough`.
+
+    Beside them int8 [changed]: 1 for a pair that is new among the edges, -1 for one that is no longer an edge.
+    """
+    place, now = np.searchsorted(pair, changed), weight_of(total)
+    known = np.zeros(len(changed), np.bool_)
+    if len(pair):
+        known = pair[np.minimum(place, len(pair) - 1)] == changed
+        weight = weight.copy()
+        weight[place[known]] = now[known]
+    new = ~known & (total > 0) & (now >= enough)
+    gone = known & (total == 0)
+    pair, weight = np.insert(pair, place[new], changed[new]), np.insert(weight, place[new], now[new])
+    if gone.any():
+        lives = weight > 0
+        pair, weight = pair[lives], weight[lives]
+    return pair, weight, new.astype(np.int8) - gone.astype(np.int8)
+
+
+def _slices(files: tuple[Path, ...], low: int, high: int) -> list[Words]:
+    """Give each file's words of source rows low..high, memory-mapped."""
+    return [_slice(np.memmap(file, np.uint64, "r"), low, high) for file in files if file.stat().st_size]
+
+
+def _slice(words: Words, low: int, high: int) -> Words:
+    begin, end = np.searchsorted(words, np.array([low, high], np.uint64) << SOURCE)
+    return words[begin:end]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file that never changes; copy it where links are not possible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,122 @@
+"""Packed histories with new events behind each user's old ones, copied block by block."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.assembly import HISTORY_ARRAYS
+from pipelines.buckets import SortedEvents, distinct
+from pipelines.streams import npy_file, put
+from recsys.history import Histories
+
+EVENTS_AT_ONCE = 1_000_000
+
+Ends = NDArray[np.int64]
+"""int64 [users], the end of each user's training period"""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the merge added: events, distinct (user, item) pairs, training events of each item key (int64)."""
+
+    events: int
+    user_items: int
+    count: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A run of users: old rows users[0]..users[1], old events old[0]..old[1], new events fresh[0]..fresh[1]."""
+
+    users: tuple[int, int]
+    old: tuple[int, int]
+    fresh: tuple[int, int]
+
+
+def merge_histories(
+    old: Histories,
+    fresh: SortedEvents,
+    row_of: NDArray[np.int64],
+    ends: tuple[Ends, Ends],
+    items: int,
+    out: Path,
+    tick: Callable[[int, int], None],
+) -> Merged:
+    """Write `out`/histories: each user's old events, then the new ones.
+
+    Args:
+        old: the earlier histories.
+        fresh: the new events, by the users' new rows; each later than all old events of its user.
+        row_of: int64 [old users], the new row of each old user, ascending.
+        ends: each user's training end before and after, by new row. A user's end never moves back over an old event.
+        items: number of item keys.
+        out: an existing directory.
+        tick: told (done, total) blocks.
+
+    Cost: memory of a million events besides the new ones; 20 million old events are copied in about a second.
+    """
+    users = len(ends[0])
+    directory = out / "histories"
+    directory.mkdir()
+    old_length = np.zeros(users, np.int64)
+    old_length[row_of] = np.diff(old.offsets)
+    length = old_length + np.bincount(fresh.user, minlength=users)
+    np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(length)]).astype(np.int64))
+    count = np.bincount(fresh.item[fresh.time < ends[1][fresh.user]], minlength=items)
+    user_items, total = 0, int(length.sum())
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(npy_file(directory / f"{name}.npy", kind, total))
+            for name, kind in HISTORY_ARRAYS.items()
+        }
+        blocks = _blocks(old, fresh, row_of, length)
+        for done, block in enumerate(blocks):
+            lengths = np.diff(old.offsets[block.users[0] : block.users[1] + 1])
+            owner = np.repeat(row_of[block.users[0] : block.users[1]], lengths)
+            # New events go behind the old ones of their user.
+            behind = np.searchsorted(owner, fresh.user[slice(*block.fresh)], side="right")
+            for name, file in files.items():
+                values = np.asarray(getattr(old.events, name)[slice(*block.old)])
+                put(file, np.insert(values, behind, getattr(fresh, name)[slice(*block.fresh)]))
+            item, time = (np.asarray(getattr(old.events, name)[slice(*block.old)]) for name in ("item", "time"))
+            joins = (time >= ends[0][owner]) & (time < ends[1][owner])
+            count += np.bincount(item[joins], minlength=items)
+            user_items += _new_pairs(owner, item, fresh, block)
+            tick(done + 1, len(blocks))
+    return Merged(len(fresh.user), user_items, count)
+
+
+def _blocks(old: Histories, fresh: SortedEvents, row_of: NDArray[np.int64], length: NDArray[np.int64]) -> list[_Block]:
+    """Divide the users into runs of about `EVENTS_AT_ONCE` events."""
+    total = np.concatenate([[0], np.cumsum(length)])
+    inner = np.searchsorted(total, np.arange(EVENTS_AT_ONCE, int(total[-1]), EVENTS_AT_ONCE))
+    edges = np.unique(np.concatenate([[0], inner, [len(length)]]))
+    users = np.searchsorted(row_of, edges)
+    events, new = old.offsets[users].tolist(), np.searchsorted(fresh.user, edges).tolist()
+    users = users.tolist()
+    return [
+        _Block((users[i], users[i + 1]), (events[i], events[i + 1]), (new[i], new[i + 1]))
+        for i in range(len(edges) - 1)
+    ]
+
+
+def _new_pairs(owner: NDArray[np.int64], item: NDArray[np.uint32], fresh: SortedEvents, block: _Block) -> int:
+    """Count the (user, item) pairs of a block's new events that its old events do not have."""
+    user = fresh.user[slice(*block.fresh)]
+    if not len(user):
+        return 0
+    new = distinct(_pairs(user, fresh.item[slice(*block.fresh)]))
+    active = np.zeros(int(max(owner.max(initial=0), user.max())) + 1, np.bool_)
+    active[user] = True
+    of_active = active[owner]
+    had = _pairs(owner[of_active], item[of_active])
+    place = np.minimum(np.searchsorted(new, had), len(new) - 1)
+    return len(new) - len(distinct(had[new[place] == had]))
+
+
+def _pairs(user: NDArray[np.int64], item: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    return user.astype(np.uint64) << np.uint64(32) | item

@@ -1,0 +1,91 @@
+"""The parts a log comes in: each a directory that `ingest` wrote, the oldest first.
+
+A part is what became known at one time: the whole log at first, then perhaps a day at a time. Three rules make
+"append the new part" and "prepare all parts anew" the same thing, byte for byte:
+
+    keys       are given part by part: an item or user of an earlier part has the smaller key
+    time       a user's events in a part are all later than the user's events in the parts before it
+    sessions   end with their part: the same session name in two parts is two sessions
+
+A late event therefore needs the whole log to be ingested again as one part. Of an item or user that several parts
+describe, the newest part's attributes count; what it leaves empty keeps its earlier value.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from recsys.errors import DataError
+from recsys.files import read_json, sha256_json, whole_directory
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What a prepared set remembers of a part; times are microseconds UTC, or positions."""
+
+    name: str
+    digest: str
+    events: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One directory that `ingest` wrote; `columns` are those of its events, `record` what a set remembers of it."""
+
+    directory: Path
+    events: pl.LazyFrame
+    columns: tuple[str, ...]
+    record: PartRecord
+
+    @property
+    def items(self) -> Path:
+        """Its item table."""
+        return self.directory / "items.parquet"
+
+    @property
+    def users(self) -> Path:
+        """Its user table."""
+        return self.directory / "users.parquet"
+
+
+def open_part(directory: Path) -> Part:
+    """Open what `ingest` wrote; raises `DataError` naming the file that is missing."""
+    for name in ("events", "items", "users"):
+        if not (directory / f"{name}.parquet").exists():
+            raise DataError(f"{directory / name}.parquet: no such file; run `recsys ingest` first")
+    summary = read_json(directory / "ingest.json")
+    events = pl.scan_parquet(directory / "events.parquet")
+    record = PartRecord(
+        name=str(summary["source"]),
+        digest=str(summary["digest"]),
+        events=int(summary["events"]),
+        first=int(summary["first_time"]),
+        last=int(summary["last_time"]),
+    )
+    return Part(directory, events, tuple(events.collect_schema().names()), record)
+
+
+def source_of(records: Sequence[PartRecord]) -> dict[str, str]:
+    """Give one name and one digest for a log in parts; those of the part itself if there is one only."""
+    if len(records) == 1:
+        return {"name": records[0].name, "digest": records[0].digest}
+    name = f"{records[0].name}, and {len(records) - 1} more part{'s' if len(records) > 2 else ''}"
+    return {"name": name, "digest": sha256_json([record.digest for record in records])}
+
+
+def keep_part(directory: Path, folder: Path) -> Path:
+    """Copy a part into `folder` under the next number unless its like is there already; give where it lies."""
+    wanted = open_part(directory).record.digest
+    kept = sorted(folder.glob("[0-9]*")) if folder.exists() else []
+    for other in kept:
+        if open_part(other).record.digest == wanted:
+            return other
+    place = folder / f"{len(kept) + 1:04}"
+    with whole_directory(place) as temporary:
+        shutil.copytree(directory, temporary, dirs_exist_ok=True)
+    return place

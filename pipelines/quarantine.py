@@ -1,0 +1,249 @@
+"""Rows told apart: kept, filtered on purpose, bad; and the bad ones written down with file, row, column and reason.
+
+`check_rows` streams files into one Parquet file of canonical columns in which every row carries a verdict: 0 to keep
+it, else the number of the rule that took it out. What follows reads that file, so that a log is parsed once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from pipelines.fields import Field, Reader, read_number
+from pipelines.mapping import FiltersConfig
+from pipelines.sources import BROKEN, ROW, WHOLE_ROW, Table
+from recsys.errors import DataError
+from recsys.files import whole_file
+
+FILE, VERDICT, FOUND = "_file", "_verdict", "_found"
+KEPT = 0
+_PARSED = "_parsed "
+_LONGEST_FOUND = 200
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Why a row was taken out: a filter somebody asked for, or something wrong with a column."""
+
+    kind: Literal["filtered", "bad"]
+    column: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A canonical column, the file's name of it, and how it is read."""
+
+    name: str
+    column: str
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Files in canonical columns with a verdict per row.
+
+    Attributes:
+        path: Parquet: the canonical columns, `FILE` (place in `files`), `ROW`, `VERDICT`, `FOUND`.
+        files: the files it came from.
+        rules: rule of verdict i + 1.
+        counts: rows by verdict.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    rules: tuple[Rule, ...]
+    counts: dict[int, int]
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return sum(self.counts.values())
+
+    @property
+    def bad(self) -> int:
+        """Bad rows."""
+        return sum(self.by_rule("bad").values())
+
+    def by_rule(self, kind: Literal["filtered", "bad"]) -> dict[Rule, int]:
+        """Give the rows each rule of a kind took out, most first."""
+        found = {rule: self.counts.get(code, 0) for code, rule in enumerate(self.rules, 1) if rule.kind == kind}
+        return dict(sorted(((rule, n) for rule, n in found.items() if n), key=lambda entry: -entry[1]))
+
+    def rows(self) -> pl.LazyFrame:
+        """Give the kept rows in canonical columns, with `FILE` and `ROW`."""
+        return pl.scan_parquet(self.path).filter(pl.col(VERDICT) == KEPT).drop(VERDICT, FOUND)
+
+
+def check_rows(tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersConfig, out: Path) -> Checked:
+    """Read files into `out` (Parquet), every row with its verdict.
+
+    A filter on missing values comes before everything wrong with a row, and that before a filter on numbers: a row
+    without a customer that nobody wants is not a bad one.
+
+    Raises:
+        DataError: a column that is not there or of a type that cannot be meant, a file that cannot be parsed.
+
+    Cost: streaming; memory does not grow with the number of rows.
+    """
+    files = tuple(table.path for table in tables)
+    try:
+        codes = _write(tables, wanted, filters, out)
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{', '.join(map(str, files))}: cannot be read ({error})") from None
+    counted = pl.scan_parquet(out).group_by(VERDICT).agg(pl.len()).collect(engine="streaming")
+    return Checked(out, files, tuple(codes), dict(counted.iter_rows()))
+
+
+def _write(tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersConfig, out: Path) -> dict[Rule, int]:
+    """Write all tables' rows with verdicts; give the rules' numbers.
+
+    JSON Lines are trusted at first, and read line by line only if that fails.
+    """
+    trusted = [replace(table, trusted=table.kind == "jsonl") for table in tables]
+    for attempt in (trusted, tables) if trusted != list(tables) else (tables,):
+        codes: dict[Rule, int] = {}
+        frames = [_with_verdicts(place, table, wanted, filters, codes) for place, table in enumerate(attempt)]
+        try:
+            pl.concat(frames).sink_parquet(out, compression="lz4")
+            break
+        except pl.exceptions.PolarsError:
+            if attempt is tables:
+                raise
+    return codes
+
+
+def _with_verdicts(
+    place: int, table: Table, wanted: Sequence[Wanted], filters: FiltersConfig, codes: dict[Rule, int]
+) -> pl.LazyFrame:
+    """Give one file's rows in canonical columns with verdicts; `codes` numbers the rules and grows."""
+    file = str(table.path)
+    fields = {one.name: one.reader(one.column, table.require(one.column, one.name), file) for one in wanted}
+    sizes = {name: read_number(name, table.require(name, "[filters] positive"), file) for name in filters.positive}
+    parsed = {
+        f"{_PARSED}{name}": field for name, field in (fields | {f"size {n}": f for n, f in sizes.items()}).items()
+    }
+    taken = _nulls(table, filters)
+    taken.append((Rule("bad", "", WHOLE_ROW), pl.col(BROKEN), pl.lit(None, pl.String)))
+    for one in wanted:
+        taken += _wrong(one.column, fields[one.name], f"{_PARSED}{one.name}")
+    for name, field in sizes.items():
+        taken += _wrong(name, field, f"{_PARSED}size {name}")
+        small = (pl.col(f"{_PARSED}size {name}") <= 0).fill_null(True)
+        taken.append((Rule("filtered", name, "positive"), small, _text(name)))
+    numbered = [(codes.setdefault(rule, len(codes) + 1), holds, found) for rule, holds, found in taken]
+    verdict = pl.coalesce(*(pl.when(holds).then(pl.lit(code, pl.UInt16)) for code, holds, _ in numbered), KEPT)
+    found = pl.coalesce(*(pl.when(holds).then(text) for _, holds, text in numbered), pl.lit(None, pl.String))
+    names = [one.column for one in wanted] + [*filters.drop_null, *filters.positive]
+    # Two steps: the conditions are many, and each would parse its column anew.
+    rows = table.rows(names).with_columns(field.value.alias(name) for name, field in parsed.items())
+    return rows.select(
+        pl.lit(place, pl.UInt32).alias(FILE),
+        ROW,
+        *(pl.col(f"{_PARSED}{name}").alias(name) for name in fields),
+        verdict.cast(pl.UInt16).alias(VERDICT),
+        found.str.slice(0, _LONGEST_FOUND).alias(FOUND),
+    )
+
+
+_Taken = tuple[Rule, pl.Expr, pl.Expr]
+"""rule, where it holds, what was found there"""
+
+
+def _text(column: str) -> pl.Expr:
+    return pl.col(column).cast(pl.String, strict=False)
+
+
+def _wrong(column: str, field: Field, parsed: str) -> list[_Taken]:
+    problems = field.problems(pl.col(parsed))
+    return [(Rule("bad", column, problem.expected), problem.holds, _text(column)) for problem in problems]
+
+
+def _nulls(table: Table, filters: FiltersConfig) -> list[_Taken]:
+    taken = []
+    for column in filters.drop_null:
+        kind = table.require(column, "[filters] drop_null")
+        empty = pl.col(column).is_null()
+        if kind == pl.String:
+            empty |= (pl.col(column) == "").fill_null(False)
+        elif kind.is_float():
+            empty |= pl.col(column).is_nan().fill_null(False)
+        # A broken line has no values at all: nobody meant to filter it.
+        taken.append((Rule("filtered", column, "drop_null"), empty & ~pl.col(BROKEN), pl.lit(None, pl.String)))
+    return taken
+
+
+def write_quarantine(tables: dict[str, Checked], out: Path) -> None:
+    """Write the bad rows of checked tables to `out`, or remove what an earlier run left there if none is bad.
+
+    Columns: table, file, row (from 1, a CSV's header not counted), column, found, expected. Parquet.
+    """
+    frames = [_bad_rows(checked).select(pl.lit(name).alias("table"), pl.all()) for name, checked in tables.items()]
+    if not any(checked.bad for checked in tables.values()):
+        out.unlink(missing_ok=True)
+        return
+    with whole_file(out) as temporary:
+        pl.concat(frames).sink_parquet(temporary, compression="zstd")
+
+
+def _bad_rows(checked: Checked) -> pl.LazyFrame:
+    """Give the bad rows as file, row, column, found, expected."""
+    bad = {code: rule for code, rule in enumerate(checked.rules, 1) if rule.kind == "bad"}
+    codes, rules = list(bad), list(bad.values())
+    files = [str(path) for path in checked.files]
+    return (
+        pl.scan_parquet(checked.path)
+        .filter(pl.col(VERDICT).is_in(codes))
+        .select(
+            pl.col(FILE).replace_strict(list(range(len(files))), files, return_dtype=pl.String).alias("file"),
+            pl.col(ROW).alias("row"),
+            *(
+                pl.col(VERDICT).replace_strict(codes, values, return_dtype=pl.String).alias(name)
+                for name, values in (
+                    ("column", [rule.column for rule in rules]),
+                    ("expected", [rule.words for rule in rules]),
+                )
+            ),
+            pl.col(FOUND).alias("found"),
+        )
+        .select("file", "row", "column", "found", "expected")
+    )
+
+
+def refuse_if_too_bad(name: str, checked: Checked, max_bad_share: float, quarantine: Path) -> None:
+    """Stop where more than a share of the rows read is bad, or nothing is left.
+
+    Raises:
+        DataError: with what is wrong most often, and for each the first place: file, row, column, found, wanted.
+    """
+    if checked.read == 0:
+        raise DataError(f"{', '.join(map(str, checked.files))}: no row; expected at least one {name}")
+    if checked.bad > max_bad_share * checked.read:
+        raise DataError(
+            f"{checked.bad:,} of {checked.read:,} rows of {name} are bad ({checked.bad / checked.read:.2%}), more than "
+            f"[quality] max_bad_share = {max_bad_share:g}. {_examples(checked)} All are listed in {quarantine}"
+        )
+    if checked.counts.get(KEPT, 0) == 0:
+        filtered = ", ".join(
+            f"{n:,} by {rule.words} = {rule.column!r}" for rule, n in checked.by_rule("filtered").items()
+        )
+        raise DataError(
+            f"{', '.join(map(str, checked.files))}: no row of {name} is left of {checked.read:,}: [filters] took out "
+            f"{filtered or 'none'}, {checked.bad:,} are bad; loosen the filters or mend the column names"
+        )
+
+
+def _examples(checked: Checked) -> str:
+    """Give the first row of each of the most frequent problems, in words."""
+    words = []
+    for rule, count in list(checked.by_rule("bad").items())[:_SHOWN]:
+        code = checked.rules.index(rule) + 1
+        row = pl.scan_parquet(checked.path).filter(pl.col(VERDICT) == code).head(1).collect().row(0, named=True)
+        found = "" if row[FOUND] is None else f", found {row[FOUND]!r}"
+        column = f", column {rule.column!r}" if rule.column else ""
+        where = f"{checked.files[row[FILE]]}, row {row[ROW]:,}{column}{found}"
+        words.append(f"{where}: expected {rule.words} ({count:,} such rows).")
+    return " ".join(words)

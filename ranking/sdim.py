@@ -1,0 +1,305 @@
+"""SDIM: a long history summed by hash bucket once per user, so that no candidate ever looks at its events.
+
+"Sampling Is All You Need on Modeling Long-Term User Behaviors for CTR Prediction", CIKM 2022, arXiv 2205.10249.
+
+Fixed random planes cut the space of item vectors into 2^tau buckets, G times over. A candidate reads the sum of the
+events that lie in its own bucket: similar items collide with probability c = (1 - arccos(cos) / pi)^tau, so the sum is
+an estimate of attention over the whole history. The sums are the user's table ("BSE" in the paper).
+
+    b_g(x)   = sum_k [R_gk . x >= 0] << k                                signature: one bucket per group       hash
+    T[g, b]  = sum_j [b_g(s_j) = b] s_j     N[g, b] = how many events    the table, G * 2^tau rows           encode
+    long(q)  = 1/G sum_g u_g / |u_g|,  u_g = T[g, b_g(q)]                norm = "l2", the paper's              read
+    short(q) = sum over the newest M of a(q, s_j) s_j                    DIN's attention
+    logit    = head([q ; long ; q*long ; short ; q*short])               200 -> 80 -> 1
+
+Kept from the paper: planes fixed and never trained, item | category hashed and pooled as they are (no projections), l2
+per group, short-term target attention beside the long vector. Neither position nor age is hashed or pooled: they change
+with the request and would break the table. The gradient of `long` reaches the events a candidate matches, none reaches
+the candidate through the hash.
+Other read-outs: `none`, 1/G sum u, unbiased for sum c s; `ratio`, sum u / sum n, which tends to sum c s / sum c as G
+grows. With tau = 0 they are sum and mean pooling.
+
+Ours:
+* The table is exact. Vectors are rounded to a grid of 2^-16 and summed in integers, so that `append`, `evict` and
+  `merge` in any order equal a rebuild bit for bit, and offline scoring reads the same table. Training sums floats.
+* Sums by bucket are matrix products (`ranking.bucket_sums`).
+* Every item's signature is computed once per version of the weights. Vectors and planes are float32; when scoring,
+  their products are summed in float64, so that no device or batch shape flips a bit.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ranking.batch import FIRST_ITEM, PAD, Batch, Candidates, History, Request
+from ranking.bucket_sums import Norm, bucket_rows, left_padded, mean_row, pool, read, signatures
+from ranking.embeddings import Fields, FieldWidths, hide_items
+from ranking.items import ItemTable
+from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, candidate_chunks, exact, score_real
+from ranking.ranker import Loss, TrainsOn
+from recsys.errors import ConfigError, DataError
+from recsys.randomness import generator as fresh_generator
+
+GRID = 2.0**-16
+"""Step of the fixed-point numbers a table is summed in; an int32 then holds sums up to 32,767."""
+
+HASH_ROWS = 1 << 16
+"""Items hashed at once."""
+
+
+@dataclass(frozen=True)
+class SdimConfig:
+    """Attributes of the model; tau, G and the read-out are the paper's.
+
+    Attributes:
+        window: newest events in the table (T).
+        recent: newest events under plain attention (M); the table holds them too.
+        bits: planes per group (tau), at most 8.
+        groups: independent hashes (G).
+        norm: read-out: `l2`, `none` or `ratio`, see above.
+        center: subtract the mean item vector before hashing (not before pooling). Vectors with a common offset
+            otherwise all look alike to the planes.
+        item_width: columns of an item's own vector.
+        category_width: columns of its category's.
+        category: item column used as category; None for none.
+        hidden: width of the short attention's network.
+        planes_seed: the planes are a function of it alone.
+        unknown_rate: share of items hidden behind the unknown row in a training step.
+    """
+
+    window: int = 200
+    recent: int = 50
+    bits: int = 3
+    groups: int = 16
+    norm: Norm = "l2"
+    center: bool = False
+    item_width: int = 16
+    category_width: int = 16
+    category: str | None = "category"
+    hidden: int = 36
+    planes_seed: int = 0
+    unknown_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.recent <= self.window:
+            raise ConfigError(f"recent={self.recent}, window={self.window}: expected 1 <= recent <= window")
+        if not 0 <= self.bits <= 8 or self.groups < 1:
+            raise ConfigError(
+                f"bits={self.bits}, groups={self.groups}: expected bits from 0 to 8 (a table has 2^bits rows per "
+                "group) and groups at least 1"
+            )
+        if self.hidden < 1 or not 0 <= self.unknown_rate < 1:
+            raise ConfigError(
+                f"hidden={self.hidden}, unknown_rate={self.unknown_rate}: expected hidden at least 1, rate in [0, 1)"
+            )
+
+
+class SdimState(NamedTuple):
+    """A user's table and the log it was summed from; bytes: 4 G 2^tau (D + 1), however long the history, + 4 T."""
+
+    table: Tensor  # int32 [B, G, 2^tau, D], sums in steps of GRID
+    size: Tensor  # int32 [B, G, 2^tau], events per bucket
+    log: Tensor  # int32 [B, T] item rows of the window, newest last, left-padded with 0: the truth behind the table
+
+    def recent_only(self) -> "SdimState":
+        """Give the state without its table: `long` is 0, the newest events remain."""
+        return self._replace(table=torch.zeros_like(self.table), size=torch.zeros_like(self.size))
+
+
+class Sdim(nn.Module):
+    """Scores a candidate by the bucket sums it hashes to and by attention over the newest events."""
+
+    trains_on: ClassVar[TrainsOn] = "requests"
+    planes: Tensor
+
+    def __init__(self, config: SdimConfig, items: ItemTable) -> None:
+        super().__init__()
+        self.config = config
+        self.items = items
+        self.fields = Fields(
+            items, FieldWidths(config.item_width, config.category_width, 0), config.category, config.window
+        )
+        width = self.fields.semantic_width
+        draws = fresh_generator(config.planes_seed, 0, "sdim planes")
+        planes = draws.standard_normal((config.groups, config.bits, width), dtype="float32")
+        self.register_buffer("planes", torch.from_numpy(planes))  # saved with the model, never trained
+        self.attention = AttentionNetwork(width, config.hidden)
+        self.head = ScoringHead(5 * width)
+        self._hashed: tuple[list[tuple[int, int]], Tensor] | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Newest events read."""
+        return self.config.window
+
+    @property
+    def buckets(self) -> int:
+        """Rows of the table per group."""
+        return 1 << self.config.bits
+
+    def encode(self, history: History) -> SdimState:
+        """Give the exact table of the newest events.
+
+        Raises:
+            DataError: embeddings so large that the sums could overflow.
+
+        Cost: O(T G 2^tau D) as one matrix product.
+        """
+        return self._tabulate(history.padded(self.config.window).item)
+
+    def score(self, state: SdimState, request: Request, candidates: Candidates) -> Tensor:
+        """Give logits float32 [B, C]; cost O(C (G 2^tau D + M D hidden)), whatever the length of the history."""
+        row_of = self.items.embedding_row
+        item = candidates.item
+        code = self.item_signatures().index_select(0, item.flatten()).view(*item.shape, -1)  # [B, C, G]
+        q = self.fields.semantic(item, row_of).double()
+        rows = bucket_rows(state.table.double() * GRID, state.size, self.config.norm)
+        recent = state.log[:, -self.config.recent :]
+        s, mask = self._events(recent, row_of), recent != PAD
+        each = max(recent.numel() * self.config.hidden, state.size.numel())  # numbers per candidate
+        features = []
+        for chunk in candidate_chunks(item.shape[1], each):
+            long = read(rows, state.size, code[:, chunk], self.config.norm)
+            features.append(self._features(q[:, chunk], long, s, mask))
+        return score_real(self.head, torch.cat(features, 1), candidates.mask)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Give binary cross-entropy over the real candidates; items are hashed anew, as their vectors move."""
+        config = self.config
+        row_of = hide_items(self.items, config.unknown_rate, generator)
+        padded = batch.history.padded(config.window)
+        s = self._events(padded.item, row_of)  # [B, T, D]
+        q = self.fields.semantic(batch.candidates.item, row_of)  # [B, C, D]
+        table, count = pool(s, self._signatures(s.detach()), padded.mask, self.buckets)
+        rows = bucket_rows(table, count, config.norm)
+        long = read(rows, count, self._signatures(q.detach()), config.norm)
+        features = self._features(q, long, s[:, -config.recent :], padded.mask[:, -config.recent :])
+        logits = score_real(self.head, features, batch.candidates.mask)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        return Loss(main, {"main": main.detach()})
+
+    def append(self, state: SdimState, item: Tensor, time: Tensor) -> SdimState:
+        """Give the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.
+
+        Equal bit for bit to encoding the longer history; cost O(G 2^tau D), whatever its length.
+        """
+        return self.merge(state, self._tabulate(item[:, None]))
+
+    def evict(self, state: SdimState, item: Tensor) -> SdimState:
+        """Give the state without the oldest event of one item per request (int32 [B], 0 = none).
+
+        Raises:
+            DataError: an item is not in the window of its request.
+        """
+        found = state.log == item[:, None]
+        missing = ((item != PAD) & ~found.any(1)).nonzero().flatten().tolist()
+        if missing:
+            row = int(item[missing[0]])
+            raise DataError(f"request {missing[0]}: item row {row} is not in its window; encode the history again")
+        oldest = found & (found.cumsum(1) == 1)
+        gone = self._tabulate(item[:, None])
+        log = left_padded(state.log.masked_fill(oldest, PAD))
+        return SdimState(state.table - gone.table, state.size - gone.size, log)
+
+    def merge(self, older: SdimState, newer: SdimState) -> SdimState:
+        """Give the state of histories that follow each other, request by request; the window cuts off the oldest."""
+        log = left_padded(torch.cat([older.log, newer.log], 1))
+        table, count = older.table + newer.table, older.size + newer.size
+        gone = log[:, : -self.config.window]
+        if gone.shape[1]:
+            cut = self._tabulate(gone)
+            table, count = table - cut.table, count - cut.size
+        return SdimState(table, count, log[:, -self.config.window :])
+
+    @property
+    def key(self) -> str:
+        """What a stored table depends on besides its history: SHA-256 of vectors, categories, planes and settings."""
+        config = self.config
+        digest = hashlib.sha256(f"sdim {config.bits} {config.groups} {config.window} {config.center}".encode())
+        tensors = [*self.fields.parameters(), self.planes, self.items.embedding_row]
+        if config.category is not None:
+            tensors.append(self.items.column(config.category))
+        for tensor in tensors:
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def refuse_other(self, key: str) -> None:
+        """Raise `DataError` if a stored state was made under another key: its sums would mean nothing here.
+
+        Who can't encode the history again may score with `state.recent_only()`.
+        """
+        if key != self.key:
+            raise DataError(
+                f"a table stored under key {key[:12]}, this model reads {self.key[:12]}; encode the history again"
+            )
+
+    def item_signatures(self) -> Tensor:
+        """Give every item's bucket in every group, uint8 [V, G]; computed once per version of the weights."""
+        tensors = [*self.fields.parameters(), self.planes]
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        known = self._hashed
+        if known is None or known[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                self._check_range()
+                known = (versions, self._hash_items())
+            self._hashed = known
+        return known[1]
+
+    def _hash_items(self) -> Tensor:
+        row_of = self.items.embedding_row
+        row = torch.arange(len(row_of), dtype=torch.int32, device=row_of.device)
+        runs = row.tensor_split(1 + len(row) // HASH_ROWS)
+        return torch.cat([self._signatures(self.fields.semantic(run, row_of).double()) for run in runs])
+
+    def train(self, mode: bool = True) -> "Sdim":
+        """Switch between training and scoring; training forgets the items' signatures."""
+        if mode:
+            self._hashed = None
+        return super().train(mode)
+
+    def _tabulate(self, log: Tensor) -> SdimState:
+        """Sum item rows int32 [B, T], 0 = padding, into an exact table."""
+        code = self.item_signatures().index_select(0, log.flatten()).view(*log.shape, -1)  # [B, T, G]
+        fixed = (self._events(log, self.items.embedding_row).detach().double() / GRID).round()  # whole numbers
+        table, count = pool(fixed, code, log != PAD, self.buckets)  # exact in float64, in any order
+        return SdimState(table.int(), count.int(), log)
+
+    def _events(self, item: Tensor, row_of: Tensor) -> Tensor:
+        """Give the vectors of item rows [B, T], exactly zero at padding."""
+        return self.fields.semantic(item, row_of).masked_fill((item == PAD).unsqueeze(-1), 0.0)
+
+    def _features(self, q: Tensor, long: Tensor, s: Tensor, mask: Tensor) -> Tensor:
+        """Give what the head sees of candidates q [B, C, D], given the newest events s [B, M, D]."""
+        weight = exact(self.attention, q, s).masked_fill(~mask[:, None, :], 0.0)  # [B, C, M]
+        short = weight @ s.to(weight.dtype)
+        return torch.cat([q, long, q * long, short, q * short], -1)
+
+    def _signatures(self, x: Tensor) -> Tensor:
+        """Give the buckets uint8 [..., G] of item vectors [..., D], in the type of x."""
+        if self.config.center:
+            x = x - self._mean().to(x.dtype)
+        return signatures(x, self.planes.to(x.dtype))
+
+    def _mean(self) -> Tensor:
+        """Give the mean vector of all known items, float64 [D]."""
+        known = slice(FIRST_ITEM, None)
+        parts = []
+        if self.fields.item is not None:
+            parts.append(mean_row(self.fields.item.weight, self.items.embedding_row[known]))
+        if self.fields.category is not None and self.config.category is not None:
+            parts.append(mean_row(self.fields.category.weight, self.items.column(self.config.category)[known]))
+        return torch.cat(parts)
+
+    def _check_range(self) -> None:
+        largest = max(float(table.detach().abs().max()) for table in self.fields.parameters())
+        limit = (2**31 - 1) * GRID
+        if not self.config.window * (largest + GRID) < limit:
+            raise DataError(
+                f"sdim: the largest number in an embedding is {largest:.6g}, a window of {self.config.window} events "
+                f"could overflow the table; expected below {limit / self.config.window:.6g}: train with a smaller "
+                "learning_rate or take a smaller window"
+            )

@@ -1,0 +1,255 @@
+"""A log prepared part by part is, byte for byte, the log prepared at once."""
+
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logs import Line, logs, raw, synthetic
+from typer.testing import CliRunner
+
+from pipelines import growth
+from pipelines.append import add_part, append, changed_words
+from pipelines.datasets import RawLog
+from pipelines.ingest import ingest
+from pipelines.prepare import PrepareConfig, prepare
+from pipelines.prepared import PreparedSet, Requests, contents
+from pipelines.splits import DAY, SplitConfig
+from pipelines.transitions import pair_words
+from pipelines.workspace import Workspace
+from recsys.cli import app
+from recsys.errors import ConfigError, DataError
+
+configs = st.builds(
+    PrepareConfig,
+    split=st.builds(
+        SplitConfig,
+        kind=st.sampled_from(["time", "last_request"]),
+        valid_days=st.sampled_from([0.5, 14]),
+        test_days=st.sampled_from([0.5, 20]),
+    ),
+    positive=st.sampled_from([(), ("buy",)]),
+    transitions_top_n=st.sampled_from([0, 1, 3]),
+    max_eval_requests=st.sampled_from([None, 4]),
+    negatives=st.just(3),
+    samplers=st.just(("uniform", "never_so_far")),
+    workers=st.just(1),
+)
+
+
+def divided(lines: list[Line], at: list[float], whose: int) -> list[list[Line]]:
+    """Divide a log at shares of its span; each user's cuts are moved by up to `whose` days, so that parts overlap."""
+    first, last = min(line.time for line in lines), max(line.time for line in lines)
+    cuts = [first + int(share * (last - first + 1)) for share in sorted(at)]
+    late = {user: sum(user.encode()) % (whose + 1) * DAY for user in {line.user for line in lines}}
+    number = [sum(line.time + late[line.user] >= cut for cut in cuts) for line in lines]
+    parts = [[line for line, part in zip(lines, number, strict=True) if part == index] for index in range(len(at) + 1)]
+    return [part for part in parts if part]
+
+
+def ingested(parts: list[list[Line]], folder: Path, sessions: list[bool]) -> list[Path]:
+    """Ingest the parts; every other one has no catalogue, the rest have one that says something new."""
+    paths = []
+    for index, (lines, named) in enumerate(zip(parts, sessions, strict=False)):
+        log = raw(lines, f"part {index}", named)
+        assert log.items is not None
+        items = log.items.with_columns(
+            pl.when(pl.col("item_id") == f"i{3 + index}")
+            .then(pl.lit(f"c{index}"))
+            .otherwise("category")
+            .alias("category"),
+            weight=pl.lit(index + 0.5),
+        )
+        paths.append(folder / f"part{index}")
+        ingest(replace(log, items=None if index % 2 else items), paths[-1])
+    return paths
+
+
+def same_bytes(one: PreparedSet, other: PreparedSet) -> None:
+    names = [str(path.relative_to(one.directory)) for path in contents(one.directory)]
+    assert names == [str(path.relative_to(other.directory)) for path in contents(other.directory)]
+    for name in (*names, "manifest.json", "growth/pending.safetensors"):
+        assert (one.directory / name).read_bytes() == (other.directory / name).read_bytes(), name
+    assert one.digest == other.digest
+
+
+@given(
+    lines=logs(),
+    more=logs(),
+    config=configs,
+    at=st.lists(st.floats(0.3, 1), min_size=1, max_size=3),
+    whose=st.sampled_from([0, 9]),
+    sessions=st.lists(st.booleans(), min_size=5, max_size=5),
+)
+@settings(max_examples=20, deadline=None)
+def test_part_by_part_is_all_at_once(
+    lines: list[Line], more: list[Line], config: PrepareConfig, at: list[float], whose: int, sessions: list[bool]
+) -> None:
+    parts = divided([*lines, *more, *synthetic(60)], at, whose)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = ingested(parts, folder, sessions)
+        try:
+            grown = prepare(paths[0], folder / "grown", config)
+        except DataError as error:  # too short a first part to train on
+            assert "no training request" in str(error) or "does not occur" in str(error)  # noqa: PT017
+            return
+        for index in range(1, len(paths)):
+            before = dict(grown.catalogue.select("item_id", "item_key").iter_rows())
+            grown = append(paths[index], grown.directory, folder / "grown")
+            same_bytes(grown, prepare(paths[: index + 1], folder / "whole", replace(config, buckets=3)))
+            after = dict(grown.catalogue.select("item_id", "item_key").iter_rows())
+            assert {item: after[item] for item in before} == before
+
+
+def test_many_days_end_in_a_new_base_and_leave_the_sets_before_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(growth, "RUNS", 3)
+    lines = synthetic(4000)
+    paths = ingested(divided(lines, list(np.linspace(0.7, 0.99, 7)), 0), tmp_path, [True] * 8)
+    config = PrepareConfig(transitions_top_n=4, max_eval_requests=50, workers=1)
+    sets = [prepare(paths[0], tmp_path / "set0", config)]
+    pairs = []
+    for index in range(1, len(paths)):
+        sets.append(append(paths[index], sets[-1].directory, tmp_path / f"set{index}"))
+        pairs.append(len(list((sets[-1].directory / "growth" / "pairs").glob("*-added.bin"))))
+    assert pairs == [1, 2, 0, 1, 2, 0, 1]
+    again = append(paths[2], sets[1].directory, tmp_path / "again")  # its files were linked to, and merged since
+    same_bytes(again, sets[2])
+    same_bytes(sets[-1], prepare(paths, tmp_path / "whole", config))
+
+
+def chain(draw: np.random.Generator, count: int) -> Requests:
+    """Requests by (user, at) with baskets of distinct rows."""
+    user, at = np.sort(draw.integers(0, 4, count)), draw.integers(0, 6, count)
+    at = at[np.lexsort((at, user))]
+    size = draw.integers(1, 4, count)
+    positive = np.concatenate([np.sort(draw.choice(9, n, replace=False)) for n in size]) if count else np.empty(0)
+    return Requests(user, at, at, np.concatenate([[0], np.cumsum(size)]), positive.astype(np.int32))
+
+
+@given(seed=st.integers(0, 2**32), old=st.integers(0, 20), new=st.integers(0, 12))
+@settings(max_examples=100, deadline=None)
+def test_words_added_and_removed_turn_the_old_chain_into_the_new(seed: int, old: int, new: int) -> None:
+    draw = np.random.default_rng(seed)
+    before, trained = chain(draw, old), chain(draw, new)
+    added, removed = changed_words(before.take(np.lexsort((before.user, before.at))), trained)
+    assert (np.diff(added.astype(np.int64)) >= 0).all()
+    both_user, both_at = np.append(before.user, trained.user), np.append(before.at, trained.at)
+    both = Requests(
+        both_user,
+        both_at,
+        both_at,
+        np.append(before.offsets, trained.offsets[1:] + before.offsets[-1]),
+        np.append(before.positive, trained.positive),
+    ).take(np.lexsort((both_at, both_user)))
+    whole = pair_words(both.user, both.offsets, both.positive)
+    kept = pair_words(before.user, before.offsets, before.positive)
+    assert sorted([*kept.tolist(), *added.tolist()]) == sorted([*whole.tolist(), *removed.tolist()])
+
+
+def test_what_cannot_be_appended_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    lines = synthetic(3000)
+    early, late = divided(lines, [0.95], 0)
+    (first, second) = ingested([early, late], tmp_path, [True, True])
+    done = prepare(first, tmp_path / "set", PrepareConfig(workers=1))
+    ingest(raw([*late, early[-1]]), tmp_path / "overlap")
+    with pytest.raises(
+        DataError, match=r"overlap/events.parquet: user 'u\d+' has an event at \d+, not after the user's"
+    ):
+        append(tmp_path / "overlap", done.directory, done.directory)
+    with pytest.raises(DataError, match=r"overlap/events.parquet: user"):
+        prepare([first, tmp_path / "overlap"], tmp_path / "other", PrepareConfig(workers=1))
+    with pytest.raises(DataError, match=r"part0: is part of .*set already"):
+        append(first, done.directory, done.directory)
+    bare = prepare(first, tmp_path / "bare", PrepareConfig(workers=1, appendable=False))
+    assert bare.digest == done.digest
+    with pytest.raises(DataError, match=r"bare: nothing was kept to append to \(appendable = false\)"):
+        append(second, bare.directory, bare.directory)
+    assert PreparedSet(done.directory).digest == done.digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "overlap", "part0", "part1", "set"]
+
+
+def test_a_part_is_kept_and_appended_once_and_a_refused_one_not_at_all(tmp_path: Path) -> None:
+    lines = synthetic(3000)
+    (first, second) = ingested(divided(lines, [0.95], 0), tmp_path, [True, True])
+    ingest(raw(lines[:5]), tmp_path / "late")
+    later, done = tmp_path / "later", prepare(first, tmp_path / "set", PrepareConfig(workers=1))
+    for _ in range(2):
+        parts = [first, *sorted(later.glob("*"))]
+        done = add_part(second, parts, later, done.directory)
+        assert [path.name for path in later.iterdir()] == ["0001"]
+        assert [part["name"] for part in done.manifest["parts"]] == ["part 0", "part 1"]
+        with pytest.raises(DataError, match="not after the user's newest"):
+            add_part(tmp_path / "late", [first, *sorted(later.glob("*"))], later, done.directory)
+    assert done.digest == prepare([first, later / "0001"], tmp_path / "whole", PrepareConfig(workers=1)).digest
+
+
+def test_the_command_line_adds_a_day_and_prepares_all_days_anew(tmp_path: Path) -> None:
+    (first, second) = ingested(divided(synthetic(3000), [0.95], 0), tmp_path, [True, True])
+    place = Workspace(tmp_path / "workspace")
+    copytree(first, place.log)
+    options = ["prepare", "--workspace", str(place.root)]
+    for verb in (options, [*options, "--add", str(second)]):
+        assert CliRunner().invoke(app, verb, catch_exceptions=False).exit_code == 0
+    grown = place.prepared.digest
+    assert [part.name for part in place.parts] == ["log", "0001"]
+    written = [path for path in place.prepared.directory.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o644}
+    with pytest.raises(ConfigError, match=r"--add goes on with the settings of the prepared set"):
+        CliRunner().invoke(app, [*options, "--add", str(second), "--set", "negatives=3"], catch_exceptions=False)
+    assert CliRunner().invoke(app, options, catch_exceptions=False).exit_code == 0
+    assert Workspace(place.root).prepared.digest == grown
+
+
+def test_only_values_of_the_minimum_are_positives(tmp_path: Path) -> None:
+    lines = synthetic(2000)
+    log = raw(lines)
+    value = pl.Series("value", np.random.default_rng(3).integers(0, 6, len(lines)).astype(float))
+    value = value.scatter([0, 1], [None, float("nan")])
+    ingest(RawLog("rated", log.events.with_columns(value), log.items), tmp_path / "rated")
+    ingest(
+        RawLog("chosen", log.events.with_columns(value).filter(pl.col("value").fill_nan(None) >= 4), log.items),
+        tmp_path / "few",
+    )
+    rated = prepare(tmp_path / "rated", tmp_path / "set", PrepareConfig(workers=1, min_value=4))
+    few = prepare(tmp_path / "few", tmp_path / "fewer", PrepareConfig(workers=1))
+
+    def targets(done: PreparedSet) -> set[tuple[str, str]]:
+        found, users, ids = done.requests("train"), done.users["user_id"], done.catalogue["item_id"]
+        owner = np.repeat(found.user, np.diff(found.offsets))
+        return {(users[int(user)], ids[int(row) - 2]) for user, row in zip(owner, found.positive, strict=True)}
+
+    assert len(rated.histories.events) == 2000  # histories keep every event
+    assert targets(rated) == targets(few) != set()
+    ingest(log, tmp_path / "plain")
+    with pytest.raises(DataError, match=r"min_value is 4, but there is no column 'value'; it has user_id"):
+        prepare(tmp_path / "plain", tmp_path / "set", PrepareConfig(workers=1, min_value=4))
+
+
+def test_numbers_of_the_catalogue_reach_the_item_table(tmp_path: Path) -> None:
+    log = raw(synthetic(2000))
+    assert log.items is not None
+    items = log.items.with_columns(
+        price=pl.Series([1.5, None, float("nan"), float("inf"), *range(5)]), stock=pl.Series(range(9)), new=pl.lit(True)
+    )
+    ingest(replace(log, items=items), tmp_path / "source")
+    done = prepare(tmp_path / "source", tmp_path / "set", PrepareConfig(workers=1))
+    assert done.manifest["numeric"] == ["price", "stock"]
+    assert done.manifest["categorical"] == ["category", "new"]
+    row = {item: key + 2 for item, key in done.catalogue.select("item_id", "item_key").iter_rows()}
+    wanted = dict.fromkeys(row, (0.0, 0.0)) | {
+        f"i{3 + n}": (price, float(n)) for n, price in enumerate([1.5, 0, 0, 0, 0, 1, 2, 3, 4])
+    }
+    assert {item: tuple(done.items.dense[place].tolist()) for item, place in row.items()} == wanted
+    assert done.items.dense[:2].tolist() == [[0, 0], [0, 0]]
+    chosen = prepare(
+        tmp_path / "source", tmp_path / "set", PrepareConfig(workers=1, columns=("stock",), numeric=("new",))
+    )
+    assert (chosen.items.columns, chosen.manifest["numeric"]) == (("stock",), ["new"])
+    with pytest.raises(DataError, match=r"column 'category' is String; expected numbers"):
+        prepare(tmp_path / "source", tmp_path / "set", PrepareConfig(workers=1, numeric=("category",)))

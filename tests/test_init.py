@@ -1,0 +1,186 @@
+"""`recsys init` on logs as they are found: what it guesses, that its file works as written; the README's tutorial."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipelines.guess import guess_columns, guess_time, write_mapping
+from pipelines.ingest import ingest_files
+from pipelines.mapping import load_mapping
+from pipelines.sources import open_table
+from recsys.cli import app
+from recsys.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parent.parent
+
+RETAIL = """InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country
+536365,85123A,"WHITE, HANGING HEART",6,12/1/2010 8:26,2.55,17850,United Kingdom
+536365,71053,LANTERN,6,12/1/2010 8:26,3.39,17850,United Kingdom
+536366,22633,HAND WARMER,-6,12/13/2010 8:28,1.85,13047,France
+536367,84406B,,8,12/2/2010 8:34,2.75,,France
+"""
+VIEWS = """timestamp,visitorid,event,itemid,transactionid
+1433221332117,257597,view,355908,
+1433224214164,992329,view,248676,
+1433221999827,111016,transaction,318965,4000
+"""
+SHOP = """event_time,event_type,product_id,category_code,brand,price,user_id,user_session
+2019-10-01 00:00:00 UTC,view,44600062,,shiseido,35.79,541312140,72d76fde
+2019-10-01 00:00:01 UTC,cart,3900821,appliances.water,aqua,33.20,554748717,9333dfbd
+"""
+ATOMIC = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t242\t3\t881250949\n186\t302\t3\t891717742\n"
+REVIEWS = [
+    {"reviewerID": "A1", "asin": "B00", "overall": 5.0, "unixReviewTime": 1252800000, "reviewText": "fine"},
+    {"reviewerID": "A2", "asin": "B01", "overall": 2.0, "unixReviewTime": 1252800001, "reviewText": "not, fine"},
+]
+PLAYLISTS = "customer;sku;pos\nx;1;0\nx;2;1\n"
+
+
+def file(folder: Path, name: str, content: str) -> Path:
+    (folder / name).write_text(content)
+    return folder / name
+
+
+NAMES = ("user_id", "item_id", "timestamp", "position", "action", "value", "session_id")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "time"),
+    [
+        (
+            "retail.csv",
+            RETAIL,
+            ("CustomerID", "StockCode", "InvoiceDate", None, None, "Quantity", "InvoiceNo"),
+            ("datetime", "%m/%d/%Y %H:%M"),
+        ),
+        ("views.csv", VIEWS, ("visitorid", "itemid", "timestamp", None, "event", None, "transactionid"), ("ms", None)),
+        (
+            "shop.csv",
+            SHOP,
+            ("user_id", "product_id", "event_time", None, "event_type", "price", "user_session"),
+            ("datetime", None),
+        ),
+        (
+            "ml.inter.tsv",
+            ATOMIC,
+            ("user_id:token", "item_id:token", "timestamp:float", None, None, "rating:float", None),
+            ("s", None),
+        ),
+        (
+            "reviews.jsonl",
+            "".join(json.dumps(row) + "\n" for row in REVIEWS),
+            ("reviewerID", "asin", "unixReviewTime", None, None, "overall", None),
+            ("s", None),
+        ),
+        ("lists.csv", PLAYLISTS, ("customer", "sku", None, "pos", None, None, None), None),
+    ],
+)
+def test_well_known_logs_are_guessed_and_the_file_works_as_written(
+    tmp_path: Path, name, content, columns, time
+) -> None:
+    expected = {canonical: column for canonical, column in zip(NAMES, columns, strict=True) if column}
+    path = file(tmp_path, name, content)
+    table = open_table(path)
+    sample = table.rows(list(table.columns)).collect()
+    guesses = guess_columns(table, sample)
+    assert {canonical: guess.column for canonical, guess in guesses.items()} == expected
+    if time:
+        found = guess_time(sample, expected["timestamp"])
+        assert found is not None
+        assert (found.unit, found.format) == time
+    (tmp_path / "my.toml").write_text(write_mapping(path, None, tmp_path))
+    card = ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", name)
+    assert not card.bad
+    assert card.read == len(content.splitlines()) - (0 if name.endswith("jsonl") else 1)
+    if name == "retail.csv":  # a row without customer, and a return
+        assert card.filtered == {"drop_null CustomerID": 1, "positive Quantity": 1}
+
+
+def test_columns_without_a_telling_name_are_guessed_by_content(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {
+            "a": [f"{n % 7}-x" for n in range(100)],
+            "b": [n % 31 for n in range(100)],
+            "c": [1_500_000_000_000 + n for n in range(100)],
+            "d": [n / 7 for n in range(100)],
+        }
+    )
+    frame.write_parquet(tmp_path / "t.parquet")
+    guesses = guess_columns(open_table(tmp_path / "t.parquet"), frame)
+    assert {name: guess.column for name, guess in guesses.items()} == {"timestamp": "c", "user_id": "a", "item_id": "b"}
+    assert all("CHECK" in guesses[name].why for name in ("user_id", "item_id"))
+    text = write_mapping(tmp_path / "t.parquet", None, tmp_path)
+    assert 'unit = "ms"' in text
+    frame.select("d").write_parquet(tmp_path / "t.parquet")
+    text = write_mapping(tmp_path / "t.parquet", None, tmp_path)
+    assert text.count('= "?"') == 3
+    (tmp_path / "my.toml").write_text(text)
+    with pytest.raises(DataError, match=r"no column '\?' \(user_id\); found d"):
+        ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "x")
+
+
+def test_a_catalogue_is_sorted_into_text_categories_values_and_numbers(tmp_path: Path) -> None:
+    genres, languages = ["drama|war", "war", "comedy|drama"], ["en", "fr"]
+    rows = [f'{n},"Film no. {n} ({1990 + n % 9})",{genres[n % 3]},{languages[n % 2]},{n * 1.5}' for n in range(60)]
+    items = file(tmp_path, "films.csv", "\n".join(["movieId,title,genres,language,length", *rows]))
+    text = write_mapping(file(tmp_path, "ml.tsv", ATOMIC), items, tmp_path)
+    (tmp_path / "my.toml").write_text(text)
+    config = load_mapping(tmp_path / "my.toml").items
+    assert (config.item_id, config.text, config.categorical) == ("movieId", ("title",), ("language",))
+    assert (config.multi, config.numeric) == ({"genres": "|"}, ("length",))
+
+
+def test_the_command_line_from_a_file_to_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file(tmp_path, "views.csv", VIEWS + VIEWS.split("\n", 1)[1].replace("14332", "14"))
+
+    def recsys(*arguments: str) -> Result:
+        return CliRunner().invoke(app, arguments)
+
+    done = recsys("init", "--events", "views.csv", "--out", "my.toml")
+    assert (done.exit_code, done.exception) == (0, None)
+    assert done.stdout.strip() == (tmp_path / "my.toml").read_text().strip()
+    assert "recsys ingest --config my.toml" in done.stderr
+    again = recsys("init", "--events", "views.csv", "--out", "my.toml")
+    assert isinstance(again.exception, ConfigError)
+    assert "my.toml: already there" in str(again.exception)
+    arguments = ("ingest", "--config", "my.toml", "--workspace", "w", "--json")
+    refused = subprocess.run(
+        [sys.executable, "-m", "recsys.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 3
+    assert refused.stdout == ""
+    assert "recsys: 3 of 6 rows of events are bad" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert pl.read_parquet("w/quarantine.parquet")["row"].to_list() == [4, 5, 6]
+    done = recsys(*arguments, "--set", "quality.max_bad_share=0.5")
+    card = json.loads(done.stdout)
+    assert (card["read"], card["events"], sum(card["bad"].values())) == (6, 3, 3)
+    assert card == json.loads(Path("w/log/ingest.json").read_text())
+    assert "w/quarantine.parquet" in done.stderr
+    words = recsys(*arguments[:-1], "--set", "quality.max_bad_share=0.5").stdout
+    assert re.search(r"events kept +3\n", words)
+    for wrong in (("--config", "my.toml", "--users", "3"), ("--set", "a.b=1"), ("--config", "no.toml")):
+        assert isinstance(recsys("ingest", "-w", "w", *wrong).exception, ConfigError)
+
+
+def test_the_tutorial_of_the_readme_works_as_written(tmp_path: Path) -> None:
+    block = re.search(r"```bash\n(cat > shop.csv.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    if block is None:
+        pytest.skip("the README has no tutorial on a log of one's own yet")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block[1]],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "shop" / "log" / "ingest.json").read_text())
+    assert (card["read"], card["filtered"], card["bad"]) == (8, {"positive pieces": 1}, {})
+    assert (tmp_path / "shop" / "prepared" / "manifest.json").exists()

@@ -1,0 +1,125 @@
+"""The batch job: the same rows from one process and from several, and the first event of a new user counts at once."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+import pipelines.recommend as batch_job
+from pipelines.recommend import BatchRequest, recommend_on_workers, recommend_users
+from ranking.bundle import Bundle
+from ranking.recommender import Recommender
+from ranking.snapshot import SnapshotReader
+from recsys.cli import app
+from recsys.errors import BundleError, ConfigError, RecsysError
+from recsys.history import Events
+from recsys.messages import InlineEvent, RecommendRequest
+
+DAY = 86_400_000_000
+
+
+@pytest.fixture(scope="module")
+def bundle(published) -> Bundle:
+    return Bundle.load(published.bundle)
+
+
+@pytest.fixture(scope="module")
+def snapshot(published) -> SnapshotReader:
+    return SnapshotReader(published.snapshot)
+
+
+@pytest.fixture(scope="module")
+def later(snapshot) -> int:
+    """A day after everything."""
+    return max(int(snapshot.read(user).time[-1]) for user in snapshot.users(60)) + DAY
+
+
+class Newcomer:
+    """Everybody has the same events."""
+
+    def __init__(self, events: Events | None) -> None:
+        self.events = events
+
+    def read(self, user_id: str) -> Events | None:
+        return self.events
+
+
+def test_the_first_event_of_a_new_user_changes_the_next_answer(bundle, later):
+    asked = RecommendRequest(user_id="new", k=10, at=later)
+    nothing = Recommender(bundle, Newcomer(None)).recommend(asked, 0)
+    assert not nothing.user_known
+    assert {tuple(item.sources) for item in nothing.items} == {("popularity",)}
+    answers = set()
+    for row in (2, 500, 5_000):
+        item = bundle.item_ids[row]
+        event = InlineEvent(item_id=item, timestamp=later - 1)
+        known = Recommender(bundle, Newcomer(None)).recommend(RecommendRequest(history=[event], k=10, at=later), 0)
+        assert known.user_known
+        assert known.history_events == 1
+        assert any(set(found.sources) - {"popularity"} for found in known.items)
+        assert [found.item_id for found in known.items] != [found.item_id for found in nothing.items]
+        answers.add(tuple(found.item_id for found in known.items))
+    assert len(answers) == 3  # what it was matters, not only that there was one
+
+
+@pytest.mark.slow
+def test_two_workers_write_what_one_process_writes(published, bundle, snapshot, later, tmp_path, monkeypatch):
+    """Byte for byte, users in their order, unknown ones among them, whatever the chunks."""
+    users = [*reversed(snapshot.users(60)), "a user nobody knows", *snapshot.users(3)]
+    monkeypatch.setattr(batch_job, "CHUNK", 7)
+    one, two, seen = tmp_path / "one.parquet", tmp_path / "two.parquet", []
+    rows = recommend_users(bundle, snapshot, users, 12, later, one, exclude_seen=True)
+    asked = BatchRequest(12, later, exclude_seen=True)
+    again = recommend_on_workers(
+        published.bundle, published.snapshot, users, asked, two, 2, lambda done, total: seen.append((done, total))
+    )
+    assert rows == again == 12 * len(users)
+    assert seen == [(min(7 * n, 64), 64) for n in range(1, 11)]
+    assert two.read_bytes() == one.read_bytes()
+    assert pl.read_parquet(two)["user_id"].unique(maintain_order=True).to_list()[:3] == users[:3]
+    none = tmp_path / "none.parquet"
+    with pytest.raises(RecsysError, match=r"a worker failed: .*snapshot.json: no such file"):
+        recommend_on_workers(published.bundle, tmp_path, users, asked, none, 2)
+    assert not none.exists()
+
+
+def test_nobody_and_no_worker(published, tmp_path):
+    asked = BatchRequest(5, 0)
+    out = tmp_path / "none.parquet"
+    assert recommend_on_workers(published.bundle, published.snapshot, [], asked, out, 2) == 0
+    assert pl.read_parquet(out).schema == batch_job.RECOMMENDATIONS
+    with pytest.raises(BundleError, match=r"no manifest.json"):
+        recommend_on_workers(tmp_path, published.snapshot, ["1"], asked, out, 2)
+    with pytest.raises(ConfigError, match="workers is 0"):
+        recommend_on_workers(published.bundle, published.snapshot, ["1"], asked, out, 0)
+
+
+def test_the_verb_answers_the_users_of_a_file(published, snapshot, later, tmp_path):
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (workspace / "bundle").symlink_to(published.bundle)
+    (workspace / "snapshot").symlink_to(published.snapshot)
+    users = snapshot.users(4)
+    pl.DataFrame({"user_id": users}).write_csv(tmp_path / "users.csv")
+    out = tmp_path / "recs.parquet"
+    arguments = ["recommend", "-w", str(workspace), "--users", str(tmp_path / "users.csv"), "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--k", "3", "--at", str(later)])
+    assert done.exit_code == 0, done.output
+    assert f"12 rows for 4 users, bundle {Bundle.load(published.bundle).version}" in done.output
+    assert pl.read_parquet(out)["user_id"].to_list() == [user for user in users for _ in range(3)]
+    refused = CliRunner().invoke(app, [*arguments, "--workers", "0"])
+    assert refused.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["users.csv", "users.parquet"])
+def test_a_file_without_users_is_refused(tmp_path: Path, name):
+    from pipelines.recommend import read_user_ids
+    from recsys.errors import DataError
+
+    with pytest.raises(DataError, match=name):
+        read_user_ids(tmp_path / name)
+    table = pl.DataFrame({"customer": ["1"]})
+    (table.write_csv if name.endswith("csv") else table.write_parquet)(tmp_path / name)
+    with pytest.raises(DataError, match=r"no column 'user_id'; found customer"):
+        read_user_ids(tmp_path / name)
