@@ -148,7 +148,7 @@ def test_lift_by_its_definition(history, seed):
     """Recomputed densely; the order and repeats of a history change nothing, unknown items count for nothing."""
     table, texts, _ = catalogue(40, 8, seed)
     table.count[2:34] = torch.from_numpy(generator(seed, 0, "count").integers(1, 9, 32))
-    features = content_features(table, texts, 10**6)
+    features = content_features(table, texts, 2**14)
     match = match_content(features, table.count)
     plain = dense(features.offsets.numpy(), features.column.numpy(), features.value.numpy(), features.width)
     x = plain * np.log(40 / np.maximum((plain > 0).sum(0), 1))

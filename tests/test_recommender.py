@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import worlds
 from ranking.batch import FIRST_ITEM, UNKNOWN, assemble
 from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.gradient_boosting import GradientBoosting
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender, RecommenderConfig
@@ -24,7 +25,14 @@ from recsys.messages import MAX_CANDIDATES, InlineEvent, RankRequest, RecommendR
 WORLD = worlds.make_world(users=60, length=20, known=50, repeats=0.2)
 ITEMS = [f"item-{key}" for key in range(len(WORLD.key_to_row))]
 NOW = worlds.START + 100 * DAY
-SMALL = {"mqsa_ted": {"width": 8, "length": 10}, "sdim": {"window": 12, "recent": 5}, "popularity": {}}
+SMALL = {
+    "mqsa_ted": {"width": 8, "length": 10},
+    "sdim": {"window": 12, "recent": 5},
+    "eta": {"window": 12, "retrieved": 5},
+    "sim_hard": {"window": 12, "retrieved": 5},
+    "popularity": {},
+    "lightgbm": {},
+}
 """Windows shorter than the histories, so that a wrong cut shows."""
 
 
@@ -53,6 +61,8 @@ def load(tmp_path_factory):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
+        if isinstance(model, GradientBoosting):
+            worlds.grow(model, WORLD)
         return NamedModel(name, config, model)
 
     def bundle(name: str, retriever: bool = True) -> Bundle:
