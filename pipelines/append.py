@@ -55,7 +55,8 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
             the set was prepared without `appendable`.
 
-    Cost: measured by `tests/benchmarks/prepare_throughput.py --append`.
+    Cost: a day of 220,000 events on 90 days of 19.8 million takes 3.9 CPU seconds, all 91 days anew 29.9
+    (`tests/benchmarks/prepare_throughput.py --append`).
     """
     report = progress or (lambda *_: None)
     earlier, part = PreparedSet(previous), open_part(source)

@@ -15,6 +15,7 @@ buckets or workers, nor on whether a log in parts (`pipelines.parts`) was prepar
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ = ["PrepareConfig", "Progress", "prepare"]
 
 EVENTS_PER_BUCKET = 250_000
 """Small, because the allocator reuses small arrays but maps large ones anew, and fresh pages are what costs."""
+PARTITIONED_AT_ONCE = 10_000_000
+"""Events: the memory of one streaming pass grows with its length."""
 SMALL_LOG = 3_000_000
 """Events below which starting worker processes costs more than it saves."""
 
@@ -64,8 +67,8 @@ def prepare(
         DataError: a missing file or column, an action nobody did, a part with events older than those of the parts
             before it, or a split without training requests.
 
-    Cost: 20 million events take 32 CPU seconds over two processes and 1.7 GiB in all, 1.47 million take 3.3 CPU seconds
-    and 0.5 GiB (`tests/benchmarks/prepare_throughput.py`).
+    Cost: 20 million events take 30 CPU seconds over two processes and 1.5 GiB in all, 40 million 1.65 GiB; 1.47 million
+    take 3.9 CPU seconds and 0.5 GiB (`tests/benchmarks/prepare_throughput.py`).
     """
     config = config or PrepareConfig()
     report = progress or (lambda *_: None)
@@ -131,16 +134,18 @@ def _read(
 
 
 def _partition(parts: Sequence[Part], work: Path, names: Names, config: PrepareConfig, report: Progress) -> None:
-    """Stream every part into `work`/parts/{index}/bucket=b."""
+    """Stream every part into `work`/parts/{index}-{start}/bucket=b."""
     total, done = sum(part.record.events for part in parts), 0
     report("partition", 0, total)
     for index, part in enumerate(parts):
-        folder = work / "parts" / str(index)
-        folder.mkdir(parents=True)
-        events = buckets.numbered(part, index, names.people, names.items, names.actions, rule_of(config))
-        buckets.partition(events, folder)
-        done += part.record.events
-        report("partition", done, total)
+        for start in range(0, part.record.events, PARTITIONED_AT_ONCE):
+            folder = work / "parts" / f"{index}-{start}"
+            folder.mkdir(parents=True)
+            some = replace(part, events=part.events.slice(start, PARTITIONED_AT_ONCE))
+            events = buckets.numbered(some, index, names.people, names.items, names.actions, rule_of(config))
+            buckets.partition(events, folder)
+            done += min(PARTITIONED_AT_ONCE, part.record.events - start)
+            report("partition", done, total)
 
 
 def _run_buckets(

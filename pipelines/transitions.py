@@ -106,16 +106,21 @@ class Block:
 
 def blocks(files: Sequence[Path], rows: int) -> list[Block]:
     """Divide the source rows 0..rows into blocks of about `PAIRS_PER_BLOCK` words each, judged by the largest file."""
-    loaded = [np.memmap(file, np.uint64, "r") if file.stat().st_size else np.empty(0, np.uint64) for file in files]
-    parts = max(1, -(-sum(len(words) for words in loaded) // PAIRS_PER_BLOCK))
-    largest = max(loaded, key=len)
+    length = [file.stat().st_size // 8 for file in files]
+    parts = max(1, -(-sum(length) // PAIRS_PER_BLOCK))
+    largest = _mapped(files[int(np.argmax(length))])
     inner = (largest[np.linspace(0, len(largest), parts + 1)[1:-1].astype(np.int64)] >> SOURCE).astype(np.int64)
     edges = np.unique(np.concatenate([[0, rows], inner]))
-    places = [np.searchsorted(words, edges.astype(np.uint64) << SOURCE).tolist() for words in loaded]
+    # One file mapped at a time: the pages a search touches stay with the process for as long as the map does.
+    places = [np.searchsorted(_mapped(file), edges.astype(np.uint64) << SOURCE).tolist() for file in files]
     return [
         Block(int(low), int(high), tuple(place[i] for place in places), tuple(place[i + 1] for place in places))
         for i, (low, high) in enumerate(pairwise(edges))
     ]
+
+
+def _mapped(file: Path) -> Words:
+    return np.memmap(file, np.uint64, "r") if file.stat().st_size else np.empty(0, np.uint64)
 
 
 def block_edges(files: Sequence[Path], block: Block, top_n: int, keep: Path | None = None) -> Edges:
