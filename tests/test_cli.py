@@ -69,3 +69,12 @@ def test_every_model_has_a_shipped_config_that_loads():
             assert CASES.get(path.stem) == config.name or path.stem.startswith(config.name)
             names.add(config.name)
     assert names == set(RANKERS)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "full"])
+def test_the_main_jobs_name_models_that_load(name):
+    from pipelines.quickstart import load_quickstart
+
+    job = load_quickstart(name)
+    assert {job.training(model).name for model in job.models} <= set(RANKERS)
+    assert job.retriever in job.models
