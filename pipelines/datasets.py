@@ -81,7 +81,7 @@ def completejourney(users: int | None = None) -> RawLog:
     )
     events = _sampled(lines, users)
     return RawLog(
-        name=_named(f"{PACKAGE} {_package_version(PACKAGE)}", users, "households"),
+        name=_named(f"{PACKAGE} {_package_version(PACKAGE)} (simulated, by its own text)", users, "households"),
         events=events,
         items=_products(events, pl.scan_parquet(_existing(folder / "products.parquet"))),
         users=_households(events, pl.scan_parquet(_existing(folder / "demographics.parquet"))),
