@@ -1,0 +1,122 @@
+"""The verbs from a raw log to a prepared set: init, ingest, prepare, audit."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, WorkspaceOption
+from recsys.errors import ConfigError
+from recsys.terminal import Terminal, print_result
+
+
+def init(
+    events: Annotated[Path, typer.Option(help="The log: CSV, Parquet or JSON Lines.")],
+    items: Annotated[Path | None, typer.Option(help="The catalogue, if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("recsys.toml"),
+) -> None:
+    """Look at a log of your own and write a commented mapping of its columns, to check and edit."""
+    from pipelines.guess import write_mapping
+    from recsys.files import whole_file
+
+    if out.exists():
+        raise ConfigError(f"{out}: already there; give another --out, or remove it")
+    text = write_mapping(events, items, out.parent)
+    with whole_file(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(text)
+    Terminal().say(f"Check {out}, then: recsys ingest --config {out} --workspace {DEFAULT_WORKSPACE}")
+
+
+def ingest(
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    config: Annotated[Path | None, typer.Option(help="A mapping of your own files; `recsys init` writes one.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A log this package knows; completejourney if no --config is given.")
+    ] = None,
+    users: Annotated[int | None, typer.Option(help="Keep a sample of this many users of a dataset.", min=1)] = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a raw log into the canonical events, items and users of a workspace."""
+    from pipelines.datasets import DATASETS
+    from pipelines.ingest import ingest as run
+    from pipelines.ingest import ingest_files, quarantine_of
+    from pipelines.mapping import load_mapping
+    from pipelines.workspace import Workspace
+
+    log, name = Workspace(workspace).log, dataset or "completejourney"
+    if config is not None:
+        if dataset is not None or users is not None:
+            raise ConfigError("--dataset and --users choose a known log; expected --config alone")
+        card = ingest_files(load_mapping(config, assignments or ()), config.parent, log, config.stem)
+    elif assignments:
+        raise ConfigError("--set changes a mapping; expected --config with it")
+    elif name not in DATASETS:
+        raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}, found {name!r}")
+    else:
+        card = run(DATASETS[name](users), log)
+    if as_json:
+        print_result(card, as_json)
+    else:
+        typer.echo("\n".join(f"{label:<20} {words}" for label, words in card.describe()))
+    if card.bad or card.bad_impressions:
+        Terminal().say(f"Bad rows: {quarantine_of(log)}")
+    if card.order == "position":
+        Terminal().say("This log knows only an order: prepare splits it by each user's last requests.")
+
+
+def prepare(
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "prepare",
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("--add", help="A log's directory with later events only: kept, and appended to the prepared set."),
+    ] = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack histories, split by time, build requests, candidates, counts and transitions."""
+    from pipelines.append import add_part
+    from pipelines.cards import prepare_defaults
+    from pipelines.prepare import PrepareConfig
+    from pipelines.prepare import prepare as run
+    from pipelines.shipped import find_config
+    from pipelines.workspace import Workspace
+    from recsys.config import overlaid, parse, read_toml
+
+    path = find_config(config)
+    place = Workspace(workspace)
+    place.require(place.log, "ingest")
+    options = parse(PrepareConfig, overlaid(prepare_defaults(place.log), read_toml(path, assignments or ())), str(path))
+    if add and assignments:
+        raise ConfigError("--add goes on with the settings of the prepared set; expected no --set beside it")
+    out = place.require(place.prepared.directory, "prepare") if add else place.prepared.directory
+    with Terminal().bar("prepare") as bar:
+
+        def report(words: str, done: int, total: int) -> None:
+            bar(done, total, words)
+
+        for part in add or ():
+            prepared = add_part(part, place.parts, place.later_parts, out, report)
+        if not add:
+            prepared = run(place.parts, out, options, report)
+    print_result(prepared.manifest, as_json)
+
+
+def audit(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
+    """Look for leaks in the prepared set: checks that can fail (exit 4) and facts; writes audit.json."""
+    from pipelines.audit import audit as run
+    from pipelines.audit import refuse_failed
+    from pipelines.audit_record import text
+    from pipelines.workspace import Workspace
+
+    place = Workspace(workspace)
+    place.require(place.prepared.directory, "prepare")
+    with Terminal().bar("audit") as bar:
+        parts = place.parts if place.log.exists() else []
+        found = run(place.prepared, parts, lambda words, done, total: bar(done, total, words))
+    found.save(place.audit)
+    typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else text(found))
+    refuse_failed(found)

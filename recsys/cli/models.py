@@ -1,0 +1,124 @@
+"""The verbs from a prepared set to a published bundle: train, sweep, evaluate, publish."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.terminal import Terminal, print_result
+
+
+def train(
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one, e.g. dare.")],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    name: Annotated[str | None, typer.Option(help="Directory name of the run; that of the config if absent.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share every batch, through Ray Train.")] = 1,
+    mlflow: UriOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one model, or go on with a run that was interrupted."""
+    from pipelines.shipped import find_config
+    from pipelines.train import load_config
+    from pipelines.train import train as run
+    from pipelines.workspace import Workspace
+
+    place = Workspace(workspace)
+    place.require(place.prepared.directory, "prepare")
+    options = load_config(find_config(config), assignments or ())
+    directory = place.run(name or Path(config).stem)
+    uri = mlflow or place.tracking_uri
+    if workers > 1:
+        from pipelines.distributed import train_on_workers
+
+        Terminal().say(f"Training {options.name} on {workers} workers.")
+        trained = train_on_workers(options, place.prepared, directory, uri, workers)
+    else:
+        with Terminal().bar(f"train {options.name}") as bar:
+            trained = run(options, place.prepared, directory, uri, bar)
+    print_result({"run_id": trained.run_id, **trained.summary.table()}, as_json)
+
+
+def sweep(
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "sweep",
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    name: Annotated[str | None, typer.Option(help="Directory of the sweep; that of the config if absent.")] = None,
+    mlflow: UriOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tune every model with the same budget on the validation period, or go on with a sweep that was interrupted."""
+    from pipelines.shipped import find_config
+    from pipelines.sweep import load_sweep
+    from pipelines.sweep import sweep as run
+    from pipelines.workspace import Workspace
+
+    place = Workspace(workspace)
+    options = load_sweep(find_config(config), assignments or ())
+    place.require(place.prepared.directory, "prepare")
+    directory = place.run(name or Path(config).stem)
+    with Terminal().bar("sweep") as bar:
+        swept = run(options, place.prepared, directory, mlflow or place.tracking_uri, bar)
+    typer.echo(json.dumps(swept.table(), indent=2, sort_keys=True) if as_json else swept.markdown())
+    Terminal().say(f"Runs, sweep.json and sweep.md: {directory.resolve()}")
+
+
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(help="Directory names of training runs in the workspace.")],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "evaluate",
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the test requests with trained models and write metrics.json, report.html and report.md."""
+    from pipelines.audit_record import last_audit
+    from pipelines.evaluate import EvaluateConfig
+    from pipelines.evaluate import evaluate as run
+    from pipelines.report import write_report
+    from pipelines.shipped import find_config
+    from pipelines.train import trained_run
+    from pipelines.workspace import Workspace
+    from recsys.config import parse, read_toml
+
+    place, path = Workspace(workspace), find_config(config)
+    options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
+    trained = {name: trained_run(place.require(place.run(name), "train"), place.prepared) for name in runs}
+    models = {name: one.model for name, one in trained.items()}
+    with Terminal().bar("evaluate") as bar:
+        evaluation = run(models, place.prepared, options, lambda words, done, total: bar(done, total, words))
+    summaries = {name: one.summary for name, one in trained.items()}
+    evaluation.save(place.evaluation)
+    write_report(evaluation, summaries, place.prepared.manifest, place.evaluation, last_audit(place.audit))
+    Terminal().say(f"Report: {(place.evaluation / 'report.html').resolve()}")
+    if as_json:
+        typer.echo((place.evaluation / "metrics.json").read_text())
+
+
+def publish(
+    ranker: Annotated[str, typer.Option(help="Directory name of the run that ranks.")],
+    retriever: Annotated[str | None, typer.Option(help="Directory name of the run that retrieves.")] = None,
+    alias: Annotated[str, typer.Option(help="MLflow alias of the new version.")] = "champion",
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    mlflow: UriOption = None,
+) -> None:
+    """Write a bundle and a user snapshot, and register the bundle in MLflow."""
+    from pipelines.publish import publish as run
+    from pipelines.publish import register
+    from pipelines.train import trained_run
+    from pipelines.workspace import Workspace
+
+    place = Workspace(workspace)
+    chosen = trained_run(place.require(place.run(ranker), "train"), place.prepared)
+    found = trained_run(place.require(place.run(retriever), "train"), place.prepared) if retriever else None
+    bundle_version = run(
+        place.prepared,
+        ranker=chosen,
+        retriever=found,
+        out=place.bundle,
+        snapshot=place.snapshot,
+        metrics=chosen.summary.table(),
+    )
+    version = register(place.bundle, chosen.run_id, mlflow or place.tracking_uri, alias=alias)
+    typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")

@@ -1,0 +1,14 @@
+"""Options that several verbs share, each declared once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="Directory of the log and all made from it.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the config file.")]
+UriOption = Annotated[
+    str | None, typer.Option("--mlflow", help="MLflow tracking URI; sqlite in the workspace if absent.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+DEFAULT_WORKSPACE = Path("workspace")
