@@ -33,15 +33,15 @@ from recsys.messages import (
 )
 from serving import problems
 from serving.page import read_page
-from serving.service import (
+from serving.replies import (
     ForgottenResponse,
     HistoryResponse,
     ItemsResponse,
     ModelsResponse,
-    Service,
     SimilarResponse,
     UsersResponse,
 )
+from serving.service import Service
 from serving.telemetry import CONTENT_TYPE, Telemetry
 
 logger = logging.getLogger(__name__)
