@@ -97,7 +97,14 @@ class EventsRequest(Message):
 
 
 class EventVerdict(Message):
-    """What became of one event: `accepted`, `duplicate`, or `accepted_unknown_item` (kept, scored as unknown)."""
+    """What became of one event.
+
+    accepted                kept
+    accepted_unknown_item   kept, scored as unknown until a bundle knows the item
+    duplicate               the very same event is there already
+    conflict                a different event has this `event_id`; that one stands, this one is not kept
+    refused_future          dated more than a day ahead of the service's clock; not kept
+    """
 
     event_id: str
     verdict: str

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from recsys.history import Events
+
+Verdict = Literal["accepted", "duplicate", "conflict"]
+"""What the log did with an event: written; already there; refused, as its id belongs to a different event."""
 
 
 @dataclass(frozen=True)
 class Event:
     """One thing that happened: outside ids as strings, time in microseconds UTC.
 
-    `event_id` makes a repeat of the same post harmless; an empty one is replaced by the log with a fresh id.
+    `event_id` makes a repeat of the same post harmless; an empty one is replaced by the log with a fresh id. `stamped`
+    says that the service gave the time, as the post had none: a repeat of it has another time and is the same event.
     """
 
     event_id: str
@@ -20,6 +24,7 @@ class Event:
     time: int
     action: str = ""
     value: float = 0.0
+    stamped: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class HistoryStore(HistoryReader, Protocol):
 class EventLog(Protocol):
     """The truth: append-only, durable before `append` returns, idempotent by event id."""
 
-    def append(self, events: Sequence[Event]) -> list[bool]:
-        """Write events durably; False marks those whose event id is in the window already (not written again)."""
+    def append(self, events: Sequence[Event]) -> list[Verdict]:
+        """Write durably the events whose id is not in the window yet; says of each what became of it."""
         ...
 
     def forget(self, user_id: str) -> None:

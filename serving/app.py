@@ -228,8 +228,10 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker) -> None:
     async def events(request: EventsRequest) -> Response:
         """Record events. They are durable before the answer, and used by the very next request.
 
-        A repeat of an `event_id` among the newest 100,000 events is a `duplicate` and changes nothing. An event counts
-        for requests whose moment is later than its own: one dated in the future is not used until then.
+        A repeat of an `event_id` among the newest events (`/v1/models` says how many) is a `duplicate` if all its
+        fields are the same, else a `conflict`; neither changes anything. Late events are put in their place of time. An
+        event counts for requests whose moment is later than its own: one dated in the future is not used until then,
+        and one dated more than a day ahead is `refused_future`.
         """
         began = time.perf_counter()
         answer, waited = await worker.run(lambda: service.record(request))

@@ -1,49 +1,60 @@
 """The event log on disk: the truth that every other store of the service can be rebuilt from.
 
-    log/
-      00000000000000000000.jsonl    one event a line: CRC-32 in hexadecimal, a space, the event as JSON
-      00000000000016777301.jsonl    a segment is named by the position of its first byte in the whole log
-      lock
-
-All writers share one sequence of segments under a file lock, rather than one file each. The lock costs 1 us beside an
-fsync of some 100 us, and it buys one order of all events, one window of event ids for all replicas (a repeated post
-is recognised whichever replica it reaches), and a position that says exactly what a view of the log has seen.
+All writers share one sequence of segments (`recsys.log_format`) under a file lock, rather than one file each. The lock
+costs 1 us beside an fsync of some 100 us, and it buys one order of all events, one window of event ids for all replicas
+(a repeated post is recognised whichever replica it reaches), and a position that says exactly what a view has seen.
 
 A user who is forgotten leaves a tombstone, an entry like the others: views drop what came before it. The bytes of
 those events stay in their segments; nothing here writes a segment anew.
 
 A process killed while it writes leaves a torn tail that nobody was told is durable: a line cut short, or zeros after a
-power cut. The next writer, alone under the lock, cuts it off. Any other damage is a `DataError` and is left as it is.
+power cut. The next writer, alone under the lock, cuts it off and says so. Any other damage is a `DataError` and is left
+as it is.
+
+Times that the service gives follow the order of the log even if the machine's clock steps back: by up to `STEP_BACK` an
+event takes the time of the newest one before it. A larger step is believed, or one wrong future would last for ever.
 """
 
 import fcntl
-import json
-import math
+import logging
 import os
 import threading
-import uuid
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import xxhash
 
 from recsys.errors import DataError
-from recsys.stores import Event, Tombstone
+from recsys.files import write_json
+from recsys.log_format import (
+    Record,
+    decode,
+    encode,
+    encode_tombstone,
+    new_id,
+    records,
+    recovered,
+    segments,
+    torn,
+)
+from recsys.stores import Event, Tombstone, Verdict
 
 Durability = Literal["fsync", "os"]
 """`fsync`: on the disk before `append` returns. `os`: with the operating system; survives a kill, not a power cut."""
 
 SEGMENT_BYTES = 16 * 2**20
 WINDOW = 100_000
+STEP_BACK = 60_000_000
+"""Microseconds."""
 
+Content = tuple[int, int | None]
+"""What an id stands for: a hash of all but the time, and the time unless the service gave it."""
 
-class Record(NamedTuple):
-    """An entry of the log and the position just after it, from which a later replay goes on."""
-
-    event: Event | Tombstone
-    end: int
+logger = logging.getLogger(__name__)
 
 
 class SegmentLog:
@@ -56,7 +67,9 @@ class SegmentLog:
         segment_bytes: a segment this large is closed and a new one begun.
 
     Attributes:
+        id: names this log for ever.
         end: position after the last record known to this process.
+        newest_stamp: the latest time a service gave to an event, as far as this process knows.
         recovered_bytes: bytes of torn tails that this object has cut off.
 
     Raises:
@@ -78,20 +91,23 @@ class SegmentLog:
         self.recovered_bytes = 0
         self._segment_bytes = segment_bytes
         self._window_size = window
-        self._window: OrderedDict[str, None] = OrderedDict()  # oldest first
+        self._window: OrderedDict[str, Content] = OrderedDict()  # oldest first
         self._threads = threading.Lock()
         self._lock_file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         self._segment_start = 0
         self._file = -1
         self._unsynced = False
         self.end = 0
+        self.newest_stamp = -(2**63)
         with self._exclusive():
+            self.id = self._identify()
             self._open_newest()
 
-    def append(self, events: Sequence[Event]) -> list[bool]:
-        """Write events durably; False marks those whose event id is in the window already (not written again).
+    def append(self, events: Sequence[Event]) -> list[Verdict]:
+        """Write events durably, unless their id is in the window already; says of each what became of it.
 
-        An empty event id is replaced by a fresh one.
+        `duplicate`: the very same event is there. `conflict`: a different event has the id; the log keeps that one. An
+        empty event id is replaced by a fresh one.
 
         Raises:
             DataError: an event that cannot be written, such as a value that is not finite; nothing is written then.
@@ -99,16 +115,25 @@ class SegmentLog:
 
         Cost: about 10 us an event, and one fsync a call.
         """
-        return self._append([_encode(event) for event in events])
+        named = [event if event.event_id else replace(event, event_id=new_id()) for event in events]
+        return self._append([(event, encode(event)) for event in named])
 
-    def forget(self, user_id: str) -> None:
-        """Write a tombstone durably: views of the log drop all events of the user before it.
+    def forget(self, user_id: str) -> int:
+        """Write a tombstone durably: views of the log drop all events of the user before it. Gives its position.
 
         Raises:
             OSError: the disk refused; nothing of the call remains in the log.
         """
-        event_id = uuid.uuid4().hex
-        self._append([(event_id, _line({"id": event_id, "forget": user_id}))])
+        self.copy_tombstone(Tombstone(new_id(), user_id))
+        return self.end
+
+    def copy_tombstone(self, tombstone: Tombstone) -> None:
+        """Write a tombstone of another machine's log durably, unless it is in the window already."""
+        self._append([(tombstone, encode_tombstone(tombstone))])
+
+    def recovered(self) -> tuple[int, int]:
+        """Give how many torn tails were cut off since the log began, whoever did it, and their bytes."""
+        return recovered(self.directory)
 
     def refresh(self) -> int:
         """Take note of what other processes have written; gives the new end."""
@@ -116,18 +141,32 @@ class SegmentLog:
             self._catch_up()
             return self.end
 
-    def _append(self, lines: Sequence[tuple[str, bytes]]) -> list[bool]:
-        """Write lines with their ids, except those whose id is in the window; True marks what was written."""
+    def _append(self, entries: Sequence[tuple[Event | Tombstone, bytes]]) -> list[Verdict]:
+        """Write entries, except those whose id is in the window."""
         with self._exclusive():
             self._catch_up()
-            fresh: list[bool] = []
-            new: dict[str, None] = {}
-            for event_id, _ in lines:
-                fresh.append(event_id not in self._window and event_id not in new)
-                new[event_id] = None
-            self._write(b"".join(line for (_, line), wanted in zip(lines, fresh, strict=True) if wanted))
-            self._remember(event_id for (event_id, _), wanted in zip(lines, fresh, strict=True) if wanted)
-        return fresh
+            verdicts: list[Verdict] = []
+            new: dict[str, Content] = {}
+            lines: list[bytes] = []
+            stamp = self.newest_stamp
+            for entry, line in entries:
+                if isinstance(entry, Event) and entry.stamped:
+                    if 0 < stamp - entry.time <= STEP_BACK:
+                        entry = replace(entry, time=stamp)
+                        line = encode(entry)
+                    stamp = max(stamp, entry.time)
+                content = _content(entry)
+                known = new.get(entry.event_id) or self._window.get(entry.event_id)
+                if known is None:
+                    new[entry.event_id] = content
+                    lines.append(line)
+                    verdicts.append("accepted")
+                else:
+                    verdicts.append("duplicate" if _same(known, content) else "conflict")
+            self._write(b"".join(lines))
+            self.newest_stamp = stamp
+            self._remember(new.items())
+        return verdicts
 
     def replay(self, start: int = 0) -> Iterator[Record]:
         """Give the entries from position `start` to the end this process knows, oldest first.
@@ -135,7 +174,7 @@ class SegmentLog:
         Raises:
             DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
         """
-        return self._records(start, self.end)
+        return records(self.directory, start, self.end)
 
     def close(self) -> None:
         """Close the files; the object can't be used afterwards."""
@@ -151,40 +190,25 @@ class SegmentLog:
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
-    def _segments(self) -> list[tuple[int, Path]]:
-        return sorted((int(path.stem), path) for path in self.directory.glob("*.jsonl"))
-
-    def _records(self, start: int, end: int) -> Iterator[Record]:
-        position = start
-        for segment, path in self._segments():
-            if position == end or segment > position:
-                break
-            with path.open("rb") as file:
-                file.seek(position - segment)
-                for line in file:
-                    event = _decode(line)
-                    if event is None:
-                        raise DataError(f"{path}: no sound record at byte {position - segment}; is it a position?")
-                    position += len(line)
-                    yield Record(event, position)
-                    if position == end:
-                        break
-        if position != end:
-            raise DataError(
-                f"{self.directory}: nothing at position {position}, though the log goes from 0 to {end}; "
-                "restore the missing segment, or rebuild the view that asked for it"
-            )
+    def _identify(self) -> str:
+        """Give the log's id; a log without one, as it was first or is from before there were ids, gets it."""
+        path = self.directory / "id"
+        if not path.exists():
+            temporary = path.with_suffix(".new")
+            temporary.write_text(new_id())
+            temporary.replace(path)
+        return path.read_text().strip()
 
     def _open_newest(self) -> None:
         """Stand at the end of the newest segment and fill the window from the newest segments."""
-        starts = [start for start, _ in self._segments()] or [0]
+        starts = [start for start, _ in segments(self.directory)] or [0]
         self._open_segment(starts[-1])
         self.end = starts[-1]
         parts = [self._read_on()]
         for start, end in zip(reversed(starts[:-1]), reversed(starts[1:]), strict=True):
             if sum(map(len, parts)) >= self._window_size:
                 break
-            parts.append([record.event.event_id for record in self._records(start, end)])
+            parts.append([self._noted(record.event) for record in records(self.directory, start, end)])
         for part in reversed(parts):
             self._remember(part)
 
@@ -210,8 +234,8 @@ class SegmentLog:
             self._open_segment(self.end)
             self._remember(self._read_on())
 
-    def _read_on(self) -> list[str]:
-        """Give the event ids between `end` and the end of the open segment, and move `end` there."""
+    def _read_on(self) -> list[tuple[str, Content]]:
+        """Give ids and contents between `end` and the end of the open segment, and move `end` there."""
         path = self._path(self._segment_start)
         size = os.fstat(self._file).st_size
         good = self.end - self._segment_start
@@ -219,28 +243,47 @@ class SegmentLog:
             return []
         if size < good:
             raise DataError(f"{path}: {size} bytes, but {good} were there; restore it and rebuild the views")
-        ids: list[str] = []
+        found: list[tuple[str, Content]] = []
         with path.open("rb") as file:
             file.seek(good)
             for line in file:
-                event = _decode(line)
-                if event is None:
-                    if _torn(line + file.read()):
+                entry = decode(line)
+                if entry is None:
+                    if torn(line + file.read()):
                         break
                     raise DataError(
                         f"{path}: damaged record at byte {good}; restore the file from a copy, or remove the record "
                         "and rebuild the views"
                     )
-                ids.append(event.event_id)
+                found.append(self._noted(entry))
                 good += len(line)
         # A writer may have been killed between its write and its sync; a repeat of its events is then "a duplicate",
         # so they must be on the disk before anybody is told so.
         self._unsynced = True
         if size > good:
-            os.ftruncate(self._file, good)
-            self.recovered_bytes += size - good
+            self._cut(good, size - good)
         self.end = self._segment_start + good
-        return ids
+        return found
+
+    def _noted(self, entry: Event | Tombstone) -> tuple[str, Content]:
+        if isinstance(entry, Event) and entry.stamped:
+            self.newest_stamp = max(self.newest_stamp, entry.time)
+        return entry.event_id, _content(entry)
+
+    def _cut(self, good: int, torn_bytes: int) -> None:
+        """Cut a torn tail off the open segment, and keep count for whoever asks later."""
+        os.ftruncate(self._file, good)
+        self.recovered_bytes += torn_bytes
+        tails, total = self.recovered()
+        write_json(self.directory / "recovered.json", {"tails": tails + 1, "bytes": total + torn_bytes})
+        logger.warning(
+            "%s: a writer died while it wrote; %d bytes that nobody was told are durable are cut off at byte %d "
+            "(%d torn tails so far), all before them is sound",
+            self._path(self._segment_start),
+            torn_bytes,
+            good,
+            tails + 1,
+        )
 
     def _write(self, data: bytes) -> None:
         if data and self.end - self._segment_start >= self._segment_bytes:
@@ -261,51 +304,28 @@ class SegmentLog:
             os.fdatasync(self._file)
         self._unsynced = False
 
-    def _remember(self, ids: Iterable[str]) -> None:
-        for event_id in ids:
-            self._window[event_id] = None
+    def _remember(self, found: Iterable[tuple[str, Content]]) -> None:
+        for event_id, content in found:
+            self._window[event_id] = content
             self._window.move_to_end(event_id)  # it may have been taken again after it had left the window
         while len(self._window) > self._window_size:
             self._window.popitem(last=False)
 
 
-def _torn(tail: bytes) -> bool:
-    """Whether unsound bytes at the end are what an interrupted write leaves: a line cut short, or pages of zeros."""
-    return b"\n" not in tail or bytes(8) in tail
+def _content(entry: Event | Tombstone) -> Content:
+    if isinstance(entry, Tombstone):
+        return _hash(entry.user_id), None
+    return _hash(entry.user_id, entry.item_id, entry.action, repr(entry.value + 0.0)), (
+        None if entry.stamped else entry.time
+    )
 
 
-def _encode(event: Event) -> tuple[str, bytes]:
-    """Give the event's id, a fresh one if it has none, and its line."""
-    event_id = event.event_id or uuid.uuid4().hex
-    if not math.isfinite(event.value):
-        raise DataError(f"event {event_id!r}: value {event.value} is not a finite number")
-    if not -(2**63) <= event.time < 2**63:
-        raise DataError(f"event {event_id!r}: time {event.time} is not a 64-bit number of microseconds")
-    fields: dict[str, str | int | float] = {
-        "id": event_id,
-        "user": event.user_id,
-        "item": event.item_id,
-        "time": event.time,
-        "action": event.action,
-        "value": event.value,
-    }
-    try:
-        return event_id, _line(fields)
-    except UnicodeEncodeError:
-        raise DataError(f"event {event_id!r}: a text is not valid Unicode (half of a surrogate pair)") from None
+def _hash(*texts: str) -> int:
+    """Give 64 bits that tell sequences of texts apart."""
+    return xxhash.xxh3_64_intdigest("".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass"))
 
 
-def _line(fields: Mapping[str, str | int | float]) -> bytes:
-    payload = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    return b"%08x %s\n" % (zlib.crc32(payload), payload)
-
-
-def _decode(line: bytes) -> Event | Tombstone | None:
-    """Give the entry of a line, or None if the line is damaged or not whole."""
-    payload = line[9:-1]
-    if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(payload):
-        return None
-    fields = json.loads(payload)
-    if "forget" in fields:
-        return Tombstone(fields["id"], fields["forget"])
-    return Event(fields["id"], fields["user"], fields["item"], fields["time"], fields["action"], float(fields["value"]))
+def _same(known: Content, posted: Content) -> bool:
+    """Whether two contents are one event; a time that the service gave can't tell them apart."""
+    times = (known[1], posted[1])
+    return known[0] == posted[0] and (None in times or times[0] == times[1])

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from recsys.errors import DataError
 from recsys.history import UNKNOWN_KEY, Events
+from recsys.log_format import Record
 from recsys.stores import Event, HistoryReader, Tombstone
-from serving.event_log import Record
 
 MAX_USER_BYTES = 480
 """Longest user id in UTF-8 bytes; LMDB keys end at 511."""

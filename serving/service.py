@@ -29,7 +29,7 @@ from recsys.messages import (
     RecommendResponse,
 )
 from recsys.stores import Event
-from serving.event_log import SegmentLog
+from serving.event_log import STEP_BACK, SegmentLog
 from serving.history_store import MAX_USER_BYTES, Encoder, LmdbHistoryStore
 from serving.name_search import NameSearch
 from serving.replies import (
@@ -48,6 +48,10 @@ from serving.telemetry import Telemetry
 
 MAX_EVENTS = 1_000
 """Most events one post may carry; more is answered with 413."""
+
+MAX_FUTURE = 86_400_000_000
+"""Microseconds an event may be dated ahead of the service's clock; one further ahead is refused, as its unit or its
+sender's clock is wrong. One dated less far ahead is kept, and not used by requests whose moment is not later."""
 
 
 class Answers(Protocol):
@@ -127,13 +131,13 @@ class Service:
 
     def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """Give the k best items for a user."""
-        response = self.served.recommender.recommend(request, self._clock())
+        response = self.served.recommender.recommend(request, self._now())
         self.telemetry.answer(response.user_known, response.degraded)
         return response
 
     def rank(self, request: RankRequest) -> RankResponse:
         """Give the scores of given items for a user."""
-        response = self.served.recommender.rank(request, self._clock())
+        response = self.served.recommender.rank(request, self._now())
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.candidates(len(request.item_ids), len(response.unknown_item_ids))
         return response
@@ -148,18 +152,20 @@ class Service:
             raise RequestError(
                 413, "too_many_events", f"{len(request.events)} events; one post may carry up to {MAX_EVENTS}"
             )
-        now = self._clock()
+        now = self._now()
         events = [_event(posted, position, now) for position, posted in enumerate(request.events)]
         bundle = self.served.bundle
-        fresh = self._log.append(events)
+        taken = iter(self._log.append([event for event in events if event.time - now <= MAX_FUTURE]))
         self.store.follow(self._log, _encoder(bundle))
         verdicts = []
-        for event, new in zip(events, fresh, strict=True):
-            known = bundle.key_of(event.item_id) != UNKNOWN_KEY
-            verdict = ("accepted" if known else "accepted_unknown_item") if new else "duplicate"
+        for event in events:
+            verdict: str = next(taken) if event.time - now <= MAX_FUTURE else "refused_future"
+            if verdict == "accepted" and bundle.key_of(event.item_id) == UNKNOWN_KEY:
+                verdict = "accepted_unknown_item"
             self.telemetry.verdict(verdict)
             verdicts.append(EventVerdict(event_id=event.event_id, verdict=verdict))
-        return EventsResponse(verdicts=verdicts, accepted=sum(fresh))
+        accepted = sum(each.verdict.startswith("accepted") for each in verdicts)
+        return EventsResponse(verdicts=verdicts, accepted=accepted)
 
     def history(self, user_id: str, limit: int) -> HistoryResponse:
         """Give the newest `limit` events of a user; raises `RequestError` 404 for a user nothing is known of."""
@@ -257,6 +263,14 @@ class Service:
             self._served = served
             self.telemetry.swap()
 
+    def _now(self) -> int:
+        """Give the moment, later than all that the service gave to events, if the clock has not been set back far.
+
+        So the very next request uses an event, also within its microsecond and after a small step back of the clock.
+        """
+        now, newest = self._clock(), self._log.newest_stamp
+        return newest + 1 if 0 <= newest - now <= STEP_BACK else now
+
     def close(self) -> None:
         """Close log and store."""
         self.store.close()
@@ -289,6 +303,7 @@ def _event(posted: EventIn, position: int, now: int) -> Event:
         time=time,
         action=posted.action,
         value=posted.value,
+        stamped=posted.timestamp is None,
     )
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,9 +43,9 @@ STEPS = st.lists(st.tuples(st.sampled_from(["first", "second", "reopen"]), st.li
 @settings(max_examples=100, deadline=None)
 @given(steps=STEPS, window=st.integers(1, 12), segment_bytes=st.sampled_from([1, 300, 2**20]))
 def test_two_writers_that_close_and_open_at_will_are_one_log(steps, window, segment_bytes):
-    """Against a list and a bounded queue of ids: the same verdicts, the same events, from every position on."""
+    """The same verdicts and events, from every position on, as of a list and the newest ids with their events."""
     expected: list[Event] = []
-    ids: deque[str] = deque(maxlen=window)
+    ids: dict[str, Event] = {}  # the newest `window`, oldest first
     with tempfile.TemporaryDirectory() as directory:
 
         def opened() -> SegmentLog:
@@ -60,10 +59,14 @@ def test_two_writers_that_close_and_open_at_will_are_one_log(steps, window, segm
             verdicts = writers["first" if writer == "reopen" else writer].append(events)
             new: list[Event] = []
             for posted, verdict in zip(events, verdicts, strict=True):
-                assert verdict == (posted.event_id not in ids and posted.event_id not in [e.event_id for e in new])
-                new += [posted] * verdict
+                known = next((e for e in new if e.event_id == posted.event_id), ids.get(posted.event_id))
+                assert verdict == ("accepted" if known is None else "duplicate" if known == posted else "conflict")
+                new += [posted] * (known is None)
             expected += new
-            ids.extend(posted.event_id for posted in new)
+            for posted in new:
+                ids[posted.event_id] = posted
+            for event_id in list(ids)[: max(len(ids) - window, 0)]:
+                del ids[event_id]
         for log in writers.values():
             log.refresh()
             records = list(log.replay())
@@ -149,13 +152,13 @@ def test_an_event_that_cannot_be_written_refuses_its_whole_batch(tmp_path, wrong
     log = SegmentLog(tmp_path, "os")
     with pytest.raises(DataError, match=told):
         log.append([event(1), wrong])
-    assert log.append([event(1)]) == [True]
+    assert log.append([event(1)]) == ["accepted"]
     assert replayed(log) == [event(1)]
 
 
 def test_an_event_without_an_id_gets_one_of_its_own(tmp_path):
     log = SegmentLog(tmp_path, "os")
-    assert log.append([event(1, ""), event(1, "")]) == [True, True]
+    assert log.append([event(1, ""), event(1, "")]) == ["accepted", "accepted"]
     first, second = (found.event_id for found in replayed(log))
     assert len({first, second, ""}) == 3
 
@@ -174,7 +177,7 @@ def test_a_full_disk_leaves_nothing_of_the_batch(tmp_path, monkeypatch):
         patched.setattr(os, "write", short_of_space)
         with pytest.raises(OSError, match="No space"):
             log.append([event(2), event(3)])
-    assert log.append([event(2)]) == [True]
+    assert log.append([event(2)]) == ["accepted"]
     assert replayed(log) == [event(1), event(2)]
 
 
@@ -186,7 +189,7 @@ def test_fsync_comes_before_the_answer_even_to_a_repeat_of_what_another_process_
     careless, careful = SegmentLog(tmp_path, "os"), SegmentLog(tmp_path, "fsync")
     careless.append([event(1)])
     assert synced == []
-    assert careful.append([event(1)]) == [False]
+    assert careful.append([event(1)]) == ["duplicate"]
     assert synced == [careful.end]
     careful.append([event(2)])
     assert synced[1:] == [careful.end]
@@ -194,7 +197,7 @@ def test_fsync_comes_before_the_answer_even_to_a_repeat_of_what_another_process_
 
 def _append_shared(directory: str, numbers: list[int], accepted) -> None:
     log = SegmentLog(Path(directory), "os", segment_bytes=2_000)
-    accepted.put(sum(sum(log.append([event(number), event(number + 1)])) for number in numbers))
+    accepted.put(sum(log.append([event(number), event(number + 1)]).count("accepted") for number in numbers))
 
 
 def test_processes_that_write_the_same_ids_at_once_write_each_once(tmp_path):
