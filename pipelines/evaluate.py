@@ -23,7 +23,18 @@ from pipelines.evaluation import (
     Metrics,
     TrainingSummary,
 )
-from pipelines.measures import DEPTH, Pool, compare, named, on_all_items, on_candidates, share
+from pipelines.measures import (
+    DEPTH,
+    Pool,
+    against_champion,
+    agreement,
+    compare,
+    named,
+    on_all_items,
+    on_candidates,
+    segment_facts,
+    share,
+)
 from pipelines.prepared import CandidateSets, PreparedSet, Split
 from pipelines.scoring import (
     Advance,
@@ -39,10 +50,11 @@ from pipelines.scoring import (
     score_sets,
     take_sets,
 )
+from pipelines.segments import Segment, segments_of
 from ranking.batch import FIRST_ITEM
 from ranking.ranker import AnyRanker
 from recsys.bootstrap import Estimate, bootstrap
-from recsys.errors import DataError
+from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, gauc, groups_of, mean, ndcg, rank, recall
 
 __all__ = ["EvaluateConfig", "Evaluation", "TrainingSummary", "evaluate", "validate"]
@@ -75,11 +87,19 @@ def evaluate(
         raise DataError(f"{prepared.directory}: split {config.split!r} has no requests; prepare a longer period")
     few = choose(len(chosen), config.full_ranking_requests, config.seed, "evaluate/full ranking")
     pools = {name: _pool(prepared, chosen, config.split, name) for name in config.samplers}
-    task = _Task(prepared, config, chosen, chosen.take(few), pools)
+    main = pools[config.samplers[0]]
+    segments = segments_of(prepared, chosen, main.request, main.sets.item, config.segments)
+    task = _Task(prepared, config, chosen, chosen.take(few), few, pools, segments)
+    champion = _champion(models, config)
     found = {name: _judge(name, model, task, progress) for name, model in models.items()}
     facts = {name: pool.facts() for name, pool in pools.items()}
-    if len(task.ranked):
-        facts[ALL_ITEMS] = _all_items_facts(prepared, task.ranked)
+    facts[ALL_ITEMS] = _all_items_facts(prepared, task.ranked)
+    told = [segment_facts(main, segment) for segment in segments]
+    estimates = {name: one.estimates for name, one in found.items()}
+    champion = champion or _highest(estimates, config.samplers[0])
+    comparisons = compare(estimates, config)
+    if champion is not None:
+        comparisons += against_champion(estimates, told, champion, config)
     return Evaluation(
         split=config.split,
         data_digest=prepared.digest,
@@ -88,9 +108,14 @@ def evaluate(
         n_users=len(np.unique(chosen.requests.user)),
         candidates=facts,
         metrics={name: one.metrics for name, one in found.items()},
-        comparisons=compare({name: one.estimates for name, one in found.items()}, config),
+        comparisons=comparisons,
         cost={name: one.cost for name, one in found.items()},
         cold_start=measure_cold_start(models, prepared, config, progress) if config.cold_requests else None,
+        segments=told,
+        agreement=agreement(
+            {sampler: {name: one.sampled_ndcg[sampler] for name, one in found.items()} for sampler in pools},
+            {name: one.full_ndcg for name, one in found.items()},
+        ),
         predictions={"requests": _requests_record(task), **{name: one.predictions for name, one in found.items()}},
     )
 
@@ -134,7 +159,9 @@ class _Task:
     config: EvaluateConfig
     chosen: Sample
     ranked: Sample
+    few: NDArray[np.int64]  # where the requests of `ranked` lie among the chosen
     pools: dict[str, Pool]
+    segments: list[Segment]  # of the first sampler's candidates
 
 
 @dataclass(frozen=True)
@@ -145,6 +172,20 @@ class _Judged:
     estimates: dict[str, dict[str, Estimate]]
     cost: Cost
     predictions: dict[str, Any]
+    sampled_ndcg: dict[str, NDArray[np.float64]]  # by sampler: NDCG@10 of the requests all items are ranked for
+    full_ndcg: NDArray[np.float64]  # of the same requests among all items
+
+
+def _champion(models: Mapping[str, AnyRanker], config: EvaluateConfig) -> str | None:
+    if config.champion is not None and config.champion not in models:
+        raise ConfigError(f"champion is {config.champion!r}; expected one of the models, {', '.join(models)}")
+    return config.champion
+
+
+def _highest(estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]], sampler: str) -> str | None:
+    values = {name: found[sampler]["gauc"].value for name, found in estimates.items()}
+    known = {name: value for name, value in values.items() if not np.isnan(value)}
+    return max(known, key=lambda name: known[name]) if known else None
 
 
 def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) -> _Judged:
@@ -159,12 +200,20 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
         sampler: matched(scores[place], pool.sets.item, task.prepared, sampler)
         for (sampler, pool), place in zip(task.pools.items(), places, strict=True)
     }
-    results = {sampler: on_candidates(pool, predictions[sampler], config) for sampler, pool in task.pools.items()}
-    if len(ranked):
-        advance = _counter(progress, f"{name}: ranking all items", len(ranked))
-        ranking = rank_all_items(model, task.prepared, ranked, DEPTH, config.batch_requests, advance=advance)
-        results[ALL_ITEMS] = on_all_items(ranking, ranked)
-        predictions |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
+    results = {
+        sampler: on_candidates(
+            pool, predictions[sampler], config, task.segments if sampler == config.samplers[0] else ()
+        )
+        for sampler, pool in task.pools.items()
+    }
+    sampled = {
+        sampler: ndcg(rank(predictions[sampler], pool.sets.label, pool.request, len(chosen)), 10)[task.few]
+        for sampler, pool in task.pools.items()
+    }
+    advance = _counter(progress, f"{name}: ranking all items", len(ranked))
+    ranking = rank_all_items(model, task.prepared, ranked, DEPTH, config.batch_requests, advance=advance)
+    results[ALL_ITEMS] = on_all_items(ranking, ranked)
+    predictions |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
     estimates = {
         sampler: bootstrap(result.statistics, result.users, config.resamples, config.seed)
         for sampler, result in results.items()
@@ -172,7 +221,7 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
     metrics = {
         sampler: named(config, estimates[sampler], result.counts, sampler) for sampler, result in results.items()
     }
-    return _Judged(metrics, estimates, cost, predictions)
+    return _Judged(metrics, estimates, cost, predictions, sampled, ndcg(ranking, 10))
 
 
 def _pool(prepared: PreparedSet, chosen: Sample, split: Split, sampler: str) -> Pool:

@@ -9,7 +9,9 @@
                            "all_items": {"test/ndcg_at_10": ...}}},
       "comparisons": [{...Comparison...}],                       paired over the same resamples of the users
       "cost": {"dare": {...Cost...}},
-      "cold_start": {...ColdStart...}                            null if no positive is without training events
+      "cold_start": {...ColdStart...},                           null if no positive is without training events
+      "segments": [{...SegmentFacts...}],                        parts told apart on the first sampler's candidates
+      "agreement": [{...Agreement...}]                           sampled against full ranking, by sampler
     }
 
 null stands for "not defined": log loss and calibration on sampled candidates, an interval of fewer than two users, the
@@ -27,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from pipelines.segments import SegmentsConfig
 from ranking.content_vectors import ContentQuality
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, whole_directory, write_json
@@ -50,13 +53,16 @@ class EvaluateConfig:
         split: requests to score.
         samplers: candidate sets to score; the first is the one the report's summary speaks of.
         max_requests: most requests scored, drawn by seed, the same for every model.
-        full_ranking_requests: requests (drawn from those) for which all items are ranked; 0 leaves it out.
+        full_ranking_requests: requests (drawn from those) for which all items are ranked. At least one: metrics on
+            sampled candidates are never given without the full ranking beside them.
         cold_requests: most requests on which finding items without training events is measured; 0 leaves it out.
         batch_requests: most requests of one batch.
         resamples: of the users, for the intervals; 0 gives none.
         level: of the intervals.
         history_edges: lengths at which the history segments start anew.
         seed: of the requests drawn and of the resamples.
+        champion: the model that others are held against by segment; absent, the one of the highest GAUC.
+        segments: which further parts of the requests are told apart, on the first sampler's candidates.
     """
 
     split: Literal["valid", "test"] = "test"
@@ -69,9 +75,11 @@ class EvaluateConfig:
     level: float = 0.95
     history_edges: tuple[int, ...] = (50, 200, 500, 1000)
     seed: int = 2023
+    champion: str | None = None
+    segments: SegmentsConfig = field(default_factory=SegmentsConfig)
 
     def __post_init__(self) -> None:
-        least = {"max_requests": 1, "full_ranking_requests": 0, "cold_requests": 0, "batch_requests": 1, "resamples": 0}
+        least = {"max_requests": 1, "full_ranking_requests": 1, "cold_requests": 0, "batch_requests": 1, "resamples": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {low}")
@@ -132,6 +140,36 @@ class Comparison:
     def certain(self) -> bool:
         """Whether the interval lies on one side of zero; where it does not, no difference was found."""
         return self.ci_low is not None and self.ci_high is not None and (self.ci_low > 0 or self.ci_high < 0)
+
+
+@dataclass(frozen=True)
+class SegmentFacts:
+    """A part of the requests that quality is told of: its name, what it is a part by, and how much of it there is.
+
+    `positives` are those to be found in it; with none, nothing is defined.
+    """
+
+    name: str
+    kind: str
+    words: str
+    requests: int
+    users: int
+    positives: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether sampled candidates put the models in the order of the full ranking, on the very same requests.
+
+    `tau` is Kendall's rank correlation (tau-b) of the models' values of `metric`; None for fewer than two models or
+    where one side tells none of them apart.
+    """
+
+    sampler: str
+    metric: str
+    requests: int
+    models: int
+    tau: float | None
 
 
 @dataclass(frozen=True)
@@ -234,6 +272,8 @@ class Evaluation:
     comparisons: list[Comparison]
     cost: dict[str, Cost]
     cold_start: ColdStart | None = None
+    segments: list[SegmentFacts] = field(default_factory=list)
+    agreement: list[Agreement] = field(default_factory=list)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -9,7 +9,7 @@ something the user chose before and "it is in the history" alone already tells m
                               the history"
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -21,17 +21,20 @@ from pipelines.evaluation import (
     INSIDE,
     NOT_DEFINED,
     OUTSIDE,
+    Agreement,
     CandidateFacts,
     Comparison,
     EvaluateConfig,
     Metrics,
+    SegmentFacts,
     defined,
     length_segments,
 )
 from pipelines.prepared import CandidateSets
 from pipelines.scoring import Sample
+from pipelines.segments import Segment
 from recsys.bootstrap import Estimate, PooledAuc, Ratio, Statistic
-from recsys.metrics import Floats, Ints, Ranking, auc, hit_rate, mrr, ndcg, rank, recall
+from recsys.metrics import Floats, Ints, Ranking, auc, hit_rate, mean, mrr, ndcg, rank, recall
 
 CUTOFFS: dict[str, tuple[Callable[[Ranking, int], Floats], int]] = {
     "ndcg_at_10": (ndcg, 10),
@@ -77,8 +80,13 @@ class Result:
     users: int
 
 
-def on_candidates(pool: Pool, score: NDArray[np.float32], config: EvaluateConfig) -> Result:
-    """Give everything measured on one sampler's candidates: over all of them, and by segment."""
+def on_candidates(
+    pool: Pool, score: NDArray[np.float32], config: EvaluateConfig, segments: Sequence[Segment] = ()
+) -> Result:
+    """Give everything measured on one sampler's candidates: over all of them, and by segment.
+
+    Of the further `segments` only means over users and requests are taken: the pooled AUC's resamples cost more.
+    """
     label, inside = pool.sets.label > 0, pool.inside
     users, user = np.unique(pool.sample.requests.user, return_inverse=True)
     everything = np.ones(len(label), np.bool_)
@@ -98,7 +106,37 @@ def on_candidates(pool: Pool, score: NDArray[np.float32], config: EvaluateConfig
         part = _measure(score[kept], label[kept], request, user, len(users), cutoffs)
         statistics |= {prefix + name: statistic for name, statistic in part.statistics.items()}
         counts |= {prefix + name: value for name, value in part.counts.items()}
+    for segment in segments:
+        kept = segment.kept(pool.request, pool.sets.item, label)
+        if (label & kept).any():
+            part = segment_result(score[kept], label[kept], pool.request[kept], user, len(users))
+            statistics |= {f"segment/{segment.name}/{name}": value for name, value in part.statistics.items()}
+            counts |= {f"segment/{segment.name}/{name}": value for name, value in part.counts.items()}
     return Result(statistics, counts, len(users))
+
+
+def segment_facts(pool: Pool, segment: Segment) -> SegmentFacts:
+    """Count what a segment holds."""
+    label = pool.sets.label > 0
+    kept = segment.kept(pool.request, pool.sets.item, label)
+    request = np.unique(pool.request[kept])
+    users = len(np.unique(pool.sample.requests.user[request]))
+    return SegmentFacts(segment.name, segment.kind, segment.words, len(request), users, int((label & kept).sum()))
+
+
+def segment_result(
+    score: NDArray[np.float32], label: NDArray[np.bool_], request: Ints, user: Ints, users: int
+) -> Result:
+    """Give GAUC and NDCG@10 of some candidates; `user` int64 [R] says whose each request is."""
+    by_request = rank(score, label, request, len(user))
+    by_user = rank(score, label, user[request], users)
+    of_user = auc(by_user)
+    statistics: dict[str, Statistic] = {
+        "gauc": Ratio.of_groups(of_user, np.arange(users), users, by_user.candidates.astype(np.float64)),
+        "ndcg_at_10": Ratio.of_groups(ndcg(by_request, 10), user, users),
+    }
+    counts = _counts(by_request, user) | {"gauc.skipped": _skipped(of_user, by_user)}
+    return Result(statistics, counts, users)
 
 
 def _measure(
@@ -175,6 +213,43 @@ def compare(estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]], confi
         if metric in ours
     ]
     return [comparison for comparison in found if not np.isnan(comparison.difference)]
+
+
+def against_champion(
+    estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
+    segments: Sequence[SegmentFacts],
+    champion: str,
+    config: EvaluateConfig,
+) -> list[Comparison]:
+    """Give every other model's paired difference from the champion, by segment, on the first sampler's candidates."""
+    sampler = config.samplers[0]
+    ours = estimates[champion][sampler]
+    names = [f"segment/{segment.name}/gauc" for segment in segments]
+    found = [
+        _difference(sampler, name, (model, one[sampler][name]), (champion, ours[name]), config)
+        for model, one in estimates.items()
+        for name in names
+        if model != champion and name in ours
+    ]
+    return [comparison for comparison in found if not np.isnan(comparison.difference)]
+
+
+def agreement(scored: Mapping[str, Mapping[str, Floats]], full: Mapping[str, Floats]) -> list[Agreement]:
+    """Say how far sampled candidates rank the models as the full ranking does, by NDCG@10 on the same requests.
+
+    Args:
+        scored: by sampler, then model: NDCG@10 of each of those requests on the sampler's candidates.
+        full: by model: NDCG@10 of each of them in the full ranking.
+    """
+    from scipy.stats import kendalltau
+
+    found = []
+    for sampler, by_model in scored.items():
+        one, other = ([mean(values[name]) for name in full] for values in (by_model, full))
+        tau = float(kendalltau(one, other).statistic) if len(full) > 1 else float("nan")
+        requests = len(next(iter(full.values()), np.empty(0)))
+        found.append(Agreement(sampler, "ndcg_at_10", requests, len(full), defined(tau)))
+    return found
 
 
 def _difference(

@@ -388,7 +388,7 @@ def test_vectors_are_learned_from_the_prepared_set(prepared):
 
 
 def test_the_report_shows_it(prepared, tmp_path):
-    config = replace(CONFIG, max_requests=20, full_ranking_requests=0)
+    config = replace(CONFIG, max_requests=20, full_ranking_requests=1)
     evaluation = evaluate({"popularity": Popularity(PopularityConfig(), prepared.items)}, prepared, config)
     evaluation.save(tmp_path / "evaluation")
     assert Evaluation.load(tmp_path / "evaluation") == evaluation
