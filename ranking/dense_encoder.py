@@ -1,0 +1,108 @@
+"""The plain dual encoder: one transformer, pooled and normalised, for queries and passages alike.
+
+H = transformer(ids)  [N, L, d];   e = pool(H, mask) / |pool(H, mask)|  [N, d];   sim(q, p) = e_q . e_p
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranking.text_backbone import (
+    TextTokenizer,
+    digest_of,
+    in_passes,
+    load_transformer,
+    load_weights,
+    save_model,
+    saved_parts,
+)
+from ranking.text_models import Report, Vectors
+from recsys.config import parse
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Options of a plain encoder."""
+
+    backbone: str = "minilm"
+    """alias of an installed package, local directory or Hugging Face name"""
+    pool: Literal["cls", "mean"] = "mean"
+    max_query_len: int = 64
+    """tokens, special ones included"""
+    max_passage_len: int = 256
+
+
+def pool(hidden: Tensor, mask: Tensor, how: Literal["cls", "mean"]) -> Tensor:
+    """Pool hidden states [N, L, d] to [N, d]: the first position, or the mean over those not padding."""
+    if how == "cls":
+        return hidden[:, 0]
+    weight = mask.unsqueeze(-1).to(hidden.dtype)  # [N, L, 1]
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+class DenseEncoder(nn.Module):
+    """A `TextEncoder` without anything added.
+
+    Args:
+        config: options.
+        transformer: the backbone's weights.
+        tokenizer: the backbone's tokenizer.
+    """
+
+    def __init__(self, config: DenseConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.transformer = transformer
+        self.eval()
+
+    @staticmethod
+    def of(config: DenseConfig = DenseConfig()) -> "DenseEncoder":
+        """Load the backbone of a config."""
+        return DenseEncoder(config, load_transformer(config.backbone), TextTokenizer.of(config.backbone))
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of weights and options."""
+        return digest_of(self, self.config)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Give vectors [N, d] of length 1 for ids and mask [N, L]."""
+        hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state  # [N, L, d]
+        return F.normalize(pool(hidden, mask, self.config.pool), dim=-1)
+
+    def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+        """Give float32 [N, D] in input order."""
+        return self._encode(texts, self.config.max_query_len, report)
+
+    def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+        """Give float32 [N, D] in input order."""
+        return self._encode(texts, self.config.max_passage_len, report)
+
+    def save(self, directory: Path) -> None:
+        """Write the encoder."""
+        options = dataclasses.asdict(self.config)
+        save_model(directory, self, "dense", options, self.tokenizer, self.transformer)
+
+    @staticmethod
+    def load(directory: Path) -> "DenseEncoder":
+        """Read what `save` wrote."""
+        options, transformer, tokenizer = saved_parts(directory)
+        encoder = DenseEncoder(parse(DenseConfig, options, str(directory)), transformer, tokenizer)
+        load_weights(directory, encoder)
+        return encoder
+
+    def _encode(self, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
+        rows = self.tokenizer.encode(texts, max_len)
+        device = next(self.parameters()).device
+        return in_passes(rows, self.tokenizer.pad, device, self, report).reshape(len(texts), self.dim)

