@@ -218,4 +218,6 @@ def item_table(
         number = items[name].cast(pl.Float32).fill_null(0).to_numpy()
         dense[FIRST_ITEM:, place] = np.nan_to_num(number, nan=0, posinf=0, neginf=0)
     cardinality = [len(known) + CODES_OF_NO_VALUE for known in values.values()]
-    return ItemTable(list(values), torch.from_numpy(codes), cardinality, count, transitions, torch.from_numpy(dense))
+    return ItemTable(
+        list(values), torch.from_numpy(codes), cardinality, count, transitions, torch.from_numpy(dense), numeric
+    )

