@@ -33,6 +33,7 @@ from recsys.messages import (
 )
 from serving import problems
 from serving.page import read_page
+from serving.pairs import Aside
 from serving.replies import (
     ForgottenResponse,
     HistoryResponse,
@@ -45,6 +46,9 @@ from serving.service import Service
 from serving.telemetry import CONTENT_TYPE, Telemetry
 
 logger = logging.getLogger(__name__)
+
+SHADOW_WAITING = 2
+"""Waiting requests above which a shadow does not score: those who wait for an answer come first."""
 
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 
@@ -73,6 +77,11 @@ class Worker:
         self._bound = waiting
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
+
+    @property
+    def waiting(self) -> int:
+        """Requests under way or waiting."""
+        return self._waiting
 
     async def run(self, work: Callable[[], T]) -> tuple[T, float]:
         """Give the result of `work` and the seconds it waited for its turn.
@@ -207,11 +216,16 @@ def _json(value: BaseModel, timings: Timings) -> Response:
 
 def _add_answers(app: FastAPI, service: Service, worker: Worker) -> None:
     """The routes that recommend, rank and record."""
+    aside = Aside()
 
     @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: RecommendRequest) -> Response:
         """Give the k best items for a user, or for a history sent along."""
-        answer, waited = await worker.run(lambda: service.recommend(request))
+        now = service.now
+        answer, waited = await worker.run(lambda: service.recommend(request, now))
+        if service.has_rival(request.user_id):
+            taken = worker.waiting <= SHADOW_WAITING and aside.offer(lambda: service.compare(request, answer, now))
+            service.telemetry.shadow("taken" if taken else "dropped")
         timings = {"queue": waited, **answer.timings}
         service.telemetry.stages(timings)
         return _json(answer, timings)

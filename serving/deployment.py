@@ -5,7 +5,6 @@ Imported only by Ray's processes, through the path `serving.deployment:applicati
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,8 +15,9 @@ from ray.serve.config import BackpressureConfig
 from recsys.config import parse
 from recsys.errors import RecsysError
 from serving.app import create_app
+from serving.lineup import Plan
 from serving.problems import RETRY_AFTER_SECONDS
-from serving.settings import ServeConfig, load_into, open_service
+from serving.settings import ServeConfig, load_plan, open_service
 
 NAME = "recsys"
 
@@ -41,23 +41,20 @@ class Replica:
         """Give the application; Ray Serve calls this once, after the constructor."""
         return create_app(self._service, self._config.limits, request_ids=False)
 
-    async def reconfigure(self, user_config: dict[str, str]) -> None:
-        """Serve a bundle: load it in a thread, replay its golden requests, then swap one reference.
+    async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
+        """Serve the bundles of a plan: load them in a thread, replay their golden requests, then swap one reference.
 
-        A refused bundle leaves the one before in place. If there is none, the error makes the start fail.
+        A refused champion leaves everything as it was. If there was none before, the error makes the start fail.
 
         Args:
-            user_config: `bundle`, a directory, and `version`, which bundle is meant to be in it.
+            user_config: a `Plan` as plain values.
         """
-        if user_config["version"] == self._service.version:
-            return
         try:
-            await asyncio.to_thread(load_into, self._service, Path(user_config["bundle"]))
+            await asyncio.to_thread(load_plan, self._service, Plan.of(user_config))
         except RecsysError:
             if not self._service.version:
                 raise
-            self._service.telemetry.refused()
-            logger.exception("bundle %s is refused; %s goes on", user_config["bundle"], self._service.version)
+            logger.exception("%s is refused; %s goes on", user_config, self._service.version)
 
 
 def application(table: dict[str, Any]) -> Application:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import logging
 import os
@@ -20,13 +19,16 @@ from typing import Any
 
 from recsys.errors import ConfigError, RecsysError
 from serving.event_log import SegmentLog
+from serving.lineup import Plan
 from serving.settings import ServeConfig, load_into, open_service
 from serving.telemetry import MULTIPROCESS
+from serving.watcher import MlflowRegistry, WatchConfig, Watcher, adopt, check, keep, last_plan
 
 __all__ = ["Running", "ServeConfig", "run_bare", "start"]
 
 APPLICATION = "recsys"
 READY_SECONDS = 120.0
+WATCHER_SECONDS = 30.0
 LOGS = "/tmp/ray/session_latest/logs/serve"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
 
@@ -36,36 +38,60 @@ class Running:
 
     Attributes:
         address: URL of the endpoint.
+        plan: the bundles it serves.
     """
 
-    def __init__(self, config: ServeConfig, directory: Path) -> None:
+    def __init__(self, config: ServeConfig, directory: Path, plan: Plan) -> None:
         host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
         self.address = f"http://{host}:{config.port}"
+        self.plan = plan
         self._config = config
         self._directory = directory
         self._stopped = False
 
     def swap(self, bundle: Path) -> str:
-        """Serve another bundle without losing a request; gives its version once every replica serves it.
+        """Serve another champion without losing a request; gives its version once every replica serves it.
 
         Raises:
             BundleError: the bundle is damaged or answers differently; the old one is still served.
         """
-        _check(bundle, golden=True)
-        version = _version(bundle)
-        _deploy(self._config, bundle, version)
-        _await_ready(self.address, version)
-        return version
+        place = adopt(bundle, check(bundle), self._config.state)
+        self.deploy(self.plan.with_role("champion", place))
+        return place.version
+
+    def deploy(self, plan: Plan) -> None:
+        """Serve the bundles of a plan without losing a request; returns once every replica serves them.
+
+        Raises:
+            RecsysError: they were not served within two minutes.
+        """
+        _deploy(self._config, plan)
+        _await_ready(self.address, plan.champion.version)
+        self.plan = plan
+        keep(self._config.state, plan)
 
     def wait(self) -> None:
-        """Wait until SIGINT or SIGTERM."""
+        """Wait until SIGINT or SIGTERM, following the registry's aliases meanwhile if there is one to follow."""
         ended = threading.Event()
         before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        watching = self._watching(ended)
         try:
             ended.wait()
         finally:
+            if watching is not None:
+                watching.join(timeout=WATCHER_SECONDS)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _watching(self, ended: threading.Event) -> threading.Thread | None:
+        """Start the one watcher of this service, in the process beside Serve; None if there is nothing to follow."""
+        watch = self._config.watch
+        if not watch.mlflow:
+            return None
+        watcher = Watcher(MlflowRegistry(watch.mlflow, watch.model), self._config.state, self.plan, self.deploy)
+        thread = threading.Thread(target=watcher.watch, args=(watch.seconds, ended), name="watcher", daemon=True)
+        thread.start()
+        return thread
 
     def stop(self) -> None:
         """Stop the service and Ray; safe to call twice."""
@@ -105,17 +131,15 @@ def start(config: ServeConfig) -> Running:
 
     _require_free(config.host, config.port)
     _require_unset()
-    _check(config.bundle, golden=False)
+    plan = _first_plan(config)
     SnapshotReader(config.snapshot)
     SegmentLog(config.state / "log", config.durability, config.window).close()
     directory = Path(tempfile.mkdtemp(prefix="recsys-serve-"))
     _set_environment(directory)
-    running = Running(config, directory)
+    running = Running(config, directory, plan)
     try:
         _start_ray(config, directory)
-        version = _version(config.bundle)
-        _deploy(config, config.bundle, version)
-        _await_ready(running.address, version)
+        running.deploy(plan)
     except BaseException:
         running.stop()
         raise
@@ -153,11 +177,21 @@ def _require_unset() -> None:
         raise ConfigError("ray.serve was imported before the service was started; start the service first")
 
 
-def _check(bundle: Path, golden: bool) -> None:
-    """Refuse a damaged bundle here, in plain words, rather than in a replica's log."""
-    from ranking.bundle import Bundle
+def _first_plan(config: ServeConfig) -> Plan:
+    """Give what to start with: what the registry says, else what was served last, else the published bundle.
 
-    Bundle.load(bundle, golden=golden)
+    Without a registry to follow it is the published bundle. A damaged one is refused here, in plain words, rather than
+    in a replica's log.
+    """
+    watch = config.watch
+    plan = last_plan(config.state) if watch.mlflow else None
+    if plan is None:
+        plan = Plan(adopt(config.bundle, check(config.bundle), config.state))
+    if watch.mlflow:
+        watcher = Watcher(MlflowRegistry(watch.mlflow, watch.model), config.state, plan, deploy=lambda _: None)
+        watcher.look()
+        plan = watcher.plan
+    return plan
 
 
 def _set_environment(directory: Path) -> None:
@@ -208,8 +242,8 @@ def _start_ray(config: ServeConfig, directory: Path) -> None:
     serve.start(http_options={"host": config.host, "port": config.port})
 
 
-def _deploy(config: ServeConfig, bundle: Path, version: str) -> None:
-    """Bring Serve to a config. If only the bundle differs from the last, replicas live on and change it in place."""
+def _deploy(config: ServeConfig, plan: Plan) -> None:
+    """Bring Serve to a config. If only the plan differs from the last, replicas live on and change it in place."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -221,9 +255,7 @@ def _deploy(config: ServeConfig, bundle: Path, version: str) -> None:
                     "route_prefix": "/",
                     "import_path": "serving.deployment:application",
                     "args": _plain(config),
-                    "deployments": [
-                        {"name": APPLICATION, "user_config": {"bundle": str(bundle.resolve()), "version": version}}
-                    ],
+                    "deployments": [{"name": APPLICATION, "user_config": plan.table()}],
                 }
             ]
         }
@@ -235,12 +267,9 @@ def _deploy(config: ServeConfig, bundle: Path, version: str) -> None:
 
 
 def _plain(config: ServeConfig) -> dict[str, Any]:
-    table = dataclasses.asdict(config)
+    """Give a config as plain values, without the registry: its URI may hold a password, and replicas need it not."""
+    table = dataclasses.asdict(dataclasses.replace(config, watch=WatchConfig()))
     return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in table.items()}
-
-
-def _version(bundle: Path) -> str:
-    return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
 
 
 def _await_running() -> None:

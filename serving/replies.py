@@ -22,6 +22,8 @@ class ModelsResponse(Message):
     commit: str
     data_digest: str
     metrics: dict[str, float]
+    lineup: dict[str, str] = Field(description="version of the bundle in each role: champion, challenger, shadow")
+    challenger_share: float = Field(description="share of the users whom the challenger answers")
 
 
 class UsersResponse(Message):

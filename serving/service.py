@@ -5,13 +5,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
@@ -31,7 +24,8 @@ from recsys.messages import (
 from recsys.stores import Event
 from serving.event_log import STEP_BACK, SegmentLog
 from serving.history_store import MAX_USER_BYTES, Encoder, LmdbHistoryStore
-from serving.name_search import NameSearch
+from serving.lineup import Lineup, Role, Served
+from serving.pairs import Listed, Pair, PairLog
 from serving.replies import (
     ForgottenResponse,
     FoundItem,
@@ -54,41 +48,6 @@ MAX_FUTURE = 86_400_000_000
 sender's clock is wrong. One dated less far ahead is kept, and not used by requests whose moment is not later."""
 
 
-class Answers(Protocol):
-    """The request path: `ranking.recommender.Recommender`."""
-
-    def recommend(self, request: RecommendRequest, now: int) -> RecommendResponse:
-        """Give the k best items."""
-        ...
-
-    def rank(self, request: RankRequest, now: int) -> RankResponse:
-        """Give the scores of given items."""
-        ...
-
-
-@dataclass(frozen=True)
-class Served:
-    """A bundle and the recommender built on it: what a request takes hold of once, and a swap replaces at once."""
-
-    bundle: Bundle
-    recommender: Answers
-
-    @cached_property
-    def item_vectors(self) -> NDArray[np.float32] | None:
-        """Float32 [V, D] of the retriever, computed at first use; None without one."""
-        if self.bundle.retriever is None:
-            return None
-        with torch.inference_mode():
-            vectors: NDArray[np.float32] = self.bundle.retriever.item_vectors().float().cpu().numpy()
-        return vectors
-
-    @cached_property
-    def names(self) -> NameSearch:
-        """Search over the names of the items."""
-        bundle = self.bundle
-        return NameSearch(bundle.names, bundle.item_ids, bundle.items.count.cpu().numpy())
-
-
 class Service:
     """One recommender with its event log and live histories.
 
@@ -99,6 +58,8 @@ class Service:
         store: the live histories, which follow the log.
         telemetry: where counts go.
         clock: gives now in microseconds UTC.
+        share: of the users whom a challenger answers.
+        pairs: where answers are kept beside a rival's; None keeps none.
 
     Every method may be called from several threads at once.
     """
@@ -109,38 +70,75 @@ class Service:
         store: LmdbHistoryStore,
         telemetry: Telemetry,
         clock: Callable[[], int] = lambda: time.time_ns() // 1000,
+        share: float = 0.0,
+        pairs: PairLog | None = None,
     ) -> None:
         self.telemetry = telemetry
         self.store = store
         self._log = log
         self._clock = clock
-        self._served: Served | None = None
+        self._share = share
+        self._pairs = pairs
+        self._lineup: Lineup | None = None
         self._swapping = threading.Lock()
 
     @property
     def served(self) -> Served:
+        """The champion; raises `RequestError` 503 before there is a bundle."""
+        return self.lineup.champion
+
+    @property
+    def lineup(self) -> Lineup:
         """What answers now; raises `RequestError` 503 before there is a bundle."""
-        if self._served is None:
+        if self._lineup is None:
             raise RequestError(503, "not_ready", "no bundle is loaded yet; come back in a moment")
-        return self._served
+        return self._lineup
+
+    @property
+    def now(self) -> int:
+        """The moment, microseconds UTC."""
+        return self._now()
 
     @property
     def version(self) -> str:
-        """Version of the bundle that answers now, empty before there is one."""
-        return "" if self._served is None else self._served.bundle.version
+        """Version of the champion, empty before there is one."""
+        return "" if self._lineup is None else self._lineup.champion.bundle.version
 
-    def recommend(self, request: RecommendRequest) -> RecommendResponse:
-        """Give the k best items for a user."""
-        response = self.served.recommender.recommend(request, self._now())
+    def recommend(self, request: RecommendRequest, now: int | None = None) -> RecommendResponse:
+        """Give the k best items for a user; `now` is the moment in microseconds UTC, that of the clock if absent."""
+        answering = self.lineup.answering(request.user_id)
+        response = answering.recommender.recommend(request, self._now() if now is None else now)
         self.telemetry.answer(response.user_known, response.degraded)
         return response
 
     def rank(self, request: RankRequest) -> RankResponse:
         """Give the scores of given items for a user."""
-        response = self.served.recommender.rank(request, self._now())
+        response = self.lineup.answering(request.user_id).recommender.rank(request, self._now())
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.candidates(len(request.item_ids), len(response.unknown_item_ids))
         return response
+
+    def has_rival(self, user_id: str | None) -> bool:
+        """Whether another bundle scores beside the one that answers a user."""
+        return self._lineup is not None and self._lineup.rival(self._lineup.role_of(user_id)) is not None
+
+    def compare(self, request: RecommendRequest, response: RecommendResponse, now: int) -> None:
+        """Let the other bundle answer too, for nobody but the log of pairs.
+
+        Args:
+            request: what was asked.
+            response: what was answered.
+            now: the moment it was answered at, microseconds UTC.
+        """
+        lineup = self.lineup
+        role = lineup.role_of(request.user_id)
+        rival, answering = lineup.rival(role), lineup.answering(request.user_id)
+        if rival is None or answering.bundle.version != response.model_version:  # swapped in the meantime
+            return
+        other = rival[1].recommender.recommend(request, now)
+        if self._pairs is not None and request.user_id is not None:
+            moment = now if request.at is None else request.at
+            self._pairs.append(Pair(moment, request.user_id, _listed(role, response), _listed(rival[0], other)))
 
     def record(self, request: EventsRequest) -> EventsResponse:
         """Write events durably and make them part of their users' histories before answering.
@@ -236,7 +234,8 @@ class Service:
 
     def models(self) -> ModelsResponse:
         """Say what is being served."""
-        bundle = self.served.bundle
+        lineup = self.lineup
+        bundle = lineup.champion.bundle
         manifest = bundle.manifest
         return ModelsResponse(
             version=bundle.version,
@@ -246,21 +245,24 @@ class Service:
             commit=manifest.provenance.commit,
             data_digest=manifest.provenance.data_digest,
             metrics=manifest.provenance.metrics,
+            lineup={role: served.bundle.version for role, served in lineup.members()},
+            challenger_share=lineup.share if lineup.challenger is not None else 0.0,
         )
 
-    def swap(self, served: Served) -> None:
-        """Put a bundle in place of the one before; requests under way end with the one they began with.
+    def swap(self, served: Served, challenger: Served | None = None, shadow: Served | None = None) -> None:
+        """Put bundles in place of those before; requests under way end with the one they began with.
 
-        Events whose items were unknown get their keys first, if the new bundle may know them; posts wait meanwhile
+        Events whose items were unknown get their keys first, if the new champion may know them; posts wait meanwhile
         (about a second for 150,000 events of the log), everything else goes on.
         """
         with self._swapping:
             encoder = _encoder(served.bundle)
-            if self._served is not None and self.store.unknown_events:
+            before = self._lineup
+            if before is not None and before.champion is not served and self.store.unknown_events:
                 self.store.rebuild(self._log, encoder)
             else:
                 self.store.follow(self._log, encoder)
-            self._served = served
+            self._lineup = Lineup(served, challenger, shadow, self._share)
             self.telemetry.swap()
 
     def _now(self) -> int:
@@ -275,6 +277,13 @@ class Service:
         """Close log and store."""
         self.store.close()
         self._log.close()
+        if self._pairs is not None:
+            self._pairs.close()
+
+
+def _listed(role: Role, response: RecommendResponse) -> Listed:
+    items = [item.item_id for item in response.items]
+    return Listed(role, response.model_version, items, response.timings.get("total", 0.0))
 
 
 def _encoder(bundle: Bundle) -> Encoder:

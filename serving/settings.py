@@ -1,15 +1,26 @@
 """What a service is started with, and the service made of it: shared by the Ray Serve and the plain host."""
 
 import gc
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recsys.errors import ConfigError
+from recsys.errors import BundleError, ConfigError
+from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits
 from serving.event_log import WINDOW, Durability, SegmentLog
 from serving.history_store import LmdbHistoryStore
-from serving.service import Served, Service
+from serving.lineup import BundlePlace, Plan, Role, Served
+from serving.pairs import PairLog
+from serving.service import Service
 from serving.telemetry import Telemetry
+from serving.watcher import WatchConfig
+
+PAIRS = "pairs"
+WARM_EVENTS = 50
+WARM_REQUESTS = 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,10 @@ class ServeConfig:
     """whether an accepted event is on the disk (`fsync`) or with the operating system (`os`)"""
     window: int = WINDOW
     """newest events among which a repeated event id is recognised"""
+    challenger_share: float = 0.05
+    """of the users whom a challenger answers, where there is one"""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """registry whose aliases say which bundles serve"""
 
     def __post_init__(self) -> None:
         for name in ("replicas", "cores", "window"):
@@ -41,6 +56,8 @@ class ServeConfig:
                 raise ConfigError(f"[serve] {name} is {getattr(self, name)}; expected at least 1")
         if not 1 <= self.port <= 65_535:
             raise ConfigError(f"[serve] port is {self.port}; expected 1 to 65535")
+        if not 0 <= self.challenger_share <= 1:
+            raise ConfigError(f"[serve] challenger_share is {self.challenger_share}; expected 0 to 1")
 
 
 def open_service(config: ServeConfig) -> Service:
@@ -58,17 +75,68 @@ def open_service(config: ServeConfig) -> Service:
     use_threads(config.cores)
     store = LmdbHistoryStore(config.state / "histories", SnapshotReader(config.snapshot))
     log = SegmentLog(config.state / "log", config.durability, config.window)
-    return Service(log, store, Telemetry())
+    pairs = PairLog(config.state / PAIRS)
+    return Service(log, store, Telemetry(), share=config.challenger_share, pairs=pairs)
 
 
 def load_into(service: Service, directory: Path) -> None:
     """Load a bundle, golden requests included, and swap the service to it; raises `BundleError`, changing nothing."""
+    served = load_served(service, BundlePlace(directory, ""))
+    service.swap(served)
+    settle()
+
+
+def load_plan(service: Service, plan: Plan) -> None:
+    """Bring a service to a plan: load beside the old what it does not have yet, then swap one reference.
+
+    A challenger or shadow that is refused leaves the one before in its role.
+
+    Raises:
+        BundleError: the champion is refused; nothing has changed.
+    """
+    held = {served.bundle.version: served for _, served in service.lineup.members()} if service.version else {}
+    loaded: dict[Role, Served | None] = {}
+    for role, place in plan.places():
+        try:
+            loaded[role] = held.get(place.version) or load_served(service, place)
+        except BundleError as error:
+            service.telemetry.refused()
+            if role == "champion":
+                raise
+            logger.error("%s bundle %s is refused: %s", role, place.directory, error)
+            loaded[role] = service.lineup.of(role) if service.version else None
+        if served := loaded[role]:
+            held[served.bundle.version] = served
+    champion = loaded["champion"]
+    assert champion is not None, "a plan has a champion, and one that is refused has raised"
+    service.swap(champion, loaded.get("challenger"), loaded.get("shadow"))
+    settle()
+
+
+def load_served(service: Service, place: BundlePlace) -> Served:
+    """Load a bundle, replay its golden requests and answer some more, so that no user waits for what is built lazily.
+
+    Raises:
+        BundleError: the bundle is damaged, answers otherwise than when published, or is not the version meant.
+    """
     from ranking.bundle import Bundle
     from ranking.recommender import Recommender
 
-    bundle = Bundle.load(directory)
+    bundle = Bundle.load(place.directory)
+    if place.version and bundle.version != place.version:
+        raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
     served = Served(bundle, Recommender(bundle, service.store))
-    _ = served.names  # built here, not by the first search: a million names take seconds
-    service.swap(served)
+    _ = served.names  # a million names take seconds
+    known = [item for item in bundle.item_ids if item][:WARM_EVENTS]
+    history = [InlineEvent(item_id=item, timestamp=number) for number, item in enumerate(known)]
+    for _ in range(WARM_REQUESTS):
+        served.recommender.recommend(RecommendRequest(history=history), len(history))
+        served.recommender.rank(RankRequest(history=history, item_ids=known or ["?"]), len(history))
+    return served
+
+
+def settle() -> None:
+    """Collect what a swap left behind, and keep what was loaded out of the collector's sight during requests."""
+    gc.unfreeze()  # the bundle before may be garbage now
     gc.collect()
-    gc.freeze()  # what was loaded stays: the collector need not look at it again during requests
+    gc.freeze()

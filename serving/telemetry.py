@@ -54,6 +54,12 @@ class Telemetry:
         self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
         self._forgotten = Counter("recsys_users_forgotten", "Users forgotten on request.", registry=registry)
         self._refused = Counter("recsys_bundles_refused", "Bundles that did not load.", registry=registry)
+        self._shadow = Counter(
+            "recsys_shadow_requests",
+            "Answers another bundle was to score beside, by outcome.",
+            ("outcome",),
+            registry=registry,
+        )
         self._swaps = Counter("recsys_bundle_swaps", "Bundles put in place, the first one too.", registry=registry)
 
     def request(self, route: str, method: str, status: int, seconds: float, sent: int) -> None:
@@ -93,6 +99,10 @@ class Telemetry:
     def refused(self) -> None:
         """Count a bundle that did not load."""
         self._refused.inc()
+
+    def shadow(self, outcome: str) -> None:
+        """Count an answer that a rival bundle scored beside (`taken`) or had no time for (`dropped`)."""
+        self._shadow.labels(outcome).inc()
 
     def scrape(self) -> bytes:
         """Give all metrics in the Prometheus text format."""

@@ -29,6 +29,7 @@ def labels() -> dict[str, set[str]]:
     telemetry.forget()
     telemetry.swap()
     telemetry.refused()
+    telemetry.shadow("taken")
     families = text_string_to_metric_families(telemetry.scrape().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

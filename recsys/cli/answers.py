@@ -1,12 +1,16 @@
 """The verbs that answer requests: recommend, serve, quickstart."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recsys.cli.options import DEFAULT_WORKSPACE, SetOption, UriOption, WorkspaceOption
 from recsys.terminal import Terminal
+
+if TYPE_CHECKING:
+    from serving.settings import ServeConfig
 
 
 def recommend(
@@ -44,19 +48,24 @@ def recommend(
 
 def serve(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the service.")] = 1,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if absent.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on; 8000 if absent.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Replicas of the service; 1 if absent.")] = None,
     bare: Annotated[bool, typer.Option("--bare", help="One uvicorn process instead of Ray Serve.")] = False,
+    watch: Annotated[bool, typer.Option(help="Follow champion, challenger and shadow in MLflow meanwhile.")] = True,
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "serve",
+    mlflow: UriOption = None,
+    assignments: SetOption = None,
 ) -> None:
-    """Serve the published bundle over HTTP until interrupted."""
+    """Serve the published bundle over HTTP until interrupted; a new champion is swapped in without a pause."""
     from serving.host import run_bare, start
 
-    config = _serve_config(workspace, host, port, replicas)
+    given = {name: value for name, value in (("host", host), ("port", port), ("replicas", replicas)) if value}
+    options = _serve_config(workspace, given, config, assignments or (), (mlflow or "workspace") if watch else "")
     if bare:
-        run_bare(config)
+        run_bare(options)
         return
-    with start(config) as running:
+    with start(options) as running:
         Terminal().say(f"Serving at {running.address}; documentation at {running.address}/docs. Stop with Ctrl-C.")
         running.wait()
 
@@ -80,7 +89,7 @@ def quickstart(
     uri = mlflow or place.tracking_uri
     Job(place, load_quickstart(config, tuple(assignments or ())), terminal, uri, users).run()
     terminal.say("Starting Ray Serve on the published bundle.")
-    with start(_serve_config(workspace, "127.0.0.1", port, 1)) as running:
+    with start(_serve_config(workspace, {"port": port})) as running:
         show_requests(running.address, terminal.say)
         terminal.say(f"Report    {(place.evaluation / 'report.html').resolve()}")
         terminal.say(f"Endpoint  {running.address}/ (open it to try the service by hand)")
@@ -90,19 +99,33 @@ def quickstart(
             running.wait()
 
 
-def _serve_config(workspace: Path, host: str, port: int, replicas: int) -> Any:
-    from pipelines.workspace import Workspace
-    from serving.host import ServeConfig
+def _serve_config(
+    workspace: Path,
+    given: Mapping[str, Any],
+    config: str = "serve",
+    assignments: Sequence[str] = (),
+    registry: str = "",
+) -> "ServeConfig":
+    """Give how to serve a workspace: the config file, what the command line gives above it.
 
-    place = Workspace(workspace)
-    return ServeConfig(
-        bundle=place.require(place.bundle, "publish"),
-        snapshot=place.snapshot,
-        state=place.state,
-        host=host,
-        port=port,
-        replicas=replicas,
-    )
+    `registry` is the MLflow to follow: a URI, "workspace" for that of the file, else that of the workspace, or "".
+    """
+    from pipelines.shipped import find_config
+    from pipelines.workspace import Workspace
+    from recsys.config import overlaid, parse, read_toml
+    from serving.settings import ServeConfig
+
+    place, path = Workspace(workspace), find_config(config)
+    table = read_toml(path, assignments)
+    if registry == "workspace":
+        registry = table.get("watch", {}).get("mlflow") or place.tracking_uri
+    lies = {
+        "bundle": place.require(place.bundle, "publish"),
+        "snapshot": place.snapshot,
+        "state": place.state,
+        "watch": {"mlflow": registry},
+    }
+    return parse(ServeConfig, overlaid(overlaid(table, lies), given), str(path))
 
 
 def _now() -> int:

@@ -1,0 +1,152 @@
+"""Which bundles serve: the champion answers, the challenger answers a share of the users, the shadow answers nobody.
+
+A `Plan` names bundles by directory and version: what the watcher decides and Ray Serve carries to every replica as
+its `user_config`. A `Lineup` is a plan loaded, and the one reference that a swap replaces.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from ranking.bundle import Bundle
+from recsys.messages import RankRequest, RankResponse, RecommendRequest, RecommendResponse
+from serving.name_search import NameSearch
+
+Role = Literal["champion", "challenger", "shadow"]
+ROLES: tuple[Role, ...] = get_args(Role)
+"""Also the names of the aliases in MLflow."""
+
+SHARE_SEED = 8
+"""Of the hash that gives users to the challenger: a user stays with it as long as the share does not shrink."""
+
+
+class Answers(Protocol):
+    """The request path: `ranking.recommender.Recommender`."""
+
+    def recommend(self, request: RecommendRequest, now: int) -> RecommendResponse:
+        """Give the k best items."""
+        ...
+
+    def rank(self, request: RankRequest, now: int) -> RankResponse:
+        """Give the scores of given items."""
+        ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle and the recommender built on it: what a request takes hold of once, and a swap replaces at once."""
+
+    bundle: Bundle
+    recommender: Answers
+
+    @cached_property
+    def item_vectors(self) -> NDArray[np.float32] | None:
+        """Float32 [V, D] of the retriever, computed at first use; None without one."""
+        if self.bundle.retriever is None:
+            return None
+        with torch.inference_mode():
+            vectors: NDArray[np.float32] = self.bundle.retriever.item_vectors().float().cpu().numpy()
+        return vectors
+
+    @cached_property
+    def names(self) -> NameSearch:
+        """Search over the names of the items."""
+        bundle = self.bundle
+        return NameSearch(bundle.names, bundle.item_ids, bundle.items.count.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class BundlePlace:
+    """A bundle by where it lies and which one is meant to be there."""
+
+    directory: Path
+    version: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bundles that are meant to serve."""
+
+    champion: BundlePlace
+    challenger: BundlePlace | None = None
+    shadow: BundlePlace | None = None
+
+    def places(self) -> Iterator[tuple[Role, BundlePlace]]:
+        """Give the roles that are filled, the champion first."""
+        for role in ROLES:
+            place: BundlePlace | None = getattr(self, role)
+            if place is not None:
+                yield role, place
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """Give the plan as plain values."""
+        return {role: {"bundle": str(place.directory), "version": place.version} for role, place in self.places()}
+
+    @staticmethod
+    def of(table: Mapping[str, Mapping[str, str]]) -> "Plan":
+        """Read what `table` gave."""
+        places = {role: BundlePlace(Path(entry["bundle"]), entry["version"]) for role, entry in table.items()}
+        return Plan(**places)
+
+    def with_role(self, role: Role, place: BundlePlace | None) -> "Plan":
+        """Give the plan with another bundle in a role; None leaves the role empty."""
+        changed: dict[str, Any] = {role: place}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The bundles that serve now.
+
+    Attributes:
+        champion: answers.
+        challenger: answers the users that `share` gives it.
+        shadow: scores what the champion answered, after the answer has gone out.
+        share: of the users, 0 to 1, by a hash of the user id that never changes.
+    """
+
+    champion: Served
+    challenger: Served | None = None
+    shadow: Served | None = None
+    share: float = 0.0
+
+    def role_of(self, user_id: str | None) -> Role:
+        """Give the role that answers a user; a request without a user id goes to the champion."""
+        if self.challenger is None or user_id is None:
+            return "champion"
+        place = xxhash.xxh64_intdigest(user_id.encode(), SHARE_SEED) / 2**64
+        return "challenger" if place < self.share else "champion"
+
+    def of(self, role: Role) -> Served | None:
+        """Give who has a role."""
+        served: Served | None = getattr(self, role)
+        return served
+
+    def answering(self, user_id: str | None) -> Served:
+        """Give who answers a user."""
+        served = self.of(self.role_of(user_id))
+        return self.champion if served is None else served
+
+    def rival(self, role: Role) -> tuple[Role, Served] | None:
+        """Give who scores beside an answer of `role`, None for nobody.
+
+        The shadow does beside the champion, and the champion beside the challenger: both comparisons are of the same
+        requests.
+        """
+        if role == "challenger":
+            return "champion", self.champion
+        return None if self.shadow is None else ("shadow", self.shadow)
+
+    def members(self) -> Iterator[tuple[Role, Served]]:
+        """Give the roles that are filled, the champion first."""
+        for role in ROLES:
+            served = self.of(role)
+            if served is not None:
+                yield role, served
