@@ -1,6 +1,6 @@
 """The published user snapshot: packed histories of all users, the read-only base under the live store.
 
-    snapshot.json             format, counts, data digest
+    snapshot.json             format, counts, data digest, and what it contains of event logs (`recsys.stores.LogMark`)
     users.safetensors         user ids, and their xxh64 in ascending order with the history row of each
     histories/                recsys.history.Histories over item keys
 
@@ -9,6 +9,7 @@ as for a million. A look-up is one binary search and one comparison of bytes.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from ranking.strings import StringTable
 from recsys.errors import DataError
-from recsys.files import read_json, whole_directory, write_json
+from recsys.files import read_json, sha256_json, whole_directory, write_json
 from recsys.history import Events, Histories
+from recsys.stores import LogMark
 
-FORMAT = 1
+FORMAT = 2
 
 
-def write_snapshot(directory: Path, user_ids: Sequence[str], histories: Histories, data_digest: str) -> None:
+def write_snapshot(
+    directory: Path, user_ids: Sequence[str], histories: Histories, data_digest: str, logs: Sequence[LogMark] = ()
+) -> None:
     """Write a snapshot, whole or not at all.
 
     Args:
@@ -32,6 +36,7 @@ def write_snapshot(directory: Path, user_ids: Sequence[str], histories: Historie
         user_ids: id of each history row.
         histories: over item keys, one row per user.
         data_digest: digest of the prepared set the histories come from.
+        logs: what they contain of event logs; the live store adds the rest.
     """
     if len(user_ids) != len(histories):
         raise DataError(f"{directory}: {len(user_ids)} user ids, but {len(histories)} histories; expected one for one")
@@ -45,7 +50,13 @@ def write_snapshot(directory: Path, user_ids: Sequence[str], histories: Historie
         tensors["row"] = torch.from_numpy(order.astype(np.int64))
         save_file(tensors, temporary / "users.safetensors")
         counts = {"users": len(user_ids), "events": len(histories.events)}
-        write_json(temporary / "snapshot.json", {"format": FORMAT, "data_digest": data_digest, "counts": counts})
+        manifest = {
+            "format": FORMAT,
+            "data_digest": data_digest,
+            "counts": counts,
+            "logs": [asdict(mark) for mark in logs],
+        }
+        write_json(temporary / "snapshot.json", manifest)
 
 
 class SnapshotReader:
@@ -53,6 +64,10 @@ class SnapshotReader:
 
     Args:
         directory: what `write_snapshot` wrote.
+
+    Attributes:
+        id: tells it from every other snapshot.
+        data_digest: of the prepared set the histories come from.
 
     Raises:
         DataError: the directory is no snapshot, or one of another format.
@@ -65,7 +80,12 @@ class SnapshotReader:
                 f"{directory}: snapshot of format {manifest.get('format')}, this version reads {FORMAT}; publish again"
             )
         tensors = load_file(directory / "users.safetensors")
+        self.id = sha256_json(manifest)[:16]
         self.data_digest = str(manifest["data_digest"])
+        self._marks = {
+            mark["log"]: LogMark(mark["log"], int(mark["position"]), tuple(mark["left_out"]))
+            for mark in manifest["logs"]
+        }
         self._ids = StringTable.from_tensors(tensors, "user_id", str(directory / "users.safetensors"))
         self._hash = tensors["hash"].numpy()
         self._row = tensors["row"].numpy()
@@ -93,6 +113,10 @@ class SnapshotReader:
                 return self._histories.of(row)
             at += 1
         return None
+
+    def mark(self, log: str) -> LogMark:
+        """Say what it contains of an event log: nothing of one it does not name."""
+        return self._marks.get(log, LogMark(log))
 
     def users(self, limit: int) -> list[str]:
         """Give the ids of the first `limit` users."""

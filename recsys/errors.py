@@ -6,6 +6,7 @@ A message says what was found, what was wanted and what to do next. Nothing in t
     |-- ConfigError       2  a configuration or command line that cannot be meant
     |-- DataError         3  files, rows or bundles that are not what they should be
     |   `-- BundleError   3  a bundle that is damaged, of another format, or answers differently than when published
+    |-- StoreError        1  a store of live histories that cannot be had for now
     |-- GateError         4  a check the user asked for did not pass
     `-- RequestError      -  a request the service refuses; carries the HTTP status and a stable code
 """
@@ -31,6 +32,10 @@ class DataError(RecsysError):
 
 class BundleError(DataError):
     """A bundle is damaged, of an unknown format, or does not answer as it did when it was published."""
+
+
+class StoreError(RecsysError):
+    """A store of live histories cannot be had for now: it is damaged, or its server is gone."""
 
 
 class GateError(RecsysError):

@@ -1,8 +1,10 @@
 """What the request path asks of the state under it; `serving/` holds the implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import numpy as np
 
 from recsys.history import Events
 
@@ -35,23 +37,40 @@ class Tombstone:
     user_id: str
 
 
+@dataclass(frozen=True)
+class LogMark:
+    """What a published snapshot contains of an event log, so that nothing counts twice over it.
+
+    Attributes:
+        log: id of the log.
+        position: all entries before it are contained, with tombstones honoured.
+        left_out: positions of entries before it that are not: events that came too late for their place in training.
+    """
+
+    log: str
+    position: int = 0
+    left_out: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How outside names become the numbers of a history: item id -> item key, action -> code."""
+
+    key_of: Callable[[str], int]
+    action_of: Callable[[str], int]
+
+    def events(self, events: Iterable[Event]) -> Events:
+        """Give packed events in the order given; an item that the catalogue lacks is `UNKNOWN_KEY`."""
+        rows = [(self.key_of(event.item_id), self.action_of(event.action), event.time) for event in events]
+        item, action, time = zip(*rows, strict=True) if rows else ((), (), ())
+        return Events(np.array(item, np.uint32), np.array(action, np.uint8), np.array(time, np.int64))
+
+
 class HistoryReader(Protocol):
     """Read side of the live histories: all that recommending needs."""
 
     def read(self, user_id: str) -> Events | None:
         """Give the user's history, oldest first, or None if the user is unknown."""
-        ...
-
-
-class HistoryStore(HistoryReader, Protocol):
-    """A rebuildable view of the event log over a published snapshot."""
-
-    def append(self, user_id: str, events: Events) -> None:
-        """Add events to a user's history, keeping the order of time; visible to the next `read` in every process."""
-        ...
-
-    def users(self, limit: int) -> list[str]:
-        """Give up to `limit` known user ids."""
         ...
 
 

@@ -68,6 +68,8 @@ class SegmentLog:
 
     Attributes:
         id: names this log for ever.
+        durability: as given.
+        window: as given.
         end: position after the last record known to this process.
         newest_stamp: the latest time a service gave to an event, as far as this process knows.
         recovered_bytes: bytes of torn tails that this object has cut off.
@@ -90,7 +92,7 @@ class SegmentLog:
         self.durability = durability
         self.recovered_bytes = 0
         self._segment_bytes = segment_bytes
-        self._window_size = window
+        self.window = window
         self._window: OrderedDict[str, Content] = OrderedDict()  # oldest first
         self._threads = threading.Lock()
         self._lock_file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -206,7 +208,7 @@ class SegmentLog:
         self.end = starts[-1]
         parts = [self._read_on()]
         for start, end in zip(reversed(starts[:-1]), reversed(starts[1:]), strict=True):
-            if sum(map(len, parts)) >= self._window_size:
+            if sum(map(len, parts)) >= self.window:
                 break
             parts.append([self._noted(record.event) for record in records(self.directory, start, end)])
         for part in reversed(parts):
@@ -308,7 +310,7 @@ class SegmentLog:
         for event_id, content in found:
             self._window[event_id] = content
             self._window.move_to_end(event_id)  # it may have been taken again after it had left the window
-        while len(self._window) > self._window_size:
+        while len(self._window) > self.window:
             self._window.popitem(last=False)
 
 

@@ -12,12 +12,9 @@ is rebuilt from the log.
 """
 
 import fcntl
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import lmdb
 import numpy as np
@@ -26,72 +23,62 @@ from numpy.typing import NDArray
 from recsys.errors import DataError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.log_format import Record
-from recsys.stores import Event, HistoryReader, Tombstone
-
-MAX_USER_BYTES = 480
-"""Longest user id in UTF-8 bytes; LMDB keys end at 511."""
+from recsys.stores import Encoder, LogMark
+from serving.view import (
+    HISTORY_EVENTS,
+    MAX_USER_BYTES,
+    RECORD,
+    Observed,
+    ReplayableLog,
+    Snapshot,
+    batches,
+    by_user,
+    joined,
+    packed,
+    unavailable,
+    unpacked,
+)
+from serving.view_files import lock_of, open_view
 
 CHUNK_EVENTS = 256  # 3.3 KB: what one more event rewrites; 40 chunks make a history of 10,000 events
-APPLY_EVENTS = 100_000  # events held in memory at once by `follow` and `rebuild`
-RECORD = np.dtype([("time", "<i8"), ("item", "<u4"), ("action", "u1")])
 
 _POSITION = b"position"
 _UNKNOWN = b"unknown"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Snapshot(HistoryReader, Protocol):
-    """The published base under the live events."""
-
-    def users(self, limit: int) -> list[str]:
-        """Give the ids of the first `limit` users."""
-        ...
-
-
-class ReplayableLog(Protocol):
-    """What the view needs of the event log."""
-
-    @property
-    def end(self) -> int:
-        """Position after the last known record."""
-        ...
-
-    def refresh(self) -> int:
-        """Take note of what other processes have written; gives the new end."""
-        ...
-
-    def replay(self, start: int = 0) -> Iterator[Record]:
-        """Give the events from a position to the end."""
-        ...
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How outside names become the numbers of a history: item id -> item key, action -> code."""
-
-    key_of: Callable[[str], int]
-    action_of: Callable[[str], int]
-
-    def events(self, events: Iterable[Event]) -> Events:
-        """Give packed events in the order given; an item that the catalogue lacks is `UNKNOWN_KEY`."""
-        rows = np.array([(e.time, self.key_of(e.item_id), self.action_of(e.action)) for e in events], RECORD)
-        return _events(rows)
+_LOG = b"log"
+T = TypeVar("T")
 
 
 class LmdbHistoryStore:
     """Snapshot plus applied events; reads never wait for writes, and see every committed one in every process.
 
     Args:
-        directory: where LMDB keeps its files; made if absent. One machine only, not a network file system.
+        directory: where LMDB keeps its files; made if absent. One machine only, not a network file system. It belongs
+            to one snapshot: another one has another directory, so that replicas may change over one by one.
         base: the published snapshot.
+        bound: newest posted events kept of a user.
+        check: whether to read the whole view first, in another process, and begin anew if it is damaged.
         map_bytes: largest size the view may grow to; address space, not memory.
 
-    A process opens a directory once and does not fork afterwards.
+    A damaged view is begun anew, which `follow` fills from the log. One that turns out to be damaged later raises
+    `StoreError` and is begun anew at the next start. A process opens a directory once and does not fork afterwards.
     """
 
-    def __init__(self, directory: Path, base: Snapshot, map_bytes: int = 64 * 2**30) -> None:
+    kind = "lmdb"
+
+    def __init__(
+        self,
+        directory: Path,
+        base: Snapshot,
+        bound: int = HISTORY_EVENTS,
+        check: bool = False,
+        map_bytes: int = 64 * 2**30,
+    ) -> None:
         self._base = base
-        self._env = _open(directory, map_bytes)
+        self._bound = bound
+        self._directory = directory
+        self._env = open_view(directory, map_bytes, check)
+        self._used = lock_of(directory, "used").open("w")
+        fcntl.flock(self._used, fcntl.LOCK_SH)  # `remove_unused` of another process leaves this view alone
         self._env.reader_check()
         self._meta = self._env.open_db(b"meta")
         self._chunks = self._env.open_db(b"chunks")
@@ -102,25 +89,35 @@ class LmdbHistoryStore:
 
         Cost: some 20 us plus 4 us for every 1,000 events that were posted; the snapshot's part is views.
         """
-        base, posted = self.parts(user_id)
-        if posted is None:
-            return base
-        return posted if base is None else Events.concatenate(base, posted)
+        return self.observe(user_id).events
+
+    def observe(self, user_id: str) -> Observed:
+        """Give the user's history with the log position and the snapshot it was read from."""
+        base, posted, position = self._sound(lambda: self._look_up(user_id))
+        return Observed(joined(base, posted), position, self._base.id)
 
     def parts(self, user_id: str) -> tuple[Events | None, Events | None]:
         """Give what the snapshot and what the log know of a user, None each for nothing."""
+        base, posted, _ = self._sound(lambda: self._look_up(user_id))
+        return base, posted
+
+    def _look_up(self, user_id: str) -> tuple[Events | None, Events | None, int]:
         encoded = user_id.encode()
         if len(encoded) > MAX_USER_BYTES:
-            return self._base.read(user_id), None
+            return self._base.read(user_id), None, self.position
         prefix = _prefix(encoded)
         with self._env.begin(self._chunks, buffers=True) as txn:
             raw = b"".join(self._chunks_of(txn, prefix))
             forgotten = self._is_forgotten(txn, prefix)
+            position = self._number(txn, _POSITION)
         base = None if forgotten else self._base.read(user_id)
-        return base, _events(np.frombuffer(raw, RECORD)) if raw else None
+        return base, unpacked(np.frombuffer(raw, RECORD)) if raw else None, position
 
     def users(self, limit: int) -> list[str]:
         """Give up to `limit` user ids: those with posted events first, then users of the snapshot."""
+        return self._sound(lambda: self._users(limit))
+
+    def _users(self, limit: int) -> list[str]:
         users: dict[str, None] = {}
         with self._env.begin(self._chunks) as txn, txn.cursor() as cursor:
             found = cursor.first()
@@ -142,29 +139,46 @@ class LmdbHistoryStore:
         A store that follows a log is written by `follow` alone: what is appended here, `rebuild` does not know.
         """
         with self._env.begin(write=True) as txn:
-            self._merge(txn, user_id, _records(events))
+            self._merge(txn, user_id, packed(events))
 
     def follow(self, log: ReplayableLog, encoder: Encoder) -> int:
         """Apply what the log holds beyond this view, whoever wrote it; gives the number of events applied.
 
         Visible to the next `read` in every process. Starts from nothing if the log ends before the view does.
         """
-        with self._env.begin(write=True) as txn:
-            position = self._number(txn, _POSITION)
-            if position > log.end and position > log.refresh():
-                self._clear(txn)
-                position = 0
-            return self._apply(txn, log, position, encoder)
+
+        def apply() -> int:
+            with self._env.begin(write=True) as txn:
+                if bytes(txn.get(_LOG, default=b"", db=self._meta)).decode() == log.id:
+                    position = self._number(txn, _POSITION)
+                    if position <= log.end or position <= log.refresh():
+                        return self._apply(txn, log, position, None, encoder)
+                return self._begin(txn, log, encoder)
+
+        return self._sound(apply)
 
     def rebuild(self, log: ReplayableLog, encoder: Encoder) -> int:
-        """Build the view again from the whole log in one transaction; readers see the old one until it is done.
+        """Build the view again from the log in one transaction; readers see the old one until it is done.
 
         Needed when a new bundle knows items that were unknown when their events were applied.
         """
-        with self._env.begin(write=True) as txn:
-            self._clear(txn)
-            log.refresh()
-            return self._apply(txn, log, 0, encoder)
+
+        def apply() -> int:
+            with self._env.begin(write=True) as txn:
+                log.refresh()
+                return self._begin(txn, log, encoder)
+
+        return self._sound(apply)
+
+    def learn(self, log: ReplayableLog, encoder: Encoder) -> None:
+        """Rebuild if there are events of unknown items: a new bundle may know them."""
+        if self.unknown_events:
+            self.rebuild(log, encoder)
+        else:
+            self.follow(log, encoder)
+
+    def before_append(self, log: ReplayableLog) -> None:
+        """Do nothing: what this view knows comes from the log."""
 
     @property
     def position(self) -> int:
@@ -181,6 +195,7 @@ class LmdbHistoryStore:
     def close(self) -> None:
         """Close the environment; the object can't be used afterwards."""
         self._env.close()
+        self._used.close()
 
     def _is_forgotten(self, txn: Any, prefix: bytes) -> bool:
         # A longer id can neither be posted nor forgotten.
@@ -193,22 +208,28 @@ class LmdbHistoryStore:
                 yield cursor.value()
                 found = cursor.next()
 
-    def _apply(self, txn: Any, log: ReplayableLog, position: int, encoder: Encoder) -> int:
+    def _sound(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (lmdb.MapFullError, lmdb.ReadersFullError, lmdb.DiskError) as error:
+            raise unavailable(self.kind, error) from error
+        except lmdb.Error as error:
+            (self._directory / "damaged").touch()
+            raise unavailable(self.kind, error) from error
+
+    def _begin(self, txn: Any, log: ReplayableLog, encoder: Encoder) -> int:
+        """Apply all that the snapshot does not contain to an empty view."""
+        self._clear(txn)
+        txn.put(_LOG, log.id.encode(), db=self._meta)
+        mark = self._base.mark(log.id)
+        txn.put(_POSITION, mark.position.to_bytes(8, "big"), db=self._meta)
+        return self._apply(txn, log, mark.position, mark, encoder)
+
+    def _apply(self, txn: Any, log: ReplayableLog, position: int, mark: LogMark | None, encoder: Encoder) -> int:
         applied = 0
         unknown = self._number(txn, _UNKNOWN)
-        records = log.replay(position)
-        while batch := list(islice(records, APPLY_EVENTS)):
-            by_user: dict[str, list[Event]] = {}
-            for entry in (record.event for record in batch):
-                if isinstance(entry, Tombstone):
-                    by_user.pop(entry.user_id, None)
-                    unknown -= self._forget(txn, entry.user_id)
-                else:
-                    by_user.setdefault(entry.user_id, []).append(entry)
-            for user_id, events in by_user.items():
-                packed = encoder.events(events)
-                unknown += int((packed.item == UNKNOWN_KEY).sum())
-                self._merge(txn, user_id, _records(packed))
+        for batch in batches(log, position, mark):
+            unknown += self._apply_batch(txn, batch, encoder)
             applied += len(batch)
             position = batch[-1].end
         if applied:
@@ -216,37 +237,83 @@ class LmdbHistoryStore:
             txn.put(_UNKNOWN, unknown.to_bytes(8, "big"), db=self._meta)
         return applied
 
+    def _apply_batch(self, txn: Any, batch: list[Record], encoder: Encoder) -> int:
+        """Apply entries; give how many more events of unknown items there are now."""
+        forgotten, posted = by_user(batch)
+        unknown = -sum(self._forget(txn, user_id) for user_id in forgotten)
+        for user_id, events in posted.items():
+            unknown += self._merge(txn, user_id, packed(encoder.events(events)))
+        return unknown
+
     def _forget(self, txn: Any, user_id: str) -> int:
         """Drop a user's chunks and hide the snapshot's part; gives how many events of unknown items were dropped."""
         prefix = _prefix(user_id.encode())
-        unknown = 0
-        with txn.cursor(self._chunks) as cursor:
-            found = cursor.set_range(prefix)
-            while found and cursor.key()[:-4] == prefix:
-                unknown += int((np.frombuffer(cursor.value(), RECORD)["item"] == UNKNOWN_KEY).sum())
-                found = cursor.delete()
         txn.put(prefix, b"", db=self._forgotten)
-        return unknown
+        return self._drop(txn, prefix)
 
-    def _merge(self, txn: Any, user_id: str, new: NDArray[np.void]) -> None:
-        """Put records in their place: the usual case rewrites the last chunk, a late event all of the user's."""
+    def _merge(self, txn: Any, user_id: str, new: NDArray[np.void]) -> int:
+        """Put records in their place, and take out the oldest above the bound.
+
+        The usual case rewrites the last chunk and perhaps the first, a late event all of the user's. Gives how many
+        more events of unknown items there are now.
+        """
         encoded = user_id.encode()
         if len(encoded) > MAX_USER_BYTES:
             raise DataError(f"user id of {len(encoded)} bytes; the history store takes up to {MAX_USER_BYTES}")
         if not len(new):
-            return
+            return 0
         prefix = _prefix(encoded)
+        unknown = _unknown(new)
         new = new[np.argsort(new["time"], kind="stable")]
         number, last = self._last_chunk(txn, prefix)
         if len(last) and new["time"][0] < last["time"][-1]:
             everything = np.frombuffer(b"".join(self._chunks_of(txn, prefix)), RECORD)
-            number, joined = 0, np.concatenate([everything, new])
-            joined = joined[np.argsort(joined["time"], kind="stable")]
-        else:
-            joined = np.concatenate([last, new])
-        for start in range(0, len(joined), CHUNK_EVENTS):
+            self._drop(txn, prefix)
+            number, last = 0, everything
+        merged = np.concatenate([last, new])
+        merged = merged[np.argsort(merged["time"], kind="stable")]
+        for start in range(0, len(merged), CHUNK_EVENTS):
             key = prefix + (number + start // CHUNK_EVENTS).to_bytes(4, "big")
-            txn.put(key, joined[start : start + CHUNK_EVENTS].tobytes(), db=self._chunks)
+            txn.put(key, merged[start : start + CHUNK_EVENTS].tobytes(), db=self._chunks)
+        return unknown - self._evict(txn, prefix, number + (len(merged) - 1) // CHUNK_EVENTS, len(merged))
+
+    def _evict(self, txn: Any, prefix: bytes, last: int, tail: int) -> int:
+        """Take out the oldest records above the bound; give how many of them were of unknown items.
+
+        Args:
+            txn: to write in.
+            prefix: of the user's keys.
+            last: number of the last chunk.
+            tail: records in the chunks just written, the last ones.
+        """
+        unknown = 0
+        with txn.cursor(self._chunks) as cursor:
+            cursor.set_range(prefix)
+            first = int.from_bytes(cursor.key()[-4:], "big")
+            oldest = len(cursor.value()) // RECORD.itemsize
+            # All chunks between the first and the last are full.
+            newest = tail if first == last else (tail - 1) % CHUNK_EVENTS + 1
+            count = newest if first == last else oldest + (last - first - 1) * CHUNK_EVENTS + newest
+            while count > self._bound:
+                chunk = np.frombuffer(cursor.value(), RECORD)
+                gone = min(count - self._bound, len(chunk))
+                unknown += _unknown(chunk[:gone])
+                key, rest = bytes(cursor.key()), chunk[gone:].tobytes()
+                cursor.delete()
+                if rest:
+                    txn.put(key, rest, db=self._chunks)
+                count -= gone
+        return unknown
+
+    def _drop(self, txn: Any, prefix: bytes) -> int:
+        """Delete a user's chunks; give how many records of unknown items they held."""
+        unknown = 0
+        with txn.cursor(self._chunks) as cursor:
+            found = cursor.set_range(prefix)
+            while found and cursor.key()[:-4] == prefix:
+                unknown += _unknown(np.frombuffer(cursor.value(), RECORD))
+                found = cursor.delete()
+        return unknown
 
     def _last_chunk(self, txn: Any, prefix: bytes) -> tuple[int, NDArray[np.void]]:
         with txn.cursor(self._chunks) as cursor:
@@ -265,40 +332,10 @@ class LmdbHistoryStore:
         return int.from_bytes(txn.get(name, default=b"", db=self._meta), "big")
 
 
-def _open(directory: Path, map_bytes: int) -> Any:
-    """Open the environment, empty if another boot of the machine may have left it half written."""
-    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else None
-    marker = directory / "boot_id"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f"{directory.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # replicas start together; one of them clears and marks the directory
-        if directory.exists() and boot is not None and (not marker.exists() or marker.read_text() != boot):
-            shutil.rmtree(directory)
-        directory.mkdir(exist_ok=True)
-        if boot is not None:
-            marker.write_text(boot)
-        unsynced = boot is not None  # without a boot id a power cut can't be told from a restart, so sync
-        return lmdb.open(
-            str(directory),
-            map_size=map_bytes,
-            max_dbs=3,
-            max_readers=512,
-            sync=not unsynced,
-            metasync=not unsynced,
-            readahead=False,
-        )
-
-
 def _prefix(encoded: bytes) -> bytes:
     # The length in front keeps the chunks of one user together and apart from those of a user whose id begins alike.
     return len(encoded).to_bytes(2, "big") + encoded
 
 
-def _events(records: NDArray[np.void]) -> Events:
-    return Events(*(np.ascontiguousarray(records[name]) for name in ("item", "action", "time")))
-
-
-def _records(events: Events) -> NDArray[np.void]:
-    records = np.empty(len(events), RECORD)
-    records["item"], records["action"], records["time"] = events.item, events.action, events.time
-    return records
+def _unknown(records: NDArray[np.void]) -> int:
+    return int((records["item"] == UNKNOWN_KEY).sum())

@@ -12,12 +12,14 @@
     unknown_item              404      the bundle does not know the item asked about
     method_not_allowed        405
     not_supported             501      the bundle lacks a part that the route needs
+    store_unavailable         503      the live histories can't be had for now
     overloaded                503      too many requests wait; `Retry-After` says when to come back
     internal                  500      a defect; the log has the details under the request id
 
 Other `recsys.errors.RequestError`s carry their own code and status.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -27,7 +29,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from recsys.errors import RequestError
+from recsys.errors import RequestError, StoreError
+
+logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -95,6 +99,7 @@ def problem(
 def install(app: FastAPI) -> None:
     """Make every refusal of an application a problem document; the middleware sees to unexpected errors."""
     app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(StoreError, _gone)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
 
@@ -102,6 +107,11 @@ def install(app: FastAPI) -> None:
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return problem(error.status, error.code, str(error))
+
+
+async def _gone(_: Request, error: Exception) -> Response:
+    logger.warning("%s", error)
+    return problem(503, "store_unavailable", "the live histories can't be had for now; come back in a moment")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -12,8 +12,28 @@ class ModelInfo(Message):
     name: str
 
 
+class EventLogInfo(Message):
+    """How posted events are kept."""
+
+    id: str
+    durability: str = Field(description="`fsync`: on the disk before the answer; `os`: with the operating system")
+    window: int = Field(description="newest events among which a repeated event_id is recognised")
+    end: int = Field(description="position after the newest entry this process knows, bytes")
+    recovered_tails: int = Field(description="writers that died while they wrote, since the log began")
+    recovered_bytes: int = Field(description="what they left, told to nobody as durable, and was cut off")
+
+
+class HistoryStoreInfo(Message):
+    """The view of the log that histories are read from."""
+
+    kind: str
+    available: bool
+    position: int | None = Field(description="of the log, up to which events are in the view; null if unavailable")
+    unknown_events: int | None = Field(description="events whose item no bundle has known yet; null if unavailable")
+
+
 class ModelsResponse(Message):
-    """The bundle being served."""
+    """The bundle being served, and the state under it."""
 
     version: str = Field(description="first 12 hexadecimal digits of the digest of the bundle's manifest")
     models: list[ModelInfo]
@@ -24,6 +44,8 @@ class ModelsResponse(Message):
     metrics: dict[str, float]
     lineup: dict[str, str] = Field(description="version of the bundle in each role: champion, challenger, shadow")
     challenger_share: float = Field(description="share of the users whom the challenger answers")
+    event_log: EventLogInfo
+    history_store: HistoryStoreInfo
 
 
 class UsersResponse(Message):
@@ -55,6 +77,9 @@ class ForgottenResponse(Message):
     user_id: str
     snapshot_events: int = Field(description="events of the published snapshot")
     posted_events: int = Field(description="events that were posted")
+    position: int = Field(description="of the tombstone in the event log: what lies before it counts no longer")
+    erased: list[str] = Field(description="where the events are gone")
+    hidden: list[str] = Field(description="where they lie until written anew, and nothing uses them")
 
 
 class FoundItem(Message):

@@ -1,18 +1,14 @@
 """What the endpoint does, free of HTTP: answer, record, look up, and change the bundle under way."""
 
-import math
 import threading
 import time
-import uuid
 from collections.abc import Callable
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
-from ranking.recommender import LATEST
 from recsys.errors import RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (
-    EventIn,
     EventsRequest,
     EventsResponse,
     EventVerdict,
@@ -21,9 +17,8 @@ from recsys.messages import (
     RecommendRequest,
     RecommendResponse,
 )
-from recsys.stores import Event
-from serving.event_log import STEP_BACK, SegmentLog
-from serving.history_store import MAX_USER_BYTES, Encoder, LmdbHistoryStore
+from recsys.stores import Encoder
+from serving.event_log import SegmentLog
 from serving.lineup import Lineup, Role, Served
 from serving.pairs import Listed, Pair, PairLog
 from serving.replies import (
@@ -38,14 +33,10 @@ from serving.replies import (
     SimilarResponse,
     UsersResponse,
 )
+from serving.state import State
 from serving.telemetry import Telemetry
-
-MAX_EVENTS = 1_000
-"""Most events one post may carry; more is answered with 413."""
-
-MAX_FUTURE = 86_400_000_000
-"""Microseconds an event may be dated ahead of the service's clock; one further ahead is refused, as its unit or its
-sender's clock is wrong. One dated less far ahead is kept, and not used by requests whose moment is not later."""
+from serving.view import LiveHistories
+from serving.watched import Watched
 
 
 class Service:
@@ -67,7 +58,7 @@ class Service:
     def __init__(
         self,
         log: SegmentLog,
-        store: LmdbHistoryStore,
+        store: LiveHistories,
         telemetry: Telemetry,
         clock: Callable[[], int] = lambda: time.time_ns() // 1000,
         share: float = 0.0,
@@ -75,8 +66,8 @@ class Service:
     ) -> None:
         self.telemetry = telemetry
         self.store = store
-        self._log = log
-        self._clock = clock
+        self.histories = Watched(store)
+        self.state = State(log, store, telemetry, clock)
         self._share = share
         self._pairs = pairs
         self._lineup: Lineup | None = None
@@ -97,7 +88,7 @@ class Service:
     @property
     def now(self) -> int:
         """The moment, microseconds UTC."""
-        return self._now()
+        return self.state.now()
 
     @property
     def version(self) -> str:
@@ -107,13 +98,17 @@ class Service:
     def recommend(self, request: RecommendRequest, now: int | None = None) -> RecommendResponse:
         """Give the k best items for a user; `now` is the moment in microseconds UTC, that of the clock if absent."""
         answering = self.lineup.answering(request.user_id)
-        response = answering.recommender.recommend(request, self._now() if now is None else now)
+        response = answering.recommender.recommend(request, self.state.now() if now is None else now)
+        if self.histories.missed():
+            response = response.model_copy(update={"degraded": [*response.degraded, "history"]})
         self.telemetry.answer(response.user_known, response.degraded)
         return response
 
     def rank(self, request: RankRequest) -> RankResponse:
         """Give the scores of given items for a user."""
-        response = self.lineup.answering(request.user_id).recommender.rank(request, self._now())
+        response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now())
+        if self.histories.missed():
+            response = response.model_copy(update={"degraded": [*response.degraded, "history"]})
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.candidates(len(request.item_ids), len(response.unknown_item_ids))
         return response
@@ -136,6 +131,7 @@ class Service:
         if rival is None or answering.bundle.version != response.model_version:  # swapped in the meantime
             return
         other = rival[1].recommender.recommend(request, now)
+        self.histories.missed()  # not to be taken for the next answer's
         if self._pairs is not None and request.user_id is not None:
             moment = now if request.at is None else request.at
             self._pairs.append(Pair(moment, request.user_id, _listed(role, response), _listed(rival[0], other)))
@@ -146,20 +142,11 @@ class Service:
         Raises:
             RequestError: too many events, a user id too long, or a value that is not finite; nothing is written then.
         """
-        if len(request.events) > MAX_EVENTS:
-            raise RequestError(
-                413, "too_many_events", f"{len(request.events)} events; one post may carry up to {MAX_EVENTS}"
-            )
-        now = self._now()
-        events = [_event(posted, position, now) for position, posted in enumerate(request.events)]
         bundle = self.served.bundle
-        taken = iter(self._log.append([event for event in events if event.time - now <= MAX_FUTURE]))
-        self.store.follow(self._log, _encoder(bundle))
         verdicts = []
-        for event in events:
-            verdict: str = next(taken) if event.time - now <= MAX_FUTURE else "refused_future"
-            if verdict == "accepted" and bundle.key_of(event.item_id) == UNKNOWN_KEY:
-                verdict = "accepted_unknown_item"
+        for event, taken in self.state.record(request.events, _encoder(bundle)):
+            unknown = taken == "accepted" and bundle.key_of(event.item_id) == UNKNOWN_KEY
+            verdict = "accepted_unknown_item" if unknown else taken
             self.telemetry.verdict(verdict)
             verdicts.append(EventVerdict(event_id=event.event_id, verdict=verdict))
         accepted = sum(each.verdict.startswith("accepted") for each in verdicts)
@@ -175,22 +162,9 @@ class Service:
 
     def forget(self, user_id: str) -> ForgottenResponse:
         """Forget a user, durably, before answering; raises `RequestError` 404 for a user nothing is known of."""
-        if len(user_id.encode()) > MAX_USER_BYTES:
-            raise RequestError(422, "validation", f"user_id: more than {MAX_USER_BYTES} bytes in UTF-8; no such user")
-        encoder = _encoder(self.served.bundle)
-        self._log.refresh()
-        self.store.follow(self._log, encoder)
-        snapshot, posted = self.store.parts(user_id)
-        if snapshot is None and posted is None:
-            raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
-        self._log.forget(user_id)
-        self.store.follow(self._log, encoder)
+        forgotten = self.state.forget(user_id, _encoder(self.served.bundle))
         self.telemetry.forget()
-        return ForgottenResponse(
-            user_id=user_id,
-            snapshot_events=0 if snapshot is None else len(snapshot),
-            posted_events=0 if posted is None else len(posted),
-        )
+        return forgotten
 
     def users(self, limit: int) -> UsersResponse:
         """Give some user ids."""
@@ -247,6 +221,8 @@ class Service:
             metrics=manifest.provenance.metrics,
             lineup={role: served.bundle.version for role, served in lineup.members()},
             challenger_share=lineup.share if lineup.challenger is not None else 0.0,
+            event_log=self.state.log_info(),
+            history_store=self.state.store_info(),
         )
 
     def swap(self, served: Served, challenger: Served | None = None, shadow: Served | None = None) -> None:
@@ -258,25 +234,13 @@ class Service:
         with self._swapping:
             encoder = _encoder(served.bundle)
             before = self._lineup
-            if before is not None and before.champion is not served and self.store.unknown_events:
-                self.store.rebuild(self._log, encoder)
-            else:
-                self.store.follow(self._log, encoder)
+            self.state.follow(encoder, learn=before is not None and before.champion is not served)
             self._lineup = Lineup(served, challenger, shadow, self._share)
             self.telemetry.swap()
 
-    def _now(self) -> int:
-        """Give the moment, later than all that the service gave to events, if the clock has not been set back far.
-
-        So the very next request uses an event, also within its microsecond and after a small step back of the clock.
-        """
-        now, newest = self._clock(), self._log.newest_stamp
-        return newest + 1 if 0 <= newest - now <= STEP_BACK else now
-
     def close(self) -> None:
         """Close log and store."""
-        self.store.close()
-        self._log.close()
+        self.state.close()
         if self._pairs is not None:
             self._pairs.close()
 
@@ -288,32 +252,6 @@ def _listed(role: Role, response: RecommendResponse) -> Listed:
 
 def _encoder(bundle: Bundle) -> Encoder:
     return Encoder(bundle.key_of, bundle.action_of)
-
-
-def _event(posted: EventIn, position: int, now: int) -> Event:
-    """Give the event of a post, with an id and a time."""
-    if len(posted.user_id.encode()) > MAX_USER_BYTES:
-        raise RequestError(
-            422,
-            "validation",
-            f"events.{position}.user_id: more than {MAX_USER_BYTES} bytes in UTF-8; send a shorter id",
-        )
-    if not math.isfinite(posted.value):
-        raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
-    time = now if posted.timestamp is None else posted.timestamp
-    if abs(time) > LATEST:
-        raise RequestError(
-            422, "validation", f"events.{position}.timestamp: {time} is no moment in microseconds since 1970"
-        )
-    return Event(
-        event_id=posted.event_id or uuid.uuid4().hex,
-        user_id=posted.user_id,
-        item_id=posted.item_id,
-        time=time,
-        action=posted.action,
-        value=posted.value,
-        stamped=posted.timestamp is None,
-    )
 
 
 def _describe(events: Events, bundle: Bundle) -> list[HistoryEvent]:

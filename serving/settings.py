@@ -14,6 +14,8 @@ from serving.lineup import BundlePlace, Plan, Role, Served
 from serving.pairs import PairLog
 from serving.service import Service
 from serving.telemetry import Telemetry
+from serving.view import HISTORY_EVENTS, LiveHistories, Snapshot
+from serving.view_files import remove_unused
 from serving.watcher import WatchConfig
 
 PAIRS = "pairs"
@@ -49,9 +51,11 @@ class ServeConfig:
     """of the users whom a challenger answers, where there is one"""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """registry whose aliases say which bundles serve"""
+    history_events: int = HISTORY_EVENTS
+    """newest posted events kept of a user; the recommender uses the newest 10,000 of a history"""
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "cores", "window"):
+        for name in ("replicas", "cores", "window", "history_events"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[serve] {name} is {getattr(self, name)}; expected at least 1")
         if not 1 <= self.port <= 65_535:
@@ -73,10 +77,18 @@ def open_service(config: ServeConfig) -> Service:
 
     torch.set_num_threads(config.cores)
     use_threads(config.cores)
-    store = LmdbHistoryStore(config.state / "histories", SnapshotReader(config.snapshot))
     log = SegmentLog(config.state / "log", config.durability, config.window)
     pairs = PairLog(config.state / PAIRS)
-    return Service(log, store, Telemetry(), share=config.challenger_share, pairs=pairs)
+    store, telemetry = _open_store(config, SnapshotReader(config.snapshot)), Telemetry()
+    telemetry.recovered(*log.recovered())
+    return Service(log, store, telemetry, share=config.challenger_share, pairs=pairs)
+
+
+def _open_store(config: ServeConfig, base: Snapshot) -> LiveHistories:
+    views = config.state / "histories"
+    store = LmdbHistoryStore(views / base.id, base, config.history_events, check=True)
+    remove_unused(views, keep=base.id)
+    return store
 
 
 def load_into(service: Service, directory: Path) -> None:
@@ -125,7 +137,7 @@ def load_served(service: Service, place: BundlePlace) -> Served:
     bundle = Bundle.load(place.directory)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
-    served = Served(bundle, Recommender(bundle, service.store))
+    served = Served(bundle, Recommender(bundle, service.histories))
     _ = served.names  # a million names take seconds
     known = [item for item in bundle.item_ids if item][:WARM_EVENTS]
     history = [InlineEvent(item_id=item, timestamp=number) for number, item in enumerate(known)]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -53,6 +53,18 @@ class Telemetry:
         )
         self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
         self._forgotten = Counter("recsys_users_forgotten", "Users forgotten on request.", registry=registry)
+        self._torn_tails = Gauge(
+            "recsys_event_log_torn_tails",
+            "Writers of the event log that died while they wrote, since the log began.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self._torn_bytes = Gauge(
+            "recsys_event_log_torn_bytes",
+            "Bytes they left, told to nobody as durable, that were cut off.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
         self._refused = Counter("recsys_bundles_refused", "Bundles that did not load.", registry=registry)
         self._shadow = Counter(
             "recsys_shadow_requests",
@@ -78,6 +90,15 @@ class Telemetry:
             self._unknown_users.inc()
         for stage in degraded:
             self._degraded.labels(stage).inc()
+
+    def degraded(self, stage: str) -> None:
+        """Count a stage that was skipped."""
+        self._degraded.labels(stage).inc()
+
+    def recovered(self, tails: int, cut: int) -> None:
+        """Say how many torn tails of the event log were cut off so far, and their bytes."""
+        self._torn_tails.set(tails)
+        self._torn_bytes.set(cut)
 
     def candidates(self, asked: int, unknown: int) -> None:
         """Count the items of a rank request, and those unknown."""

@@ -11,10 +11,10 @@ from serving_world import LATER, USERS, make_service, publish_world
 from starlette.testclient import TestClient
 
 from recsys.history import Events
-from recsys.stores import Event
+from recsys.stores import Encoder, Event, LogMark
 from serving.app import create_app
 from serving.event_log import SegmentLog
-from serving.history_store import Encoder, LmdbHistoryStore
+from serving.history_store import LmdbHistoryStore
 from serving.settings import load_into
 
 NAMES = ("a", "ab", "b", "snapshot", "snapshot 2")
@@ -23,6 +23,11 @@ ENCODER = Encoder(int, lambda action: 0)
 
 class Snapshot:
     """Two users with three events each."""
+
+    id = "snapshot"
+
+    def mark(self, log: str) -> LogMark:
+        return LogMark(log)
 
     def read(self, user_id: str) -> Events | None:
         if user_id not in self.users(2):
@@ -104,7 +109,8 @@ def test_over_http(place, tmp_path):
         post("user-1", "item-61", "unknown to the smaller bundle")
         assert service.store.unknown_events == 1
         found = client.delete("/v1/users/user-1").json()
-        assert found == {"user_id": "user-1", "snapshot_events": before, "posted_events": 2}
+        assert (found["user_id"], found["snapshot_events"], found["posted_events"]) == ("user-1", before, 2)
+        assert found["position"] == service.models().event_log.end
         assert service.store.unknown_events == 0
         stranger = recommend("nobody has this id")
         assert recommend("user-1") == stranger

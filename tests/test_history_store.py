@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from recsys.errors import DataError
 from recsys.history import UNKNOWN_KEY, Events
-from recsys.stores import Event
-from serving import history_store
+from recsys.stores import Encoder, Event, LogMark
+from serving import history_store, view
 from serving.event_log import SegmentLog
-from serving.history_store import MAX_USER_BYTES, Encoder, LmdbHistoryStore
+from serving.history_store import LmdbHistoryStore
+from serving.view import MAX_USER_BYTES
+from serving.view_files import remove_unused
 
 USERS = ["a", "a\0", "a\0\0\0\0\0", "ä", "b" * MAX_USER_BYTES]  # keys of one must never be taken for another's
 
@@ -24,12 +26,16 @@ class Base:
 
     def __init__(self, histories: dict[str, Events] | None = None) -> None:
         self.histories = histories or {}
+        self.id = "base"
 
     def read(self, user_id: str) -> Events | None:
         return self.histories.get(user_id)
 
     def users(self, limit: int) -> list[str]:
         return list(self.histories)[:limit]
+
+    def mark(self, log: str) -> LogMark:
+        return LogMark(log)
 
 
 def events(times: list[int], first_item: int = 0) -> Events:
@@ -81,6 +87,80 @@ def test_a_history_is_snapshot_and_appended_events_in_order_of_time(base, append
         store.close()
 
 
+@settings(max_examples=100, deadline=None)
+@given(appends=st.lists(TIMES, max_size=8), bound=st.integers(1, 12), chunk=st.sampled_from([1, 2, 5, 256]))
+def test_above_the_bound_the_oldest_go_and_nothing_else(appends, bound, chunk):
+    with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as name:
+        patched.setattr(history_store, "CHUNK_EVENTS", chunk)
+        log = SegmentLog(Path(name) / "log", "os")
+        store = LmdbHistoryStore(Path(name) / "view", Base(), bound)
+        expected: list[tuple[int, int]] = []
+        for times in appends:
+            numbers = range(890 + log.end, 890 + log.end + len(times))  # most of them unknown
+            log.append([posted(n, time=time) for n, time in zip(numbers, times, strict=True)])
+            store.follow(log, KEYS)
+            new = [(t, n if n < 900 else UNKNOWN_KEY) for n, t in zip(numbers, times, strict=True)]
+            expected = sorted(expected + sorted(new, key=lambda e: e[0]), key=lambda e: e[0])[-bound:]
+            found = store.read("u")
+            assert expected == ([] if found is None else list(zip(found.time, found.item, strict=True)))
+            assert store.unknown_events == sum(item == UNKNOWN_KEY for _, item in expected)
+        store.close()
+
+
+def test_a_new_view_takes_up_where_its_snapshot_ends_and_adds_what_the_snapshot_left_out(tmp_path):
+    log, other = SegmentLog(tmp_path / "log", "os"), SegmentLog(tmp_path / "other", "os")
+    for some in (log, other):
+        some.append([posted(number) for number in range(6)])
+    ends = [0, *(record.end for record in log.replay())]
+    base = Base({"u": events([0, 2, 3])})
+    base.mark = lambda name: LogMark(name, ends[4], (ends[1],)) if name == log.id else LogMark(name)
+    store = LmdbHistoryStore(tmp_path / "view", base)
+    store.follow(log, KEYS)
+    assert store.read("u").time.tolist() == [0, 1, 2, 3, 4, 5]
+    assert store.position == log.end
+    log.append([posted(6)])
+    store.follow(log, KEYS)
+    assert store.read("u").time.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    store.rebuild(log, KEYS)
+    assert store.read("u").time.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    store.follow(other, KEYS)  # another state directory: nothing of its log is in the snapshot
+    assert store.read("u").time.tolist() == [0, 0, 1, 2, 2, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty page"])
+def test_a_damaged_view_is_begun_anew_with_a_message(tmp_path, caplog, damage, check):
+    log = SegmentLog(tmp_path / "log", "os")
+    log.append([posted(number) for number in range(3_000)])
+    store = LmdbHistoryStore(tmp_path / "view", Base(), map_bytes=2**26)
+    store.follow(log, KEYS)
+    expected = rows(store.read("u"))
+    store.close()
+    path = tmp_path / "view" / "data.mdb"
+    data = bytearray(path.read_bytes())
+    if damage == "garbage":
+        data[:] = b"garbage!" * (len(data) // 8)
+    elif damage == "truncated":
+        del data[len(data) // 2 :]
+    elif check:
+        data[8192:] = bytes(len(data) - 8192)  # only a process that reads it can tell, and may die of it
+    path.write_bytes(data)
+    store = LmdbHistoryStore(tmp_path / "view", Base(), check=check, map_bytes=2**26)
+    store.follow(log, KEYS)
+    assert rows(store.read("u")) == expected
+    assert ("rebuilt from snapshot and log" in caplog.text) == (check or damage != "empty page")
+    store.close()
+
+
+def test_views_of_earlier_snapshots_go_once_nobody_uses_them(tmp_path):
+    used, unused, kept = (LmdbHistoryStore(tmp_path / name, Base(), map_bytes=2**26) for name in "abc")
+    unused.close()
+    remove_unused(tmp_path, "c")
+    assert sorted(path.parent.name for path in tmp_path.glob("*/data.mdb")) == ["a", "c"]
+    used.close()
+    kept.close()
+
+
 def test_following_applies_each_event_once_also_those_of_a_writer_that_died_before_it_could(tmp_path):
     log = SegmentLog(tmp_path / "log", "os", segment_bytes=100)
     log.append([posted(1), posted(950, "v")])
@@ -123,7 +203,7 @@ def test_rebuilding_with_a_larger_catalogue_gives_unknown_items_their_keys(tmp_p
 
 
 def test_a_rebuilt_view_equals_the_one_that_followed_and_memory_is_bounded_by_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(history_store, "APPLY_EVENTS", 7)
+    monkeypatch.setattr(view, "APPLY_EVENTS", 7)
     log = SegmentLog(tmp_path / "log", "os", segment_bytes=500)
     followed, rebuilt = (LmdbHistoryStore(tmp_path / name, Base(), map_bytes=2**26) for name in ("one", "two"))
     draws = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import dataclasses
 import http
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from serving_world import LATER, USERS, Place, make_service, publish_world
 from starlette.testclient import TestClient
 
+from recsys.errors import StoreError
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
 from serving.app import Limits, create_app
 from serving.event_log import SegmentLog
-from serving.history_store import MAX_USER_BYTES
 from serving.settings import ServeConfig, load_into, open_service
+from serving.view import MAX_USER_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,97 @@ def test_verdicts(client):
         ("item-1", "purchase"),
         (None, ""),
     ]
+
+
+def test_an_id_used_twice_a_far_future_and_what_the_log_promises(client, service):
+    one = {"user_id": "u", "item_id": "item-1", "event_id": "one"}
+    now = time.time_ns() // 1000
+    day = 86_400_000_000
+    answer = post(client, one, one | {"item_id": "item-2"}, {**one, "event_id": "far", "timestamp": now + 2 * day})
+    assert [each["verdict"] for each in answer["verdicts"]] == ["accepted", "conflict", "refused_future"]
+    assert answer["accepted"] == 1
+    assert post(client, one | {"timestamp": 5})["verdicts"][0]["verdict"] == "duplicate"  # the service gave the time
+    soon = {"user_id": "u", "item_id": "item-3", "event_id": "soon", "timestamp": now + day // 2}
+    assert post(client, soon, soon | {"timestamp": now})["accepted"] == 1  # the second of them is another event
+    assert recommend(client, user_id="u")["history_events"] == 1  # what is to come is not used
+    assert recommend(client, user_id="u", at=now + day)["history_events"] == 2
+    told = client.get("/v1/models").json()
+    assert (told["event_log"]["durability"], told["event_log"]["recovered_tails"]) == ("os", 0)
+    assert told["history_store"] == {
+        "kind": "lmdb",
+        "available": True,
+        "position": told["event_log"]["end"],
+        "unknown_events": 0,
+    }
+
+
+def test_a_clock_that_steps_back_changes_no_order_unless_it_was_far_ahead(place, tmp_path):
+    now = [LATER]
+    service = make_service(place, tmp_path)
+    service.state.clock = lambda: now[0]
+    with TestClient(create_app(service)) as client:
+        for number, moment in enumerate([LATER, LATER - 5, LATER - 30_000_000, LATER - 120_000_000]):
+            now[0] = moment
+            post(client, {"user_id": "u", "item_id": f"item-{number}"})
+            now[0] += number == 3  # only then is the clock itself believed
+            assert recommend(client, user_id="u")["history_events"] == (number + 1 if number < 3 else 1)
+        events = history(client, "u")["events"]
+        assert [(event["item_id"], event["timestamp"] - LATER) for event in events] == [
+            ("item-2", 2),
+            ("item-1", 1),
+            ("item-0", 0),
+            ("item-3", -120_000_000),
+        ]
+    service.close()
+
+
+def test_a_hundred_thousand_events_in_one_post_are_refused_at_once(client, service):
+    event = {"user_id": "u", "item_id": "item-1"}
+    body = json.dumps({"events": [event] * 100_000})
+    answer = client.post("/v1/events", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert service.models().event_log.end == 0
+
+
+def test_a_torn_tail_is_told_after_the_restart_that_cut_it_off(place, tmp_path):
+    service = make_service(place, tmp_path)
+    with TestClient(create_app(service)) as client:
+        post(client, {"user_id": "u", "item_id": "item-1"})
+    service.close()
+    (path,) = (tmp_path / "log").glob("*.jsonl")
+    with path.open("ab") as file:
+        file.write(b'0000abcd {"id":"half a rec')
+    SegmentLog(tmp_path / "log", "os").close()  # not the process that is asked later
+    service = make_service(place, tmp_path)
+    with TestClient(create_app(service)) as client:
+        told = client.get("/v1/models").json()["event_log"]
+        assert (told["recovered_tails"], told["recovered_bytes"]) == (1, 26)
+        assert "recsys_event_log_torn_bytes 26.0" in client.get("/metrics").text
+        assert history(client, "u")["total"] == 1
+    service.close()
+
+
+def test_a_store_that_is_gone_degrades_answers_and_catches_up(place, tmp_path, monkeypatch):
+    service = make_service(place, tmp_path)
+    with TestClient(create_app(service)) as client:
+        inline = {"history": [{"item_id": "item-1", "timestamp": 1}]}
+        with monkeypatch.context() as gone:
+            for name in ("observe", "follow", "parts"):
+                gone.setattr(service.store, name, _gone)
+            assert post(client, {"user_id": "u", "item_id": "item-1"})["accepted"] == 1
+            answer = recommend(client, user_id="user-1")
+            assert (answer["degraded"], answer["user_known"], len(answer["items"])) == (["history"], False, 10)
+            assert (recommend(client, **inline)["degraded"], recommend(client, **inline)["user_known"]) == ([], True)
+            refused = client.delete("/v1/users/u")
+            assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
+        post(client, {"user_id": "u", "item_id": "item-2"})
+        assert recommend(client, user_id="u")["degraded"] == []
+        assert history(client, "u")["total"] == 2
+    service.close()
+
+
+def _gone(*_) -> None:
+    raise StoreError("gone")
 
 
 def test_events_and_their_ids_survive_a_restart_and_a_death_between_log_and_view(place, tmp_path):

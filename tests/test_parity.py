@@ -16,8 +16,9 @@ from ranking.bundle import Bundle
 from ranking.snapshot import SnapshotReader
 from recsys.messages import RankRequest
 from recsys.randomness import generator
+from recsys.stores import Encoder
 from serving.event_log import SegmentLog
-from serving.history_store import Encoder, LmdbHistoryStore
+from serving.history_store import LmdbHistoryStore
 from serving.host import ServeConfig, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.serve]

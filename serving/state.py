@@ -1,0 +1,148 @@
+"""The state under the service: the event log, the live histories that follow it, and the clock that goes with them."""
+
+import logging
+import math
+import uuid
+from collections.abc import Callable, Sequence
+
+from ranking.users import LATEST
+from recsys.errors import RequestError, StoreError
+from recsys.messages import EventIn
+from recsys.stores import Encoder, Event
+from serving.event_log import STEP_BACK, SegmentLog
+from serving.replies import EventLogInfo, ForgottenResponse, HistoryStoreInfo
+from serving.telemetry import Telemetry
+from serving.view import MAX_USER_BYTES, LiveHistories
+
+MAX_EVENTS = 1_000
+"""Most events one post may carry; more is answered with 413."""
+
+MAX_FUTURE = 86_400_000_000
+"""Microseconds an event may be dated ahead of the service's clock; one further ahead is refused, as its unit or its
+sender's clock is wrong. One dated less far ahead is kept, and not used by requests whose moment is not later."""
+
+logger = logging.getLogger(__name__)
+
+
+class State:
+    """An event log and its view, which may be away for a while.
+
+    Args:
+        log: the event log.
+        store: the live histories.
+        telemetry: where counts go.
+        clock: gives now in microseconds UTC.
+    """
+
+    def __init__(self, log: SegmentLog, store: LiveHistories, telemetry: Telemetry, clock: Callable[[], int]) -> None:
+        self.log = log
+        self.store = store
+        self.clock = clock
+        self._telemetry = telemetry
+
+    def now(self) -> int:
+        """Give the moment, later than all that the service gave to events, if the clock has not been set back far.
+
+        So the very next request uses an event, also within its microsecond and after a small step back of the clock.
+        """
+        now, newest = self.clock(), self.log.newest_stamp
+        return newest + 1 if 0 <= newest - now <= STEP_BACK else now
+
+    def record(self, posted: Sequence[EventIn], encoder: Encoder) -> list[tuple[Event, str]]:
+        """Write events durably and make them part of their users' histories; gives each with its verdict.
+
+        Raises:
+            RequestError: too many events, a user id too long, or a value that is not finite; nothing is written then.
+        """
+        if len(posted) > MAX_EVENTS:
+            raise RequestError(413, "too_many_events", f"{len(posted)} events; one post may carry up to {MAX_EVENTS}")
+        now = self.now()
+        events = [_event(one, position, now) for position, one in enumerate(posted)]
+        self._later("tombstones", lambda: self.store.before_append(self.log))
+        taken = iter(self.log.append([event for event in events if event.time - now <= MAX_FUTURE]))
+        self._later("history", lambda: self.store.follow(self.log, encoder))
+        return [(event, next(taken) if event.time - now <= MAX_FUTURE else "refused_future") for event in events]
+
+    def forget(self, user_id: str, encoder: Encoder) -> ForgottenResponse:
+        """Forget a user, durably; raises `RequestError` 404 for a user nothing is known of, `StoreError`."""
+        if len(user_id.encode()) > MAX_USER_BYTES:
+            raise RequestError(422, "validation", f"user_id: more than {MAX_USER_BYTES} bytes in UTF-8; no such user")
+        self.log.refresh()
+        self.store.follow(self.log, encoder)
+        snapshot, posted = self.store.parts(user_id)
+        if snapshot is None and posted is None:
+            raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
+        position = self.log.forget(user_id)
+        self.store.follow(self.log, encoder)
+        return ForgottenResponse(
+            user_id=user_id,
+            snapshot_events=0 if snapshot is None else len(snapshot),
+            posted_events=0 if posted is None else len(posted),
+            position=position,
+            erased=["live histories"],
+            hidden=["event log", "request log", "published snapshot", "canonical log"],
+        )
+
+    def follow(self, encoder: Encoder, learn: bool) -> None:
+        """Apply what the log holds beyond the view; `learn` when a new bundle may know items that were unknown."""
+        apply = self.store.learn if learn else self.store.follow
+        self._later("history", lambda: apply(self.log, encoder))
+
+    def log_info(self) -> EventLogInfo:
+        """Say how posted events are kept."""
+        tails, cut = self.log.recovered()
+        return EventLogInfo(
+            id=self.log.id,
+            durability=self.log.durability,
+            window=self.log.window,
+            end=self.log.end,
+            recovered_tails=tails,
+            recovered_bytes=cut,
+        )
+
+    def store_info(self) -> HistoryStoreInfo:
+        """Say what histories are read from."""
+        try:
+            position, unknown = self.store.position, self.store.unknown_events
+        except StoreError:
+            return HistoryStoreInfo(kind=self.store.kind, available=False, position=None, unknown_events=None)
+        return HistoryStoreInfo(kind=self.store.kind, available=True, position=position, unknown_events=unknown)
+
+    def close(self) -> None:
+        """Close log and store."""
+        self.store.close()
+        self.log.close()
+
+    def _later(self, stage: str, work: Callable[[], object]) -> None:
+        """Do what may wait until the store can be had again: the log has the events, and the view will follow."""
+        try:
+            work()
+        except StoreError as error:
+            self._telemetry.degraded(stage)
+            logger.warning("%s is put off: %s", stage, error)
+
+
+def _event(posted: EventIn, position: int, now: int) -> Event:
+    """Give the event of a post, with an id and a time."""
+    if len(posted.user_id.encode()) > MAX_USER_BYTES:
+        raise RequestError(
+            422,
+            "validation",
+            f"events.{position}.user_id: more than {MAX_USER_BYTES} bytes in UTF-8; send a shorter id",
+        )
+    if not math.isfinite(posted.value):
+        raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
+    time = now if posted.timestamp is None else posted.timestamp
+    if abs(time) > LATEST:
+        raise RequestError(
+            422, "validation", f"events.{position}.timestamp: {time} is no moment in microseconds since 1970"
+        )
+    return Event(
+        event_id=posted.event_id or uuid.uuid4().hex,
+        user_id=posted.user_id,
+        item_id=posted.item_id,
+        time=time,
+        action=posted.action,
+        value=posted.value,
+        stamped=posted.timestamp is None,
+    )
