@@ -31,6 +31,7 @@ class BatchConfig:
     max_positives: int = 8  # of one request, a seeded choice among more
     max_requests: int | None = None  # use only a seeded sample of the training requests
     sequence_end: Literal["random", "newest"] = "random"  # which of a user's requests ends its training sequence
+    order: Literal["by_length", "random"] = "by_length"  # random: all lengths in every batch, as in papers
 
     def __post_init__(self) -> None:
         if min(self.rows, self.negatives, self.max_positives) < 1:
@@ -176,6 +177,8 @@ class TrainingBatches:
         if self.window is not None:
             lengths = np.minimum(lengths, self.window)
         size = self.config.rows
+        if self.config.order == "random":
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
         batches: list[NDArray[np.int64]] = []
         for start in range(0, len(rows), BLOCK * size):
             block = rows[start : start + BLOCK * size]

@@ -6,7 +6,7 @@ other log needs no code: `recsys init` and a mapping (`pipelines.mapping`).
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -163,6 +163,18 @@ def sequence_set(name: str, users: int | None = None) -> RawLog:
         users=_people(events, pl.scan_parquet(people)) if people.exists() else None,
         order="position",
     )
+
+
+def newest(raw: RawLog, events: int) -> RawLog:
+    """Give a log with each user's newest `events` only; the rest is left out on purpose, its items stay known."""
+    place = pl.col(TIMESTAMP).rank("ordinal", descending=True).over(USER_ID)
+    kept = raw.events.filter(place <= events)
+    before, after = (int(table.select(pl.len()).collect().item()) for table in (raw.events, kept))
+    tally = raw.tally or Tally(before)
+    filtered = {**tally.filtered, f"older than the user's newest {events} events": before - after}
+    named = f"{raw.name}, newest {events} events per user"
+    items = raw.events.select(pl.col(ITEM_ID).unique()).sort(ITEM_ID) if raw.items is None else raw.items
+    return replace(raw, name=named, events=kept, items=items, tally=replace(tally, filtered=filtered))
 
 
 SEQUENCE_SETS = ("ml-1m", "beauty", "sports", "toys", "yelp")

@@ -51,6 +51,8 @@ class EvaluateConfig:
 
     Attributes:
         split: requests to score.
+        protocol: `candidates`, all that follows; or `leave_one_out`: all items for every request, by the rules of
+            `pipelines/leave_one_out.py`, which leaves only split, resamples, level and seed to choose.
         samplers: candidate sets to score; the first is the one the report's summary speaks of.
         max_requests: most requests scored, drawn by seed, the same for every model.
         full_ranking_requests: requests (drawn from those) for which all items are ranked. At least one: metrics on
@@ -66,6 +68,7 @@ class EvaluateConfig:
     """
 
     split: Literal["valid", "test"] = "test"
+    protocol: Literal["candidates", "leave_one_out"] = "candidates"
     samplers: tuple[str, ...] = ("uniform", "popularity")
     max_requests: int = 20_000
     full_ranking_requests: int = 200

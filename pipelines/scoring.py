@@ -144,7 +144,7 @@ def score_sets(
             mask = np.arange(max(sizes.max(), 1))[None, :] < sizes[:, None]  # [B, C]
             item = np.zeros(mask.shape, np.int32)
             item[mask] = sets.item[where]
-            batch = _assemble(model, prepared, sample.take(chosen), item).to(device)
+            batch = assemble_requests(model, prepared, sample.take(chosen), item).to(device)
             logits = model.score(model.encode(batch.history), batch.request, batch.candidates)
             scores[where] = logits.cpu().numpy()[mask]
             if advance is not None:
@@ -201,8 +201,8 @@ def rank_all_items(
         vectors = _item_vectors(model) if by_vectors else None
         for chosen in _batches(model, sample, np.ones(len(sample), np.int64), most, SCORE_MATRIX):
             part = sample.take(chosen)
-            batch = _assemble(model, prepared, part, np.zeros((len(chosen), 0), np.int32)).to(device)
-            scores = _all_scores(model, batch, rows) if vectors is None else _by_vectors(model, batch, vectors)
+            batch = assemble_requests(model, prepared, part, np.zeros((len(chosen), 0), np.int32)).to(device)
+            scores = all_scores(model, batch, rows) if vectors is None else _by_vectors(model, batch, vectors)
             table = scores.cpu().numpy()  # [B, V - 2]
             for request, row in zip(chosen, table, strict=True):
                 start, end = requests.offsets[request : request + 2]
@@ -263,14 +263,15 @@ def _most_candidates(device: torch.device) -> int:
     return CPU_CANDIDATES if device.type == "cpu" else GPU_CANDIDATES
 
 
-def _assemble(model: AnyRanker, prepared: PreparedSet, part: Sample, item: NDArray[np.int32]) -> Batch:
+def assemble_requests(model: AnyRanker, prepared: PreparedSet, part: Sample, item: NDArray[np.int32]) -> Batch:
+    """Give the batch a model scores: the requests with candidates int32 [R, C], histories cut to what it reads."""
     events: Events = prepared.histories.events
     requests = part.requests
     return assemble(events, part.start, requests.end, requests.at, item, prepared.key_to_row, window=model.window)
 
 
-def _all_scores(model: AnyRanker, batch: Batch, rows: int) -> Tensor:
-    """Give the scores of rows 2..V-1 for every request, float32 [B, V - 2]."""
+def all_scores(model: AnyRanker, batch: Batch, rows: int) -> Tensor:
+    """Give the scores of rows 2..V-1 (`rows` of them) for every request, float32 [B, V - 2]."""
     state = model.encode(batch.history)
     scores = torch.empty(len(batch), rows, device=batch.history.item.device)
     chunk = max(_most_candidates(scores.device) // len(batch), 1)

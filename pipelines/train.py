@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines import boost, tracking
+from pipelines import boost, leave_one_out, tracking
 from pipelines.batches import BatchConfig, TrainingBatches
 from pipelines.checkpoint import Checkpoint, Progress, restore
 from pipelines.evaluate import TrainingSummary, validate
+from pipelines.leave_one_out import Protocol
 from pipelines.optimise import OptimiserConfig, build_optimisers, update
 from pipelines.prepared import PreparedSet
 from pipelines.team import Alone, Team
@@ -49,6 +50,7 @@ class StopConfig:
     max_steps: int | None = None  # a fixed budget, whatever the number of epochs
     validate_every: int = 150  # steps
     patience: int = 5  # validations without a gain before the run stops
+    protocol: Protocol = "candidates"  # leave_one_out: HR and NDCG of all validation targets among all items
     metric: str = "gauc"  # the best checkpoint is the one with the largest value of this
     samplers: tuple[str, ...] = ("uniform", "popularity")  # validation candidates; the mean over them decides
     requests: int = 1000  # validation requests, the same ones every time
@@ -309,15 +311,13 @@ class Loop:
         """Measure on the validation requests; keep the weights if they are the best so far."""
         stop, progress = self.config.stop, self.progress
         self.module.eval()
-        measured = None
-        if self.team.rank == 0:
-            measured = [validate(self.model, self.prepared, "valid", name, stop.requests) for name in stop.samplers]
-        found: list[dict[str, float]] = self.team.agree(measured)
-        values = {f"valid/{name}/{key}": v[key] for name, v in zip(stop.samplers, found, strict=True) for key in v}
+        found: list[dict[str, float]] = self.team.agree(self._measure() if self.team.rank == 0 else None)
         if stop.metric not in found[0]:
             raise ConfigError(f"[stop] metric must be one of {', '.join(found[0])}, found {stop.metric!r}")
         means = {key: sum(v[key] for v in found) / len(found) for key in found[0]}
-        values |= {f"valid/{key}": mean for key, mean in means.items()}
+        values = {f"valid/{key}": mean for key, mean in means.items()}
+        if stop.protocol == "candidates":
+            values |= {f"valid/{name}/{key}": v[key] for name, v in zip(stop.samplers, found, strict=True) for key in v}
         value = means[stop.metric]
         values |= {f"train/{key}": float(part) for key, part in losses.items()}
         if self.run is not None:
@@ -332,6 +332,13 @@ class Loop:
             without_gain=0 if gained else progress.without_gain + 1,
             curve=[*progress.curve, {"step": progress.step, **values}],
         )
+
+    def _measure(self) -> list[dict[str, float]]:
+        """Give the validation metrics: one set per sampler, or the one of the protocol."""
+        stop = self.config.stop
+        if stop.protocol == "leave_one_out":
+            return [leave_one_out.validate(self.model, self.prepared, stop.requests)]
+        return [validate(self.model, self.prepared, "valid", name, stop.requests) for name in stop.samplers]
 
     def save(self) -> None:
         """Write a checkpoint; of a team, the first member does."""

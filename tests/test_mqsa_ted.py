@@ -1,19 +1,17 @@
 """MQSA-TED against its equations, written a second time as plain loops, and against numbers worked out by hand."""
 
 import math
-import os
 from dataclasses import replace
 
 import faiss
 import numpy as np
 import pytest
 import torch
-from benchmarks import mqsa_ted_parity as parity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ranking.baskets import Slots, arrange, targets
+from ranking.baskets import Slots, arrange
 from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request
 from ranking.items import ItemTable, Transitions
 from ranking.mqsa_ted import FILL, Block, Branch, MqsaTed, MqsaTedConfig, pool, teacher
@@ -567,52 +565,6 @@ def test_users_without_a_target_add_nothing():
 def test_a_config_that_cannot_be_meant_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         parse(MqsaTedConfig, options, "[model]")
-
-
-def test_n6_ranks_and_metrics_of_the_protocol():
-    assert parity.metrics(np.array([3]))["ndcg_at_5"] == pytest.approx(0.430677, abs=1e-6)  # 1 / log2(3 + 2)
-    assert parity.metrics(np.array([5]))["ndcg_at_5"] == 0
-    scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    assert parity.rank_of(scores, torch.tensor([2, 0, 4])).tolist() == [1, 0, 4]
-
-
-FACTS = {
-    "beauty": ((22_363, 12_101, 198_502), (127_895, 112_191, 11_996, 105_532)),
-    "sports": ((35_598, 18_357, 296_337), (187_866, 179_048, 18_129, 152_268)),
-    "toys": ((19_412, 11_924, 167_597), (106_484, 99_664, 11_765, 87_072)),
-    "yelp": ((30_431, 20_033, 316_354), (217_423, 212_269, 19_975, 186_992)),
-}
-REFERENCES = {  # HR@5, NDCG@5, HR@10, NDCG@10, HR@20, NDCG@20
-    "beauty": ((0.0074, 0.0041, 0.0115, 0.0055, 0.0209, 0.0077), (0.0517, 0.0392, 0.0669, 0.0441, 0.0821, 0.0480)),
-    "sports": ((0.0057, 0.0041, 0.0090, 0.0052, 0.0151, 0.0067), (0.0285, 0.0207, 0.0368, 0.0234, 0.0462, 0.0258)),
-    "toys": ((0.0055, 0.0038, 0.0090, 0.0049, 0.0138, 0.0061), (0.0587, 0.0439, 0.0708, 0.0478, 0.0814, 0.0505)),
-    "yelp": ((0.0056, 0.0036, 0.0095, 0.0049, 0.0156, 0.0064), (0.0132, 0.0088, 0.0201, 0.0110, 0.0280, 0.0130)),
-}
-
-
-@pytest.fixture(params=FACTS)
-def real(request):
-    if "RECSYS_DATA" not in os.environ:
-        pytest.skip("RECSYS_DATA is not set: the paper's four sets are not here, so its reference points go unchecked")
-    return request.param, parity.load(request.param)
-
-
-def test_o8_transitions_and_targets_of_the_real_sets(real):
-    name, data = real
-    users, events = FACTS[name][0], FACTS[name][1]
-    assert (data.users, data.items, len(data.events)) == users
-    one, two = parity.transitions(data), parity.transitions(data, span=2)
-    pairs = int(one.weight.sum())
-    assert (pairs, len(one.target), int((one.offsets.diff() > 0).sum()), int(two.weight.sum()) - pairs) == events
-    batch = parity.training_batch(data, np.arange(data.users))
-    slots = arrange(batch.history.padded(50), torch.arange(data.items + 2, dtype=torch.int32), True)
-    assert len(targets(slots, batch.candidates.item.long())[0]) == pairs
-
-
-def test_the_protocol_gives_the_reference_points_to_four_digits(real):
-    name, data = real
-    for got, expected in zip(parity.references(data).values(), REFERENCES[name], strict=True):
-        assert tuple(round(value, 4) for value in got.values()) == expected
 
 
 def request_batch(label, item):

@@ -36,11 +36,13 @@ def ingest(
         str | None, typer.Option(help="A log this package knows; completejourney if no --config is given.")
     ] = None,
     users: Annotated[int | None, typer.Option(help="Keep a sample of this many users of a dataset.", min=1)] = None,
+    newest: Annotated[int | None, typer.Option(help="Keep only so many newest events of each user.", min=1)] = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a raw log into the canonical events, items and users of a workspace."""
     from pipelines.datasets import DATASETS
+    from pipelines.datasets import newest as newest_of
     from pipelines.ingest import ingest as run
     from pipelines.ingest import ingest_files, quarantine_of
     from pipelines.mapping import load_mapping
@@ -48,15 +50,16 @@ def ingest(
 
     log, name = Workspace(workspace).log, dataset or "completejourney"
     if config is not None:
-        if dataset is not None or users is not None:
-            raise ConfigError("--dataset and --users choose a known log; expected --config alone")
+        if dataset is not None or users is not None or newest is not None:
+            raise ConfigError("--dataset, --users and --newest choose a known log; expected --config alone")
         card = ingest_files(load_mapping(config, assignments or ()), config.parent, log, config.stem)
     elif assignments:
         raise ConfigError("--set changes a mapping; expected --config with it")
     elif name not in DATASETS:
         raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}, found {name!r}")
     else:
-        card = run(DATASETS[name](users), log)
+        raw = DATASETS[name](users)
+        card = run(raw if newest is None else newest_of(raw, newest), log)
     if as_json:
         print_result(card, as_json)
     else:

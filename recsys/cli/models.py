@@ -1,8 +1,9 @@
 """The verbs from a prepared set to a published bundle: train, sweep, evaluate, publish."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,6 +87,9 @@ def evaluate(
     options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
     trained = {name: trained_run(place.require(place.run(name), "train"), place.prepared) for name in runs}
     models = {name: one.model for name, one in trained.items()}
+    if options.protocol == "leave_one_out":
+        _leave_one_out(models, place, options, as_json)
+        return
     with Terminal().bar("evaluate") as bar:
         evaluation = run(models, place.prepared, options, lambda words, done, total: bar(done, total, words))
     summaries = {name: one.summary for name, one in trained.items()}
@@ -94,6 +98,24 @@ def evaluate(
     Terminal().say(f"Report: {(place.evaluation / 'report.html').resolve()}")
     if as_json:
         typer.echo((place.evaluation / "metrics.json").read_text())
+
+
+def _leave_one_out(models: Mapping[str, Any], place: Any, options: Any, as_json: bool) -> None:
+    """Judge models by the protocol of papers: a table and leave_one_out.json instead of the report."""
+    from pipelines.leave_one_out import evaluate as run
+
+    with Terminal().bar("evaluate") as bar:
+        report = run(
+            models,
+            place.prepared,
+            options.split,
+            options.resamples,
+            options.level,
+            options.seed,
+            lambda words, done, total: bar(done, total, words),
+        )
+    report.save(place.evaluation)
+    typer.echo((place.evaluation / "leave_one_out.json").read_text() if as_json else report.markdown())
 
 
 def publish(
