@@ -22,6 +22,7 @@ from ranking.attributes import Attributes
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
 from ranking.filters import Availability, Filters, seen_rows
+from ranking.ladder import Budget, Ladder, retriever_order
 from ranking.ranker import NEGATIVE
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.rules import Rules
@@ -76,6 +77,7 @@ class _Asked:
     encoded: Encoded | None  # None where nothing is known of the user
     query: SourceQuery
     sources: Sequence[tuple[Source, int]]
+    ladder: Ladder
 
 
 class Recommender:
@@ -117,12 +119,13 @@ class Recommender:
         self._sources = [*_sources(bundle, config, popularity), *more_sources]
         self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
 
-    def recommend(self, request: RecommendRequest, now: int) -> RecommendResponse:
+    def recommend(self, request: RecommendRequest, now: int, budget: Budget | None = None) -> RecommendResponse:
         """Give the k best items for a user or an inline history.
 
         Args:
             request: what is asked.
             now: the moment, microseconds UTC, where the request names none.
+            budget: with one, a stage that fails or is late is left out and named (`ranking.ladder`).
 
         Raises:
             RequestError: 422 for neither user nor history, a moment out of range, or a filter of an unknown column.
@@ -131,9 +134,9 @@ class Recommender:
         scoring only where filters and rules leave too few.
         """
         clock = Clock()
-        asked = self._ask(request, now, clock)
+        asked = self._ask(request, now, clock, Ladder(budget))
         found = self._search(asked, clock)
-        places, scores, degraded = self._ordered(request, found, clock)
+        places, scores = self._ordered(asked, found, clock)
         items = [
             RecommendedItem(
                 item_id=self.bundle.item_ids[row],
@@ -151,7 +154,7 @@ class Recommender:
             user_known=asked.user.known,
             history_events=len(asked.user.events),
             model_version=self.bundle.version,
-            degraded=degraded,
+            degraded=asked.ladder.degraded,
             timings={},
         )
         if request.explain:
@@ -159,7 +162,7 @@ class Recommender:
         clock.lap("top_k")
         return response.model_copy(update={"timings": clock.seconds()})
 
-    def rank(self, request: RankRequest, now: int) -> RankResponse:
+    def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
         """Give the scores of items in the order of the request, and the ranked list.
 
         An item the bundle does not know has no score and is listed in `unknown_item_ids`; an item asked twice is
@@ -168,6 +171,7 @@ class Recommender:
         Args:
             request: what is asked.
             now: the moment, microseconds UTC, where the request names none.
+            budget: with one, a ranker that fails or is late is replaced by the retriever, else by popularity.
 
         Raises:
             RequestError: 413 for more than `MAX_CANDIDATES` items; 422 for neither user nor history, or a moment out
@@ -179,16 +183,16 @@ class Recommender:
                 "too_many_candidates",
                 f"{len(request.item_ids)} items to rank; at most {MAX_CANDIDATES} are taken at once",
             )
-        clock = Clock()
-        user = self._users.read(request.user_id, request.history, request.at, now)
+        clock, ladder = Clock(), Ladder(budget)
+        user = self._users.read(request.user_id, request.history, request.at, now, ladder)
         clock.lap("history")
         found = [self._row_of.get(item) for item in request.item_ids]
         rows = np.array([row for row in found if row is not None], np.int32)
         encoded = None
         if user.known and len(rows):
-            encoded = self._scorer.encode_ranker(user)
+            encoded = self._scorer.encode_ranker(user, ladder)
             clock.lap("encode")
-        scores = self._scorer.score(encoded, rows)
+        scores = self._ranked(user, encoded, rows, ladder)
         clock.lap("score")
         given = iter(scores.tolist())
         item_ids = self.bundle.item_ids
@@ -202,24 +206,35 @@ class Recommender:
             user_known=user.known,
             history_events=len(user.events),
             model_version=self.bundle.version,
-            degraded=[],
+            degraded=ladder.degraded,
             timings=clock.seconds(),
         )
 
-    def _ask(self, request: RecommendRequest, now: int, clock: Clock) -> _Asked:
+    def _ranked(
+        self, user: User, encoded: Encoded | None, rows: NDArray[np.int32], ladder: Ladder
+    ) -> NDArray[np.float32]:
+        """Give the ranker's scores, else the retriever's, else log(1 + training events)."""
+        if encoded is None:
+            return self._scorer.score(None, rows)
+        scores = ladder.attempt("rank", lambda: self._scorer.score(encoded, rows), None)
+        if scores is None:
+            scores = ladder.attempt("retrieval", lambda: self._scorer.by_retriever(user, rows), None)
+        return self._scorer.score(None, rows) if scores is None else scores
+
+    def _ask(self, request: RecommendRequest, now: int, clock: Clock, ladder: Ladder) -> _Asked:
         """Read the user, join the filters, encode."""
-        user = self._users.read(request.user_id, request.history, request.at, now)
+        user = self._users.read(request.user_id, request.history, request.at, now, ladder)
         clock.lap("history")
         seen = seen_rows(request, user, self.config.exclude_seen_days)
         mask, blocked = self._filters.allowed(request, seen)
         clock.lap("filter")
         encoded, sources = None, self._sources_without_user
         if user.known:
-            encoded, sources = self._scorer.encode(user), self._sources
+            encoded, sources = self._scorer.encode(user, ladder), self._sources
             clock.lap("encode")
         vector = None if encoded is None else encoded.vector
         query = SourceQuery(user.rows, user.events.time, user.at, vector, mask, blocked, request.query)
-        return _Asked(request, user, seen, encoded, query, sources)
+        return _Asked(request, user, seen, encoded, query, sources, ladder)
 
     def _search(self, asked: _Asked, clock: Clock) -> Found:
         """Propose, score and choose, in further rounds until there are k or no item is left that may be taken."""
@@ -232,7 +247,7 @@ class Recommender:
             rounds += 1
             fresh = self._proposed(asked.sources, query, k, rounds)
             clock.lap("sources")
-            new = self._scorer.score(asked.encoded, fresh.rows)
+            new = self._scores(asked, fresh, scores)
             scorable = new > NEGATIVE
             unscored = np.concatenate([unscored, fresh.rows[~scorable]])
             pool, scores = pool.joined(fresh.take(scorable)), np.concatenate([scores, new[scorable]])
@@ -243,9 +258,21 @@ class Recommender:
             if len(chosen.places) < k:
                 query = self._narrowed(query, np.concatenate([pool.rows, unscored]), chosen.full)
             clock.lap("rules")
-            if len(chosen.places) >= k or query.blocked == len(self.bundle.items):
+            ended = len(chosen.places) >= k or query.blocked == len(self.bundle.items)
+            if ended or asked.ladder.late("search"):
                 names = [*(source.name for source, _ in asked.sources), self._catalogue.name]
                 return Found(names, pool, scores, chosen, unscored, rounds)
+
+    def _scores(self, asked: _Asked, fresh: Pool, before: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Give the ranker's scores, else scores below those before that keep the retriever's order."""
+        if asked.encoded is None:
+            return self._scorer.score(None, fresh.rows)
+        scores = asked.ladder.attempt("rank", lambda: self._scorer.score(asked.encoded, fresh.rows), None)
+        if scores is not None:
+            return scores
+        names = [source.name for source, _ in asked.sources]
+        retrieval = names.index(Retrieval.name) if Retrieval.name in names else None
+        return retriever_order(fresh, retrieval, float(before.min(initial=0.0)))
 
     def _proposed(self, sources: Sequence[tuple[Source, int]], query: SourceQuery, k: int, rounds: int) -> Pool:
         """Give what the sources propose; from the second round on the whole catalogue is one of them."""
@@ -266,22 +293,19 @@ class Recommender:
         self._rules.without(allowed, full)
         return replace(query, allowed=allowed, blocked=len(allowed) - int(np.count_nonzero(allowed)))
 
-    def _ordered(
-        self, request: RecommendRequest, found: Found, clock: Clock
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str]]:
-        """Give places and scores of the answer, best first, and the stages that were left out."""
-        places = found.chosen.places
+    def _ordered(self, asked: _Asked, found: Found, clock: Clock) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Give places and scores of the answer, best first."""
+        places, k, text, wanted = found.chosen.places, asked.request.k, self._text, asked.request.query
         scores = found.scores[places]
-        degraded: list[str] = []
-        if request.query is not None and self._text is None:
-            degraded.append("rerank")
-        elif request.query is not None and self._text is not None and len(places):
-            rows = found.pool.rows[places]
-            scores = self._text.rerank(request.query, rows, scores)
+        if wanted is not None and text is None:
+            asked.ladder.leave_out("rerank")
+        elif wanted is not None and text is not None and len(places):
+            rows, before = found.pool.rows[places], scores
+            scores = asked.ladder.attempt("rerank", lambda: text.rerank(wanted, rows, before), before)
             order = _order(rows, scores)
             places, scores = places[order], scores[order]
             clock.lap("rerank")
-        return places[: request.k], scores[: request.k], degraded
+        return places[:k], scores[:k]
 
     def _explained(
         self,

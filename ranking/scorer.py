@@ -9,12 +9,16 @@ from torch import Tensor
 
 from ranking.batch import FIRST_ITEM, Batch, Candidates, Request, assemble
 from ranking.bundle import Bundle
+from ranking.ladder import Ladder
 from ranking.users import User
 from recsys.history import Events
 
 
 class Encoded(NamedTuple):
-    """A user as the models see them: the request, the ranker's state, the retriever's vector float32 [1, D] or None."""
+    """A user as the models see them: the request, the ranker's state, the retriever's vector float32 [1, D].
+
+    State and vector are None where their model is out, the vector also where there is no retriever or no need of it.
+    """
 
     request: Request
     state: object
@@ -32,28 +36,35 @@ class Scorer:
         self._bundle = bundle
         self._count = bundle.items.count.cpu().numpy()
         self._shares_encode = self._state_is_vector()
+        self._item_vectors: NDArray[np.float32] | None = None
 
-    def encode(self, user: User) -> Encoded:
+    def encode(self, user: User, ladder: Ladder) -> Encoded:
         """Give the ranker's state and, if there is a retriever, its vector."""
-        bundle = self._bundle
         with torch.inference_mode():
-            batch, state = self._encode(user)
-            retriever = bundle.retriever
-            if retriever is None:
-                return Encoded(batch.request, state, None)
-            if self._shares_encode and isinstance(state, Tensor):
-                vector = state
-            elif (window := bundle.retriever_window) == bundle.ranker.window:
-                vector = retriever.user_vectors(batch.history)
-            else:
-                vector = retriever.user_vectors(self._assemble(user.events, user.at, window).history)
-            return Encoded(batch.request, state, vector.float().cpu().numpy())
+            batch, state = self._encode(user, ladder)
+            vector = ladder.attempt("retrieval", lambda: self._vector(user, batch, state), None)
+        return Encoded(batch.request, state, vector)
 
-    def encode_ranker(self, user: User) -> Encoded:
+    def encode_ranker(self, user: User, ladder: Ladder) -> Encoded:
         """Give the ranker's state alone."""
         with torch.inference_mode():
-            batch, state = self._encode(user)
+            batch, state = self._encode(user, ladder)
         return Encoded(batch.request, state, None)
+
+    def by_retriever(self, user: User, rows: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """Give the retriever's inner products with rows int32 [C], float32 [C]; None without a retriever.
+
+        For when the ranker is out: the item vectors are computed at the first call, which costs their size in memory.
+        """
+        if self._bundle.retriever is None:
+            return None
+        with torch.inference_mode():
+            if self._item_vectors is None:
+                self._item_vectors = self._bundle.retriever.item_vectors().float().cpu().numpy()
+            vector = self._vector(user, self._assemble(user.events, user.at, self._bundle.ranker.window), None)
+        assert vector is not None
+        products: NDArray[np.float32] = self._item_vectors[rows] @ vector[0]
+        return products
 
     def score(self, encoded: Encoded | None, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """Give the ranker's scores of rows int32 [C], float32 [C]; none depends on the other candidates.
@@ -71,9 +82,22 @@ class Scorer:
             scores: NDArray[np.float32] = logits.float().cpu().numpy()
             return scores
 
-    def _encode(self, user: User) -> tuple[Batch, object]:
+    def _encode(self, user: User, ladder: Ladder) -> tuple[Batch, object]:
         batch = self._assemble(user.events, user.at, self._bundle.ranker.window)
-        return batch, self._bundle.ranker.encode(batch.history)
+        return batch, ladder.attempt("rank", lambda: self._bundle.ranker.encode(batch.history), None)
+
+    def _vector(self, user: User, batch: Batch, state: object) -> NDArray[np.float32] | None:
+        retriever = self._bundle.retriever
+        if retriever is None:
+            return None
+        if self._shares_encode and isinstance(state, Tensor):
+            vector = state
+        elif (window := self._bundle.retriever_window) == self._bundle.ranker.window:
+            vector = retriever.user_vectors(batch.history)
+        else:
+            vector = retriever.user_vectors(self._assemble(user.events, user.at, window).history)
+        found: NDArray[np.float32] = vector.float().cpu().numpy()
+        return found
 
     def _assemble(self, events: Events, at: int, window: int | None) -> Batch:
         batch = assemble(

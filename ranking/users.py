@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ranking.batch import rows_of
 from ranking.bundle import Bundle
+from ranking.ladder import Ladder
 from recsys.errors import RequestError
 from recsys.history import Events
 from recsys.messages import InlineEvent
@@ -53,8 +54,10 @@ class Users:
         self._histories = histories
         self._limit = limit
 
-    def read(self, user_id: str | None, inline: Sequence[InlineEvent] | None, at: int | None, now: int) -> User:
-        """Give the user; an inline history is used instead of the stored one.
+    def read(
+        self, user_id: str | None, inline: Sequence[InlineEvent] | None, at: int | None, now: int, ladder: Ladder
+    ) -> User:
+        """Give the user; an inline history is used instead of the stored one, which without a store is empty.
 
         Raises:
             RequestError: 422 for neither user nor history, or a moment out of range.
@@ -63,7 +66,8 @@ class Users:
         if inline is not None:
             user_id, events = None, self._inline(inline)
         elif user_id is not None:
-            events = self._histories.read(user_id) or Events.empty()
+            reader, user = self._histories, user_id
+            events = ladder.attempt("history", lambda: reader.read(user), None) or Events.empty()
         else:
             raise RequestError(422, "no_user", "neither user_id nor history given; expected one of them")
         events = events.before(at)

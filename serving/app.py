@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from fastapi import FastAPI, Path, Query, Response
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 import recsys
+from ranking.ladder import Budget, Deadlines
 from recsys.errors import RequestError
 from recsys.messages import (
     EventsRequest,
@@ -64,6 +65,10 @@ class Limits:
     """requests under way or waiting; the next one is answered with 503"""
     body_bytes: int = 8 * 2**20
     """longest request body"""
+    stuck_seconds: float = 30.0
+    """one piece of work under way for longer makes the process unhealthy: no thread can be stopped from outside"""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    """of a request and its stages"""
 
 
 class Worker:
@@ -76,6 +81,7 @@ class Worker:
     def __init__(self, waiting: int) -> None:
         self._bound = waiting
         self._waiting = 0
+        self._began: float | None = None  # of the work under way
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
 
     @property
@@ -83,26 +89,36 @@ class Worker:
         """Requests under way or waiting."""
         return self._waiting
 
-    async def run(self, work: Callable[[], T]) -> tuple[T, float]:
+    @property
+    def busy_seconds(self) -> float:
+        """How long the work under way has taken so far; 0 if there is none."""
+        began = self._began
+        return 0.0 if began is None else time.perf_counter() - began
+
+    async def run(self, work: Callable[[], T], budget: Budget | None = None) -> tuple[T, float]:
         """Give the result of `work` and the seconds it waited for its turn.
 
         Raises:
-            RequestError: 503 if too many wait already.
+            RequestError: 503 if too many wait already, or if its turn came too late for its budget.
         """
         if self._waiting >= self._bound:
             raise RequestError(503, "overloaded", f"{self._waiting} requests are waiting; come back in a moment")
         asked = time.perf_counter()
         self._waiting += 1
         try:
-            result, started = await asyncio.get_running_loop().run_in_executor(self._thread, _timed, work)
+            result, started = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, work, budget)
         finally:
             self._waiting -= 1
         return result, started - asked
 
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    started = time.perf_counter()
-    return work(), started
+    def _timed(self, work: Callable[[], T], budget: Budget | None) -> tuple[T, float]:
+        if budget is not None and budget.late("request"):
+            raise RequestError(503, "too_late", f"waited {budget.seconds:.1f} s for its turn; come back in a moment")
+        self._began = started = time.perf_counter()
+        try:
+            return work(), started
+        finally:
+            self._began = None
 
 
 class Frame:
@@ -201,9 +217,10 @@ def create_app(service: Service, limits: Limits = Limits(), request_ids: bool = 
     )
     problems.install(app)
     worker = Worker(limits.waiting)
-    _add_answers(app, service, worker)
+    app.state.worker = worker
+    _add_answers(app, service, worker, limits.deadlines)
     _add_lookups(app, service, worker)
-    _add_operations(app, service)
+    _add_operations(app, service, worker, limits)
     app.add_middleware(Frame, telemetry=service.telemetry, body_bytes=limits.body_bytes, request_ids=request_ids)
     return app
 
@@ -214,15 +231,15 @@ def _json(value: BaseModel, timings: Timings) -> Response:
     return Response(value.model_dump_json(), headers={"Server-Timing": stages}, media_type="application/json")
 
 
-def _add_answers(app: FastAPI, service: Service, worker: Worker) -> None:
+def _add_answers(app: FastAPI, service: Service, worker: Worker, deadlines: Deadlines) -> None:
     """The routes that recommend, rank and record."""
     aside = Aside()
 
     @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: RecommendRequest) -> Response:
         """Give the k best items for a user, or for a history sent along."""
-        now = service.now
-        answer, waited = await worker.run(lambda: service.recommend(request, now))
+        now, budget = service.now, Budget(deadlines)
+        answer, waited = await worker.run(lambda: service.recommend(request, now, budget), budget)
         if service.has_rival(request.user_id):
             taken = worker.waiting <= SHADOW_WAITING and aside.offer(lambda: service.compare(request, answer, now))
             service.telemetry.shadow("taken" if taken else "dropped")
@@ -233,7 +250,8 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker) -> None:
     @app.post("/v1/rank", response_model=RankResponse, tags=["recommend"])
     async def rank(request: RankRequest) -> Response:
         """Give scores in the order of the request, and the ranked list; unknown items are listed apart."""
-        answer, waited = await worker.run(lambda: service.rank(request))
+        budget = Budget(deadlines)
+        answer, waited = await worker.run(lambda: service.rank(request, budget), budget)
         timings = {"queue": waited, **answer.timings}
         service.telemetry.stages(timings)
         return _json(answer, timings)
@@ -248,7 +266,7 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker) -> None:
         and one dated more than a day ahead is `refused_future`.
         """
         began = time.perf_counter()
-        answer, waited = await worker.run(lambda: service.record(request))
+        answer, waited = await worker.run(lambda: service.record(request), Budget(deadlines))
         timings = {"queue": waited, "record": time.perf_counter() - began - waited}
         service.telemetry.stages(timings)
         return _json(answer, timings)
@@ -300,7 +318,7 @@ async def _answer(worker: Worker, work: Callable[[], BaseModel]) -> Response:
     return _json(value, {"queue": waited})
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limits) -> None:
     """The page and the probes."""
     page = read_page()
 
@@ -310,7 +328,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/livez", response_class=PlainTextResponse, tags=["operate"])
     async def livez() -> str:
-        """Say that the process answers."""
+        """Say that the process answers; 503 if a piece of work has been stuck in it."""
+        if worker.busy_seconds > limits.stuck_seconds:
+            raise RequestError(503, "stuck", f"one request has been under way for {worker.busy_seconds:.0f} s")
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse, tags=["operate"])

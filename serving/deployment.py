@@ -14,7 +14,7 @@ from ray.serve.config import BackpressureConfig
 
 from recsys.config import parse
 from recsys.errors import RecsysError
-from serving.app import create_app
+from serving.app import Worker, create_app
 from serving.lineup import Plan
 from serving.problems import RETRY_AFTER_SECONDS
 from serving.settings import ServeConfig, load_plan, open_service
@@ -36,10 +36,18 @@ class Replica:
     def __init__(self, table: dict[str, Any]) -> None:
         self._config = parse(ServeConfig, table, "[serve]")
         self._service = open_service(self._config)
+        self._worker: Worker | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Give the application; Ray Serve calls this once, after the constructor."""
-        return create_app(self._service, self._config.limits, request_ids=False)
+        app = create_app(self._service, self._config.limits, request_ids=False)
+        self._worker = app.state.worker
+        return app
+
+    def check_health(self) -> None:
+        """Raise if a piece of work has been stuck, so that Serve replaces this process."""
+        if self._worker is not None and self._worker.busy_seconds > self._config.limits.stuck_seconds:
+            raise RuntimeError(f"one request has been under way for {self._worker.busy_seconds:.0f} s")
 
     async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
         """Serve the bundles of a plan: load them in a thread, replay their golden requests, then swap one reference.

@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ranking.bundle import Bundle
+from ranking.ladder import Budget
 from recsys.messages import RankRequest, RankResponse, RecommendRequest, RecommendResponse
 from serving.name_search import NameSearch
 
@@ -30,11 +31,11 @@ SHARE_SEED = 8
 class Answers(Protocol):
     """The request path: `ranking.recommender.Recommender`."""
 
-    def recommend(self, request: RecommendRequest, now: int) -> RecommendResponse:
+    def recommend(self, request: RecommendRequest, now: int, budget: Budget | None = None) -> RecommendResponse:
         """Give the k best items."""
         ...
 
-    def rank(self, request: RankRequest, now: int) -> RankResponse:
+    def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
         """Give the scores of given items."""
         ...
 

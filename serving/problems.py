@@ -14,6 +14,10 @@
     not_supported             501      the bundle lacks a part that the route needs
     store_unavailable         503      the live histories can't be had for now
     overloaded                503      too many requests wait; `Retry-After` says when to come back
+    too_late                  503      the request waited for its turn beyond its deadline
+    not_ready                 503      no bundle is loaded yet
+    log_unavailable           503      the event log cannot be written, so no event of the post was taken
+    stuck                     503      a piece of work does not end; the process is to be replaced
     internal                  500      a defect; the log has the details under the request id
 
 Other `recsys.errors.RequestError`s carry their own code and status.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
+from ranking.ladder import Budget
 from recsys.errors import RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (
@@ -95,20 +96,28 @@ class Service:
         """Version of the champion, empty before there is one."""
         return "" if self._lineup is None else self._lineup.champion.bundle.version
 
-    def recommend(self, request: RecommendRequest, now: int | None = None) -> RecommendResponse:
-        """Give the k best items for a user; `now` is the moment in microseconds UTC, that of the clock if absent."""
+    def recommend(
+        self, request: RecommendRequest, now: int | None = None, budget: Budget | None = None
+    ) -> RecommendResponse:
+        """Give the k best items for a user.
+
+        Args:
+            request: what is asked.
+            now: the moment, microseconds UTC; that of the clock if absent.
+            budget: the time there is; stages that fail or are late are then left out and named.
+        """
         answering = self.lineup.answering(request.user_id)
-        response = answering.recommender.recommend(request, self.state.now() if now is None else now)
+        response = answering.recommender.recommend(request, self.state.now() if now is None else now, budget)
         if self.histories.missed():
-            response = response.model_copy(update={"degraded": [*response.degraded, "history"]})
+            response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
         return response
 
-    def rank(self, request: RankRequest) -> RankResponse:
+    def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
         """Give the scores of given items for a user."""
-        response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now())
+        response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now(), budget)
         if self.histories.missed():
-            response = response.model_copy(update={"degraded": [*response.degraded, "history"]})
+            response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.candidates(len(request.item_ids), len(response.unknown_item_ids))
         return response

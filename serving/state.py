@@ -59,9 +59,18 @@ class State:
         now = self.now()
         events = [_event(one, position, now) for position, one in enumerate(posted)]
         self._later("tombstones", lambda: self.store.before_append(self.log))
-        taken = iter(self.log.append([event for event in events if event.time - now <= MAX_FUTURE]))
+        taken = iter(self._written([event for event in events if event.time - now <= MAX_FUTURE]))
         self._later("history", lambda: self.store.follow(self.log, encoder))
         return [(event, next(taken) if event.time - now <= MAX_FUTURE else "refused_future") for event in events]
+
+    def _written(self, events: Sequence[Event]) -> Sequence[str]:
+        """Give what became of each event; raises `RequestError` 503 if the log cannot be written, as on a full disk."""
+        try:
+            return self.log.append(events)
+        except OSError as error:
+            logger.exception("the event log cannot be written")
+            reason = f"the events cannot be made durable ({error.strerror}), so none is taken; send them again"
+            raise RequestError(503, "log_unavailable", reason) from error
 
     def forget(self, user_id: str, encoder: Encoder) -> ForgottenResponse:
         """Forget a user, durably; raises `RequestError` 404 for a user nothing is known of, `StoreError`."""

@@ -1,5 +1,6 @@
 """A small published bundle and snapshot, and services over them, for the tests of `serving/`."""
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +67,10 @@ def make_service(place: Place, state: Path, bundle: Path | None = None) -> Servi
     service = open_service(ServeConfig(bundle or place.bundle, place.snapshot, state, durability="os"))
     load_into(service, bundle or place.bundle)
     return service
+
+
+def free_port() -> int:
+    """Give a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -224,7 +224,7 @@ def test_the_rival_scores_the_same_moment_beside_each_answer(two, place, tmp_pat
 
 def test_a_shadow_that_fails_or_lags_harms_no_answer(two, place):
     class Broken:
-        def recommend(self, request, now):
+        def recommend(self, request, now, budget=None):
             raise ZeroDivisionError
 
     two.swap(two.served, shadow=replace(two.served, recommender=Broken()))
