@@ -205,8 +205,13 @@ def _atomic(path: Path) -> pl.LazyFrame:
 
 
 def _titles(items: pl.LazyFrame) -> pl.LazyFrame:
+    """Give titles, genres, and as the one category most models read the genre that is named first."""
+    genres = pl.col("genres").str.split("|")
     return items.select(
-        pl.col(ITEM_ID).cast(pl.String), pl.col("title").alias(TEXT), pl.col("genres").str.split("|").alias("genres")
+        pl.col(ITEM_ID).cast(pl.String),
+        pl.col("title").alias(TEXT),
+        genres.alias("genres"),
+        genres.list.first().alias("category"),
     )
 
 

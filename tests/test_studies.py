@@ -1,0 +1,125 @@
+"""The studies' grid: every cell is a sound configuration, a killed grid goes on where it was, tables say what lacks."""
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from benchmarks.studies import measure, plan, run, tables
+
+from pipelines import datasets
+from pipelines.datasets import RawLog
+from recsys.errors import DataError
+
+DAY = 86_400_000_000
+QUICK = ("batches.rows=16", "stop.max_steps=6", "stop.validate_every=3", "stop.checkpoint_every=2", "stop.requests=20")
+READ = {"max_requests": 40, "full_ranking_requests": 10, "cold_requests": 0, "resamples": 20}
+
+
+def test_every_cell_is_a_sound_configuration_with_a_name_of_its_own():
+    grid = list(plan.cells())
+    assert max(Counter((cell.study, cell.name) for cell in grid).values()) == 1
+    for cell in grid:
+        config = measure.config_of(cell)
+        assert config.seed == cell.seed
+        assert cell.model in plan.STUDIES[cell.study].rows
+        assert cell.dataset in plan.DATASETS
+    for name, study in plan.STUDIES.items():
+        assert {claim.model for claim in study.claims} | {claim.other for claim in study.claims} <= set(study.rows), (
+            name
+        )
+        planned = {cell.model for cell in grid if cell.study == name}
+        assert planned == set(study.rows)
+
+
+def test_models_of_a_candidates_table_differ_in_the_model_alone():
+    """The same budget, negatives and evaluated requests for every row that trains on requests."""
+    configs = {
+        cell.model: measure.config_of(cell) for cell in plan.cells() if cell.study == "ctr" and cell.seed == 2023
+    }
+    trained = [config for row, config in configs.items() if row not in ("mqsa_ted",)]
+    assert len({(config.batches, replace(config.stop, metric="")) for config in trained}) == 1
+
+
+def small_log(users):
+    """Forty users of one event a day for ninety days."""
+    draws = np.random.default_rng(5)
+    user = np.repeat(np.arange(40), 90).astype(str)
+    item = draws.integers(0, 30, len(user)).astype(str)
+    at = np.tile(np.arange(90), 40) * DAY + 1_600_000_000_000_000
+    events = pl.DataFrame({"user_id": user, "item_id": item, "timestamp": at})
+    items = pl.DataFrame({"item_id": [*map(str, range(30))], "category": [f"c{one % 4}" for one in range(30)]})
+    return RawLog("small", events.lazy(), items.lazy())
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """Three cells of one table and one under leave_one_out."""
+    monkeypatch.setitem(datasets.DATASETS, "small", small_log)
+    known = {"timed": plan.Dataset("small"), "ordered": plan.Dataset("small", newest=12, prepare=plan.LEAVE_ONE_OUT)}
+    for name, dataset in known.items():
+        monkeypatch.setitem(plan.DATASETS, name, dataset)
+    watched = ("stop.protocol=leave_one_out", "stop.metric=ndcg_at_20")
+    short = ("model.length=10", "model.width=8", "model.softmax=full", "model.negatives=8")
+    cells = (
+        plan.Cell("ctr", "timed", "popularity", "popularity", 0, ("stop.requests=20",), evaluate=READ),
+        plan.Cell("ctr", "timed", "mean_pooling", "mean_pooling", 1, QUICK, evaluate=READ),
+        plan.Cell("ctr", "timed", "mean_pooling", "mean_pooling", 2, QUICK, evaluate=READ),
+        plan.Cell("paper", "ordered", "MQSA-TED", "mqsa_ted_paper", 1, (*QUICK, *watched, *short), "leave_one_out"),
+    )
+    monkeypatch.setattr(tables, "cells", lambda: iter(cells))
+    study = replace(plan.STUDIES["ctr"], dataset="timed", rows=("popularity", "mean_pooling", "din"))
+    claims = tuple(
+        plan.Claim(*pair, "uniform/gauc", "us") for pair in (("mean_pooling", "popularity"), ("din", "popularity"))
+    )
+    paper = replace(plan.STUDIES["paper"], dataset="ordered", rows=("MQSA-TED",), claims=())
+    monkeypatch.setattr(tables, "STUDIES", {"ctr": replace(study, claims=claims), "paper": paper})
+    return cells
+
+
+@pytest.mark.slow
+def test_a_grid_killed_in_the_middle_of_a_run_ends_as_one_that_was_not(grid, tmp_path, monkeypatch):
+    assert run.run(grid, tmp_path / "whole", tmp_path / "one") == []
+    with monkeypatch.context() as patch:  # the clock passes the deadline in the middle of the second cell's steps
+        ticks = itertools.count()
+        patch.setattr(run.time, "monotonic", lambda: float(next(ticks)))
+        run.run(grid, tmp_path / "killed", tmp_path / "two", deadline=6.0)
+    assert [run.done(cell, tmp_path / "two") for cell in grid] == [True, False, False, False]
+    assert run.run(grid, tmp_path / "killed", tmp_path / "two") == []
+    measured = []
+    monkeypatch.setattr(run, "measure", lambda cell, *_: measured.append(cell))
+    run.run(grid, tmp_path / "killed", tmp_path / "two")
+    assert measured == []
+    one, two = tables.results_of(tmp_path / "one"), tables.results_of(tmp_path / "two")
+    assert sum(map(len, one.values())) == len(grid)
+    for key, seeds in one.items():
+        for whole, resumed in zip(seeds, two[key], strict=True):
+            assert whole.record["metrics"] == resumed.record["metrics"]
+            assert whole.record["training"]["best_step"] == resumed.record["training"]["best_step"]
+    check_vectors(one)
+    check_tables(tables.render(one))
+
+
+def check_vectors(found):
+    """What was kept by user gives the very figures that were measured."""
+    for one in itertools.chain.from_iterable(found.values()):
+        names = ("ndcg_at_5",) if one.cell.study == "paper" else ("uniform/gauc", "popularity/ndcg_at_10", tables.FULL)
+        for name in names:
+            ratio = one.ratio(name)
+            assert ratio.numerator.sum() / ratio.denominator.sum() == pytest.approx(one.metric(name), rel=1e-5)
+    same = found["ctr", "timed", "popularity"]
+    assert tables.difference(same, same, "uniform/gauc") == (0.0, 0.0, 0.0)
+    other = found["paper", "ordered", "MQSA-TED"]
+    with pytest.raises(DataError, match="different data"):
+        tables.difference(same, other, "uniform/gauc")
+
+
+def check_tables(text):
+    assert "Cells run: 3 of 3." in text
+    row = next(line for line in text.splitlines() if line.startswith("| `mean_pooling` | 2 |"))
+    assert row.count("±") == 4
+    assert f"| `din` | 0 | {tables.MISSING} |" in text
+    assert f"| `din` – `popularity` | uniform/gauc | {tables.MISSING} |" in text
+    assert "**ordered**" in text
