@@ -7,7 +7,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # faiss-cpu and faiss-gpu own the same module: exactly one is installed, the GPU one where an NVIDIA driver is present.
 FAISS  ?= $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
-EXTRAS ?= $(FAISS),data,text,dev
+EXTRAS ?= $(FAISS),data,text,dev,redis
 ARGS   ?=
 
 .PHONY: env quickstart test lint types layers format clean

@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from recsys.errors import BundleError, ConfigError
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
@@ -19,6 +21,7 @@ from serving.view_files import remove_unused
 from serving.watcher import WatchConfig
 
 PAIRS = "pairs"
+REDIS_URL = "RECSYS_REDIS_URL"
 WARM_EVENTS = 50
 WARM_REQUESTS = 3
 
@@ -51,6 +54,10 @@ class ServeConfig:
     """of the users whom a challenger answers, where there is one"""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """registry whose aliases say which bundles serve"""
+    history_store: Literal["lmdb", "redis"] = "lmdb"
+    """where live histories are: in files that the replicas of this machine share, or in Redis, for several machines"""
+    redis_url: str = field(default="", repr=False)
+    """of the Redis store; the environment variable RECSYS_REDIS_URL if empty, where a password belongs"""
     history_events: int = HISTORY_EVENTS
     """newest posted events kept of a user; the recommender uses the newest 10,000 of a history"""
 
@@ -58,10 +65,17 @@ class ServeConfig:
         for name in ("replicas", "cores", "window", "history_events"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[serve] {name} is {getattr(self, name)}; expected at least 1")
+        if self.history_store == "redis" and not redis_url(self):
+            raise ConfigError(f'[serve] history_store is "redis"; expected its URL in {REDIS_URL} or in redis_url')
         if not 1 <= self.port <= 65_535:
             raise ConfigError(f"[serve] port is {self.port}; expected 1 to 65535")
         if not 0 <= self.challenger_share <= 1:
             raise ConfigError(f"[serve] challenger_share is {self.challenger_share}; expected 0 to 1")
+
+
+def redis_url(config: ServeConfig) -> str:
+    """Give where the Redis store is; empty if nobody said."""
+    return config.redis_url or os.environ.get(REDIS_URL, "")
 
 
 def open_service(config: ServeConfig) -> Service:
@@ -85,6 +99,13 @@ def open_service(config: ServeConfig) -> Service:
 
 
 def _open_store(config: ServeConfig, base: Snapshot) -> LiveHistories:
+    if config.history_store == "redis":
+        try:
+            from serving.redis_store import RedisHistoryStore
+        except ImportError as error:
+            raise ConfigError(f"the Redis history store needs the extra `redis` ({error})") from None
+
+        return RedisHistoryStore(redis_url(config), base, config.history_events)
     views = config.state / "histories"
     store = LmdbHistoryStore(views / base.id, base, config.history_events, check=True)
     remove_unused(views, keep=base.id)

@@ -62,9 +62,9 @@ def _write(directory: Path, items: ItemTable, known: int) -> None:
     write_bundle(directory, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest"))
 
 
-def make_service(place: Place, state: Path, bundle: Path | None = None) -> Service:
+def make_service(place: Place, state: Path, bundle: Path | None = None, **settings) -> Service:
     """Open a service over a bundle, `place.bundle` unless said otherwise."""
-    service = open_service(ServeConfig(bundle or place.bundle, place.snapshot, state, durability="os"))
+    service = open_service(ServeConfig(bundle or place.bundle, place.snapshot, state, durability="os", **settings))
     load_into(service, bundle or place.bundle)
     return service
 
