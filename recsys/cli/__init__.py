@@ -24,6 +24,7 @@ VERBS = (
     models.publish,
     answers.recommend,
     answers.serve,
+    answers.compare_online,
     answers.quickstart,
 )
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recsys.cli.options import DEFAULT_WORKSPACE, SetOption, UriOption, WorkspaceOption
-from recsys.terminal import Terminal
+from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.terminal import Terminal, print_result
 
 if TYPE_CHECKING:
     from serving.settings import ServeConfig
@@ -68,6 +68,25 @@ def serve(
     with start(options) as running:
         Terminal().say(f"Serving at {running.address}; documentation at {running.address}/docs. Stop with Ctrl-C.")
         running.wait()
+
+
+def compare_online(
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    state: Annotated[Path | None, typer.Option(help="Directory of a service; that of the workspace if absent.")] = None,
+    window_hours: Annotated[float, typer.Option(min=0, help="Hours in which events count after a request.")] = 24.0,
+    action: Annotated[list[str] | None, typer.Option(help="Count events of this action only; may be repeated.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare challenger and shadow with the champion on the same live requests, by what users did afterwards."""
+    from pipelines.workspace import Workspace
+    from serving.online_comparison import compare_online as run
+    from serving.online_comparison import describe
+
+    found = run(state or Workspace(workspace).state, int(window_hours * 3.6e9), _now(), tuple(action or ()))
+    if as_json:
+        print_result([comparison.table() for comparison in found], as_json)
+    else:
+        typer.echo(describe(found))
 
 
 def quickstart(

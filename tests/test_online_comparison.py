@@ -1,0 +1,101 @@
+"""Two bundles on the same live requests: worked by hand, and from requests over HTTP to the command's answer."""
+
+import json
+import math
+import time
+
+import pytest
+from serving_world import make_service, publish_world
+from starlette.testclient import TestClient
+
+from recsys.errors import DataError
+from recsys.stores import Event
+from serving.app import create_app
+from serving.event_log import SegmentLog
+from serving.lineup import BundlePlace, Plan
+from serving.online_comparison import compare_online, describe
+from serving.pairs import Listed, Pair, PairLog
+from serving.settings import load_plan
+
+HOUR = 3_600_000_000
+
+
+def pair(user: str, at: int, answered: str, other: str) -> Pair:
+    return Pair(at, user, Listed("champion", "a", list(answered), 0.002), Listed("shadow", "b", list(other), 0.004))
+
+
+def test_by_hand(tmp_path):
+    pairs = PairLog(tmp_path / "pairs")
+    for each in (
+        pair("u", 100, "xyz", "zyx"),
+        pair("v", 100, "xyz", "abc"),
+        pair("w", 100, "xyz", "xyz"),  # does nothing
+        pair("gone", 100, "xyz", "zyx"),
+        pair("u", 900, "xyz", "zyx"),  # its window has not ended
+    ):
+        pairs.append(each)
+    pairs.close()
+    with (tmp_path / "pairs" / "0.jsonl").open("w") as file:
+        file.write('{"at": 100, "user_id": "cut sh')
+    log = SegmentLog(tmp_path / "log", "os")
+    log.append([Event("1", "u", "z", 150), Event("2", "u", "z", 100), Event("3", "u", "x", 201)])
+    log.append([Event("4", "v", "a", 200), Event("5", "v", "q", 120), Event("6", "gone", "x", 120)])
+    log.forget("gone")
+    log.close()
+    [found] = compare_online(tmp_path, window=100, now=999, resamples=50)
+    assert (found.answered, found.other) == ("champion a", "shadow b")
+    assert (found.requests, found.users, found.with_outcome, found.young) == (3, 3, 2, 1)
+    assert found.overlap == pytest.approx((1 + 0 + 1) / 3)
+    assert [figure.value for figure in found.measures["hit_rate"]] == [1 / 2, 1, 1 / 2]
+    # u: z is third or first of one outcome; v: a is not there or first of two outcomes
+    ours, theirs = (1 / math.log2(4) + 0) / 2, (1 + 1 / (1 + 1 / math.log2(3))) / 2
+    assert [figure.value for figure in found.measures["ndcg"]] == pytest.approx([ours, theirs, theirs - ours])
+    assert found.seconds == (0.002, 0.004)
+    assert "3 requests of 3 users, 2 with an event afterwards; 1 too young" in describe([found])
+
+
+def test_actions_choose_the_outcomes(tmp_path):
+    pairs = PairLog(tmp_path / "pairs")
+    pairs.append(pair("u", 100, "xyz", "zyx"))
+    log = SegmentLog(tmp_path / "log", "os")
+    log.append([Event("1", "u", "z", 150, "view"), Event("2", "u", "x", 160, "buy")])
+    [all_actions] = compare_online(tmp_path, 100, 999, resamples=5)
+    [bought] = compare_online(tmp_path, 100, 999, ["buy"], resamples=5)
+    assert all_actions.measures["ndcg"][2].value == pytest.approx(0)
+    assert bought.measures["ndcg"][2].value == pytest.approx(1 / math.log2(4) - 1)
+
+
+def test_without_pairs_it_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match="--alias challenger"):
+        compare_online(tmp_path, HOUR, 0)
+
+
+def test_from_requests_to_the_commands_answer(tmp_path):
+    from typer.testing import CliRunner
+
+    from recsys.cli import app
+
+    place = publish_world(tmp_path / "world")
+    service = make_service(place, tmp_path / "state")
+    load_plan(service, Plan(BundlePlace(place.bundle, ""), shadow=BundlePlace(place.smaller, "")))
+    with TestClient(create_app(service)) as client:
+        for number in range(10):
+            client.post("/v1/recommend", json={"user_id": f"user-{number}", "k": 5}).raise_for_status()
+            client.post("/v1/events", json={"events": [{"user_id": f"user-{number}", "item_id": "item-1"}]})
+            deadline = time.monotonic() + 20
+            while client.get("/metrics").text.count('outcome="dropped"') == 0 and time.monotonic() < deadline:
+                if len(list((tmp_path / "state").glob("pairs/*.jsonl"))) and _lines(tmp_path) > number:
+                    break
+                time.sleep(0.01)
+    service.close()
+    done = CliRunner().invoke(
+        app, ["compare-online", "--state", str(tmp_path / "state"), "--window-hours", "0", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    [found] = json.loads(done.output)
+    assert found["requests"] == 10
+    assert found["answered"] == f"champion {service.version}"
+
+
+def _lines(directory) -> int:
+    return sum(path.read_text().count("\n") for path in (directory / "state").glob("pairs/*.jsonl"))
