@@ -10,16 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from typer.testing import CliRunner
 
 from pipelines.datasets import RawLog, newest, sequence_set
 from pipelines.ingest import ingest
 from pipelines.leave_one_out import MASK, Ranks, evaluate, rank_of, ranks_by, target_ranks
 from pipelines.prepare import PrepareConfig, prepare
+from pipelines.shipped import find_config
 from pipelines.splits import SplitConfig
+from pipelines.train import load_config, train
+from pipelines.workspace import Workspace
 from ranking.batch import FIRST_ITEM
 from ranking.popularity import Popularity, PopularityConfig
 from ranking.transitions_ranker import TransitionsConfig, TransitionsRanker
-from recsys.errors import DataError
+from recsys.cli import app
+from recsys.errors import ConfigError, DataError
+from recsys.files import read_json
 
 SPLIT = SplitConfig("last_request")
 
@@ -72,6 +78,22 @@ def test_seen_items_are_masked_and_ties_go_to_the_lowest_id(tiny, split):
         order = sorted(map(str, range(12)), key=lambda i: (-count.get(i, 0) + MASK * (i in seen), int(i)))
         assert order.index(target) == rank
     assert evaluate({"pop": model}, tiny, split, resamples=50).metrics["pop"]["hr_at_20"] == 1.0
+
+
+def test_evaluate_judges_runs_by_the_protocol_also_those_of_a_sweep(tmp_path, mlflow_uri):
+    place = Workspace(tmp_path)
+    ingest(tiny_log(), place.log)
+    prepare(place.log, place.prepared.directory, PrepareConfig(split=SPLIT, negatives=1, workers=1))
+    watched = ["stop.protocol=leave_one_out", "stop.metric=ndcg_at_20"]
+    config = load_config(find_config("popularity"), watched)
+    train(config, place.prepared, place.run("sweep/popularity-1"), mlflow_uri)
+    verb = ["evaluate", "sweep/popularity-1", "--workspace", str(tmp_path), "--set", "protocol=leave_one_out"]
+    assert "| popularity-1 | " in CliRunner().invoke(app, verb, catch_exceptions=False).output
+    found = read_json(place.evaluation / "leave_one_out.json")
+    expected = target_ranks(Popularity(PopularityConfig(), place.prepared.items), place.prepared, "test").metrics()
+    assert found["metrics"]["popularity-1"].items() >= expected.items()
+    with pytest.raises(ConfigError, match="must differ in their last part"):
+        CliRunner().invoke(app, [*verb, "popularity-1"], catch_exceptions=False)
 
 
 def test_newest_keeps_the_newest_events_and_counts_the_rest(tmp_path):

@@ -1,13 +1,16 @@
 """The studies' grid: every cell is a sound configuration, a killed grid goes on where it was, tables say what lacks."""
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
-from benchmarks.studies import measure, plan, run, tables
+import torch
+import torch.nn.functional as F
+from benchmarks.studies import measure, plan, run, sdim_distance, tables
 
 from pipelines import datasets
 from pipelines.datasets import RawLog
@@ -41,6 +44,21 @@ def test_models_of_a_candidates_table_differ_in_the_model_alone():
     }
     trained = [config for row, config in configs.items() if row not in ("mqsa_ted",)]
     assert len({(config.batches, replace(config.stop, metric="")) for config in trained}) == 1
+
+
+def test_more_groups_bring_sdim_nearer_to_the_attention_it_estimates():
+    draws = torch.Generator().manual_seed(1)
+    q, s = (torch.randn(6, rows, 12, generator=draws, dtype=torch.float64) + 0.5 for rows in (5, 40))
+    mask = torch.rand(6, 40, generator=draws) < 0.8
+    s = s * mask.unsqueeze(-1)
+    far, near = (sdim_distance.distance(q, s, mask, 2, groups, seed=3) for groups in (2, 512))
+    assert near["ratio"] > 0.995
+    assert near["error"] < far["error"] / 8  # as G^-1/2, so 16 times nearer but for luck
+    mean, total = sdim_distance.exact(q, s, mask, 2)
+    weights = [(1 - math.acos(float(F.cosine_similarity(q[0, 0], one, dim=0))) / math.pi) ** 2 for one in s[0, mask[0]]]
+    by_hand = (torch.tensor(weights, dtype=torch.float64)[:, None] * s[0, mask[0]]).sum(0)
+    torch.testing.assert_close(total[0, 0], by_hand)
+    torch.testing.assert_close(mean[0, 0], by_hand / sum(weights))
 
 
 def small_log(users):

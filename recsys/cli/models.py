@@ -3,12 +3,18 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.errors import ConfigError
 from recsys.terminal import Terminal, print_result
+
+if TYPE_CHECKING:
+    from pipelines.evaluation import EvaluateConfig
+    from pipelines.workspace import Workspace
+    from ranking.ranker import AnyRanker
 
 
 def train(
@@ -67,7 +73,9 @@ def sweep(
 
 
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(help="Directory names of training runs in the workspace.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Directory names of training runs in the workspace; of a sweep's, sweep/NAME.")
+    ],
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "evaluate",
     assignments: SetOption = None,
@@ -85,7 +93,11 @@ def evaluate(
 
     place, path = Workspace(workspace), find_config(config)
     options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
-    trained = {name: trained_run(place.require(place.run(name), "train"), place.prepared) for name in runs}
+    if len({Path(name).name for name in runs}) < len(runs):
+        raise ConfigError(
+            f"runs must differ in their last part, which names them in the report; found {' '.join(runs)}"
+        )
+    trained = {Path(run).name: trained_run(place.require(place.run(run), "train"), place.prepared) for run in runs}
     models = {name: one.model for name, one in trained.items()}
     if options.protocol == "leave_one_out":
         _leave_one_out(models, place, options, as_json)
@@ -100,7 +112,9 @@ def evaluate(
         typer.echo((place.evaluation / "metrics.json").read_text())
 
 
-def _leave_one_out(models: Mapping[str, Any], place: Any, options: Any, as_json: bool) -> None:
+def _leave_one_out(
+    models: "Mapping[str, AnyRanker]", place: "Workspace", options: "EvaluateConfig", as_json: bool
+) -> None:
     """Judge models by the protocol of papers: a table and leave_one_out.json instead of the report."""
     from pipelines.leave_one_out import evaluate as run
 
