@@ -59,10 +59,15 @@ class Curve:
     place: int
 
 
-def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[Series]) -> str:
-    """Give horizontal marks with intervals: one row per category (best first), one mark per series in it."""
+def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[Series], zero: bool = False) -> str:
+    """Give horizontal marks with intervals: one row per category (best first), one mark per series in it.
+
+    `zero` draws a line at 0, where differences are shown.
+    """
 
     def paint(axes: "Axes") -> None:
+        if zero:
+            axes.axvline(0, color=INK, linewidth=0.8)
         for index, one in enumerate(series):
             for row, point in enumerate(one.points):
                 if point.value is not None:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import audit_record, findings, plots, tables
+from pipelines import audit_record, findings, pages, plots, tables
 from pipelines.audit_record import Audit
 from pipelines.evaluation import OUTSIDE, Evaluation, TrainingSummary
 from pipelines.findings import PRIMARY
 from pipelines.plots import Curve, Point, Series
-from pipelines.tables import Cell, Table
+from pipelines.tables import Table
 from recsys.files import whole_file
 
 OUTSIDE_GAUC = f"segment/{OUTSIDE}/{PRIMARY}"
-TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
 SAMPLERS = {
     "uniform": "every item with training events alike, except those of the request; the user's history is allowed",
@@ -147,18 +146,7 @@ def _verdict(audit: Audit | None, current: bool) -> Verdict | None:
 
 def render_html(page: Page) -> str:
     """Give the page as one HTML document."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup, escape
-
-    def code(text: str) -> Markup:
-        """Set what stands between backticks as code; everything is escaped first."""
-        parts = str(escape(text)).split("`")
-        return Markup("".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts)))
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["code"] = code
-    environment.filters["svg"] = Markup  # our own drawing, not input
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
+    return pages.render("report.html.j2", page=page)
 
 
 def render_markdown(page: Page) -> str:
@@ -179,20 +167,10 @@ def render_markdown(page: Page) -> str:
             parts.append(f"## {title}")
         for table in found:
             parts += [f"### {table.title}"] if table.title != title else []
-            parts += [_markdown(table), *([table.note] if table.note else [])]
+            parts += [pages.markdown(table), *([table.note] if table.note else [])]
     parts += ["## How negatives were sampled", "\n".join(f"- {line}" for line in page.sampling)]
     parts += ["## Definitions", "\n".join(f"- **{name}**: {text}" for name, text in page.definitions)]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(table: Table) -> str:
-    def text(cell: Cell) -> str:
-        value = f"**{cell.text}**" if cell.best else cell.text
-        return f"{value} ({cell.below})" if cell.below else value
-
-    lines = ["| " + " | ".join(table.header) + " |", "|---|" + "---:|" * (len(table.header) - 1)]
-    lines += ["| " + " | ".join(text(cell).replace("|", "\\|") for cell in row) + " |" for row in table.rows]
-    return "\n".join(lines)
 
 
 def _plots(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> dict[str, Plot]:

@@ -181,7 +181,8 @@ def begin(config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str)
     with tracking.run(uri, directory.name, run_id) as run:
         if run_id is None:
             (directory / CHECKPOINT).unlink(missing_ok=True)
-            write_json(about, {"inputs": inputs, "run_id": run.run_id, "config": config.table()})
+            known = {"inputs": inputs, "run_id": run.run_id, "config": config.table(), "data_digest": prepared.digest}
+            write_json(about, known)
             run.params(config.table())
             run.tags({"data_digest": prepared.digest, "git_commit": tracking.git_commit(), "model": config.name})
         yield run, inputs

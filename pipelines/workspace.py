@@ -49,6 +49,11 @@ class Workspace:
         return self.root / "evaluation"
 
     @property
+    def comparison(self) -> Path:
+        """Directory of the last comparison: compare.json, compare.html, compare.md."""
+        return self.root / "comparison"
+
+    @property
     def bundle(self) -> Path:
         """The bundle published last."""
         return self.root / "bundle"

@@ -28,6 +28,10 @@ class Statistic(Protocol):
         """Give float64 [R] for weights int32 [R, U]; NaN where it is not defined."""
         ...
 
+    def users(self) -> int:
+        """Count the users it depends on; the others may be drawn or not."""
+        ...
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -40,6 +44,10 @@ class Ratio:
         """Give the ratio per resample. Cost: two products of [R, U] with [U]."""
         above, below = (weights @ np.stack([self.numerator, self.denominator], axis=1)).T
         return _quotient(above, below)
+
+    def users(self) -> int:
+        """Count the users that add to the denominator."""
+        return int(np.count_nonzero(self.denominator))
 
     @staticmethod
     def of_groups(values: Floats, user: NDArray[np.int64], users: int, weight: Floats | None = None) -> "Ratio":
@@ -115,25 +123,35 @@ class PooledAuc:
                 positives[first + row] = own.sum()
         return _quotient(above.astype(np.float64), 2.0 * positives * negatives)
 
+    def users(self) -> int:
+        """Count the users that have a candidate."""
+        return len(np.unique(np.concatenate([np.unique(self.negative_user), np.unique(self.positive_user)])))
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic on the users as they are, and on R resamples of them (float64 [R])."""
+    """A statistic on the users as they are, and on R resamples of them (float64 [R]); it depends on `users` of them."""
 
     value: float
     resampled: Floats
+    users: int
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Give the percentile interval (Efron 1979); NaN twice where fewer than two resamples define the statistic."""
+        """Give the percentile interval (Efron 1979).
+
+        NaN twice where fewer than two resamples define the statistic, or where it depends on fewer than two users:
+        every resample of one user is that user, which says nothing of others.
+        """
         known = self.resampled[~np.isnan(self.resampled)]
-        if len(known) < 2:
+        if len(known) < 2 or self.users < 2:
             return float("nan"), float("nan")
         low, high = np.percentile(known, [50 * (1 - level), 50 * (1 + level)])
         return float(low), float(high)
 
     def minus(self, other: "Estimate") -> "Estimate":
         """Give the paired difference; both must come from the same users, seed and number of resamples."""
-        return Estimate(self.value - other.value, self.resampled - other.resampled)
+        users = min(self.users, other.users)
+        return Estimate(self.value - other.value, self.resampled - other.resampled, users)
 
 
 def bootstrap(statistics: Mapping[str, Statistic], users: int, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -151,7 +169,7 @@ def bootstrap(statistics: Mapping[str, Statistic], users: int, resamples: int, s
         for name, statistic in statistics.items():
             parts[name].append(statistic.of(weights))
     return {
-        name: Estimate(float(statistic.of(ones)[0]), np.concatenate([*parts[name], np.empty(0)]))
+        name: Estimate(float(statistic.of(ones)[0]), np.concatenate([*parts[name], np.empty(0)]), statistic.users())
         for name, statistic in statistics.items()
     }
 

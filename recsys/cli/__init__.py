@@ -21,6 +21,7 @@ VERBS = (
     models.train,
     models.sweep,
     models.evaluate,
+    models.compare,
     models.publish,
     answers.recommend,
     answers.serve,

@@ -1,4 +1,4 @@
-"""The verbs from a prepared set to a published bundle: train, sweep, evaluate, publish."""
+"""The verbs from a prepared set to a published bundle: train, sweep, evaluate, compare, publish."""
 
 import json
 from collections.abc import Mapping
@@ -130,6 +130,38 @@ def _leave_one_out(
         )
     report.save(place.evaluation)
     typer.echo((place.evaluation / "leave_one_out.json").read_text() if as_json else report.markdown())
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Runs of the workspace, MLflow run ids, bundle directories, or kept predictions."),
+    ],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "compare",
+    mlflow: UriOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which of several models is better, how surely, and how many users it would take; trains nothing."""
+    from pipelines.compare import CompareFile
+    from pipelines.compare import compare as run
+    from pipelines.compare_page import build_page, render_markdown, write_page
+    from pipelines.compare_runs import subjects
+    from pipelines.shipped import find_config
+    from pipelines.workspace import Workspace
+    from recsys.config import parse, read_toml
+
+    place, path = Workspace(workspace), find_config(config)
+    place.require(place.prepared.directory, "prepare")
+    options = parse(CompareFile, read_toml(path, assignments or ()), str(path))
+    with subjects(runs, place, mlflow or place.tracking_uri) as found, Terminal().bar("compare") as bar:
+        compared = run(found, place.prepared, options, lambda words, done, total: bar(done, total, words))
+    compared.save(place.comparison)
+    write_page(compared, place.comparison)
+    text = render_markdown(build_page(compared)).partition("## Exploratory")[0].replace("`", "")
+    typer.echo((place.comparison / "compare.json").read_text() if as_json else text)
+    Terminal().say(f"Comparison: {(place.comparison / 'compare.html').resolve()}")
 
 
 def publish(

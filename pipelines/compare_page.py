@@ -1,0 +1,175 @@
+"""What a comparison says to a person: a summary in words, the verdicts that decide, then what is exploratory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from pipelines import pages, plots
+from pipelines.compare import Compared
+from pipelines.findings import NAMES, number, percent, signed
+from pipelines.plots import Point, Series
+from pipelines.tables import Cell, Table
+from pipelines.verdicts import Verdict
+from recsys.files import whole_file
+
+HEADER = ("Model", "against", "Verdict", "Difference", "Users it would take")
+MOST_PAIRS = 8
+"""Pairs the summary speaks of; the table holds all."""
+
+
+@dataclass(frozen=True)
+class ComparePage:
+    """All a reader gets, in order."""
+
+    title: str
+    summary: list[str]
+    plot: str
+    decisive: list[Table]
+    exploratory: list[Table]
+
+
+def build_page(found: Compared) -> ComparePage:
+    """Collect everything the page says."""
+    metric = NAMES.get(found.config.metric, found.config.metric)
+    decisive = [_values(found, metric), _table(f"Verdicts on {metric}, the primary metric", found.primary)]
+    if found.config.segments:
+        share = 100 * (1 - (1 - found.config.level) / len(found.config.segments))
+        note = f"GAUC in the segments named beforehand, at {share:.4g} % each, so that together they err as one does."
+        decisive.append(_table("Verdicts by segment", found.segments, note, segment=True))
+    if found.twins:
+        note = "Two files of one method differ by the luck of the seed: any other verdict is a false one."
+        decisive.append(_table("Twins: the same configuration, other seeds", found.twins, note))
+    exploratory = [
+        _table(name, list(part)) for name, part in groupby(found.exploratory, lambda verdict: verdict.segment)
+    ]
+    return ComparePage(
+        f"Comparison of {_names(list(found.values))}".replace("`", ""),
+        summary(found, metric),
+        _plot(found, metric),
+        decisive,
+        exploratory,
+    )
+
+
+def summary(found: Compared, metric: str) -> list[str]:
+    """Give the verdicts in sentences; `backticks` mark names."""
+    config = found.config
+    lines = [
+        f"On {found.requests:,} `{config.split}` requests of {found.users:,} users, against `{config.sampler}` "
+        f"negatives, paired by user; {metric} over all requests decides."
+    ]
+    lines += [sentence(verdict, metric) for verdict in found.primary[:MOST_PAIRS]]
+    if len(found.primary) > MOST_PAIRS:
+        lines.append(f"The table below has all {len(found.primary)} pairs.")
+    turned = [verdict for verdict in found.segments if verdict.word in ("better", "worse")]
+    lines += [f"In `{v.segment}`: {sentence(v, 'GAUC')}" for v in turned]
+    if found.agrees is not None:
+        lines.append(f"Of {len(found.twins)} pairs of twins {percent(found.agrees)} come out cannot tell.")
+    if found.not_defined:
+        lines.append(f"Without a positive, so not defined: {_names(found.not_defined)}.")
+    lines.append(
+        f"Each verdict errs in {100 * (1 - config.level):.3g} % of cases where nothing differs; {len(found.primary)} "
+        "pairs were looked at. A verdict on two files does not cover the luck of a training seed; one on methods does. "
+        f"{len({v.segment for v in found.exploratory})} further segments are exploratory: they decide nothing."
+    )
+    return lines
+
+
+def sentence(verdict: Verdict, metric: str) -> str:
+    """Say one verdict."""
+    what = {"files": "", "twins": "", "methods": " as a method"}[verdict.kind]
+    if verdict.word == "not defined":
+        return f"`{verdict.model}` against `{verdict.other}` is not defined: {verdict.why}."
+    size = f"{metric} {_difference(verdict)}"
+    if verdict.word == "cannot tell":
+        needed = f" It would take about {verdict.users_needed:,} users." if verdict.users_needed else ""
+        why = f" ({verdict.why})" if verdict.why else ""
+        return f"Cannot tell `{verdict.model}` from `{verdict.other}`{what}: {size}{why}.{needed}"
+    return f"`{verdict.model}` is {verdict.word} than `{verdict.other}`{what}: {size}."
+
+
+def write_page(found: Compared, directory: Path) -> None:
+    """Write `compare.html` and `compare.md`, each whole or not at all."""
+    page = build_page(found)
+    for name, text in (
+        ("compare.html", pages.render("compare.html.j2", page=page)),
+        ("compare.md", render_markdown(page)),
+    ):
+        with whole_file(directory / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def render_markdown(page: ComparePage) -> str:
+    """Give the page in Markdown."""
+    parts = [f"# {page.title}", *page.summary]
+    for table in page.decisive:
+        parts += [f"## {table.title}", pages.markdown(table), *([table.note] if table.note else [])]
+    if page.exploratory:
+        parts.append("## Exploratory")
+    for table in page.exploratory:
+        parts += [f"### {table.title}", pages.markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _values(found: Compared, metric: str) -> Table:
+    names = sorted(found.values, key=lambda name: -(found.values[name][found.config.metric] or 0.0))
+    method = {run: leader for leader, runs in found.methods.items() for run in runs}
+    rows = [
+        (
+            Cell(name),
+            Cell(number(found.values[name][found.config.metric]), best=place == 0),
+            Cell(method[name] if len(found.methods[method[name]]) > 1 else "–"),
+        )
+        for place, name in enumerate(names)
+    ]
+    return Table("Values", ("Run", metric, "seeds of"), tuple(rows))
+
+
+def _table(title: str, verdicts: Sequence[Verdict], note: str = "", segment: bool = False) -> Table:
+    rows = []
+    for verdict in verdicts:
+        needed = f"{verdict.users_needed:,}" if verdict.users_needed else "–"
+        cells = [
+            Cell(verdict.model),
+            Cell(verdict.other),
+            Cell(verdict.word, best=verdict.word in ("better", "worse")),
+            Cell(signed(verdict.difference) if verdict.difference is not None else "–", _bounds(verdict)),
+            Cell(needed),
+        ]
+        rows.append(tuple([Cell(verdict.segment), *cells] if segment else cells))
+    return Table(title, ("Segment", *HEADER) if segment else HEADER, tuple(rows), note)
+
+
+def _plot(found: Compared, metric: str) -> str:
+    """Draw the differences of the primary metric with their intervals."""
+    known = [verdict for verdict in found.primary if verdict.difference is not None][:20]
+    if not known:
+        return ""
+    points = [
+        Point(v.difference, None if v.ci_low is None or v.ci_high is None else (v.ci_low, v.ci_high)) for v in known
+    ]
+    names = [f"{_shortened(verdict.model)} − {_shortened(verdict.other)}" for verdict in known]
+    return plots.ranges("differences", f"difference in {metric}", names, [Series("difference", points)], zero=True)
+
+
+def _shortened(name: str) -> str:
+    """Give the end of a long name, such as a path."""
+    return name if len(name) <= 20 else f"…{name[-19:]}"
+
+
+def _difference(verdict: Verdict) -> str:
+    bounds = _bounds(verdict)
+    value = signed(verdict.difference or 0.0)
+    return f"{value} [{bounds}]" if bounds else value
+
+
+def _bounds(verdict: Verdict) -> str:
+    if verdict.ci_low is None or verdict.ci_high is None:
+        return ""
+    return f"{signed(verdict.ci_low)} to {signed(verdict.ci_high)}"
+
+
+def _names(names: Sequence[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
