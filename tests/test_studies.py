@@ -88,12 +88,16 @@ def grid(monkeypatch):
         plan.Cell("paper", "ordered", "MQSA-TED", "mqsa_ted_paper", 1, (*QUICK, *watched, *short), "leave_one_out"),
     )
     monkeypatch.setattr(tables, "cells", lambda: iter(cells))
-    study = replace(plan.STUDIES["ctr"], dataset="timed", rows=("popularity", "mean_pooling", "din"))
-    claims = tuple(
-        plan.Claim(*pair, "uniform/gauc", "us") for pair in (("mean_pooling", "popularity"), ("din", "popularity"))
+    claims = tuple(plan.Claim(row, "popularity", "uniform/gauc", "us") for row in ("mean_pooling", "din"))
+    study = replace(
+        plan.STUDIES["ctr"],
+        dataset="timed",
+        rows=("popularity", "mean_pooling", "din"),
+        claims=claims,
+        segments=("history_50_199",),
     )
     paper = replace(plan.STUDIES["paper"], dataset="ordered", rows=("MQSA-TED",), claims=())
-    monkeypatch.setattr(tables, "STUDIES", {"ctr": replace(study, claims=claims), "paper": paper})
+    monkeypatch.setattr(tables, "STUDIES", {"ctr": study, "paper": paper})
     return cells
 
 
@@ -141,3 +145,6 @@ def check_tables(text):
     assert f"| `din` | 0 | {tables.MISSING} |" in text
     assert f"| `din` – `popularity` | uniform/gauc | {tables.MISSING} |" in text
     assert "**ordered**" in text
+    parts = [line for line in text[text.index("GAUC by segment") :].splitlines() if line.startswith("| `")]
+    assert parts[1].count("±") == 1
+    assert parts[2] == f"| `din` | {tables.MISSING} |"

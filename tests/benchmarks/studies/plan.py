@@ -75,6 +75,7 @@ class Study:
     rows: tuple[str, ...]
     claims: tuple[Claim, ...]
     about: str  # budget, negatives, tie rule: what a reader must know beside the figures
+    segments: tuple[str, ...] = ()  # told apart in a table of their own, GAUC against uniform negatives
 
 
 # --- 1 and 2: leave-one-out, all items ranked ---------------------------------------------------------------------
@@ -299,7 +300,8 @@ STUDIES = {
             )
             for metric in GAUC
         ),
-        "Data, budget and negatives as in the table of all models.",
+        "Data, budget and negatives as in the table of all models; the 50 newest events are read.",
+        ("history_0_49", "history_50_199", "history_1000_up", "popularity_head", "popularity_tail"),
     ),
     "dare": Study(
         "DARE: width of the attention table, TWIN of equal parameters",

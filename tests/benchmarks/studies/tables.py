@@ -152,6 +152,21 @@ def cost_table(study: Study, found: Mapping[str, Sequence[Result]]) -> list[str]
     )
 
 
+def segments_table(study: Study, found: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Give GAUC against uniform negatives for users by length of history and positives by popularity."""
+    names = [f"uniform/segment/{name}/gauc" for name in study.segments]
+
+    def rows() -> Iterator[list[str]]:
+        for row in study.rows:
+            seeds = found.get(row, [])
+            yield [
+                f"`{row}`",
+                *(spread([one.metric(name) for one in seeds], 4) if seeds else MISSING for name in names),
+            ]
+
+    return table(["model", *(name.replace("_", " ") for name in study.segments)], rows())
+
+
 def agreement(study: Study, found: Mapping[str, Sequence[Result]], sampler: str) -> str:
     """Say how far the order of the models by sampled NDCG@10 is that of the full ranking."""
     pairs = [
@@ -247,6 +262,8 @@ def render(results: Mapping[tuple[str, str, str], list[Result]]) -> str:
                 *cost_table(study, found),
                 "",
             ]
+            if study.segments:
+                lines += ["GAUC by segment, `uniform` negatives:", "", *segments_table(study, found), ""]
             lines += [agreement(study, found, sampler) for sampler in ("uniform", "popularity")] + [""]
         if study.claims:
             lines += ["Differences:", "", *claims(study, found), ""]
