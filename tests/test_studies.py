@@ -10,10 +10,13 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.studies import measure, plan, run, sdim_distance, tables
+from benchmarks.studies import dare_search, measure, plan, run, sdim_distance, tables
+from sklearn.metrics import mutual_info_score
 
 from pipelines import datasets
 from pipelines.datasets import RawLog
+from pipelines.scoring import draw_requests, take_sets
+from ranking.dare import Dare, DareConfig
 from recsys.errors import DataError
 
 DAY = 86_400_000_000
@@ -59,6 +62,34 @@ def test_more_groups_bring_sdim_nearer_to_the_attention_it_estimates():
     by_hand = (torch.tensor(weights, dtype=torch.float64)[:, None] * s[0, mask[0]]).sum(0)
     torch.testing.assert_close(total[0, 0], by_hand)
     torch.testing.assert_close(mean[0, 0], by_hand / sum(weights))
+
+
+def test_the_oracle_of_search_counts_mutual_information_and_its_own_order_is_perfect(prepared):
+    draws = np.random.default_rng(2)
+    sign, label = draws.integers(0, 2, 90), draws.integers(0, 2, 90)
+    counts = ((sign * label).sum(), label.sum(), sign.sum(), 90)
+    found = dare_search.mutual_information(*(torch.tensor([float(n)], dtype=torch.float64) for n in counts))
+    assert float(found) == pytest.approx(mutual_info_score(sign, label), abs=1e-12)
+
+    torch.manual_seed(1)
+    model = Dare(DareConfig(pos_mode="group"), prepared.items).eval()
+    sample = draw_requests(prepared, "valid", 60, 1)
+    sets = take_sets(prepared.candidates("valid", "uniform"), sample.index)
+    with torch.inference_mode():
+        categories = int(prepared.items.column("category").max()) + 1
+        oracle = dare_search.count_oracle(model, prepared, sample, sets, categories, least=2)
+
+        def perfect(model, state, batch):
+            sign = dare_search.signs(state, dare_search.category_of(model, batch.history.padded(200).item))
+            return oracle.gains(dare_search.category_of(model, batch.candidates.item), sign)
+
+        orders = {"perfect": (model, perfect), "search": (model, dare_search.by_search)}
+        orders["chance"] = (model, dare_search.any_order)
+        quality = dare_search.quality(orders, oracle, prepared, sample, sets)
+    means = {name: one.numerator.sum() / one.denominator.sum() for name, one in quality.items()}
+    assert means["perfect"] == pytest.approx(1.0)
+    assert means["chance"] < 0.8
+    assert means["search"] < 0.9  # untrained
 
 
 def small_log(users):
