@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ranking.text_backbone import (
     TextTokenizer,
+    build_transformer,
     digest_of,
     in_passes,
     load_transformer,
@@ -33,7 +34,7 @@ class DenseConfig:
     backbone: str = "minilm"
     """alias of an installed package, local directory or Hugging Face name"""
     pool: Literal["cls", "mean"] = "mean"
-    max_query_len: int = 64
+    max_query_len: int = 256
     """tokens, special ones included"""
     max_passage_len: int = 256
 
@@ -92,13 +93,14 @@ class DenseEncoder(nn.Module):
     def save(self, directory: Path) -> None:
         """Write the encoder."""
         options = dataclasses.asdict(self.config)
-        save_model(directory, self, "dense", options, self.tokenizer, self.transformer)
+        save_model(directory, self, "dense", options, self.tokenizer, {"architecture": self.transformer})
 
     @staticmethod
     def load(directory: Path) -> "DenseEncoder":
         """Read what `save` wrote."""
-        options, transformer, tokenizer = saved_parts(directory)
-        encoder = DenseEncoder(parse(DenseConfig, options, str(directory)), transformer, tokenizer)
+        about, tokenizer = saved_parts(directory)
+        config = parse(DenseConfig, about["options"], str(directory))
+        encoder = DenseEncoder(config, build_transformer(about["architecture"]), tokenizer)
         load_weights(directory, encoder)
         return encoder
 

@@ -229,21 +229,26 @@ def digest_of(module: nn.Module, options: Any) -> str:
 
 
 def save_model(
-    directory: Path, module: nn.Module, kind: str, options: dict[str, Any], tokenizer: TextTokenizer, model: nn.Module
+    directory: Path,
+    module: nn.Module,
+    kind: str,
+    options: dict[str, Any],
+    tokenizer: TextTokenizer,
+    transformers: dict[str, nn.Module],
 ) -> None:
     """Write a text model: config.json, model.safetensors (tied tensors once), tokenizer.json.
 
     Args:
         directory: replaced as a whole.
-        module: all that is learned; `model`, its transformer, is part of it.
+        module: all that is learned; its transformers are parts of it.
         kind: key of `ENCODERS` or `RERANKERS`.
         options: the model's own config.
         tokenizer: its tokenizer.
-        model: the transformer, whose architecture is written down.
+        transformers: those whose architecture is written down, under the key it gets in config.json.
     """
     with whole_directory(directory) as place:
-        about = {"format": FORMAT, "kind": kind, "options": options, "architecture": architecture_of(model)}
-        write_json(place / CONFIG, about)
+        architectures = {name: architecture_of(model) for name, model in transformers.items()}
+        write_json(place / CONFIG, {"format": FORMAT, "kind": kind, "options": options, **architectures})
         seen: set[int] = set()
         tensors = {}
         for name, tensor in module.state_dict().items():
@@ -273,7 +278,6 @@ def load_weights(directory: Path, module: nn.Module) -> None:
             own[name].copy_(tensor)
 
 
-def saved_parts(directory: Path, head: str = "none") -> tuple[dict[str, Any], nn.Module, TextTokenizer]:
-    """Give options, a transformer with fresh weights and the tokenizer of a saved text model."""
-    about = read_config(directory)
-    return about["options"], build_transformer(about["architecture"], head), TextTokenizer.of(str(directory))
+def saved_parts(directory: Path) -> tuple[dict[str, Any], TextTokenizer]:
+    """Give config.json and the tokenizer of a saved text model."""
+    return read_config(directory), TextTokenizer.of(str(directory))

@@ -1,0 +1,111 @@
+"""The first stages every text model is printed beside: BM25, dense, SPLADE, and their fusions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from pipelines.text_cache import VectorCache
+from pipelines.text_corpus import Corpus, Queries
+from pipelines.text_measures import measure
+from ranking.bm25 import Bm25
+from ranking.fusion import Ranking, best, convex_fusion, reciprocal_rank_fusion
+from ranking.index import build
+from ranking.splade import Splade, sparse_search
+from ranking.text_models import Report, TextEncoder, Vectors
+from recsys.files import whole_file
+
+PLACES = 100
+WEIGHTS = tuple(step / 10 for step in range(1, 10))
+"""of BM25 in the convex fusion, tried on the dev queries"""
+
+
+@dataclass(frozen=True)
+class FirstStages:
+    """First stages over one corpus. Vectors are cached under `cache`, by model and content.
+
+    Args:
+        corpus: the passages.
+        encoder: the plain dense encoder.
+        cache: directory of the vectors.
+        splade: a sparse encoder; None leaves SPLADE out.
+        report: told of passages encoded.
+    """
+
+    corpus: Corpus
+    encoder: TextEncoder
+    cache: Path
+    splade: Splade | None = None
+    report: Report | None = None
+
+    @cached_property
+    def bm25(self) -> Bm25:
+        """The lexical index."""
+        return Bm25.build(self.corpus.passages)
+
+    @cached_property
+    def passage_vectors(self) -> Vectors:
+        """Plain vectors of the passages, float32 [N, D]."""
+        cache = VectorCache(self.cache / self.encoder.digest / "passages")
+        return cache.get(self.corpus.passages, self.encoder.encode_passages, self.report)
+
+    @cached_property
+    def _sparse_passages(self) -> Any:
+        assert self.splade is not None
+        path = self.cache / f"splade-{self.corpus.name}-{len(self.corpus)}.npz"
+        if path.exists():
+            return sparse.load_npz(path)
+        matrix = self.splade.encode(self.corpus.passages, self.report)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            sparse.save_npz(file, matrix)
+        return matrix
+
+    def query_vectors(self, texts: Sequence[str]) -> Vectors:
+        """Plain vectors of queries, float32 [Q, D]."""
+        return VectorCache(self.cache / self.encoder.digest / "queries").get(texts, self.encoder.encode_queries)
+
+    def dense(self, texts: Sequence[str], vectors: Vectors | None = None) -> Ranking:
+        """Rank by inner product, exactly; `vectors` stands in for those of the plain encoder."""
+        vectors = self.query_vectors(texts) if vectors is None else vectors
+        return dense_search(vectors, self.passage_vectors)
+
+    def sparse(self, texts: Sequence[str]) -> Ranking:
+        """Rank by SPLADE."""
+        assert self.splade is not None
+        return sparse_search(self.splade.encode(texts), self._sparse_passages, PLACES)
+
+    def all(self, texts: Sequence[str], weight: float | None = None) -> dict[str, Ranking]:
+        """Give every first stage by name; the convex fusion where its BM25 weight is given."""
+        lexical, dense = self.bm25.search(texts, PLACES), self.dense(texts)
+        rankings = {"bm25": lexical, "dense": dense}
+        if self.splade is not None:
+            rankings["splade"] = self.sparse(texts)
+        rankings["rrf"] = reciprocal_rank_fusion([lexical, dense], PLACES)
+        if self.splade is not None:
+            rankings["rrf3"] = reciprocal_rank_fusion([lexical, dense, rankings["splade"]], PLACES)
+        if weight is not None:
+            rankings["convex"] = convex_fusion(lexical, dense, weight, PLACES)
+        return rankings
+
+    def choose_weight(self, dev: Mapping[str, Queries], vectors: Mapping[str, Vectors] | None = None) -> float:
+        """Give the BM25 weight of the best mean nDCG@10 over dev tasks, each task counting alike."""
+        mean = np.zeros(len(WEIGHTS))
+        for name, queries in dev.items():
+            lexical = self.bm25.search(queries.texts, PLACES)
+            dense = self.dense(queries.texts, None if vectors is None else vectors[name])
+            for place, weight in enumerate(WEIGHTS):
+                fused = convex_fusion(lexical, dense, weight, PLACES)
+                mean[place] += measure(fused, queries)["ndcg_at_10"].mean()
+        return WEIGHTS[int(mean.argmax())]
+
+
+def dense_search(queries: Vectors, passages: Vectors, places: int = PLACES) -> Ranking:
+    """Rank passages by exact inner product through the bundle's index; rows start at 0 here and at 1 there."""
+    if not len(queries):
+        return best(np.zeros((0, len(passages))), places)
+    rows, scores = build(passages, np.arange(1, len(passages) + 1)).search(queries, min(places, len(passages)))
+    return Ranking(rows - 1, scores)

@@ -1,0 +1,170 @@
+"""Corpora of passages with queries and judgements: any folder in BEIR's layout, or the catalogue of a log.
+
+corpus.jsonl      {"_id", "title", "text"} per line
+queries.jsonl     {"_id", "text"} per line
+qrels/SPLIT.tsv   query-id, corpus-id, score, with a header
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from recsys.columns import ITEM_ID, TEXT
+from recsys.errors import DataError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Passages in a fixed order; a passage's row is its place in it."""
+
+    name: str
+    ids: list[str]
+    passages: list[str]  # title + " " + text, stripped
+    titles: list[str]
+    items: list[list[str]] | None = None  # of a catalogue: the items that have this very text
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries with their judged passages.
+
+    Attributes:
+        ids: of the queries.
+        texts: of the queries.
+        grades: per query, passage row -> grade; a passage without a grade counts 0.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    grades: list[dict[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def only(self, places: Sequence[int]) -> "Queries":
+        """Give the queries at some places."""
+        return Queries(*([part[place] for place in places] for part in (self.ids, self.texts, self.grades)))  # type: ignore[arg-type]
+
+    def __add__(self, other: "Queries") -> "Queries":
+        return Queries(self.ids + other.ids, self.texts + other.texts, self.grades + other.grades)
+
+
+def read_corpus(directory: Path) -> Corpus:
+    """Read `corpus.jsonl` of a BEIR folder; raises `DataError` naming the line that is not as it should be."""
+    path = directory / "corpus.jsonl"
+    ids: list[str] = []
+    titles, passages = [], []
+    first_line: dict[str, int] = {}
+    for number, record in _lines(path):
+        key = _string(path, number, record, "_id")
+        if key in first_line:
+            raise DataError(f"{path}:{number}: _id {key!r} was on line {first_line[key]} already; ids must be unique")
+        first_line[key] = number
+        title, text = _string(path, number, record, "title", ""), _string(path, number, record, "text")
+        ids.append(key)
+        titles.append(title)
+        passages.append(f"{title} {text}".strip())
+    if not ids:
+        raise DataError(f"{path}: 0 documents; expected one JSON object per line")
+    return Corpus(directory.name, ids, passages, titles)
+
+
+def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
+    """Read the queries of `qrels/SPLIT.tsv`; raises `DataError` for judgements of unknown queries or documents."""
+    path = directory / "queries.jsonl"
+    texts = {_string(path, n, record, "_id"): _string(path, n, record, "text") for n, record in _lines(path)}
+    judgements = directory / "qrels" / f"{split}.tsv"
+    row = {key: place for place, key in enumerate(corpus.ids)}
+    grades: dict[str, dict[int, int]] = {}
+    unknown: list[str] = []
+    for query, document, grade in _judgements(judgements):
+        if query not in texts:
+            raise DataError(f"{judgements}: query {query!r} is not in {path}")
+        if document not in row:
+            unknown.append(document)
+            continue
+        grades.setdefault(query, {})[row[document]] = grade
+    if unknown:
+        raise DataError(
+            f"{judgements}: {len(unknown)} judgements of documents that are not in corpus.jsonl, first five: "
+            f"{', '.join(unknown[:5])}; mend the file or use the corpus it was made for"
+        )
+    return Queries(list(grades), [texts[key] for key in grades], list(grades.values()))
+
+
+def catalogue_corpus(items: Path, name: str = "catalogue") -> Corpus:
+    """Give the catalogue of a log as passages: every distinct item text once, with the items that have it.
+
+    Args:
+        items: `items.parquet` of a canonical log.
+        name: of the corpus, part of the hold-out hash.
+    """
+    try:
+        table = pl.read_parquet(items, columns=[ITEM_ID, TEXT])
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{items}: no catalogue with columns {ITEM_ID} and {TEXT}: {error}") from None
+    grouped = (
+        table.with_columns(pl.col(TEXT).str.strip_chars())
+        .filter(pl.col(TEXT).is_not_null() & (pl.col(TEXT) != "") & (pl.col(TEXT) != pl.col(ITEM_ID)))
+        .group_by(TEXT, maintain_order=True)
+        .agg(ITEM_ID)
+    )
+    if grouped.is_empty():
+        raise DataError(f"{items}: no item has a text; map a text column (`recsys init`) to search the catalogue")
+    texts, members = grouped[TEXT].to_list(), grouped[ITEM_ID].to_list()
+    return Corpus(name, [str(group[0]) for group in members], texts, [""] * len(texts), members)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}:{number}: not JSON, {error.msg} at column {error.colno}") from None
+                if not isinstance(record, dict):
+                    raise DataError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+                yield number, record
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a corpus folder has corpus.jsonl, queries.jsonl and qrels/") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _string(path: Path, number: int, record: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    value = record.get(key, default)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        found = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise DataError(f"{path}:{number}: {key} must be a string, found {found}")
+    return value
+
+
+def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, delimiter="\t")
+            next(rows, None)  # header
+            for number, fields in enumerate(rows, 2):
+                try:
+                    query, document, grade = fields
+                    yield query, document, int(grade)
+                except ValueError:
+                    raise DataError(
+                        f"{path}:{number}: expected query-id, corpus-id and a whole number, found {fields}"
+                    ) from None
+    except FileNotFoundError:
+        known = sorted(other.stem for other in path.parent.glob("*.tsv"))
+        raise DataError(f"{path}: no such split; there are {', '.join(known) or 'none'}") from None

@@ -1,0 +1,332 @@
+"""Training of text models: one loop for the encoder and the rerankers, resumable, logged as the rankers are.
+
+Every draw is a function of (seed, step, purpose), so a run that is killed and started again draws what it would have
+drawn. The best weights by the dev measure are kept; dev and test documents never give training pairs.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipelines import tracking
+from pipelines.checkpoint import Checkpoint, Progress, restore
+from recsys.errors import ConfigError, DataError, RecsysError
+from recsys.files import read_json, sha256_json, write_json
+
+CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model"
+"""directory of the finished model in that of its run"""
+
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class TextStop:
+    """How long to train, how often to look."""
+
+    steps: int = 1000
+    validate_every: int = 200
+    patience: int = 5
+    """validations without a gain before the run stops"""
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True)
+class TextOptimiser:
+    """AdamW with warm-up and linear decay."""
+
+    learning_rate: float = 2e-5
+    """of the backbone"""
+    learning_rate_fresh: float = 1e-3
+    """of what training starts from nothing: fusion, decoder, heads"""
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    """share of the steps"""
+    clip: float = 1.0
+
+
+class Task(Protocol):
+    """What the loop needs of a training task."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        ...
+
+    @property
+    def fresh(self) -> Sequence[nn.Parameter]:
+        """Parameters that are not the backbone's."""
+        ...
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Give the loss of one step and numbers worth logging."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Give dev measures; the first one decides which weights are kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """A finished run."""
+
+    directory: Path
+    run_id: str
+    progress: Progress
+
+    @property
+    def model(self) -> Path:
+        """Directory of the model, as `ranking.text_models` loads it."""
+        return self.directory / MODEL
+
+    def table(self) -> dict[str, Any]:
+        """Give what the run took and reached, as JSON values."""
+        progress = self.progress
+        return {
+            "run_id": self.run_id,
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "best_value": progress.best_value,
+            "seconds": round(progress.seconds, 1),
+        }
+
+
+class TextTrainingError(RecsysError):
+    """The loss stopped being a number."""
+
+
+def contrastive_loss(queries: Tensor, passages: Tensor, target: Tensor, also: Tensor, temperature: float) -> Tensor:
+    """Give the mean cross-entropy of each query's positive among all passages of the batch, in float32.
+
+    Args:
+        queries: [B, d].
+        passages: [C, d], the positives and negatives of all queries.
+        target: int64 [B], the column of each query's positive.
+        also: bool [B, C], columns left out of a row: other passages that are relevant to it, too.
+        temperature: tau.
+    """
+    scores = queries.float() @ passages.float().T / temperature  # [B, C]
+    return nn.functional.cross_entropy(scores.masked_fill(also, -torch.inf), target)
+
+
+def train_text(
+    build: Callable[[], Task],
+    table: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    directory: Path,
+    uri: str,
+    optimiser: TextOptimiser,
+    stop: TextStop,
+    report: Report | None = None,
+) -> TextRun:
+    """Train a task's model, or go on with the run `directory` holds, and save it at its best dev measure.
+
+    Args:
+        build: makes the task with the initial weights its seed gives; not called if the run is finished.
+        table: the config, for the log.
+        inputs: what the data are: their digests and the model's.
+        directory: of the run. One of another config or other data is begun again.
+        uri: MLflow tracking URI.
+        optimiser: learning rates and decay.
+        stop: length of the run.
+        report: called after every step.
+    """
+    digest = sha256_json({"config": dict(table), "data": dict(inputs)})
+    with _run(directory, digest, table, uri) as run:
+        path = directory / CHECKPOINT
+        if path.exists():
+            saved = Checkpoint.load(path, 1)
+            if saved.progress.finished and (directory / MODEL).is_dir():
+                return TextRun(directory, run.run_id, saved.progress)
+        loop = TextLoop(build(), path, digest, optimiser, stop, run)
+        progress = loop.run_to_end(report)
+        loop.task.model.save(directory / MODEL)  # type: ignore[operator]
+        loop.save(finished=True)
+        write_json(directory / "summary.json", TextRun(directory, run.run_id, progress).table())
+        run.metrics({"train/seconds": progress.seconds, "train/steps": progress.step}, progress.step)
+        return TextRun(directory, run.run_id, loop.progress)
+
+
+@contextmanager
+def _run(directory: Path, digest: str, table: Mapping[str, Any], uri: str) -> Iterator[tracking.Run]:
+    about = directory / "run.json"
+    known = read_json(about) if about.exists() else {}
+    run_id = known.get("run_id") if known.get("inputs") == digest else None
+    with tracking.run(uri, directory.name, run_id) as run:
+        if run_id is None:
+            (directory / CHECKPOINT).unlink(missing_ok=True)
+            plain = json.loads(json.dumps(table))
+            write_json(about, {"inputs": digest, "run_id": run.run_id, "config": plain, "kind": "text"})
+            run.params(plain)
+            run.tags({"inputs": digest, "git_commit": tracking.git_commit(), "model": str(table["name"])})
+        yield run
+
+
+class TextLoop:
+    """State of one run between steps."""
+
+    def __init__(
+        self,
+        task: Task,
+        path: Path,
+        inputs: str,
+        optimiser: TextOptimiser,
+        stop: TextStop,
+        run: tracking.Run | None = None,
+    ) -> None:
+        self.task, self.path, self.inputs, self.options, self.stop, self.run = task, path, inputs, optimiser, stop, run
+        fresh = {id(parameter) for parameter in task.fresh}
+        learned = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in learned if id(p) not in fresh], "lr": optimiser.learning_rate},
+            {"params": [p for p in learned if id(p) in fresh], "lr": optimiser.learning_rate_fresh},
+        ]
+        self.groups = [group for group in groups if group["params"]]
+        self.rates = [float(group["lr"]) for group in self.groups]  # type: ignore[arg-type]
+        self.optimiser = torch.optim.AdamW(self.groups, weight_decay=optimiser.weight_decay) if self.groups else None
+        self.progress = Progress()
+        self.best = self.learned()
+        if path.exists():
+            saved = Checkpoint.load(path, 1)
+            task.model.load_state_dict(saved.weights, strict=False)
+            self.progress, self.best = saved.progress, saved.best
+            if self.optimiser is not None:
+                restore([self.optimiser], saved.optimisers)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Give a copy of the weights that training changes."""
+        named = self.task.model.named_parameters()
+        return {name: tensor.detach().clone() for name, tensor in named if tensor.requires_grad}
+
+    def run_to_end(self, report: Report | None = None) -> Progress:
+        """Take the remaining steps; leaves the best weights in the model, which are the first ones if none gained."""
+        if not self.progress.curve:
+            self.validate({})  # of the untrained model: training must beat it to be kept
+        steps = self.stop.steps if self.optimiser is not None else 0
+        while self.progress.step < steps and self.progress.without_gain < self.stop.patience:
+            logged = self.step()
+            done = self.progress.step
+            if done % self.stop.validate_every == 0 or done == steps:
+                self.validate(logged)
+            if done % self.stop.checkpoint_every == 0:
+                self.save()
+            if report is not None:
+                report(done, steps, f"loss {logged['loss']:.4f}")
+        self.task.model.load_state_dict(self.best, strict=False)
+        self.task.model.eval()
+        return self.progress
+
+    def step(self) -> dict[str, float]:
+        """Take one step and give what is worth logging."""
+        assert self.optimiser is not None
+        started, step = time.perf_counter(), self.progress.step
+        warm = max(self.options.warmup * self.stop.steps, 1)
+        factor = min((step + 1) / warm, max(self.stop.steps - step, 1) / max(self.stop.steps - warm, 1), 1.0)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.task.model.train()
+        loss, logged = self.task.loss(step)
+        if not torch.isfinite(loss):
+            raise TextTrainingError(f"loss is {float(loss.detach())} at step {step}; try a smaller learning rate")
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        learned = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(learned, self.options.clip)
+        self.optimiser.step()
+        seconds = self.progress.seconds + time.perf_counter() - started
+        self.progress = dataclasses.replace(self.progress, step=step + 1, seconds=seconds)
+        return {"loss": float(loss.detach()), "gradient_norm": float(norm), **logged}
+
+    def validate(self, logged: Mapping[str, float]) -> None:
+        """Measure on dev; keep the weights if they are the best so far."""
+        self.task.model.eval()
+        measured = self.task.validate()
+        value = next(iter(measured.values()))
+        values = {f"valid/{name}": number for name, number in measured.items()}
+        values |= {f"train/{name}": number for name, number in logged.items()}
+        if self.run is not None:
+            self.run.metrics(values, self.progress.step)
+        gained = value > self.progress.best_value
+        if gained:
+            self.best = self.learned()
+        self.progress = dataclasses.replace(
+            self.progress,
+            best_step=self.progress.step if gained else self.progress.best_step,
+            best_value=max(value, self.progress.best_value),
+            without_gain=0 if gained else self.progress.without_gain + 1,
+            curve=[*self.progress.curve, {"step": self.progress.step, **values}],
+        )
+
+    def save(self, finished: bool = False) -> None:
+        """Write a checkpoint."""
+        self.progress = dataclasses.replace(self.progress, finished=finished)
+        states = [] if self.optimiser is None else [self.optimiser.state_dict()["state"]]
+        Checkpoint(self.inputs, self.progress, self.learned(), self.best, states).save(self.path)
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What a text model trains on."""
+
+    path: str = "catalogue"
+    """a folder in BEIR's layout, or "catalogue" for the item texts of the workspace's log"""
+    natural: str = ""
+    """split of the judged queries to train on, e.g. "train"; empty for none"""
+    keyword: bool = True
+    """train on keyword queries cut from the training documents"""
+    part_of_passage: tuple[int, ...] = (16, 32)
+    """and on spans of these lengths"""
+    unit: Literal["token", "word", "char"] = "token"
+    dev_queries: int = 200
+    """most dev queries of a kind"""
+    terms: int = 5
+    """of a keyword query"""
+
+
+@dataclass(frozen=True)
+class TextTrainConfig:
+    """A text training run as its TOML states it."""
+
+    name: str
+    model: Any
+    seed: int = 0
+    rows: int = 64
+    """queries or lists of a step"""
+    group: int = 2
+    """passages of a query: its positive and hard negatives (BM25 ranks 2 to 50), or the length of a list"""
+    train: Literal["fusion", "full"] = "fusion"
+    """fusion freezes the backbone, so passages are encoded once and an index of them stays valid"""
+    temperature: float = 0.02
+    orthogonal: float = 1.0
+    """weight of MVP's orthogonal term"""
+    teacher: Literal["qrels", "silver", "mixed"] = "mixed"
+    """order inside a training list: grades, the first stage, or the first stage inside a grade"""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    optimiser: TextOptimiser = field(default_factory=TextOptimiser)
+    stop: TextStop = field(default_factory=TextStop)
+
+    def __post_init__(self) -> None:
+        if self.group < 2 or self.rows < 1:
+            raise ConfigError(f"rows is {self.rows} and group {self.group}; expected at least 1 and 2")
+
+    def table(self) -> dict[str, Any]:
+        """Give the config as nested values of JSON."""
+        table: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return table
+
+
+def finished_run(directory: Path) -> tuple[str, Path]:
+    """Give name and model directory of a finished text run; raises `DataError` for anything else."""
+    about = read_json(directory / "run.json")
+    if about.get("kind") != "text" or not (directory / MODEL).is_dir():
+        raise DataError(f"{directory}: no finished text run; run `recsys train --config lexsembridge` first")
+    return str(about["config"]["name"]), directory / MODEL

@@ -1,0 +1,72 @@
+"""BM25 over passages, by `bm25s`: Lucene's form, k1 0.9, b 0.4, English stop-words, no stemming."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranking.fusion import Ranking, best
+from recsys.errors import DataError
+
+K1, B = 0.9, 0.4
+
+
+@dataclass(frozen=True)
+class Bm25:
+    """An index over passages in the order they were given."""
+
+    retriever: Any  # bm25s.BM25
+    passages: int
+
+    @staticmethod
+    def build(texts: Sequence[str]) -> "Bm25":
+        """Index passages; raises `DataError` for none at all."""
+        import bm25s
+
+        if not texts:
+            raise DataError("0 passages to index; expected at least one")
+        retriever = bm25s.BM25(method="lucene", k1=K1, b=B)
+        tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+        if not tokens.vocab:  # nothing but stop-words: an index of one word that nobody will ask for
+            tokens = bm25s.tokenize(["\u2014nothing"] * len(texts), stopwords=None, show_progress=False)
+        retriever.index(tokens, show_progress=False)
+        return Bm25(retriever, len(texts))
+
+    def scores(self, query: str) -> NDArray[np.float32]:
+        """Give float32 [passages], 0 where no word of the query occurs."""
+        import bm25s
+
+        words = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)[0]
+        known = [word for word in words if word in self.retriever.vocab_dict]
+        if not known:
+            return np.zeros(self.passages, np.float32)
+        scores: NDArray[np.float32] = self.retriever.get_scores(known).astype(np.float32)
+        return scores
+
+    def search(self, queries: Sequence[str], places: int = 100) -> Ranking:
+        """Rank the passages that share a word with each query."""
+        found = [self.scores(query) for query in queries]
+        rows = [best(np.where(one > 0, one, -np.inf)[None], places) for one in found]
+        width = min(places, self.passages)
+        return Ranking(
+            np.concatenate([one.rows for one in rows] or [np.empty((0, width), np.int32)]),
+            np.concatenate([one.scores for one in rows] or [np.empty((0, width), np.float32)]),
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write the index as arrays and JSON into a directory."""
+        self.retriever.save(str(directory), show_progress=False, allow_pickle=False)
+
+    @staticmethod
+    def load(directory: Path) -> "Bm25":
+        """Read what `save` wrote; raises `DataError` for anything else."""
+        import bm25s
+
+        try:
+            retriever = bm25s.BM25.load(str(directory), allow_pickle=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{directory}: not a BM25 index ({error}); publish again") from None
+        return Bm25(retriever, int(retriever.scores["num_docs"]))

@@ -1,0 +1,278 @@
+"""LexSemBridge: a dense encoder whose query vector is re-weighted by the query's own words.
+
+"LexSemBridge: Fine-Grained Dense Representation Enhancement through Token-Aware Embedding Augmentation", 2025,
+arXiv 2508.17858. Marks: (paper) what is printed, (code) the authors' released code, (ours) a choice of ours.
+
+    e  = pool(H, mask)                    [B, d]   the plain encoder
+    w  = weights of the query's terms     [B, V]   SLR, LLR or CLR, see `Lexicon`
+    v  = softmax(w W + c)                 [B, d]   over the d hidden dimensions
+    e' = v * e / |v * e|                  [B, d]   passages keep e, so an index of the plain encoder stays valid
+
+What differs: W and c start at 0, which is the plain encoder exactly (ours); the authors' evaluation never applies the
+fusion, so `fusion_at_test` switches it off at encoding time; `c_only`, `linear_map` (e + M e) and `off` are the
+controls that every claim of the method is measured against. The score is a query-dependent diagonal re-weighting of
+the plain one: it cannot add to a passage's vector what the encoder dropped.
+
+    B queries    L tokens    d width    V vocabulary
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranking.dense_encoder import pool
+from ranking.splade import max_pooled
+from ranking.text_backbone import (
+    TextTokenizer,
+    build_transformer,
+    digest_of,
+    in_passes,
+    load_transformer,
+    load_weights,
+    save_model,
+    saved_parts,
+)
+from ranking.text_models import Report, Vectors
+from recsys.config import parse
+from recsys.errors import ConfigError
+
+Kind = Literal["slr", "llr", "clr", "c_only", "linear_map", "off"]
+EXCLUDED = ("[CLS]", "[PAD]", "[UNK]")
+"""special tokens that never count (code); [SEP] does unless `ignore_sep`"""
+
+
+@dataclass(frozen=True)
+class LexSemBridgeConfig:
+    """Options of the model."""
+
+    backbone: str = "minilm"
+    pool: Literal["cls", "mean"] = "mean"
+    max_query_len: int = 64
+    max_passage_len: int = 256
+    weights: Kind = "slr"
+    variant: Literal["paper", "code"] = "code"
+    clr_pool: Literal["cls", "max"] = "max"
+    clr_backbone: str = "splade-tiny"
+    """whose masked-LM head gives CLR's weights; "own" for a head on the backbone itself"""
+    ignore_special: bool = True
+    ignore_sep: bool = False
+    fusion_init: Literal["zero", "linear"] = "zero"
+    fusion_passages: bool = False
+    fusion_at_test: bool = True
+    normalized: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weights == "llr" and self.variant == "code" and not self.ignore_special:
+            raise ConfigError("[model] weights = llr in the code's reading always leaves out special tokens")
+
+
+def first_places(ids: Tensor, counted: Tensor) -> Tensor:
+    """Tell bool [B, L] at which places a counted id stands for the first time in its row."""
+    same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & counted.unsqueeze(1)  # [B, L, L]: place i, earlier place j
+    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(-1)
+    return counted & ~(same & earlier).any(dim=2)
+
+
+def enhance(vectors: Tensor, z: Tensor, normalized: bool = True) -> Tensor:
+    """Give e' [B, d] of vectors e [B, d] and z [B, d]: softmax over the d dimensions, product, length 1."""
+    weighted = torch.softmax(z, dim=-1) * vectors
+    return F.normalize(weighted, dim=-1, eps=1e-30) if normalized else weighted
+
+
+class Lexicon(nn.Module):
+    """From a query's tokens to z [B, d] (sections 3 and 4).
+
+    SLR: w(t) = a if t occurs (code), log 2 (paper). LLR: w(t) = max over places of t of ReLU(u h + b) (code),
+    log(1 + ReLU(e U + b)) over the whole vocabulary (paper). CLR: log(1 + ReLU(logits)) of a masked-LM head.
+    The code's SLR and LLR touch only the query's own terms: rows of W are gathered and summed, never w [B, V] formed.
+    """
+
+    def __init__(self, config: LexSemBridgeConfig, width: int, vocabulary: int, excluded: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("excluded", torch.tensor(list(excluded), dtype=torch.int64), persistent=False)
+        self.excluded: Tensor
+        kind = config.weights
+        if kind in ("slr", "llr", "clr"):
+            self.W = nn.Parameter(torch.zeros(vocabulary, width))  # transposed: one row per term
+        if kind in ("slr", "llr", "clr", "c_only"):
+            self.c = nn.Parameter(torch.zeros(width))
+        if kind == "slr" and config.variant == "code":
+            self.a = nn.Parameter(torch.ones(()))
+        if kind == "llr":
+            self.u = nn.Parameter(torch.empty(width, 1 if config.variant == "code" else vocabulary))
+            self.b = nn.Parameter(torch.zeros(self.u.shape[1]))
+            nn.init.normal_(self.u, std=0.02)
+        if kind == "linear_map":
+            self.M = nn.Parameter(torch.zeros(width, width))
+        if config.fusion_init == "linear" and kind in ("slr", "llr", "clr"):
+            bound = vocabulary**-0.5  # of torch's Linear
+            nn.init.uniform_(self.W, -bound, bound)
+            nn.init.uniform_(self.c, -bound, bound)
+
+    def counted(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Tell bool [B, L] which places hold a term that counts."""
+        return (mask > 0) & ~torch.isin(ids, self.excluded)
+
+    def at_places(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
+        """Give w at the first place of each term, 0 elsewhere: [B, L], for SLR and the code's LLR."""
+        counted = self.counted(ids, mask)
+        first = first_places(ids, counted)
+        if self.config.weights == "slr":
+            weight = self.a if self.config.variant == "code" else torch.log(torch.tensor(2.0, dtype=self.W.dtype))
+            return first.to(self.W.dtype) * weight
+        r = torch.relu(hidden.to(self.u.dtype) @ self.u + self.b).squeeze(-1)  # [B, L]
+        same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & counted.unsqueeze(1)  # [B, L, L]
+        highest = r.unsqueeze(1).masked_fill(~same, -torch.inf).amax(dim=2)  # [B, L]
+        return torch.where(first, highest, torch.zeros_like(highest))
+
+    def over_vocabulary(self, raw: Tensor, logits: Tensor | None) -> Tensor:
+        """Give w [B, V] for the paper's LLR (from the pooled state) and for CLR (`logits` are its finished weights)."""
+        if self.config.weights == "llr":
+            return torch.log1p(torch.relu(raw.to(self.u.dtype) @ self.u + self.b))
+        assert logits is not None
+        return logits
+
+    def z(self, ids: Tensor, mask: Tensor, hidden: Tensor, raw: Tensor, clr: Tensor | None = None) -> Tensor:
+        """Give z [B, d] in float32 or wider, whatever the precision of the body."""
+        if self.config.weights == "c_only":
+            return self.c.expand(len(ids), -1)
+        if self.sparse:
+            places = self.at_places(ids, mask, hidden)
+            return torch.einsum("bl,bld->bd", places, self.W[ids]) + self.c
+        return self.over_vocabulary(raw, clr).to(self.W.dtype) @ self.W + self.c
+
+    @property
+    def sparse(self) -> bool:
+        """Whether w is non-zero at the query's own terms alone."""
+        return self.config.weights == "slr" or (self.config.weights == "llr" and self.config.variant == "code")
+
+    def weights(self, ids: Tensor, mask: Tensor, hidden: Tensor, raw: Tensor, clr: Tensor | None = None) -> Tensor:
+        """Give w [B, V], for diagnostics and tests."""
+        if not self.sparse:
+            return self.over_vocabulary(raw, clr)
+        places = self.at_places(ids, mask, hidden)
+        return torch.zeros(len(ids), len(self.W), dtype=places.dtype).scatter_add(1, ids, places)
+
+    def forward(
+        self, vectors: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor, raw: Tensor, clr: Tensor | None = None
+    ) -> Tensor:
+        """Give the enhanced vectors e' [B, d] of plain ones [B, d]."""
+        if self.config.weights == "off":
+            return vectors
+        if self.config.weights == "linear_map":
+            return F.normalize(vectors + vectors.to(self.M.dtype) @ self.M.T, dim=-1)
+        return enhance(vectors, self.z(ids, mask, hidden, raw, clr), self.config.normalized)
+
+
+class LexSemBridge(nn.Module):
+    """A `TextEncoder` whose query side is enhanced."""
+
+    def __init__(
+        self,
+        config: LexSemBridgeConfig,
+        transformer: nn.Module,
+        tokenizer: TextTokenizer,
+        lexical: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if config.weights == "clr" and lexical is None and config.clr_backbone != "own":
+            raise ConfigError("[model] weights = clr needs a masked-LM head: name a clr_backbone")
+        self.config, self.tokenizer = config, tokenizer
+        self.transformer = transformer
+        self.lexical = lexical
+        excluded = tokenizer.special(*(EXCLUDED if config.ignore_special else ("[PAD]",)))
+        if config.ignore_sep:
+            excluded += tokenizer.special("[SEP]")
+        self.lexicon = Lexicon(config, self.dim, len(tokenizer), excluded)
+        self.eval()
+
+    @staticmethod
+    def of(config: LexSemBridgeConfig = LexSemBridgeConfig()) -> "LexSemBridge":
+        """Load the backbones of a config; the fusion starts at the plain encoder."""
+        own = config.weights == "clr" and config.clr_backbone == "own"
+        lexical = None
+        if config.weights == "clr" and not own:
+            lexical = load_transformer(config.clr_backbone, "mlm").requires_grad_(False)
+        transformer = load_transformer(config.backbone, "mlm" if own else "none")
+        return LexSemBridge(config, transformer, TextTokenizer.of(config.backbone), lexical)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of weights and options; stale after further training."""
+        return digest_of(self, self.config)
+
+    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the last hidden states [B, L, d] and the pooled state before normalisation [B, d]."""
+        if self.config.weights == "clr" and self.lexical is None:
+            out = self.transformer(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+            hidden = out.hidden_states[-1]
+        else:
+            hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden, pool(hidden, mask, self.config.pool)
+
+    def contextual(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Give CLR's weights [B, V]; None for the other kinds."""
+        if self.config.weights != "clr":
+            return None
+        head: Any = self.lexical if self.lexical is not None else self.transformer
+        logits = head(input_ids=ids, attention_mask=mask).logits.float()  # [B, L, V]
+        return max_pooled(logits, mask) if self.config.clr_pool == "max" else torch.log1p(torch.relu(logits[:, 0]))
+
+    def plain(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Give the plain encoder's vectors [B, d]."""
+        return F.normalize(self.states(ids, mask)[1], dim=-1)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Give enhanced vectors [B, d]."""
+        hidden, raw = self.states(ids, mask)
+        return self.lexicon(F.normalize(raw, dim=-1), ids, mask, hidden, raw, self.contextual(ids, mask))  # type: ignore[no-any-return]
+
+    def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+        """Give float32 [N, D], enhanced unless `fusion_at_test` is off."""
+        return self._encode(texts, self.config.max_query_len, self.config.fusion_at_test, report)
+
+    def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+        """Give float32 [N, D], plain unless `fusion_passages`."""
+        return self._encode(texts, self.config.max_passage_len, self.config.fusion_passages, report)
+
+    def save(self, directory: Path) -> None:
+        """Write backbone, masked-LM head if used, and every fusion parameter."""
+        save_model(
+            directory,
+            self,
+            "lexsembridge",
+            dataclasses.asdict(self.config),
+            self.tokenizer,
+            {"architecture": self.transformer} | ({"lexical": self.lexical} if self.lexical is not None else {}),
+        )
+
+    @staticmethod
+    def load(directory: Path) -> "LexSemBridge":
+        """Read what `save` wrote."""
+        about, tokenizer = saved_parts(directory)
+        config = parse(LexSemBridgeConfig, about["options"], str(directory))
+        own = config.weights == "clr" and config.clr_backbone == "own"
+        lexical = build_transformer(about["lexical"], "mlm").requires_grad_(False) if "lexical" in about else None
+        transformer = build_transformer(about["architecture"], "mlm" if own else "none")
+        model = LexSemBridge(config, transformer, tokenizer, lexical)
+        load_weights(directory, model)
+        return model
+
+    def _encode(self, texts: Sequence[str], max_len: int, fused: bool, report: Report | None) -> Vectors:
+        rows = self.tokenizer.encode(texts, max_len)
+        device = next(self.parameters()).device
+        forward = self.forward if fused else self.plain
+        return in_passes(rows, self.tokenizer.pad, device, forward, report).reshape(len(texts), self.dim)

@@ -1,0 +1,334 @@
+"""MVP: all candidates of a query reranked by one encoder pass and one decoder step per view.
+
+"Multi-View-guided Passage Reranking with Large Language Models", EMNLP 2025, arXiv 2509.07485. Marks: (paper),
+(code) the authors' released code, (ours) a choice of ours.
+
+    x_i  = view_1 .. view_m | query | passage i           every passage is read beside the query, alone
+    E    = encoder(x)[:, :m]            [B, n, m, d]      a relevance vector per passage and view
+    a_k  = decoder(start_k; e_1k .. e_nk)   [B, m, d]     an anchor per view, from one step over the list
+    s_i  = mean_k a_k . e_ik            [B, n]            no cosine, no position anywhere: order cannot matter
+
+Two paths. A T5 encoder-decoder is the paper's: sentinels as view tokens, one start vector for all views, plain dot
+products. An encoder-only backbone (ours, the default without network) gets a fresh decoder of two cross-attention
+blocks, unused vocabulary rows as view tokens, a start vector per view since a fresh decoder's anchors would otherwise
+coincide, and scores divided by sqrt(d), since they must start near the temperature.
+
+Scores belong to one list: they may be neither cached per passage nor merged from chunks. Encodings E may be cached.
+
+    B queries    n passages of a list    P pairs    L tokens    m views    d width
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ranking.text_backbone import (
+    TOKENS_PER_PASS,
+    TextTokenizer,
+    build_transformer,
+    digest_of,
+    in_passes,
+    load_transformer,
+    load_weights,
+    save_model,
+    saved_parts,
+)
+from ranking.text_models import Report, Vectors
+from recsys.config import parse
+from recsys.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MvpConfig:
+    """Options of the model."""
+
+    backbone: str = "minilm"
+    views: int = 4
+    view_pool: Literal["mean", "max", "logmeanexp"] = "mean"
+    decoder_layers: int = 2
+    """of the encoder-only path"""
+    decoder_heads: int = 12
+    shared_start: bool = False
+    score_scale: Literal["none", "sqrt_d"] = "sqrt_d"
+    max_query_len: int = 64
+    max_len: int = 256
+    tokens_per_pass: int = TOKENS_PER_PASS
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ConfigError(f"[model] views is {self.views}; expected at least 1")
+
+
+class CrossBlock(nn.Module):
+    """One pre-norm block of the fresh decoder: masked cross-attention and a feed-forward of 4 d, both residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm_ff = nn.LayerNorm(width)
+        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, vectors: Tensor, padding: Tensor) -> Tensor:
+        """Give [G, 1, d] for x [G, 1, d], vectors [G, n, d] and padding bool [G, n]."""
+        seen, _ = self.attention(self.norm(x), vectors, vectors, key_padding_mask=padding, need_weights=False)
+        x = x + seen
+        out: Tensor = x + self.ff(self.norm_ff(x))
+        return out
+
+
+class CrossDecoder(nn.Module):
+    """The fresh decoder: blocks of cross-attention and a final norm; no self-attention, since there is one position."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([CrossBlock(width, heads) for _ in range(layers)])
+        self.final = nn.LayerNorm(width)
+
+    def forward(self, start: Tensor, vectors: Tensor, padding: Tensor) -> Tensor:
+        """Give anchors [G, 1, d] of starts [G, 1, d]."""
+        x = start
+        for block in self.blocks:
+            x = block(x, vectors, padding)
+        out: Tensor = self.final(x)
+        return out
+
+
+def pooled_views(scores: Tensor, how: Literal["mean", "max", "logmeanexp"]) -> Tensor:
+    """Give [B, n] of view scores [B, n, m]."""
+    if how == "max":
+        return scores.amax(dim=-1)
+    if how == "logmeanexp":
+        return torch.logsumexp(scores, dim=-1) - float(np.log(scores.shape[-1]))
+    return scores.mean(dim=-1)
+
+
+def view_scores(anchors: Tensor, vectors: Tensor) -> Tensor:
+    """Give s_ik [B, n, m] = a_k . e_ik of anchors [B, m, d] and vectors [B, n, m, d]."""
+    return torch.einsum("bmd,bnmd->bnm", anchors, vectors)
+
+
+class Mvp(nn.Module):
+    """A `TextReranker`.
+
+    Args:
+        config: options.
+        transformer: the backbone; an encoder-decoder takes the paper's path.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, config: MvpConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.transformer = transformer
+        about: Any = transformer.config
+        self.t5 = bool(about.is_encoder_decoder)
+        self.width = int(about.hidden_size)
+        self.view_ids = _view_ids(tokenizer, config.views, self.t5)
+        self.start_id = int(about.decoder_start_token_id or 0) if self.t5 else 0
+        if not self.t5:
+            if self.width % config.decoder_heads:
+                raise ConfigError(f"[model] decoder_heads = {config.decoder_heads} does not divide {self.width}")
+            self.decoder = CrossDecoder(self.width, config.decoder_layers, config.decoder_heads)
+            self.start = nn.Parameter(torch.randn(1 if config.shared_start else config.views, self.width) * 0.02)
+        self.eval()
+
+    @staticmethod
+    def of(config: MvpConfig = MvpConfig()) -> "Mvp":
+        """Load the backbone of a config; what is fresh is drawn from torch's global generator."""
+        transformer = load_transformer(config.backbone)
+        model = Mvp(config, transformer, TextTokenizer.of(config.backbone))
+        model.begin()
+        return model
+
+    def begin(self) -> None:
+        """Give the view tokens of an encoder-only backbone their first vectors: that of [CLS] and a little noise."""
+        if self.t5 or not self.tokenizer.prefix:
+            return
+        table = self.transformer.get_input_embeddings().weight  # type: ignore[operator]
+        with torch.no_grad():
+            noise = torch.randn(len(self.view_ids), self.width) * 0.02
+            table[self.view_ids] = table[self.tokenizer.prefix[0]] + noise
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of weights and options; stale after further training."""
+        return digest_of(self, self.config)
+
+    @property
+    def scale(self) -> float:
+        """What scores are divided by."""
+        return self.width**0.5 if self.config.score_scale == "sqrt_d" and not self.t5 else 1.0
+
+    # From texts to relevance vectors.
+
+    def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
+        """Give the token ids of every pair: the query capped first, then the passage alone cut to `max_len`."""
+        return [row for row, _ in self._pairs(query, passages)]
+
+    def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
+        """Tell bool [n] which passages are cut beside this query."""
+        return np.array([cut for _, cut in self._pairs(query, passages)], bool)
+
+    def _pairs(self, query: str, passages: Sequence[str]) -> list[tuple[list[int], bool]]:
+        words = self.tokenizer.pieces([query])[0][: self.config.max_query_len]
+        if self.t5:
+            query_mark, context_mark = self.tokenizer.pieces(["Query:", "Context:"])
+            head, tail = [*self.view_ids, *query_mark, *words, *context_mark], list(self.tokenizer.suffix)
+        else:
+            separator = list(self.tokenizer.suffix)
+            head, tail = [*self.view_ids, *self.tokenizer.prefix, *words, *separator], separator
+        room = max(self.config.max_len - len(head) - len(tail), 0)
+        return [([*head, *ids[:room], *tail], len(ids) > room) for ids in self.tokenizer.pieces(passages)]
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Give relevance vectors [P, m, d] of pairs; every row must begin with the view tokens."""
+        views = torch.tensor(self.view_ids, device=ids.device)
+        assert bool((ids[:, : len(views)] == views).all()), "view tokens are not at the first places"
+        body: Any = self.transformer.encoder if self.t5 else self.transformer
+        hidden: Tensor = body(input_ids=ids, attention_mask=mask).last_hidden_state  # [P, L, d]
+        return hidden[:, : len(views)]
+
+    def encode_pairs(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+        """Give relevance vectors float32 [n, m, d], which depend on one pair each and may be cached."""
+        return self._encode_rows(self.rows(query, passages), report)
+
+    def _encode_rows(self, rows: Sequence[Sequence[int]], report: Report | None) -> Vectors:
+        device = next(self.parameters()).device
+        vectors = in_passes(rows, self.tokenizer.pad, device, self.encode, report, self.config.tokens_per_pass)
+        return vectors.reshape(len(rows), self.config.views, self.width)
+
+    # From relevance vectors to scores.
+
+    def anchors(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Give anchors [B, m, d] of vectors [B, n, m, d] and mask bool [B, n]: one step, views in the batch."""
+        B, n, m, d = vectors.shape
+        per_view = vectors.transpose(1, 2).reshape(B * m, n, d)
+        list_mask = mask.unsqueeze(1).expand(B, m, n).reshape(B * m, n)
+        if self.t5:
+            body: Any = self.transformer
+            start = torch.full((B * m, 1), self.start_id, dtype=torch.int64, device=vectors.device)
+            out = body.decoder(
+                input_ids=start,
+                encoder_hidden_states=per_view,
+                encoder_attention_mask=list_mask.to(torch.int64),
+                use_cache=False,
+            ).last_hidden_state  # [B * m, 1, d]
+        else:
+            start = self.start.expand(m, d).repeat(B, 1).unsqueeze(1)  # [B * m, 1, d]
+            out = self.decoder(start, per_view, ~list_mask)
+        anchors: Tensor = out.reshape(B, m, d)
+        return anchors
+
+    def score(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Give scores [B, n], -inf where the list mask is off, and the anchors [B, m, d]."""
+        anchors = self.anchors(vectors, mask)
+        each = view_scores(anchors, vectors) / self.scale
+        return pooled_views(each, self.config.view_pool).masked_fill(~mask, -torch.inf), anchors
+
+    def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
+        """Give scores of ragged lists of relevance vectors [n, m, d]; the decoder runs once for all of them."""
+        if not any(len(one) for one in lists):
+            return [np.empty(0, np.float32) for _ in lists]
+        vectors, mask = ragged(lists)
+        live = mask.any(dim=1)
+        out = [np.empty(0, np.float32) for _ in lists]
+        with torch.inference_mode():
+            device = next(self.parameters()).device
+            scores, _ = self.score(vectors[live].to(device), mask[live].to(device))
+        for place, row in zip(torch.nonzero(live).flatten().tolist(), scores.float().cpu().numpy(), strict=True):
+            out[place] = row[: len(lists[place])].copy()
+        return out
+
+    def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+        """Give float32 [n], higher is better."""
+        return self.rerank_many([query], [passages], report)[0]
+
+    def rerank_many(
+        self, queries: Sequence[str], lists: Sequence[Sequence[str]], report: Report | None = None
+    ) -> list[Vectors]:
+        """Rerank one list per query; the pairs of all lists are encoded together, batched by length."""
+        rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
+        vectors = self._encode_rows(rows, report)
+        ends = np.cumsum([len(one) for one in lists])[:-1]
+        return self.rank_vectors(np.split(vectors, ends)) if len(lists) else []
+
+    def save(self, directory: Path) -> None:
+        """Write encoder, decoder, start vectors and view rows."""
+        options = dataclasses.asdict(self.config)
+        save_model(directory, self, "mvp", options, self.tokenizer, {"architecture": self.transformer})
+
+    @staticmethod
+    def load(directory: Path) -> "Mvp":
+        """Read what `save` wrote."""
+        about, tokenizer = saved_parts(directory)
+        config = parse(MvpConfig, about["options"], str(directory))
+        model = Mvp(config, build_transformer(about["architecture"]), tokenizer)
+        load_weights(directory, model)
+        return model
+
+
+def ragged(lists: Sequence[Vectors]) -> tuple[Tensor, Tensor]:
+    """Give vectors [B, n, m, d], zeros past the end of a list, and the mask bool [B, n]."""
+    longest = max(len(one) for one in lists)
+    vectors = np.zeros((len(lists), longest, *lists[0].shape[1:]), np.float32)
+    mask = np.zeros((len(lists), longest), bool)
+    for place, one in enumerate(lists):
+        vectors[place, : len(one)] = one
+        mask[place, : len(one)] = True
+    return torch.from_numpy(vectors), torch.from_numpy(mask)
+
+
+def _view_ids(tokenizer: TextTokenizer, views: int, t5: bool) -> list[int]:
+    names = [f"<extra_id_{k}>" if t5 else f"[unused{k}]" for k in range(views)]
+    ids = tokenizer.special(*names)
+    if len(ids) < views:
+        raise ConfigError(f"[model] views = {views}: the vocabulary has {len(ids)} view tokens like {names[0]}")
+    return ids
+
+
+# Targets and losses (section 3).
+
+
+def targets(ranks: Tensor, tau: float, grades: Tensor | None = None) -> Tensor:
+    """Give y [..., n] = softmax((1 / r) / tau) of teacher ranks from 1; slots of rank 0 are padding and get 0.
+
+    With grades, passages of one grade share the mean of their 1 / r (ours).
+    """
+    present = ranks > 0
+    inverse = torch.where(present, 1.0 / ranks.clamp(min=1), torch.zeros(()))
+    if grades is not None:
+        same = (grades.unsqueeze(-1) == grades.unsqueeze(-2)) & present.unsqueeze(-1) & present.unsqueeze(-2)
+        share = same.to(inverse.dtype)
+        inverse = (share @ inverse.unsqueeze(-1)).squeeze(-1) / share.sum(dim=-1).clamp(min=1)
+    y = torch.softmax((inverse / tau).masked_fill(~present, -torch.inf), dim=-1)
+    return y.masked_fill(~present, 0.0)
+
+
+def rank_loss(scores: Tensor, y: Tensor, tau: float, variant: Literal["single", "released"] = "single") -> Tensor:
+    """Give the mean over lists of - sum_i y_i log p_i, p = softmax(s / tau); scores -inf are padding.
+
+    `released` is the authors' code, whose cross-entropy applies a softmax to p again: for parity only.
+    """
+    present = torch.isfinite(scores)
+    logits = scores / tau
+    if variant == "released":
+        logits = torch.softmax(logits, dim=-1).masked_fill(~present, -torch.inf)
+    log_p = torch.log_softmax(logits, dim=-1).masked_fill(~present, 0.0)
+    return -(y * log_p).sum(dim=-1).mean()
+
+
+def orthogonal_loss(anchors: Tensor) -> Tensor:
+    """Give the mean over lists of || A^ A^T - I ||_F^2, A^ [B, m, d] the anchors at length 1; in [0, m (m - 1)]."""
+    unit = F.normalize(anchors, dim=-1)
+    gram = unit @ unit.transpose(-1, -2) - torch.eye(anchors.shape[-2], dtype=anchors.dtype, device=anchors.device)
+    return gram.square().sum(dim=(-1, -2)).mean()

@@ -1,0 +1,66 @@
+"""Learned sparse retrieval (SPLADE, Formal et al. 2021, arXiv 2107.05720): vocabulary weights from a masked-LM head.
+
+w(t) = log(1 + ReLU(max_j z_jt))      z [L, V] the head's logits, the maximum over positions that are not padding
+
+N texts    L tokens    V vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+from ranking.fusion import Ranking, best
+from ranking.text_backbone import TextTokenizer, load_transformer, padded, passes
+from ranking.text_models import Report
+
+TOKENS = 1024
+"""Most tokens of a pass: each of them makes a row of V logits."""
+
+
+def max_pooled(logits: Tensor, mask: Tensor) -> Tensor:
+    """Give w [N, V] of logits [N, L, V]; the maximum is taken first, which is the same and far cheaper."""
+    highest = logits.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)  # [N, V]
+    return torch.log1p(torch.relu(highest))
+
+
+@dataclass(frozen=True)
+class Splade:
+    """A sparse encoder."""
+
+    model: nn.Module  # with a masked-LM head
+    tokenizer: TextTokenizer
+    max_len: int = 256
+
+    @staticmethod
+    def of(backbone: str = "splade-tiny") -> "Splade":
+        """Load a backbone that has a masked-LM head."""
+        return Splade(load_transformer(backbone, "mlm"), TextTokenizer.of(backbone))
+
+    def encode(self, texts: Sequence[str], report: Report | None = None) -> Any:
+        """Give a float32 scipy CSR matrix [N, V]."""
+        rows = self.tokenizer.encode(texts, self.max_len)
+        width = len(self.tokenizer)
+        parts, order, done = [], [], 0
+        for chosen in passes([len(row) for row in rows], TOKENS):
+            with torch.inference_mode():
+                ids, mask = padded([rows[place] for place in chosen], self.tokenizer.pad)
+                weights = max_pooled(self.model(input_ids=ids, attention_mask=mask).logits, mask)
+            parts.append(sparse.csr_matrix(weights.numpy()))
+            order.append(chosen)
+            done += len(chosen)
+            if report is not None:
+                report(done, len(rows))
+        if not parts:
+            return sparse.csr_matrix((0, width), dtype=np.float32)
+        return sparse.vstack(parts).tocsr()[np.argsort(np.concatenate(order))]
+
+
+def sparse_search(queries: Any, passages: Any, places: int = 100) -> Ranking:
+    """Rank passages (CSR [N, V]) by their inner product with queries (CSR [Q, V])."""
+    scores = (queries @ passages.T).toarray()  # [Q, N]
+    return best(np.where(scores > 0, scores, -np.inf), places)
