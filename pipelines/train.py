@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipelines import boost, leave_one_out, tracking
 from pipelines.batches import BatchConfig, TrainingBatches
 from pipelines.checkpoint import Checkpoint, Progress, restore
+from pipelines.environment import environment
 from pipelines.evaluate import TrainingSummary, validate
 from pipelines.leave_one_out import Protocol
 from pipelines.optimise import OptimiserConfig, build_optimisers, update
@@ -182,7 +183,7 @@ def begin(config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str)
         if run_id is None:
             (directory / CHECKPOINT).unlink(missing_ok=True)
             known = {"inputs": inputs, "run_id": run.run_id, "config": config.table(), "data_digest": prepared.digest}
-            write_json(about, known)
+            write_json(about, known | {"environment": environment(str(pick_device(config.device)))})
             run.params(config.table())
             run.tags({"data_digest": prepared.digest, "git_commit": tracking.git_commit(), "model": config.name})
         yield run, inputs

@@ -162,6 +162,14 @@ class Recommender:
         clock.lap("top_k")
         return response.model_copy(update={"timings": clock.seconds()})
 
+    def trace(self, request: RecommendRequest, now: int) -> Found:
+        """Give the search behind an answer, for whoever measures the stages; the text stage is left out.
+
+        `recommend` answers from the very same search.
+        """
+        clock = Clock()
+        return self._search(self._ask(request, now, clock, Ladder(None)), clock)
+
     def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
         """Give the scores of items in the order of the request, and the ranked list.
 

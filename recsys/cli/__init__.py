@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from recsys import __version__
-from recsys.cli import answers, data, models
+from recsys.cli import answers, data, judging, models
 from recsys.errors import RecsysError
 
 VERBS = (
@@ -23,6 +23,7 @@ VERBS = (
     models.evaluate,
     models.compare,
     models.publish,
+    judging.reproduce,
     answers.recommend,
     answers.serve,
     answers.compare_online,

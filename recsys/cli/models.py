@@ -168,6 +168,9 @@ def publish(
     ranker: Annotated[str, typer.Option(help="Directory name of the run that ranks.")],
     retriever: Annotated[str | None, typer.Option(help="Directory name of the run that retrieves.")] = None,
     alias: Annotated[str, typer.Option(help="MLflow alias of the new version.")] = "champion",
+    gates: Annotated[
+        str | None, typer.Option(help="TOML of gates, or the name of a shipped one: exit 4 unless all are passed.")
+    ] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     mlflow: UriOption = None,
 ) -> None:
@@ -179,6 +182,8 @@ def publish(
 
     place = Workspace(workspace)
     chosen = trained_run(place.require(place.run(ranker), "train"), place.prepared)
+    if gates is not None:
+        _pass_gates(gates, ranker, place)
     found = trained_run(place.require(place.run(retriever), "train"), place.prepared) if retriever else None
     bundle_version = run(
         place.prepared,
@@ -190,3 +195,19 @@ def publish(
     )
     version = register(place.bundle, chosen.run_id, mlflow or place.tracking_uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
+
+
+def _pass_gates(gates: str, ranker: str, place: "Workspace") -> None:
+    """Judge a ranker by the last evaluation; raises `GateError` naming the gates it fails."""
+    from pipelines.audit_record import last_audit
+    from pipelines.evaluation import Evaluation
+    from pipelines.gates import judge, read_gates, refuse_failed
+    from pipelines.predictions import same_data
+    from pipelines.shipped import find_config
+
+    evaluation = Evaluation.load(place.require(place.evaluation, "evaluate"))
+    same_data({"the last evaluation": evaluation.data_digest, "the prepared set": place.prepared.digest})
+    passages = judge(read_gates(find_config(gates)), ranker, evaluation, last_audit(place.audit))
+    for one in passages:
+        Terminal().say(f"Gate {one.name}: {'passed' if one.passed else 'FAILED'}, {one.told}")
+    refuse_failed(passages)
