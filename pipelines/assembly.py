@@ -173,12 +173,13 @@ def evaluated(
     chosen = {}
     for name, code in (("valid", VALID), ("test", TEST)):
         index = np.flatnonzero(split == code)
-        index = index[np.argsort(pending.at[index], kind="stable")]
         if at_most is not None and len(index) > at_most:
             keys = _request_keys(pending.user[index], pending.at[index], hashes)
             words = mix(keys ^ np.uint64(derive(seed, 0, "evaluated requests")))
-            index = index[np.sort(np.argsort(words, kind="stable")[:at_most])]
-        found = pending.take(index)
+            near = np.flatnonzero(words <= np.partition(words, at_most - 1)[at_most - 1])
+            index = index[near[np.argsort(words[near], kind="stable")[:at_most]]]
+            index.sort()
+        found = pending.take(index[np.argsort(pending.at[index], kind="stable")])
         chosen[name] = Requests(found.user, found.at, found.end, found.offsets, found.positive)
     return chosen
 

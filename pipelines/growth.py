@@ -110,30 +110,46 @@ def updated_edges(
         top_n: heaviest edges kept per row; 0 keeps all.
 
     Where nothing was taken away weights only grew, so a row's heaviest edges are among its heaviest before and those
-    that grew: only these are summed again. A row that lost a word is summed as a whole.
+    that grew: only these are summed again. A row that lost a word is summed as a whole; a row without a word in the
+    append is copied.
     """
     offsets, target, weight = (np.asarray(part) for part in (old.offsets, old.target, old.weight))
     offsets = np.concatenate([offsets, np.full(rows + 1 - len(offsets), offsets[-1])])
 
     def edges(limits: tuple[int, int]) -> Edges:
         low, high = limits
-        before = slice(int(offsets[low]), int(offsets[high]))
-        degree = np.diff(offsets[low : high + 1])
-        pair = np.repeat(np.arange(low, high, dtype=np.uint64) << np.uint64(ROW_BITS), degree)
-        pair |= target[before].view(np.uint32)
         lost = np.unique(_slice(removed, low, high) >> SOURCE).astype(np.int64)
         changed, total = _sums(runs, added, removed, lost, limits)
-        row = (changed >> np.uint64(ROW_BITS)).astype(np.int64) - low
-        enough = _enough(degree, weight[before], top_n)
-        enough[lost - low] = 0
-        pair, now, more = _updated(pair, weight[before], changed, total, enough[row])
-        degree = (
-            degree + np.bincount(row[more > 0], minlength=high - low) - np.bincount(row[more < 0], minlength=high - low)
-        )
-        return heaviest_edges(pair, now, degree, top_n)
+        row = (changed >> np.uint64(ROW_BITS)).astype(np.int64)
+        touched, inverse = np.unique(row, return_inverse=True)
+        degree = offsets[touched + 1] - offsets[touched]
+        place = np.arange(degree.sum()) + np.repeat(offsets[touched] - (np.cumsum(degree) - degree), degree)
+        pair = np.repeat(touched.astype(np.uint64) << np.uint64(ROW_BITS), degree) | target[place].view(np.uint32)
+        enough = _enough(degree, weight[place], top_n)
+        enough[np.searchsorted(touched, lost)] = 0
+        pair, now, more = _updated(pair, weight[place], changed, total, enough[inverse])
+        count = len(touched)
+        degree += np.bincount(inverse[more > 0], minlength=count) - np.bincount(inverse[more < 0], minlength=count)
+        before = slice(int(offsets[low]), int(offsets[high]))
+        block = Edges(np.diff(offsets[low : high + 1]), target[before], weight[before])
+        return _replaced(block, touched - low, heaviest_edges(pair, now, degree, top_n))
 
     with ThreadPoolExecutor(2) as pool:
         yield from pool.map(edges, runs.ranges(rows))
+
+
+def _replaced(block: Edges, row: NDArray[np.int64], by: Edges) -> Edges:
+    """Give a block of edges with those of some rows, ascending, replaced."""
+    other = np.ones(len(block.degree), np.bool_)
+    other[row] = False
+    degree = block.degree.copy()
+    degree[row] = by.degree
+    stays, goes_on = np.repeat(other, block.degree), np.repeat(other, degree)
+    target, weight = np.empty(len(goes_on), np.int32), np.empty(len(goes_on), np.float32)
+    target[goes_on], weight[goes_on] = block.target[stays], block.weight[stays]
+    goes_on = ~goes_on
+    target[goes_on], weight[goes_on] = by.target, by.weight
+    return Edges(degree, target, weight)
 
 
 def _sums(

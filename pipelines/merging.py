@@ -75,17 +75,14 @@ def merge_histories(
         }
         blocks = _blocks(old, fresh, row_of, length)
         for done, block in enumerate(blocks):
-            lengths = np.diff(old.offsets[block.users[0] : block.users[1] + 1])
-            owner = np.repeat(row_of[block.users[0] : block.users[1]], lengths)
-            # New events go behind the old ones of their user.
-            behind = np.searchsorted(owner, fresh.user[slice(*block.fresh)], side="right")
+            user = fresh.user[slice(*block.fresh)]
+            # New events go behind the old ones of their user, or of the one before where the user is new.
+            behind = old.offsets[np.searchsorted(row_of, user, side="right")] - block.old[0]
             for name, file in files.items():
                 values = np.asarray(getattr(old.events, name)[slice(*block.old)])
                 put(file, np.insert(values, behind, getattr(fresh, name)[slice(*block.fresh)]))
-            item, time = (np.asarray(getattr(old.events, name)[slice(*block.old)]) for name in ("item", "time"))
-            joins = (time >= ends[0][owner]) & (time < ends[1][owner])
-            count += np.bincount(item[joins], minlength=items)
-            user_items += _new_pairs(owner, item, fresh, block)
+            count += _joining(old, block, row_of, ends, items)
+            user_items += _new_pairs(old, fresh, block, row_of)
             tick(done + 1, len(blocks))
     return Merged(len(fresh.user), user_items, count)
 
@@ -104,16 +101,30 @@ def _blocks(old: Histories, fresh: SortedEvents, row_of: NDArray[np.int64], leng
     ]
 
 
-def _new_pairs(owner: NDArray[np.int64], item: NDArray[np.uint32], fresh: SortedEvents, block: _Block) -> int:
-    """Count the (user, item) pairs of a block's new events that its old events do not have."""
+def _joining(old: Histories, block: _Block, row_of: NDArray[np.int64], ends: tuple[Ends, Ends], items: int) -> Ends:
+    """Count, by item key, the block's old events that lie in the training period now and did not before."""
+    time = np.asarray(old.events.time[slice(*block.old)])
+    mine = row_of[slice(*block.users)]
+    if not len(mine):
+        return np.zeros(items, np.int64)
+    # Few events lie between the earliest end before and the latest end now: only these are compared with their user's.
+    near = np.flatnonzero((time >= ends[0][mine].min()) & (time < ends[1][mine].max()))
+    owner = row_of[np.searchsorted(old.offsets, near + block.old[0], side="right") - 1]
+    joins = near[(time[near] >= ends[0][owner]) & (time[near] < ends[1][owner])]
+    return np.bincount(old.events.item[joins + block.old[0]], minlength=items)
+
+
+def _new_pairs(old: Histories, fresh: SortedEvents, block: _Block, row_of: NDArray[np.int64]) -> int:
+    """Count the (user, item) pairs of a block's new events that the same users' old events do not have."""
     user = fresh.user[slice(*block.fresh)]
     if not len(user):
         return 0
     new = distinct(_pairs(user, fresh.item[slice(*block.fresh)]))
-    active = np.zeros(int(max(owner.max(initial=0), user.max())) + 1, np.bool_)
-    active[user] = True
-    of_active = active[owner]
-    had = _pairs(owner[of_active], item[of_active])
+    active = np.intersect1d(row_of[slice(*block.users)], user, assume_unique=False)
+    old_row = np.searchsorted(row_of, active)
+    begin, length = old.offsets[old_row], np.diff(old.offsets)[old_row]
+    place = np.arange(length.sum()) + np.repeat(begin - (np.cumsum(length) - length), length)
+    had = _pairs(np.repeat(active, length), old.events.item[place])
     place = np.minimum(np.searchsorted(new, had), len(new) - 1)
     return len(new) - len(distinct(had[new[place] == had]))
 

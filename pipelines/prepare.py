@@ -13,7 +13,7 @@ buckets or workers, nor on whether a log in parts (`pipelines.parts`) was prepar
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
@@ -28,7 +28,7 @@ from pipelines import assembly, buckets, splits
 from pipelines.catalogue import USER_HASH
 from pipelines.growth import save_pending
 from pipelines.parts import Part, open_part
-from pipelines.prepared import GROWTH, PreparedSet, digest_of
+from pipelines.prepared import GROWTH, PreparedSet, contents, digest_of, file_digests
 from pipelines.samplers import SAMPLERS
 from pipelines.settings import MAX_BUCKETS, PrepareConfig
 from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
@@ -89,9 +89,11 @@ def finish(out: Path, work: Path, names: Names, log: Log, config: PrepareConfig,
         (work / GROWTH).rename(out / GROWTH)
         save_pending(log.pending, out / GROWTH)
         np.save(out / GROWTH / "hashes.npy", names.people[USER_HASH].to_numpy())
-    manifest = write_set(out, names, log, config, report)
-    report("digest", 0, 1)
-    write_json(out / "manifest.json", {**manifest, "digest": digest_of(out)})
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(file_digests, contents(out))  # histories and training requests, the largest files
+        manifest = write_set(out, names, log, config, report)
+        report("digest", 0, 1)
+        write_json(out / "manifest.json", {**manifest, "digest": digest_of(out, early.result())})
     report("digest", 1, 1)
 
 

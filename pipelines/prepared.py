@@ -14,10 +14,12 @@
 Everything is plain Parquet, npy, safetensors or JSON, but for the bare 64-bit words under growth/.
 """
 
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -45,14 +47,18 @@ def contents(directory: Path) -> list[Path]:
     )
 
 
-def digest_of(directory: Path) -> str:
-    """Give the SHA-256 over names and contents of `contents`, hashing files side by side."""
-    files = contents(directory)
+def file_digests(files: Iterable[Path]) -> dict[Path, str]:
+    """Give the SHA-256 of each file, hashing them side by side."""
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(sha256_file, files)
-        return sha256_json(
-            {str(path.relative_to(directory)): found for path, found in zip(files, digests, strict=True)}
-        )
+        paths = list(files)
+        return dict(zip(paths, pool.map(sha256_file, paths), strict=True))
+
+
+def digest_of(directory: Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
+    """Give the SHA-256 over names and contents of `contents`; files that are `known` are not read again."""
+    files = contents(directory)
+    found = {**known, **file_digests(path for path in files if path not in known)}
+    return sha256_json({str(path.relative_to(directory)): found[path] for path in files})
 
 
 @dataclass(frozen=True)
