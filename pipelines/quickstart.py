@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines import tracking
+from pipelines.append import known_parts
 from pipelines.audit import audit, refuse_failed
 from pipelines.audit_record import last_audit
 from pipelines.datasets import completejourney
 from pipelines.evaluate import EvaluateConfig, TrainingSummary, evaluate
 from pipelines.ingest import ingest
+from pipelines.parts import open_part
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish, register
 from pipelines.report import write_report
 from pipelines.shipped import find_config
-from pipelines.steps import Step, run_step
+from pipelines.steps import Step, forget_step, run_step
 from pipelines.train import Report, TrainConfig, Trained, load_config, train, trained_run
 from pipelines.workspace import Workspace
 from recsys import __version__
@@ -104,15 +106,22 @@ class Job:
         )
 
     def _prepare(self) -> None:
-        log = self.workspace.log
+        """Prepare the log and the later parts that `recsys prepare --add` kept; a set that has grown by them stays."""
+        log, parts, prepared = self.workspace.log, self.workspace.parts, self.workspace.prepared
 
         def run() -> None:
             with self.ui.bar("prepare") as report:
-                prepare(log, self.workspace.prepared.directory, self.config.prepare, _titled(report))
+                prepare(parts, prepared.directory, self.config.prepare, _titled(report))
 
+        wanted = [open_part(part).record.digest for part in parts]
+        if not (prepared.directory / "manifest.json").exists() or wanted != [
+            record.digest for record in known_parts(prepared)
+        ]:
+            forget_step("prepare", self.workspace.root / "steps")
+        later = f" The log has {len(parts) - 1} later part{'s' * (len(parts) > 2)}." if parts[1:] else ""
         self._step(
             "prepare",
-            "Packing histories, splitting by time and sampling the candidates to evaluate on.",
+            f"Packing histories, splitting by time and sampling the candidates to evaluate on.{later}",
             {"log": read_json(log / "ingest.json"), "config": repr(self.config.prepare)},
             (self.workspace.prepared.directory / "manifest.json",),
             run,

@@ -42,6 +42,11 @@ def run_step(step: Step, stamps: Path, say: Callable[[str], None]) -> bool:
     return True
 
 
+def forget_step(name: str, stamps: Path) -> None:
+    """Let a step run again whatever its stamp says."""
+    (stamps / f"{name}.json").unlink(missing_ok=True)
+
+
 def _stamped(stamp: Path) -> str | None:
     try:
         return str(read_json(stamp)["inputs"])

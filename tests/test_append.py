@@ -1,5 +1,7 @@
 """A log prepared part by part is, byte for byte, the log prepared at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -19,7 +21,9 @@ from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, Requests, contents
+from pipelines.quickstart import Job, QuickstartConfig
 from pipelines.splits import DAY, SplitConfig
+from pipelines.train import Report
 from pipelines.transitions import pair_words
 from pipelines.workspace import Workspace
 from recsys.cli import app
@@ -64,6 +68,7 @@ def ingested(parts: list[list[Line]], folder: Path, sessions: list[bool]) -> lis
             .otherwise("category")
             .alias("category"),
             weight=pl.lit(index + 0.5),
+            tags=pl.when(pl.col("item_id") != f"i{4 + index}").then(pl.concat_list(pl.lit(f"t{index}"), "category")),
         )
         paths.append(folder / f"part{index}")
         ingest(replace(log, items=None if index % 2 else items), paths[-1])
@@ -204,6 +209,42 @@ def test_the_command_line_adds_a_day_and_prepares_all_days_anew(tmp_path: Path) 
         CliRunner().invoke(app, [*options, "--add", str(second), "--set", "negatives=3"], catch_exceptions=False)
     assert CliRunner().invoke(app, options, catch_exceptions=False).exit_code == 0
     assert Workspace(place.root).prepared.digest == grown
+
+
+class Quiet:
+    """A terminal that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Report]:
+        yield lambda *_: None
+
+
+def test_the_quickstart_goes_on_with_the_grown_set_and_never_drops_a_later_part(tmp_path: Path) -> None:
+    (first, second) = ingested(divided(synthetic(3000), [0.95], 0), tmp_path, [True, True])
+    place, ui = Workspace(tmp_path / "workspace"), Quiet()
+    copytree(first, place.log)
+
+    def prepared(config: PrepareConfig) -> tuple[str, int]:
+        Job(place, QuickstartConfig(("popularity",), "popularity", prepare=config), ui, "")._prepare()
+        found = Workspace(place.root).prepared
+        return found.digest, len(found.manifest["parts"])
+
+    plain = PrepareConfig()
+    small, parts = prepared(plain)
+    assert (parts, prepared(plain)) == (1, (small, 1))
+    grown = add_part(second, place.parts, place.later_parts, place.prepared.directory).digest
+    assert prepared(plain) == (grown, 2)
+    assert ui.said[-1].endswith("The log has 1 later part. Already done.")
+    other = prepare(place.parts, tmp_path / "other", PrepareConfig(negatives=3))
+    assert prepared(PrepareConfig(negatives=3)) == (other.digest, 2)
+    prepare(place.log, place.prepared.directory)  # as if the addition had stopped half-way
+    assert prepared(plain) == (grown, 2)
 
 
 def test_only_values_of_the_minimum_are_positives(tmp_path: Path) -> None:
