@@ -16,7 +16,7 @@ from pipelines.buckets import BUCKET, USER_ROW, bucket_of, user_hashes
 from pipelines.parts import Part
 from pipelines.prepared import PreparedSet
 from ranking.batch import FIRST_ITEM, UNKNOWN
-from ranking.items import ItemTable, Transitions
+from ranking.items import ItemTable, MultiValued, Transitions
 from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, TEXT, TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import DataError
 from recsys.history import UNKNOWN_KEY
@@ -156,13 +156,31 @@ def categorical_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> li
         DataError: a column asked for that the catalogue does not have; the message names those it has.
     """
     if wanted is not None:
-        return _existing(items, wanted, "code")
+        for name in _existing(items, wanted, "code"):
+            if isinstance(items.schema[name], pl.List):
+                raise DataError(f"items: column {name!r} holds several values per item; expected it in multi")
+        return list(wanted)
     text_like = (pl.String, pl.Boolean)
     return [
         name
         for name, kind in _attributes(items).items()
         if kind in text_like or isinstance(kind, pl.Categorical | pl.Enum)
     ]
+
+
+def multi_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> list[str]:
+    """Give the columns of several values per item: those asked for, or all lists of the catalogue.
+
+    Raises:
+        DataError: a column asked for that is not there, or holds one value per item.
+    """
+    found = [name for name, kind in _attributes(items).items() if isinstance(kind, pl.List)]
+    if wanted is None:
+        return found
+    for name in _existing(items, wanted, "read as several values"):
+        if name not in found:
+            raise DataError(f"items: column {name!r} is {items.schema[name]}; expected lists of values")
+    return list(wanted)
 
 
 def numeric_columns(items: pl.DataFrame, wanted: Sequence[str] | None, categorical: Sequence[str]) -> list[str]:
@@ -194,7 +212,19 @@ def _existing(items: pl.DataFrame, wanted: Sequence[str], purpose: str) -> list[
 
 def vocabulary(items: pl.DataFrame, columns: Sequence[str]) -> dict[str, list[str]]:
     """Give the sorted values of each column; value i has code i + 2."""
-    return {name: items[name].cast(pl.String).drop_nulls().unique().sort().to_list() for name in columns}
+    return {name: _single(items[name]).drop_nulls().unique().sort().to_list() for name in columns}
+
+
+def _single(column: pl.Series) -> pl.Series:
+    """Give the values of a column as text, one after the other; a row without any has one null."""
+    if isinstance(column.dtype, pl.List):
+        column = column.list.explode(empty_as_null=True, keep_nulls=True)
+    return column.cast(pl.String)
+
+
+def _codes(values: pl.Series, known: Sequence[str]) -> NDArray[np.int32]:
+    code = values.cast(pl.Enum(known)).to_physical().cast(pl.Int32) + CODES_OF_NO_VALUE
+    return code.fill_null(1).to_numpy()
 
 
 def item_table(
@@ -206,18 +236,33 @@ def item_table(
 ) -> ItemTable:
     """Build the table models look items up in; `count` int64 [V] by model row, V = items + 2.
 
-    Numbers come as they are, as float32, in the order of `numeric`; 0 where a value is missing or not finite.
+    `values` are the vocabularies of the categorical and of the multi-valued columns. Numbers come as they are, as
+    float32, in the order of `numeric`; 0 where a value is missing or not finite.
     """
+    multi = {
+        name: _multi_valued(items[name], known)
+        for name, known in values.items()
+        if isinstance(items.schema[name], pl.List)
+    }
+    values = {name: known for name, known in values.items() if name not in multi}
     codes = np.zeros((items.height + FIRST_ITEM, len(values)), np.int32)
     codes[UNKNOWN] = 1
     for place, (name, known) in enumerate(values.items()):
-        code = items[name].cast(pl.String).cast(pl.Enum(known)).to_physical().cast(pl.Int32) + CODES_OF_NO_VALUE
-        codes[FIRST_ITEM:, place] = code.fill_null(1).to_numpy()
+        codes[FIRST_ITEM:, place] = _codes(_single(items[name]), known)
     dense = np.zeros((items.height + FIRST_ITEM, len(numeric)), np.float32)
     for place, name in enumerate(numeric):
         number = items[name].cast(pl.Float32).fill_null(0).to_numpy()
         dense[FIRST_ITEM:, place] = np.nan_to_num(number, nan=0, posinf=0, neginf=0)
     cardinality = [len(known) + CODES_OF_NO_VALUE for known in values.values()]
     return ItemTable(
-        list(values), torch.from_numpy(codes), cardinality, count, transitions, torch.from_numpy(dense), numeric
+        list(values), torch.from_numpy(codes), cardinality, count, transitions, torch.from_numpy(dense), numeric, multi
     )
+
+
+def _multi_valued(column: pl.Series, known: Sequence[str]) -> MultiValued:
+    """Give the codes of a column of lists; null, an empty list and a list of nulls are one missing value."""
+    lists = column.list.drop_nulls().list.unique(maintain_order=True)
+    length = lists.list.len().fill_null(0).clip(lower_bound=1).cast(pl.Int64).to_numpy()
+    code = np.concatenate([np.arange(FIRST_ITEM, dtype=np.int32), _codes(_single(lists), known)])
+    offsets = np.concatenate([np.arange(FIRST_ITEM), FIRST_ITEM + np.cumsum(length) - length, [len(code)]])
+    return MultiValued(torch.from_numpy(offsets), torch.from_numpy(code), len(known) + CODES_OF_NO_VALUE)

@@ -19,6 +19,7 @@ class PrepareConfig:
         positive: names of the actions that are positives; empty means all. Histories keep every action.
         min_value: an event is a positive only if its `value` is at least this (a rating, say); None asks for none.
         columns: categorical columns of the item table; None codes every text column the catalogue has.
+        multi: columns of several values per item; None takes every list the catalogue has.
         numeric: columns of the item table's dense part; None takes every column of numbers not named in `columns`.
         samplers: fixed candidates are drawn once by each of these (`pipelines.samplers.SAMPLERS`).
         negatives: sampled negatives per validation or test request.
@@ -36,6 +37,7 @@ class PrepareConfig:
     positive: tuple[str, ...] = ()
     min_value: float | None = None
     columns: tuple[str, ...] | None = None
+    multi: tuple[str, ...] | None = None
     numeric: tuple[str, ...] | None = None
     samplers: tuple[str, ...] = ("uniform", "popularity")
     negatives: Annotated[int, Field(ge=1)] = 100

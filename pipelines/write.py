@@ -35,6 +35,7 @@ class Names:
     people: pl.DataFrame
     actions: list[str]
     categorical: list[str]
+    multi: list[str]
     numeric: list[str]
 
     @property
@@ -88,8 +89,10 @@ def name_all(
                 f"positive action {name!r} does not occur; the log has {', '.join(actions) or 'no actions'}"
             )
     categorical = catalogue.categorical_columns(items, config.columns)
+    multi = catalogue.multi_columns(items, config.multi)
     numeric = catalogue.numeric_columns(items, config.numeric, categorical)
-    names = Names(items, catalogue.users(parts, previous, buckets, newest, hashes), actions, categorical, numeric)
+    people = catalogue.users(parts, previous, buckets, newest, hashes)
+    names = Names(items, people, actions, categorical, multi, numeric)
     if names.rows > MAX_ROWS:
         raise DataError(f"{items.height:,} items; transitions can be counted over at most {MAX_ROWS:,}")
     return names
@@ -107,7 +110,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
     split, _ = splits.assign(cuts, names.people.height, pending.user, pending.at, pending.last)
     hashes = names.people[catalogue.USER_HASH].to_numpy()
     requests = assembly.evaluated(pending, split, hashes, config.max_eval_requests, config.seed)
-    values = catalogue.vocabulary(names.items, names.categorical)
+    values = catalogue.vocabulary(names.items, [*names.categorical, *names.multi])
     count = torch.from_numpy(log.tally.count)
     table = catalogue.item_table(names.items, values, names.numeric, count, log.transitions)
     _write_tables(out, names, values, table)
@@ -120,6 +123,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
         "parts": [asdict(record) for record in log.records],
         "actions": names.actions,
         "categorical": names.categorical,
+        "multi": names.multi,
         "numeric": names.numeric,
         "samplers": list(config.samplers),
         "time": {"first": min(record.first for record in log.records), "last": log.newest},

@@ -29,10 +29,12 @@ class Attributes:
     def columns(self) -> list[str]:
         """Names of all columns."""
         items = self._bundle.items
-        return [ITEM_ID, *items.columns, *items.numeric]
+        return [ITEM_ID, *items.columns, *items.multi_columns, *items.numeric]
 
     def having(self, column: str, values: Iterable[str]) -> NDArray[np.bool_]:
-        """Give bool [V], True at rows with one of the values; a value no item has matches none.
+        """Give bool [V], True at rows with one of the values, among several where a column has several per item.
+
+        A value no item has matches none.
 
         Raises:
             ConfigError: no column of that name holds values.
@@ -41,11 +43,16 @@ class Attributes:
             found = np.zeros(len(self._bundle.items), bool)
             found[[row for value in values if (row := self._bundle.row_of.get(value)) is not None]] = True
             return found
-        codes = self.codes(column)
+        items = self._bundle.items
+        several = items.multi(column) if column in items.multi_columns else None
+        codes = self.codes(column) if several is None else several.code.cpu().numpy()
         known = self._code_of(column)
-        wanted = np.zeros(self._bundle.items.codes(column), bool)
+        wanted = np.zeros(items.codes(column), bool)
         wanted[[code for value in values if (code := known.get(value)) is not None]] = True
-        return wanted[codes]
+        if several is None:
+            return wanted[codes]
+        matches: NDArray[np.bool_] = np.logical_or.reduceat(wanted[codes], several.offsets[:-1].cpu().numpy())
+        return matches
 
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
         """Give bool [V], True at rows whose number is in [least, most]; None leaves that side open.

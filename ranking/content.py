@@ -1,8 +1,9 @@
 """What is known of an item without anybody having chosen it: its categories and the words of its text.
 
-An item is a sparse row: 1 for its code in each categorical column, 1 / sqrt(n) for each of the n words and pairs of
-neighbouring words of its text, hashed. `ContentMatch` finds the items without training events that are most like what a
-user chose, compared with how like everybody's choices they are:
+An item is a sparse row: 1 for its code in each categorical column, 1 / sqrt(n) for each of its n values of a
+multi-valued one and for each of the n words and pairs of neighbouring words of its text, hashed. `ContentMatch` finds
+the items without training events that are most like what a user chose, compared with how like everybody's choices they
+are:
 
     lift(u, j)  =  mean over distinct items i of u's history of (x_i . x_j)  /  usual_j
     usual_j     =  mean over training events of (x_i . x_j), plus a tenth of its median over the new items
@@ -33,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ranking.batch import FIRST_ITEM
-from ranking.items import ItemTable
+from ranking.items import ItemTable, MultiValued
 from recsys.errors import BundleError, ConfigError
 
 WORD = re.compile(r"[^\W_]+")
@@ -83,7 +84,7 @@ def content_features(items: ItemTable, texts: Sequence[str], words: int = WORDS)
     """Give what is known of every item row as sparse numbers; rows 0 and 1 have none.
 
     Args:
-        items: categorical codes by row.
+        items: categorical and multi-valued codes by row.
         texts: text by row; "" says nothing.
         words: slots that words and pairs of words are hashed into.
 
@@ -100,15 +101,16 @@ def content_features(items: ItemTable, texts: Sequence[str], words: int = WORDS)
     known[:FIRST_ITEM] = False
     row, place = known.nonzero(as_tuple=True)
     columns = codes[row, place] + first[place]
+    entries, width = [(row, columns, torch.ones(len(row)))], int(first[-1])
+    for name in items.multi_columns:
+        entries.append(_value_entries(items.multi(name), width))
+        width += items.codes(name)
     word_row, word_column, word_value = _word_entries(texts, words)
-    rows = torch.cat([row, word_row])
+    entries.append((word_row, word_column + width, word_value))
+    rows, columns, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
     order = torch.argsort(rows, stable=True)
-    return Features(
-        F.pad(torch.bincount(rows, minlength=len(items)).cumsum(0), (1, 0)),
-        torch.cat([columns, word_column + first[-1]])[order],
-        torch.cat([torch.ones(len(row)), word_value])[order],
-        int(first[-1]) + words,
-    )
+    offsets = F.pad(torch.bincount(rows, minlength=len(items)).cumsum(0), (1, 0))
+    return Features(offsets, columns[order], value[order], width + words)
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,14 @@ def _slices(offsets: NDArray[np.int64], rows: NDArray[np.int32]) -> tuple[NDArra
     lengths = offsets[rows + 1] - offsets[rows]
     starts = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(offsets[rows] - starts, lengths), starts
+
+
+def _value_entries(column: MultiValued, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give row, column and value of every known value of a multi-valued column; its codes begin at column `first`."""
+    code, length = column.code.cpu().long(), column.offsets.cpu().diff()
+    row = torch.repeat_interleave(torch.arange(len(length)), length)
+    known = code >= FIRST_CODE
+    return row[known], code[known] + first, length[row[known]].float().rsqrt()
 
 
 def _word_entries(texts: Sequence[str], words: int) -> tuple[Tensor, Tensor, Tensor]:

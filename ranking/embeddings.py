@@ -28,7 +28,7 @@ class FieldWidths:
 
     Attributes:
         item: learned vector of the item itself.
-        category: learned vector of its category.
+        category: learned vector of its category, the mean of them where an item has several.
         position: learned vector of how far back an event lies.
     """
 
@@ -64,6 +64,13 @@ class ItemEmbedding(nn.Module):
     def forward(self, row: Tensor) -> Tensor:
         """Give float32 [..., width] for integer rows [...]."""
         return F.embedding(row, self.weight, padding_idx=PAD, sparse=self.sparse)
+
+    def mean(self, row: Tensor, start: Tensor) -> Tensor:
+        """Give float32 [n, width], the means of runs of rows: run i is row[start[i]] .. row[start[i + 1]], both int64.
+
+        Padding is left out of a mean; a run of nothing else gives zero.
+        """
+        return F.embedding_bag(row, self.weight, start, mode="mean", sparse=self.sparse, padding_idx=PAD)
 
 
 class PositionTable(nn.Module):
@@ -131,7 +138,7 @@ class Fields(nn.Module):
     Args:
         items: attributes by item row.
         widths: columns of each field.
-        category: name of the categorical item column, or None for no category field.
+        category: name of the categorical or multi-valued item column, or None for no category field.
         window: most positions a history can have.
         sparse: see `ItemEmbedding`.
     """
@@ -162,9 +169,19 @@ class Fields(nn.Module):
             row_of: int32 [V], the row that stands for each item: `items.embedding_row`, or that with some hidden.
         """
         parts = [] if self.item is None else [self.item(take(row_of, item))]
-        if self.category is not None and self.category_name is not None:
-            parts.append(self.category(take(self.items.column(self.category_name), item)))
+        if self.category is not None:
+            parts.append(self.categories(item))
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def categories(self, item: Tensor) -> Tensor:
+        """Give the vectors of the items' categories, float32 [..., Dc]; the mean where a column holds several."""
+        if self.category is None or self.category_name is None:
+            raise ConfigError("these fields have no category; give one a name and a width")
+        if self.category_name not in self.items.multi_columns:
+            found: Tensor = self.category(take(self.items.column(self.category_name), item))
+            return found
+        code, start = self.items.multi(self.category_name).of(item.reshape(-1))
+        return self.category.mean(code, start).view(*item.shape, -1)
 
     def history(self, padded: Padded, position: Tensor, row_of: Tensor) -> Tensor:
         """Give all fields of the events, float32 [B, T, D], exactly zero at padding."""

@@ -1,6 +1,6 @@
 """What a bundle knows of every item row: attributes, training counts and transitions, looked up by row, never sent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,33 @@ class Transitions:
         return Transitions(torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0))
 
 
+@dataclass(frozen=True)
+class MultiValued:
+    """A column with several values per item: row r has the distinct codes code[offsets[r]] .. code[offsets[r + 1]].
+
+    Codes are those of a categorical column, and every row has one at least: 0 at row 0, 1 where nothing is known.
+    """
+
+    offsets: Tensor  # int64 [V + 1]
+    code: Tensor  # int32 [values]
+    cardinality: int  # number of codes, counting 0 and 1
+
+    def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the codes of integer rows [n], one row's after the other's, and where each row begins, both int64."""
+        begin = self.offsets.index_select(0, row)  # [n]
+        length = self.offsets.index_select(0, row + 1) - begin
+        start = length.cumsum(0) - length
+        shift = torch.repeat_interleave(begin - start, length)
+        return self.code.index_select(0, torch.arange(len(shift), device=shift.device) + shift).long(), start
+
+    def shares(self, row: Tensor) -> Tensor:
+        """Give the share of the rows [n] each code stands for, float64 [codes]; codes of one row divide its vote."""
+        code, start = self.of(row)
+        length = torch.diff(start, append=start.new_tensor([len(code)]))
+        vote = torch.repeat_interleave(length.double().reciprocal(), length)
+        return torch.bincount(code, vote, self.cardinality) / max(len(row), 1)
+
+
 class ItemTable(nn.Module):
     """Item attributes by row. A module only so that it moves with the model; nothing in it is a weight.
 
@@ -44,6 +71,7 @@ class ItemTable(nn.Module):
         transitions: training-period transitions between rows.
         dense: float32 [V, Fd].
         numeric: names of the dense columns, in order.
+        multi: columns with several values per item, by name.
 
     Attributes:
         trained: bool [V], whether a row has training events.
@@ -69,11 +97,15 @@ class ItemTable(nn.Module):
         transitions: Transitions | None = None,
         dense: Tensor | None = None,
         numeric: Sequence[str] = (),
+        multi: Mapping[str, MultiValued] | None = None,
     ) -> None:
         super().__init__()
         rows = len(count)
         transitions = transitions or Transitions.none(rows)
+        multi = multi or {}
         self.columns = tuple(columns)
+        self.multi_columns = tuple(multi)
+        self._multi_cardinality = tuple(column.cardinality for column in multi.values())
         self.cardinality = tuple(cardinality)
         self.numeric = tuple(numeric)
         trained = count > 0
@@ -90,6 +122,8 @@ class ItemTable(nn.Module):
             ("transition_offsets", transitions.offsets),
             ("transition_target", transitions.target),
             ("transition_weight", transitions.weight),
+            *((f"multi_offsets_{place}", column.offsets) for place, column in enumerate(multi.values())),
+            *((f"multi_code_{place}", column.code) for place, column in enumerate(multi.values())),
         ):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -105,11 +139,34 @@ class ItemTable(nn.Module):
         """Give one categorical column, int32 [V]; raises `ConfigError` if there is none of that name."""
         return self.categorical[:, self._index(name)]
 
+    def multi(self, name: str) -> MultiValued:
+        """Give one multi-valued column; raises `ConfigError` if there is none of that name."""
+        if name not in self.multi_columns:
+            there = ", ".join(self.multi_columns) or "none"
+            raise ConfigError(f"no multi-valued item column {name!r}; there are {there}")
+        place = self.multi_columns.index(name)
+        offsets, code = self.get_buffer(f"multi_offsets_{place}"), self.get_buffer(f"multi_code_{place}")
+        return MultiValued(offsets, code, self._multi_cardinality[place])
+
+    def held(self, name: str) -> tuple[Tensor, ...]:
+        """Give the tensors that hold a column of either kind: what a digest of it has to cover."""
+        if name not in self.multi_columns:
+            return (self.column(name),)
+        column = self.multi(name)
+        return (column.offsets, column.code)
+
     def codes(self, name: str) -> int:
-        """Give the number of codes of a categorical column, counting padding and missing."""
+        """Give the number of codes of a categorical or multi-valued column, counting padding and missing."""
+        if name in self.multi_columns:
+            return self._multi_cardinality[self.multi_columns.index(name)]
         return self.cardinality[self._index(name)]
 
     def _index(self, name: str) -> int:
+        if name in self.multi_columns:
+            raise ConfigError(
+                f"item column {name!r} has several values per item; expected one value each: "
+                f"{', '.join(self.columns) or 'there is no such column'}"
+            )
         if name not in self.columns:
             raise ConfigError(f"no categorical item column {name!r}; there are {', '.join(self.columns) or 'none'}")
         return self.columns.index(name)
@@ -125,11 +182,17 @@ class ItemTable(nn.Module):
             "transition_target": self.transition_target,
             "transition_weight": self.transition_weight,
         }
+        names = [self.columns, self.numeric]
+        if self.multi_columns:
+            names.append(self.multi_columns)
+            tensors["multi_cardinality"] = torch.tensor(self._multi_cardinality, dtype=torch.int64)
+            for place, column in enumerate(map(self.multi, self.multi_columns)):
+                tensors |= {f"multi_offsets_{place}": column.offsets, f"multi_code_{place}": column.code}
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             path,
-            # One entry, since several are not written in the same order twice; an empty line parts the two lists.
-            metadata={"columns": "\n".join(self.columns) + "\n\n" + "\n".join(self.numeric)},
+            # One entry, since several are not written in the same order twice; an empty line parts the lists.
+            metadata={"columns": "\n\n".join("\n".join(some) for some in names)},
         )
 
     @staticmethod
@@ -138,8 +201,8 @@ class ItemTable(nn.Module):
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            first, _, second = file.metadata()["columns"].partition("\n\n")
-        columns, numeric = ([name for name in names.split("\n") if name] for names in (first, second))
+            kinds = [*file.metadata()["columns"].split("\n\n"), "", ""]
+        columns, numeric, multi = ([name for name in names.split("\n") if name] for names in kinds[:3])
         t = load_file(path)
         return ItemTable(
             columns,
@@ -149,6 +212,12 @@ class ItemTable(nn.Module):
             Transitions(t["transition_offsets"], t["transition_target"], t["transition_weight"]),
             t["dense"],
             numeric,
+            {
+                name: MultiValued(
+                    t[f"multi_offsets_{place}"], t[f"multi_code_{place}"], int(t["multi_cardinality"][place])
+                )
+                for place, name in enumerate(multi)
+            },
         )
 
 

@@ -221,7 +221,7 @@ class Sdim(nn.Module):
         digest = hashlib.sha256(f"sdim {config.bits} {config.groups} {config.window} {config.center}".encode())
         tensors = [*self.fields.parameters(), self.planes, self.items.embedding_row]
         if config.category is not None:
-            tensors.append(self.items.column(config.category))
+            tensors += self.items.held(config.category)
         for tensor in tensors:
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -290,8 +290,14 @@ class Sdim(nn.Module):
         parts = []
         if self.fields.item is not None:
             parts.append(mean_row(self.fields.item.weight, self.items.embedding_row[known]))
-        if self.fields.category is not None and self.config.category is not None:
-            parts.append(mean_row(self.fields.category.weight, self.items.column(self.config.category)[known]))
+        category = self.config.category
+        if self.fields.category is not None and category is not None:
+            if category in self.items.multi_columns:
+                row = torch.arange(FIRST_ITEM, len(self.items), device=self.planes.device)
+                share = self.items.multi(category).shares(row)
+                parts.append(share @ self.fields.category.weight.detach().double())
+            else:
+                parts.append(mean_row(self.fields.category.weight, self.items.column(category)[known]))
         return torch.cat(parts)
 
     def _check_range(self) -> None:

@@ -74,6 +74,7 @@ class SimHard(nn.Module):
         super().__init__()
         self.config = config
         self.items = items
+        items.column(config.category)  # refused here if there is none
         self.fields = Fields(items, config.widths, config.category, config.window)
         self.head = ScoringHead(3 * self.fields.width)
 

@@ -36,6 +36,9 @@ class Setting:
 
 
 NO_PARAMETERS = dict.fromkeys(("overfits", "gradients", "same_losses"), "it has no parameters")
+SEVERAL_VALUES = dict.fromkeys(
+    ("overfits", "beats_references"), "how well it learns is held without tags; these ask whether means keep the rest"
+)
 
 SETTINGS = {
     "popularity": Setting("popularity", exempt=NO_PARAMETERS | {"beats_references": "it is the reference"}),
@@ -49,6 +52,7 @@ SETTINGS = {
         exempt={"beats_references": "it is the reference; it beats popularity"},
     ),
     "din": Setting("din", {"window": 20, "widths": FIELDS}),
+    "din+tags": Setting("din", {"window": 20, "widths": FIELDS, "category": "tags"}, steps=60, exempt=SEVERAL_VALUES),
     "transitions": Setting("transitions", exempt=NO_PARAMETERS),
     "lightgbm": Setting(
         "lightgbm",
@@ -71,6 +75,12 @@ SETTINGS = {
         "dare", {"window": 20, "retrieved": 5, "attention": FIELDS, "representation": FIELDS, "own_counts": True}
     ),
     "sdim": Setting("sdim", {"window": 20, "recent": 4, "item_width": 8, "category_width": 8}),
+    "sdim+tags": Setting(
+        "sdim",
+        {"window": 20, "recent": 4, "item_width": 8, "category_width": 8, "category": "tags", "center": True},
+        steps=60,
+        exempt=SEVERAL_VALUES,
+    ),
     "aw_moe": Setting("aw_moe", {"window": 3, "item_width": 8, "category_width": 8}, steps=500, learning_rate=0.003),
     "mqsa_ted": Setting(
         "mqsa_ted",

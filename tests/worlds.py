@@ -24,7 +24,7 @@ from pipelines import boost
 from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request, assemble
 from ranking.embeddings import sparse_parameters
 from ranking.gradient_boosting import GradientBoosting
-from ranking.items import ItemTable, Transitions, identity_rows
+from ranking.items import ItemTable, MultiValued, Transitions, identity_rows
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
 
@@ -139,7 +139,22 @@ def _item_table(sequences: Sequence[Sequence[int]], belongs: NDArray[np.int64]) 
         np.add.at(count, row, 1)
         np.add.at(pairs, (row[:-1], row[1:]), 1)
     code = np.concatenate([[0, 1], belongs + 2]).astype(np.int32)[:, None]
-    return ItemTable(["category"], torch.from_numpy(code), [int(code.max()) + 1], torch.from_numpy(count), _csr(pairs))
+    cardinality, counts = [int(code.max()) + 1], torch.from_numpy(count)
+    return ItemTable(
+        ["category"], torch.from_numpy(code), cardinality, counts, _csr(pairs), multi={"tags": _tags(belongs)}
+    )
+
+
+def _tags(belongs: NDArray[np.int64]) -> MultiValued:
+    """Give every item its category and one to three tags that say nothing; every tenth item has none at all."""
+    categories = int(belongs.max()) + 1
+    tags = [[0], [1]]
+    for place, category in enumerate(belongs.tolist()):
+        more = range(place % 3 + 1)
+        tags.append([1] if place % 10 == 9 else [category + 2, *(categories + 2 + (place * 7 + n) % 5 for n in more)])
+    offsets = np.concatenate([[0], np.cumsum([len(codes) for codes in tags])])
+    code = torch.tensor([code for codes in tags for code in codes], dtype=torch.int32)
+    return MultiValued(torch.from_numpy(offsets), code, categories + 2 + 5)
 
 
 def _csr(pairs: NDArray[np.float32]) -> Transitions:
