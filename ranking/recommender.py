@@ -40,6 +40,7 @@ from ranking.sources import (
     SourceQuery,
     merge,
 )
+from ranking.state_cache import StateCache
 from ranking.trace import Clock, Found, explain, stages_of
 from ranking.users import LATEST, User, Users
 from recsys.errors import RequestError
@@ -90,6 +91,7 @@ class Recommender:
         availability: what cannot be had now; None if all can.
         text: puts answers to requests with a `query` in order; None leaves that stage out.
         more_sources: further sources, each with its quota.
+        states: keeps the states of users with long histories; None encodes every history anew, with the same answers.
 
     Raises:
         ConfigError: a filter or rule names a column that the bundle does not have.
@@ -103,6 +105,7 @@ class Recommender:
         availability: Availability | None = None,
         text: TextStage | None = None,
         more_sources: Sequence[tuple[Source, int]] = (),
+        states: StateCache | None = None,
     ) -> None:
         self.bundle = bundle
         self.histories = histories
@@ -112,7 +115,7 @@ class Recommender:
         self._users = Users(bundle, histories, config.history_limit)
         self._filters = Filters(attributes, len(bundle.items), config.filters, availability)
         self._rules = Rules(attributes, config.rules)
-        self._scorer = Scorer(bundle)
+        self._scorer = Scorer(bundle, states)
         self._text = text
         popularity = Popularity(bundle.items)
         self._catalogue = Catalogue(bundle.items)

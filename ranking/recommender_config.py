@@ -27,6 +27,23 @@ class Cap:
 
 
 @dataclass(frozen=True)
+class StatesConfig:
+    """Which states of users are kept from one request to the next (`ranking.state_cache`)."""
+
+    bytes: int = 256 * 2**20
+    """memory of one process for them; 0 keeps none"""
+    seconds: float = 3_600.0
+    """a state that is not used for so long is dropped"""
+    least_events: int = 200
+    """of a history whose state is kept; shorter ones are encoded as fast as they are looked up"""
+
+    def __post_init__(self) -> None:
+        for name in ("bytes", "seconds", "least_events"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"[recommender.states] {name} is {getattr(self, name)}; expected 0 or more")
+
+
+@dataclass(frozen=True)
 class RecommenderConfig:
     """How a request is answered. A source with quota 0 is left out; for k above its quota a source gives k items.
 
@@ -58,6 +75,8 @@ class RecommenderConfig:
     """items of the user's last so many days are left out; 0 leaves repeats in, as a grocery wants them"""
     rerank_depth: int = 50
     """items, best first, that a text stage may put in another order"""
+    states: StatesConfig = StatesConfig()
+    """of users with long histories"""
     filters: tuple[ItemFilter, ...] = ()
     """an item must pass all of them, and those of the request"""
     rules: tuple[Cap, ...] = ()

@@ -10,6 +10,7 @@ from torch import Tensor
 from ranking.batch import FIRST_ITEM, Batch, Candidates, Request, assemble
 from ranking.bundle import Bundle
 from ranking.ladder import Ladder
+from ranking.state_cache import StateCache, States
 from ranking.users import User
 from recsys.history import Events
 
@@ -30,10 +31,12 @@ class Scorer:
 
     Args:
         bundle: the models.
+        states: keeps states of long histories; None encodes every history anew.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, states: StateCache | None = None) -> None:
         self._bundle = bundle
+        self._states = None if states is None else States(bundle, states)
         self._count = bundle.items.count.cpu().numpy()
         self._shares_encode = self._state_is_vector()
         self._item_vectors: NDArray[np.float32] | None = None
@@ -41,15 +44,15 @@ class Scorer:
     def encode(self, user: User, ladder: Ladder) -> Encoded:
         """Give the ranker's state and, if there is a retriever, its vector."""
         with torch.inference_mode():
-            batch, state = self._encode(user, ladder)
-            vector = ladder.attempt("retrieval", lambda: self._vector(user, batch, state), None)
-        return Encoded(batch.request, state, vector)
+            request, state = self._encode(user, ladder)
+            vector = ladder.attempt("retrieval", lambda: self._vector(user, state), None)
+        return Encoded(request, state, vector)
 
     def encode_ranker(self, user: User, ladder: Ladder) -> Encoded:
         """Give the ranker's state alone."""
         with torch.inference_mode():
-            batch, state = self._encode(user, ladder)
-        return Encoded(batch.request, state, None)
+            request, state = self._encode(user, ladder)
+        return Encoded(request, state, None)
 
     def by_retriever(self, user: User, rows: NDArray[np.int32]) -> NDArray[np.float32] | None:
         """Give the retriever's inner products with rows int32 [C], float32 [C]; None without a retriever.
@@ -61,7 +64,7 @@ class Scorer:
         with torch.inference_mode():
             if self._item_vectors is None:
                 self._item_vectors = self._bundle.retriever.item_vectors().float().cpu().numpy()
-            vector = self._vector(user, self._assemble(user.events, user.at, self._bundle.ranker.window), None)
+            vector = self._vector(user, None)
         assert vector is not None
         products: NDArray[np.float32] = self._item_vectors[rows] @ vector[0]
         return products
@@ -82,19 +85,24 @@ class Scorer:
             scores: NDArray[np.float32] = logits.float().cpu().numpy()
             return scores
 
-    def _encode(self, user: User, ladder: Ladder) -> tuple[Batch, object]:
-        batch = self._assemble(user.events, user.at, self._bundle.ranker.window)
-        return batch, ladder.attempt("rank", lambda: self._bundle.ranker.encode(batch.history), None)
+    def _encode(self, user: User, ladder: Ladder) -> tuple[Request, object]:
+        ranker = self._bundle.ranker
 
-    def _vector(self, user: User, batch: Batch, state: object) -> NDArray[np.float32] | None:
+        def build() -> object:
+            return ranker.encode(self._assemble(user.events, user.at, ranker.window).history)
+
+        states = self._states
+        state = ladder.attempt("rank", build if states is None else lambda: states.of(user, build), None)
+        return Request(torch.tensor([user.at], device=self._bundle.device)), state
+
+    def _vector(self, user: User, state: object) -> NDArray[np.float32] | None:
         retriever = self._bundle.retriever
         if retriever is None:
             return None
         if self._shares_encode and isinstance(state, Tensor):
             vector = state
-        elif (window := self._bundle.retriever_window) == self._bundle.ranker.window:
-            vector = retriever.user_vectors(batch.history)
         else:
+            window = self._bundle.retriever_window
             vector = retriever.user_vectors(self._assemble(user.events, user.at, window).history)
         found: NDArray[np.float32] = vector.float().cpu().numpy()
         return found

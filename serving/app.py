@@ -33,6 +33,7 @@ from recsys.messages import (
     RecommendResponse,
 )
 from serving import problems
+from serving.availability_routes import add_availability
 from serving.page import read_page
 from serving.pairs import Aside
 from serving.replies import (
@@ -220,6 +221,8 @@ def create_app(service: Service, limits: Limits = Limits(), request_ids: bool = 
     app.state.worker = worker
     _add_answers(app, service, worker, limits.deadlines)
     _add_lookups(app, service, worker)
+    if service.path.availability is not None:
+        add_availability(app, service.path.availability, _json)
     _add_operations(app, service, worker, limits)
     app.add_middleware(Frame, telemetry=service.telemetry, body_bytes=limits.body_bytes, request_ids=request_ids)
     return app

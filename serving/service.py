@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
 from ranking.ladder import Budget
+from ranking.request_path import RequestPath
 from recsys.errors import RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (
@@ -39,6 +40,9 @@ from serving.telemetry import Telemetry
 from serving.view import LiveHistories
 from serving.watched import Watched
 
+WHOLE_PATH = RequestPath()
+"""Without filters and rules, everything available."""
+
 
 class Service:
     """One recommender with its event log and live histories.
@@ -52,6 +56,7 @@ class Service:
         clock: gives now in microseconds UTC.
         share: of the users whom a challenger answers.
         pairs: where answers are kept beside a rival's; None keeps none.
+        path: settings and live state of the request path, for every bundle.
 
     Every method may be called from several threads at once.
     """
@@ -64,7 +69,9 @@ class Service:
         clock: Callable[[], int] = lambda: time.time_ns() // 1000,
         share: float = 0.0,
         pairs: PairLog | None = None,
+        path: RequestPath = WHOLE_PATH,
     ) -> None:
+        self.path = path
         self.telemetry = telemetry
         self.store = store
         self.histories = Watched(store)
@@ -172,6 +179,8 @@ class Service:
     def forget(self, user_id: str) -> ForgottenResponse:
         """Forget a user, durably, before answering; raises `RequestError` 404 for a user nothing is known of."""
         forgotten = self.state.forget(user_id, _encoder(self.served.bundle))
+        if self.path.states is not None:
+            self.path.states.forget(user_id)
         self.telemetry.forget()
         return forgotten
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from recsys.errors import BundleError, ConfigError
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits
@@ -60,6 +61,8 @@ class ServeConfig:
     """of the Redis store; the environment variable RECSYS_REDIS_URL if empty, where a password belongs"""
     history_events: int = HISTORY_EVENTS
     """newest posted events kept of a user; the recommender uses the newest 10,000 of a history"""
+    recommender: RecommenderConfig = DEFAULTS
+    """quotas, limits, filters and rules of the request path"""
 
     def __post_init__(self) -> None:
         for name in ("replicas", "cores", "window", "history_events"):
@@ -86,8 +89,11 @@ def open_service(config: ServeConfig) -> Service:
     """
     import torch
 
+    from ranking.availability import AvailabilityFile
     from ranking.index import use_threads
+    from ranking.request_path import RequestPath
     from ranking.snapshot import SnapshotReader
+    from ranking.state_cache import StateCache
 
     torch.set_num_threads(config.cores)
     use_threads(config.cores)
@@ -95,7 +101,9 @@ def open_service(config: ServeConfig) -> Service:
     pairs = PairLog(config.state / PAIRS)
     store, telemetry = _open_store(config, SnapshotReader(config.snapshot)), Telemetry()
     telemetry.recovered(*log.recovered())
-    return Service(log, store, telemetry, share=config.challenger_share, pairs=pairs)
+    states = StateCache(config.recommender.states) if config.recommender.states.bytes else None
+    path = RequestPath(config.recommender, AvailabilityFile(config.state / "availability.json"), states)
+    return Service(log, store, telemetry, share=config.challenger_share, pairs=pairs, path=path)
 
 
 def _open_store(config: ServeConfig, base: Snapshot) -> LiveHistories:
@@ -150,15 +158,18 @@ def load_served(service: Service, place: BundlePlace) -> Served:
     """Load a bundle, replay its golden requests and answer some more, so that no user waits for what is built lazily.
 
     Raises:
-        BundleError: the bundle is damaged, answers otherwise than when published, or is not the version meant.
+        BundleError: the bundle is damaged, answers otherwise than when published, is not the version meant, or lacks
+            an item column that a filter or rule names.
     """
     from ranking.bundle import Bundle
-    from ranking.recommender import Recommender
 
     bundle = Bundle.load(place.directory)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
-    served = Served(bundle, Recommender(bundle, service.histories))
+    try:
+        served = Served(bundle, service.path.recommender(bundle, service.histories))
+    except ConfigError as error:
+        raise BundleError(f"{place.directory}: {error}; change [recommender] or publish with this column") from None
     _ = served.names  # a million names take seconds
     known = [item for item in bundle.item_ids if item][:WARM_EVENTS]
     history = [InlineEvent(item_id=item, timestamp=number) for number, item in enumerate(known)]

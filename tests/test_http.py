@@ -104,6 +104,7 @@ def test_probes_page_and_schema(client, service):
         "/v1/recommend",
         "/v1/rank",
         "/v1/events",
+        "/v1/availability",
         "/v1/users",
         "/v1/users/{user_id}",
         "/v1/users/{user_id}/history",

@@ -1,12 +1,13 @@
 """The verbs that answer requests: recommend, serve, quickstart."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, RecommenderOption, SetOption, UriOption, WorkspaceOption
 from recsys.terminal import Terminal, print_result
 
 if TYPE_CHECKING:
@@ -22,24 +23,29 @@ def recommend(
     k: Annotated[int, typer.Option(min=1, max=1000, help="Items per user.")] = 10,
     at: Annotated[int | None, typer.Option(help="Moment of the requests, microseconds UTC; now if absent.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 they are Ray workers.")] = 1,
+    recommender: RecommenderOption = None,
 ) -> None:
     """Recommend to many users at once, with the very request path of the service."""
     from pipelines.recommend import BatchRequest, read_user_ids, recommend_on_workers, recommend_users
     from pipelines.workspace import Workspace
     from ranking.bundle import Bundle
     from ranking.manifest import read_manifest
+    from ranking.recommender_config import DEFAULTS, load_recommender
     from ranking.snapshot import SnapshotReader
 
     place, moment = Workspace(workspace), _now() if at is None else at
+    config = load_recommender(recommender) if recommender else DEFAULTS
     _, version = read_manifest(place.require(place.bundle, "publish"))
     snapshot = SnapshotReader(place.snapshot)
     ids = read_user_ids(users) if users else snapshot.users(len(snapshot))
     with Terminal().bar("recommend") as bar:
         if workers == 1:
             bundle = Bundle.load(place.bundle)
-            count = recommend_users(bundle, snapshot, ids, k, moment, out, progress=lambda done, n: bar(done, n, ""))
+            count = recommend_users(
+                bundle, snapshot, ids, k, moment, out, config=config, progress=lambda done, n: bar(done, n, "")
+            )
         else:
-            asked = BatchRequest(k, moment)
+            asked = BatchRequest(k, moment, config=config)
             count = recommend_on_workers(
                 place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
             )
@@ -56,12 +62,16 @@ def serve(
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "serve",
     mlflow: UriOption = None,
     assignments: SetOption = None,
+    recommender: RecommenderOption = None,
 ) -> None:
     """Serve the published bundle over HTTP until interrupted; a new champion is swapped in without a pause."""
+    from ranking.recommender_config import load_recommender
     from serving.host import run_bare, start
 
     given = {name: value for name, value in (("host", host), ("port", port), ("replicas", replicas)) if value}
     options = _serve_config(workspace, given, config, assignments or (), (mlflow or "workspace") if watch else "")
+    if recommender:
+        options = replace(options, recommender=load_recommender(recommender))
     if bare:
         run_bare(options)
         return

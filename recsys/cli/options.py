@@ -10,5 +10,8 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=
 UriOption = Annotated[
     str | None, typer.Option("--mlflow", help="MLflow tracking URI; sqlite in the workspace if absent.")
 ]
+RecommenderOption = Annotated[
+    Path | None, typer.Option("--recommender", help="TOML with [recommender], [[filters]] and [[rules]].")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEFAULT_WORKSPACE = Path("workspace")

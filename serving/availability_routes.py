@@ -1,0 +1,60 @@
+"""Routes of the live table of what cannot be had now."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Response
+from pydantic import Field
+
+from ranking.availability import AvailabilityFile
+from recsys.errors import DataError, RequestError
+from recsys.messages import Id, Message
+
+MAX_CHANGES = 100_000
+"""Most items of one change."""
+
+
+class AvailabilityChange(Message):
+    """Which items can be had from now on, and which cannot."""
+
+    available: dict[Id, bool] = Field(
+        min_length=1, max_length=MAX_CHANGES, description="item id -> whether it can be had; others stay as they are"
+    )
+
+
+class AvailabilityResponse(Message):
+    """What cannot be had now."""
+
+    unavailable: int = Field(description="how many items")
+    item_ids: list[str] = Field(description="the first of them, in the order of their ids")
+
+
+def add_availability(app: FastAPI, table: AvailabilityFile, respond: Callable[..., Response]) -> None:
+    """Add the routes that read and change a table.
+
+    Args:
+        app: the application.
+        table: what the routes read and change.
+        respond: makes a response of a message and its timings.
+    """
+
+    def answer(limit: int) -> Response:
+        items = sorted(table.unavailable().item_ids)
+        return respond(AvailabilityResponse(unavailable=len(items), item_ids=items[:limit]), {})
+
+    @app.put("/v1/availability", response_model=AvailabilityResponse, tags=["recommend"])
+    def put(change: AvailabilityChange) -> Response:
+        """Say which items can be had. Every replica of the machine keeps to it from its next request on.
+
+        Ids that the bundle does not know are kept too: a later bundle may know them.
+        """
+        try:
+            table.put(change.available)
+        except DataError as error:
+            raise RequestError(409, "damaged_table", f"{error}; mend or remove the file, then say it again") from None
+        return answer(0)
+
+    @app.get("/v1/availability", response_model=AvailabilityResponse, tags=["look up"])
+    def get(limit: Annotated[int, Query(ge=0, le=10_000)] = 100) -> Response:
+        """Give what cannot be had now."""
+        return answer(limit)

@@ -1,0 +1,75 @@
+"""Filters and availability over HTTP: what is said of stock holds for the next request, in every replica."""
+
+import dataclasses
+
+import pytest
+from serving_world import make_service, publish_world
+from starlette.testclient import TestClient
+
+from ranking.availability import AvailabilityFile
+from ranking.recommender_config import Cap, RecommenderConfig
+from recsys.errors import BundleError
+from recsys.messages import ItemFilter
+from serving.app import create_app
+from serving.settings import ServeConfig, load_into, open_service
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return publish_world(tmp_path_factory.mktemp("world"))
+
+
+def test_what_cannot_be_had_is_not_recommended_by_any_replica(place, tmp_path):
+    state = tmp_path / "state"
+    first, second = make_service(place, state), make_service(place, tmp_path / "other")
+    # A replica is another process over the same file; here it has a state of its own, which LMDB opens once.
+    second.path = dataclasses.replace(second.path, availability=AvailabilityFile(state / "availability.json"))
+    load_into(second, place.bundle)
+    with TestClient(create_app(first)) as client, TestClient(create_app(second)) as other:
+        asked = {"user_id": "user-3", "k": 3}
+        best = [item["item_id"] for item in other.post("/v1/recommend", json=asked).json()["items"]]
+        change = {"available": {best[0]: False, best[2]: False, "item-61": True}}
+        answer = client.put("/v1/availability", json=change)
+        assert answer.json() == {"unavailable": 2, "item_ids": []}
+        assert client.get("/v1/availability").json() == {"unavailable": 2, "item_ids": sorted([best[0], best[2]])}
+        for replica in (client, other):
+            items = [item["item_id"] for item in replica.post("/v1/recommend", json=asked).json()["items"]]
+            assert items[0] == best[1]
+            assert len(items) == 3
+            assert not {best[0], best[2]} & set(items)
+        told = other.post("/v1/recommend", json={**asked, "explain": True}).json()
+        assert {entry["reason"] for entry in told["explanation"]["dropped"] if entry["stage"] == "filter"} == {
+            "unavailable"
+        }
+        assert client.put("/v1/availability", json={"available": {}}).status_code == 422
+        assert client.put("/v1/availability", json={"available": {"a": "perhaps"}}).status_code == 422
+        (state / "availability.json").write_text("{")
+        refused = client.put("/v1/availability", json=change)
+        assert (refused.status_code, refused.json()["code"]) == (409, "damaged_table")
+        assert best[0] not in other.post("/v1/recommend", json=asked).text  # the table before it stays in force
+    first.close()
+    second.close()
+
+
+def test_filters_of_requests_and_of_the_config(place, tmp_path):
+    rules = RecommenderConfig(filters=(ItemFilter("item_id", deny=("item-1",)),), rules=(Cap("category", 1),))
+    config = ServeConfig(place.bundle, place.snapshot, tmp_path / "state", durability="os", recommender=rules)
+    service = open_service(config)
+    load_into(service, place.bundle)
+    with TestClient(create_app(service)) as client:
+        asked = {"user_id": "user-3", "k": 10, "filters": [{"column": "item_id", "deny": ["item-2", "item-3"]}]}
+        answer = client.post("/v1/recommend", json=asked).json()
+        assert not {"item-1", "item-2", "item-3"} & {item["item_id"] for item in answer["items"]}
+        assert (len(answer["items"]), answer["shortfall"]) == (6, 4)  # one of each of the six categories
+        for wrong, code in (
+            ([{"column": "no such", "deny": ["x"]}], "unknown_column"),
+            ([{"column": "category"}], "validation"),
+            ([{"column": "category", "deny": ["x"], "denied": []}], "validation"),
+            ([{"column": "category", "deny": ["x"]}] * 17, "validation"),
+        ):
+            refused = client.post("/v1/recommend", json={"user_id": "user-3", "filters": wrong})
+            assert (refused.status_code, refused.json()["code"]) == (422, code), refused.text
+    lacking = dataclasses.replace(config, recommender=RecommenderConfig(rules=(Cap("colour", 1),)))
+    with pytest.raises(BundleError, match="no item column of values 'colour'"):
+        load_into(open_service(dataclasses.replace(lacking, state=tmp_path / "other")), place.bundle)
+    service.close()

@@ -1,0 +1,327 @@
+"""Filters, rules and availability: no filtered item is ever given, and a shortfall means there is no further item."""
+
+import json
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import worlds
+from ranking.availability import AvailabilityFile
+from ranking.batch import FIRST_ITEM
+from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.filters import Unavailable
+from ranking.items import ItemTable
+from ranking.manifest import Provenance
+from ranking.models import RANKERS
+from ranking.recommender import Recommender
+from ranking.recommender_config import Cap, RecommenderConfig, load_recommender
+from recsys.errors import ConfigError, DataError, RequestError
+from recsys.messages import InlineEvent, ItemFilter, RecommendRequest
+
+WORLD = worlds.make_world(users=40, length=20, known=50, repeats=0.2)
+COUNT = len(WORLD.key_to_row)
+ITEMS = [f"item-{key}" for key in range(COUNT)]
+DAY = worlds.DAY
+NOW = worlds.START + 21 * DAY
+CATEGORY = WORLD.items.column("category")[FIRST_ITEM:].numpy() - 2  # of item key
+BRAND = np.arange(COUNT) % 7 - 1  # -1 is missing
+PRICE = (np.arange(COUNT) * 13 % 50).astype(np.float32)
+
+
+class Store:
+    def read(self, user_id):
+        return WORLD.histories.of(int(user_id)) if user_id.isdigit() else None
+
+
+class Table:
+    """What cannot be had, changed by hand."""
+
+    def __init__(self):
+        self.now = Unavailable(0, frozenset())
+
+    def set(self, items):
+        self.now = Unavailable(self.now.version + 1, frozenset(items))
+
+    def unavailable(self):
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """DARE behind MQSA-TED, over items with a category, a brand that may be missing, and a price."""
+    old = WORLD.items
+    codes = np.concatenate([old.categorical.numpy(), np.concatenate([[0, 1], BRAND + 2])[:, None]], axis=1)
+    items = ItemTable(
+        ["category", "brand"],
+        torch.from_numpy(codes.astype(np.int32)),
+        [old.codes("category"), 8],
+        old.count,
+        old.transitions,
+        torch.from_numpy(np.concatenate([[0, 0], PRICE]).astype(np.float32))[:, None],
+        ["price"],
+    )
+
+    def named(name, **config):
+        config_class, model_class = RANKERS[name]
+        torch.manual_seed(1)
+        return NamedModel(name, config_class(**config), model_class(config_class(**config), items))
+
+    directory = tmp_path_factory.mktemp("bundle") / "bundle"
+    vocabulary = {"category": [f"c{n}" for n in range(6)], "brand": [f"b{n}" for n in range(6)]}
+    ranker, retriever = named("dare", window=12), named("mqsa_ted", width=8, length=10)
+    contents = Contents(
+        items, ["", "", *ITEMS], ["", "", *ITEMS], WORLD.key_to_row, vocabulary, ["", "buy"], ranker, retriever
+    )
+    write_bundle(directory, contents, Provenance(created="now", commit="none", data_digest="none"))
+    return Bundle.load(directory)
+
+
+VALUES = st.lists(st.sampled_from([f"b{n}" for n in range(6)] + ["no such brand"]), max_size=5).map(tuple)
+FILTERS = st.one_of(
+    st.builds(ItemFilter, st.just("brand"), allow=VALUES),
+    st.builds(ItemFilter, st.just("brand"), deny=VALUES),
+    st.builds(ItemFilter, st.just("category"), deny=st.lists(st.sampled_from(["c0", "c1", "c2"])).map(tuple)),
+    st.builds(ItemFilter, st.just("item_id"), deny=st.lists(st.sampled_from(ITEMS), max_size=30).map(tuple)),
+    st.builds(ItemFilter, st.just("price"), at_least=st.integers(0, 40), at_most=st.integers(10, 50)),
+)
+
+
+def passes(one, key):
+    """Whether an item passes a filter, by the filter's definition."""
+    if one.column == "price":
+        return (one.at_least is None or PRICE[key] >= one.at_least) and (
+            one.at_most is None or PRICE[key] <= one.at_most
+        )
+    values = {
+        "brand": [f"b{BRAND[key]}"] if BRAND[key] >= 0 else [],
+        "category": [f"c{CATEGORY[key]}"],
+        "item_id": [ITEMS[key]],
+    }[one.column]
+    if one.allow is not None and not set(values) & set(one.allow):
+        return False
+    return one.deny is None or not set(values) & set(one.deny)
+
+
+def keys(answer):
+    return [int(item.item_id.split("-")[1]) for item in answer.items]
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_no_filtered_item_is_given_and_a_shortfall_means_there_is_no_other(bundle, data):
+    table = Table()
+    config = RecommenderConfig(
+        retrieval=data.draw(st.integers(0, 5)),
+        repeats=data.draw(st.integers(0, 5)),
+        transitions=3,
+        popularity=2,
+        exclude_seen_days=data.draw(st.sampled_from([0, 3.5])),
+        filters=tuple(data.draw(st.lists(FILTERS, max_size=2))),
+    )
+    recommender = Recommender(bundle, Store(), config, table)
+    for _ in range(2):  # the second request meets the masks of the first
+        user, k = data.draw(st.integers(-1, 39)), data.draw(st.integers(1, 30))
+        filters = data.draw(st.lists(FILTERS, max_size=2))
+        gone = data.draw(st.sets(st.sampled_from([*ITEMS, "unknown"]), max_size=20))
+        table.set(gone)
+        days = data.draw(st.sampled_from([None, 0, 2, 5.5]))
+        asked = RecommendRequest(
+            user_id=str(user),
+            k=k,
+            at=NOW,
+            filters=filters,
+            exclude_seen=data.draw(st.booleans()),
+            exclude_seen_days=days,
+            explain=data.draw(st.booleans()),
+        )
+        answer = recommender.recommend(asked, NOW)
+        seen = set()
+        if user >= 0:
+            events = WORLD.histories.of(user)
+            window = config.exclude_seen_days if days is None else days
+            since = -(2**62) if asked.exclude_seen else NOW - int(window * DAY) if window else NOW
+            seen = {int(key) for key, time in zip(events.item, events.time, strict=True) if since <= time < NOW}
+        fine = [
+            key
+            for key in range(COUNT)
+            if key not in seen
+            and ITEMS[key] not in gone
+            and all(passes(one, key) for one in [*config.filters, *filters])
+        ]
+        given_ = keys(answer)
+        assert len(set(given_)) == len(given_)
+        assert set(given_) <= set(fine)
+        assert len(given_) == min(k, len(fine))
+        assert answer.shortfall == k - len(given_)
+        if asked.explain:
+            listed = {entry.item_id: entry for entry in answer.explanation.dropped}
+            assert not set(listed) & {item.item_id for item in answer.items}
+            assert all((ITEMS.index(i) in fine) == (entry.stage != "filter") for i, entry in listed.items())
+            assert sum(answer.explanation.dropped_counts.values()) >= len(listed)
+
+
+def most_with_one_cap(fine, values, at_most):
+    """How many items one cap lets through: per value at most so many, items without a value all."""
+    counts = Counter(values[key] for key in fine)
+    return sum(count if value < 0 else min(count, at_most) for value, count in counts.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_caps_hold_and_answers_fill_up_as_far_as_they_let(bundle, data):
+    caps = tuple(
+        data.draw(
+            st.lists(
+                st.builds(Cap, st.sampled_from(["brand", "category"]), st.integers(1, 4)),
+                min_size=1,
+                max_size=2,
+                unique_by=lambda cap: cap.column,
+            )
+        )
+    )
+    config = RecommenderConfig(retrieval=3, repeats=3, transitions=2, popularity=2, rules=caps)
+    k, user = data.draw(st.integers(1, 40)), data.draw(st.integers(-1, 39))
+    filters = data.draw(st.lists(FILTERS, max_size=1))
+    asked = RecommendRequest(user_id=str(user), k=k, at=NOW, filters=filters, explain=True)
+    answer = Recommender(bundle, Store(), config).recommend(asked, NOW)
+    fine = [key for key in range(COUNT) if all(passes(one, key) for one in filters)]
+    values = {"brand": BRAND, "category": CATEGORY}
+    taken = {cap: Counter(int(values[cap.column][key]) for key in keys(answer)) for cap in caps}
+    for cap, counts in taken.items():
+        assert all(count <= cap.at_most for value, count in counts.items() if value >= 0)
+    if len(caps) == 1:
+        assert len(answer.items) == min(k, most_with_one_cap(fine, values[caps[0].column], caps[0].at_most))
+    elif answer.shortfall:  # nothing that is left would fit
+        for key in set(fine) - set(keys(answer)):
+            assert any(taken[cap][int(values[cap.column][key])] >= cap.at_most for cap in caps)
+    scores = [item.score for item in answer.items]
+    assert scores == sorted(scores, reverse=True)
+    assert all("at most" in entry.reason for entry in answer.explanation.dropped if entry.stage == "rules")
+
+
+def test_an_explanation_tells_every_stage_and_changes_nothing(bundle):
+    config = RecommenderConfig(filters=(ItemFilter("brand", deny=("b0",)),), rules=(Cap("category", 2),))
+    recommender = Recommender(bundle, Store(), config)
+    asked = RecommendRequest(user_id="3", k=8, at=NOW, exclude_seen=True)
+    plain = recommender.recommend(asked, NOW)
+    told = recommender.recommend(asked.model_copy(update={"explain": True}), NOW)
+    assert plain.explanation is None
+    assert [item.stages for item in plain.items] == [None] * 8
+    assert [(i.item_id, i.score, i.sources) for i in plain.items] == [
+        (i.item_id, i.score, i.sources) for i in told.items
+    ]
+    for place, item in enumerate(told.items, 1):
+        *sources, score, rules = item.stages
+        assert [stage.stage for stage in sources] == item.sources
+        assert all(stage.rank >= 1 and np.isfinite(stage.score) for stage in item.stages)
+        assert (score.stage, score.score, rules.stage, rules.rank) == ("score", item.score, "rules", place)
+        assert score.rank >= rules.rank
+    reasons = told.explanation.dropped_counts
+    assert set(reasons) >= {"seen", "filter of brand", "scored below the answer"}
+    assert any(reason.startswith("at most 2 with category 'c") for reason in reasons)
+    assert told.explanation.candidates + reasons["seen"] + reasons["filter of brand"] >= len(told.items)
+
+
+class Backwards:
+    """A text stage that turns the order round."""
+
+    def rerank(self, query, rows, scores):
+        return -scores
+
+
+def test_a_query_goes_through_the_text_stage_or_says_it_did_not(bundle):
+    asked = RecommendRequest(user_id="3", k=5, at=NOW, query="tea", explain=True)
+    without = Recommender(bundle, Store()).recommend(asked, NOW)
+    assert without.degraded == ["rerank"]
+    config = RecommenderConfig(rerank_depth=9)
+    answer = Recommender(bundle, Store(), config, text=Backwards()).recommend(asked, NOW)
+    best = Recommender(bundle, Store()).recommend(RecommendRequest(user_id="3", k=9, at=NOW), NOW)
+    assert answer.degraded == []
+    assert [item.item_id for item in answer.items] == [item.item_id for item in best.items][::-1][:5]
+    assert [item.stages[-1].stage for item in answer.items] == ["rerank"] * 5
+    assert [item.stages[-1].rank for item in answer.items] == [1, 2, 3, 4, 5]
+    assert "rerank" in answer.timings
+
+
+def test_availability_changes_whole_and_every_reader_follows(tmp_path, bundle, caplog):
+    path = tmp_path / "state" / "availability.json"
+    table, other = AvailabilityFile(path), AvailabilityFile(path)
+    recommender = Recommender(bundle, Store(), availability=other)
+    asked = RecommendRequest(user_id="3", k=1, at=NOW)
+    best = recommender.recommend(asked, NOW).items[0].item_id
+    assert table.put({best: False, "not known yet": False}) == 2
+    assert recommender.recommend(asked, NOW).items[0].item_id != best
+    version = other.unavailable().version
+    assert other.unavailable().version == version
+    path.write_text("{")  # torn, as a writer that does not rename may leave it
+    assert best in other.unavailable().item_ids
+    assert "not valid JSON" in caplog.text
+    with pytest.raises(DataError, match="not valid JSON"):
+        table.put({best: True})
+    with pytest.raises(DataError, match="not valid JSON"):
+        AvailabilityFile(path)
+    path.write_text(json.dumps({"unavailable": ["x"]}))
+    os.utime(path, ns=(1, 1))
+    assert other.unavailable().item_ids == {"x"}
+    assert table.put({"x": True}) == 0
+    assert recommender.recommend(asked, NOW).items[0].item_id == best
+    path.unlink()
+    assert other.unavailable().item_ids == frozenset()
+    path.write_text('["x"]')
+    with pytest.raises(DataError, match=r'not a table of unavailable items; expected \{"unavailable"'):
+        AvailabilityFile(path)
+
+
+def test_settings_come_from_toml_and_are_strict(tmp_path, bundle):
+    path = tmp_path / "recommender.toml"
+    path.write_text(
+        "[recommender]\nrepeats = 7\nexclude_seen_days = 1.5\n"
+        '[[filters]]\ncolumn = "brand"\ndeny = ["b1"]\n[[filters]]\ncolumn = "price"\nat_most = 9\n'
+        '[[rules]]\ncolumn = "category"\nat_most = 2\n'
+    )
+    assert load_recommender(path, ["recommender.popularity=3"]) == RecommenderConfig(
+        repeats=7,
+        popularity=3,
+        exclude_seen_days=1.5,
+        filters=(ItemFilter("brand", deny=("b1",)), ItemFilter("price", at_most=9)),
+        rules=(Cap("category", 2),),
+    )
+    for text, message in (
+        ("[recommender]\nrepeat = 1\n", r"unknown key 'repeat'; did you mean 'repeats'"),
+        ('[[filters]]\ncolumn = "brand"\n', "neither values and numbers; expected allow or deny"),
+        ('[[filters]]\ncolumn = "brand"\nallow = []\nat_most = 2\n', "both values and numbers"),
+        ('[[filters]]\ncolumn = "brand"\nallowed = []\n', "allowed"),
+        ('[[rules]]\ncolumn = "brand"\nat_most = 0\n', "at_most is 0; expected at least 1"),
+        ("[recommender]\nfilters = []\n", r"write \[\[filters\]\]"),
+        ("[serving]\n", "unknown key 'serving'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_recommender(path)
+    for config, message in (
+        (
+            RecommenderConfig(rules=(Cap("brands", 1),)),
+            "no item column of values 'brands'; there are item_id, category",
+        ),
+        (RecommenderConfig(filters=(ItemFilter("price", allow=("1",)),)), "at_least and at_most"),
+        (
+            RecommenderConfig(filters=(ItemFilter("brand", at_most=1),)),
+            "no item column of numbers 'brand'.*allow and deny",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Recommender(bundle, Store(), config)
+
+
+def test_a_request_with_a_filter_of_an_unknown_column_is_refused(bundle):
+    asked = RecommendRequest(
+        history=[InlineEvent(item_id=ITEMS[0], timestamp=1)], filters=[ItemFilter("colour", allow=("red",))]
+    )
+    with pytest.raises(RequestError, match=r"filters\[0\]: no item column of values 'colour'") as error:
+        Recommender(bundle, Store()).recommend(asked, NOW)
+    assert (error.value.status, error.value.code) == (422, "unknown_column")

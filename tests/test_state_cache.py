@@ -1,0 +1,184 @@
+"""Kept states: whatever happens to histories, cache and bundles, an answer is that of a rebuild, bit for bit."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import worlds
+from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.ladder import Ladder
+from ranking.manifest import Provenance
+from ranking.models import RANKERS
+from ranking.recommender import Recommender
+from ranking.recommender_config import StatesConfig
+from ranking.state_cache import StateCache, States, model_digest
+from ranking.users import Users
+from recsys.errors import ConfigError
+from recsys.history import Events
+from recsys.messages import InlineEvent, RankRequest, RecommendRequest
+
+WORLD = worlds.make_world(users=30, length=20, known=50)
+ITEMS = [f"item-{key}" for key in range(len(WORLD.key_to_row))]
+NOW = worlds.START + 10_000
+MODELS = {
+    "sdim": {"window": 6, "recent": 3},
+    "sdim, one basket": {"window": 12, "recent": 5, "norm": "ratio"},
+    "dare": {"window": 6, "retrieved": 3, "pos_mode": "group"},
+    "dare, own counts": {"window": 5, "retrieved": 3, "own_counts": True},
+}
+
+
+@dataclass
+class Store:
+    """Histories in memory that may also lose events, as a bounded store does."""
+
+    events: dict[str, Events] = field(default_factory=dict)
+
+    def read(self, user_id: str) -> Events | None:
+        return self.events.get(user_id)
+
+    def add(self, user_id, key, time):
+        one = Events(np.array([key], np.uint32), np.zeros(1, np.uint8), np.array([time], np.int64))
+        self.events[user_id] = Events.concatenate(self.events.get(user_id, Events.empty()), one)
+
+    def drop_oldest(self, user_id, count):
+        if user_id in self.events:
+            self.events[user_id] = self.events[user_id].slice(count, len(self.events[user_id]))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Two bundles of each model with other weights, and one with the first's weights and another retriever."""
+
+    def named(name, config, seed):
+        config_class, model_class = RANKERS[name.split(",")[0]]
+        torch.manual_seed(seed)
+        model = model_class(config_class(**config), WORLD.items)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        return NamedModel(name.split(",")[0], config_class(**config), model)
+
+    def bundle(name, seed, retriever):
+        directory = tmp_path_factory.mktemp("bundle") / "bundle"
+        ids = ["", "", *ITEMS]
+        ranker, finder = named(name, MODELS[name], seed), named("mqsa_ted", {"width": 8, "length": 10}, retriever)
+        contents = Contents(WORLD.items, ids, ids, WORLD.key_to_row, {}, ["", "buy"], ranker, finder)
+        write_bundle(directory, contents, Provenance(created="now", commit="none", data_digest="none"))
+        return Bundle.load(directory)
+
+    return {name: [bundle(name, 1, 1), bundle(name, 2, 1), bundle(name, 1, 2)] for name in MODELS}
+
+
+def tensors(state):
+    return [state] if isinstance(state, torch.Tensor) else [part for each in state for part in tensors(each)]
+
+
+STEP = st.one_of(
+    st.tuples(st.just("append"), st.integers(0, 49), st.integers(0, 2)),  # time since the newest; 0 is one basket
+    st.tuples(st.just("append"), st.integers(0, 49), st.integers(0, 2)),
+    st.tuples(st.just("late"), st.integers(0, 49), st.integers(1, 30)),
+    st.tuples(st.just("evict"), st.integers(1, 3), st.just(0)),
+    st.tuples(st.just("restart"), st.just(0), st.just(0)),
+    st.tuples(st.just("swap"), st.integers(0, 2), st.just(0)),
+    st.tuples(st.just("forget"), st.just(0), st.just(0)),
+    st.tuples(st.just("wait"), st.integers(1, 40), st.just(0)),
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from("ab"), STEP), min_size=4, max_size=30), room=st.sampled_from([2, 10**6])
+)
+def test_any_order_of_events_equals_a_rebuild(bundles, name, steps, room):
+    store, now, bundle = Store(), [0.0], bundles[name][0]
+    one = 30_000 if name.startswith("sdim") else 1_200  # bytes of about one entry
+    config = StatesConfig(bytes=room * one, seconds=60, least_events=2)
+    cache = StateCache(config, lambda: now[0])
+    newest = {"a": worlds.START, "b": worlds.START}
+    for user, (kind, number, other) in steps:
+        if kind == "append":
+            newest[user] += other
+            store.add(user, number, newest[user])
+        elif kind == "late":
+            store.add(user, number, newest[user] - other)
+        elif kind == "evict":
+            store.drop_oldest(user, number)
+        elif kind == "restart":
+            cache = StateCache(config, lambda: now[0])
+        elif kind == "swap":
+            bundle = bundles[name][number]
+        elif kind == "forget":
+            store.events.pop(user, None)
+            cache.forget(user)
+        else:
+            now[0] += number
+        with torch.inference_mode():
+            found = Users(bundle, store, 10).read(user, None, NOW, NOW, Ladder(None))
+            plain = Recommender(bundle, store)._scorer
+            rebuilt = plain.encode_ranker(found, Ladder(None)).state
+            kept = States(bundle, cache).of(found, lambda rebuilt=rebuilt: rebuilt)
+        for mine, theirs in zip(tensors(kept), tensors(rebuilt), strict=True):
+            assert torch.equal(mine, theirs)
+        assert cache.counts.bytes == sum(entry.bytes for entry, _ in cache._entries.values()) <= config.bytes
+        assert cache.counts.entries == len(cache._entries)
+    if found.known:
+        asked = RecommendRequest(user_id=user, k=7, at=NOW)
+        cached = Recommender(bundle, store, states=cache)
+        for _ in range(2):
+            assert cached.recommend(asked, NOW).items == Recommender(bundle, store).recommend(asked, NOW).items
+        ranked = RankRequest(user_id=user, item_ids=ITEMS[:9], at=NOW)
+        assert cached.rank(ranked, NOW).scores == Recommender(bundle, store).rank(ranked, NOW).scores
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_more_event_is_appended_and_not_encoded_again(bundles, name, monkeypatch):
+    store, cache = Store(), StateCache(StatesConfig(least_events=3))
+    first, other, same = bundles[name]
+    assert model_digest(first) == model_digest(same) != model_digest(other)
+    for number in range(9):
+        store.add("a", number, worlds.START + number)
+    encoded = []
+    for bundle in (first, same):
+        encode = bundle.ranker.encode
+        monkeypatch.setattr(
+            bundle.ranker, "encode", lambda history, encode=encode: encoded.append(1) or encode(history)
+        )
+    asked = RecommendRequest(user_id="a", k=3, at=NOW)
+    recommender = Recommender(first, store, states=cache)
+    for _ in range(3):
+        recommender.recommend(asked, NOW)
+    assert (len(encoded), cache.counts.hits, cache.counts.misses) == (1, 2, 1)
+    for number in range(4):
+        store.add("a", number, worlds.START + 20)
+    recommender.recommend(asked, NOW)
+    Recommender(same, store, states=cache).recommend(asked, NOW)  # the swap finds the state of the bundle before
+    assert (len(encoded), cache.counts.updates, cache.counts.hits) == (1, 1, 3)
+    short = RecommendRequest(history=[InlineEvent(item_id=ITEMS[0], timestamp=1)] * 5, k=3, at=NOW)
+    recommender.recommend(short, NOW)
+    assert (len(encoded), cache.counts.entries) == (2, 1)  # what is sent along is nobody's, and not kept
+
+
+def test_a_bounded_store_makes_sdim_evict_and_not_encode(bundles):
+    bundle, store, cache = bundles["sdim, one basket"][0], Store(), StateCache(StatesConfig(least_events=2))
+    recommender = Recommender(bundle, store, states=cache)
+    for number in range(20):
+        store.add("a", number, worlds.START + number)
+        if number > 7:
+            store.drop_oldest("a", 1)
+        recommender.recommend(RecommendRequest(user_id="a", at=NOW), NOW)
+    assert (cache.counts.misses, cache.counts.updates) == (1, 18)
+
+
+def test_an_entry_larger_than_the_room_is_not_kept_and_bounds_are_checked(bundles):
+    store, cache = Store(), StateCache(StatesConfig(bytes=100, least_events=0))
+    store.add("a", 1, worlds.START)
+    Recommender(bundles["dare"][0], store, states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
+    assert (cache.counts.entries, cache.counts.bytes, cache.counts.misses) == (0, 0, 1)
+    with pytest.raises(ConfigError, match=r"\[recommender.states\] seconds is -1"):
+        StatesConfig(seconds=-1)
