@@ -56,7 +56,8 @@ class SdimConfig:
 
     Attributes:
         window: newest events in the table (T).
-        recent: newest events under plain attention (M); the table holds them too.
+        recent: newest events under plain attention (M).
+        long_includes_short: the table holds those too; False starts it at the event before them.
         bits: planes per group (tau), at most 8.
         groups: independent hashes (G).
         norm: read-out: `l2`, `none` or `ratio`, see above.
@@ -72,6 +73,7 @@ class SdimConfig:
 
     window: int = 200
     recent: int = 50
+    long_includes_short: bool = True
     bits: int = 3
     groups: int = 16
     norm: Norm = "l2"
@@ -148,7 +150,7 @@ class Sdim(nn.Module):
 
         Cost: O(T G 2^tau D) as one matrix product.
         """
-        return self._tabulate(history.padded(self.config.window).item)
+        return self._state(history.padded(self.config.window).item)
 
     def score(self, state: SdimState, request: Request, candidates: Candidates) -> Tensor:
         """Give logits float32 [B, C]; cost O(C (G 2^tau D + M D hidden)), whatever the length of the history."""
@@ -173,7 +175,10 @@ class Sdim(nn.Module):
         padded = batch.history.padded(config.window)
         s = self._events(padded.item, row_of)  # [B, T, D]
         q = self.fields.semantic(batch.candidates.item, row_of)  # [B, C, D]
-        table, count = pool(s, self._signatures(s.detach()), padded.mask, self.buckets)
+        older = padded.mask
+        if not config.long_includes_short:
+            older = older & (_ages(older) > config.recent)
+        table, count = pool(s, self._signatures(s.detach()), older, self.buckets)
         rows = bucket_rows(table, count, config.norm)
         long = read(rows, count, self._signatures(q.detach()), config.norm)
         features = self._features(q, long, s[:, -config.recent :], padded.mask[:, -config.recent :])
@@ -186,7 +191,7 @@ class Sdim(nn.Module):
 
         Equal bit for bit to encoding the longer history; cost O(G 2^tau D), whatever its length.
         """
-        return self.merge(state, self._tabulate(item[:, None]))
+        return self.merge(state, self._state(item[:, None]))
 
     def evict(self, state: SdimState, item: Tensor) -> SdimState:
         """Give the state without the oldest event of one item per request (int32 [B], 0 = none).
@@ -200,7 +205,12 @@ class Sdim(nn.Module):
             row = int(item[missing[0]])
             raise DataError(f"request {missing[0]}: item row {row} is not in its window; encode the history again")
         oldest = found & (found.cumsum(1) == 1)
-        gone = self._tabulate(item[:, None])
+        leaving = item
+        if not self.config.long_includes_short:  # among the newest: not the item leaves the table, but who joins them
+            among, M = (oldest & (_ages(found) <= self.config.recent)).any(1), self.config.recent
+            joins = state.log[:, -M - 1] if state.log.shape[1] > M else torch.zeros_like(item)
+            leaving = torch.where(among, joins, item)
+        gone = self._tabulate(leaving[:, None])
         log = left_padded(state.log.masked_fill(oldest, PAD))
         return SdimState(state.table - gone.table, state.size - gone.size, log)
 
@@ -208,6 +218,10 @@ class Sdim(nn.Module):
         """Give the state of histories that follow each other, request by request; the window cuts off the oldest."""
         log = left_padded(torch.cat([older.log, newer.log], 1))
         table, count = older.table + newer.table, older.size + newer.size
+        if not self.config.long_includes_short:  # the newest of `older` that are pushed out by those of `newer`
+            age, stay = _ages(older.log), self.config.recent - (newer.log != PAD).sum(1, keepdim=True)
+            pushed = self._tabulate(older.log.masked_fill((age > self.config.recent) | (age <= stay), PAD))
+            table, count = table + pushed.table, count + pushed.size
         gone = log[:, : -self.config.window]
         if gone.shape[1]:
             cut = self._tabulate(gone)
@@ -218,7 +232,10 @@ class Sdim(nn.Module):
     def key(self) -> str:
         """What a stored table depends on besides its history: SHA-256 of vectors, categories, planes and settings."""
         config = self.config
-        digest = hashlib.sha256(f"sdim {config.bits} {config.groups} {config.window} {config.center}".encode())
+        table = f"{config.bits} {config.groups} {config.window} {config.center}"
+        if not config.long_includes_short:
+            table += f" before the newest {config.recent}"
+        digest = hashlib.sha256(f"sdim {table}".encode())
         tensors = [*self.fields.parameters(), self.planes, self.items.embedding_row]
         if config.category is not None:
             tensors += self.items.held(config.category)
@@ -260,6 +277,13 @@ class Sdim(nn.Module):
         if mode:
             self._hashed = None
         return super().train(mode)
+
+    def _state(self, log: Tensor) -> SdimState:
+        """Give the state of a log of item rows int32 [B, T], left-padded."""
+        summed = log if self.config.long_includes_short else log[:, : -self.config.recent]
+        if not summed.shape[1]:
+            summed = torch.zeros_like(log[:, :1])
+        return self._tabulate(summed)._replace(log=log)
 
     def _tabulate(self, log: Tensor) -> SdimState:
         """Sum item rows int32 [B, T], 0 = padding, into an exact table."""
@@ -309,3 +333,8 @@ class Sdim(nn.Module):
                 f"could overflow the table; expected below {limit / self.config.window:.6g}: train with a smaller "
                 "learning_rate or take a smaller window"
             )
+
+
+def _ages(log: Tensor) -> Tensor:
+    """Give how far back each slot of [B, T] lies, int64 [T], newest = 1."""
+    return torch.arange(log.shape[1], 0, -1, device=log.device)

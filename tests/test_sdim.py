@@ -344,35 +344,41 @@ def same_state(found: SdimState, expected: SdimState) -> None:
 
 item_rows = st.integers(UNKNOWN, ROWS - 1)
 MODEL = build(11, center=True)
+TABLES = {
+    "all events": MODEL,
+    "before the newest": build(11, long_includes_short=False),
+    "never any": build(11, long_includes_short=False, recent=8),
+}
 steps = st.lists(st.tuples(st.sampled_from(["append", "evict", "merge"]), seeds), max_size=12)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(item_rows, max_size=12), min_size=2, max_size=3), steps)
+@given(st.lists(st.lists(item_rows, max_size=12), min_size=2, max_size=3), steps, st.sampled_from([*TABLES]))
 def test_s7_append_evict_and_merge_in_any_order_equal_a_rebuild_bit_for_bit(
-    rows: list[list[int]], actions: list[tuple[str, int]]
+    rows: list[list[int]], actions: list[tuple[str, int]], table: str
 ) -> None:
-    window = MODEL.config.window
-    state = MODEL.encode(histories(rows))
+    model = TABLES[table]
+    window = model.config.window
+    state = model.encode(histories(rows))
     logs = [history[-window:] for history in rows]
     for action, seed in actions:
         draws = np.random.default_rng(seed)
         if action == "append":
             new = draws.integers(UNKNOWN, ROWS, len(logs))
-            state = MODEL.append(state, torch.from_numpy(new.astype(np.int32)), torch.zeros(len(new)))
+            state = model.append(state, torch.from_numpy(new.astype(np.int32)), torch.zeros(len(new)))
             logs = [[*log, int(item)] for log, item in zip(logs, new, strict=True)]
         elif action == "evict":
             gone = [int(draws.choice(log)) if log and draws.random() < 0.8 else PAD for log in logs]
-            state = MODEL.evict(state, torch.tensor(gone, dtype=torch.int32))
+            state = model.evict(state, torch.tensor(gone, dtype=torch.int32))
             for log, item in zip(logs, gone, strict=True):
                 if item != PAD:
                     log.remove(item)  # the oldest of that item
         else:
             newer = [draws.integers(UNKNOWN, ROWS, draws.integers(0, 12)).tolist() for _ in logs]
-            state = MODEL.merge(state, MODEL.encode(histories(newer)))
+            state = model.merge(state, model.encode(histories(newer)))
             logs = [log + other[-window:] for log, other in zip(logs, newer, strict=True)]
         logs = [log[-window:] for log in logs]
-        same_state(state, MODEL.encode(histories(logs)))
+        same_state(state, model.encode(histories(logs)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -487,6 +493,16 @@ def test_s13_scoring_reads_the_table_and_the_newest_events_only() -> None:
     assert (other - expected).abs().max() > 1e-3
 
 
+def test_a_table_without_the_newest_events_is_that_of_the_history_before_them() -> None:
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12], [], [13] * 8]
+    whole, apart = build(9), build(9, long_includes_short=False)
+    state, before = apart.encode(histories(rows)), whole.encode(histories([row[:-3] for row in rows]))
+    assert torch.equal(state.table, before.table)
+    assert torch.equal(state.size, before.size)
+    assert torch.equal(state.log, whole.encode(histories(rows)).log)
+    assert apart.key != whole.key
+
+
 def test_what_stands_at_padding_is_never_read() -> None:
     model, batch = build(12), make_batch(13)
     expected = worlds.scores(model, batch)
@@ -496,8 +512,9 @@ def test_what_stands_at_padding_is_never_read() -> None:
     assert torch.equal(worlds.scores(model, batch), expected)
 
 
-def test_training_reads_what_scoring_reads() -> None:
-    model, batch = build(14, norm="none"), make_batch(15)
+@pytest.mark.parametrize("whole", [True, False])
+def test_training_reads_what_scoring_reads(whole: bool) -> None:
+    model, batch = build(14, norm="none", long_includes_short=whole), make_batch(15)
     seen = []
     model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     model.train().loss(batch, torch.Generator())
