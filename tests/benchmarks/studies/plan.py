@@ -205,7 +205,10 @@ DARE_PARTS = {
         ),
     ),
 }
-SDIM_TAU = {f"SDIM, tau = {bits}": (f"model.bits={bits}",) for bits in (1, 2, 3, 4, 5)}
+SDIM_PARTS = {
+    **{f"SDIM, tau = {bits}": (f"model.bits={bits}",) for bits in (1, 2, 3, 4, 5)},
+    "SDIM, tau = 3, newest not in the table": ("model.long_includes_short=false",),
+}
 
 
 def _parts(study: str, config: str, parts: dict[str, tuple[str, ...]], seed: int = SEEDS[0]) -> tuple[Cell, ...]:
@@ -228,7 +231,7 @@ def cells() -> Iterator[Cell]:
     yield from (_paper("ml-1m", model, seed, "films") for seed in SEEDS[1:] for model in ("SASRec", "MQSA-TED"))
     yield from _parts("aw_moe", "aw_moe", AW_MOE)
     yield from _parts("dare", "dare", DARE_PARTS)
-    yield from _parts("sdim", "sdim_sum", SDIM_TAU)
+    yield from _parts("sdim", "sdim_sum", SDIM_PARTS)
     yield from (_length(model, length) for length in LENGTHS for model in LENGTH_MODELS)
     yield from (_paper("beauty", model, SEEDS[0]) for model in PAPER_ROWS[3:])
     yield from (_paper(name, "MQSA-TED", SEEDS[0]) for name in papers[1:])
@@ -315,10 +318,14 @@ STUDIES = {
         "Data, budget and negatives as in the table of all models.",
     ),
     "sdim": Study(
-        "SDIM: planes per group",
+        "SDIM: planes per group, and what the table holds",
         "completejourney",
-        tuple(SDIM_TAU),
-        (),
+        tuple(SDIM_PARTS),
+        tuple(
+            Claim("SDIM, tau = 3", other, metric, "SDIM" if "=" in other[-4:] else "nobody")
+            for other in ("SDIM, tau = 1", "SDIM, tau = 5", "SDIM, tau = 3, newest not in the table")
+            for metric in GAUC
+        ),
         "norm = none; data, budget and negatives as in the table of all models.",
     ),
     "length": Study(
