@@ -36,7 +36,6 @@ from recsys.columns import (
 from recsys.errors import ConfigError, DataError
 
 _WHY = "_why"
-_NO_ROW = f"expected {WHOLE_ROW}"
 
 
 def read_mapped(config: IngestConfig, folder: Path, name: str, work: Path, quarantine: Path) -> RawLog:
@@ -102,13 +101,14 @@ def _events(config: IngestConfig) -> list[Wanted]:
 
 def _impressions(config: IngestConfig) -> list[Wanted]:
     columns = config.impressions
-    return [
-        Wanted(REQUEST_ID, columns.request_id, read_id),
-        Wanted(USER_ID, columns.user_id, read_id),
-        Wanted(ITEM_ID, columns.item_id, read_id),
-        Wanted(TIMESTAMP, columns.timestamp, time_reader(config.time)),
-        Wanted(LABEL, columns.label, read_label),
-    ]
+    readers = (
+        (REQUEST_ID, columns.request_id, read_id),
+        (USER_ID, columns.user_id, read_id),
+        (ITEM_ID, columns.item_id, read_id),
+        (TIMESTAMP, columns.timestamp, time_reader(config.time)),
+        (LABEL, columns.label, read_label),
+    )
+    return [Wanted(name, column, reader, "impressions") for name, column, reader in readers]
 
 
 def _thinned(checked: Checked, config: IngestConfig, work: Path) -> tuple[pl.LazyFrame, Tally]:
@@ -172,7 +172,7 @@ def _item_rows(place: int, table: Table, config: ItemsConfig) -> pl.LazyFrame:
     return table.rows(names).select(
         pl.lit(place, pl.UInt32).alias(FILE),
         ROW,
-        pl.coalesce(pl.when(BROKEN).then(pl.lit(_NO_ROW)), *whys).alias(_WHY),
+        pl.coalesce(pl.when(BROKEN).then(pl.lit(f"expected {WHOLE_ROW[table.kind]}")), *whys).alias(_WHY),
         *(value.alias(name) for name, value in values.items()),
     )
 
@@ -202,10 +202,12 @@ def _users(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
     frames = []
     for place, table in enumerate(tables):
         column = config.columns.user_id if config.columns.user_id in table.columns else USER_ID
+        if column not in table.columns:
+            table.require(config.columns.user_id, f"[columns] user_id; {USER_ID!r} would do as well")
         key = read_id(column, table.require(column, "[columns] user_id"), str(table.path))
         others = [name for name in table.columns if name not in (column, USER_ID)]
         why = pl.coalesce(
-            pl.when(BROKEN).then(pl.lit(_NO_ROW)),
+            pl.when(BROKEN).then(pl.lit(f"expected {WHOLE_ROW[table.kind]}")),
             *(
                 pl.when(problem.holds).then(pl.lit(f"column {column!r}: expected {problem.expected}"))
                 for problem in key.problems(key.value)

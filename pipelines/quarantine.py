@@ -35,11 +35,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A canonical column, the file's name of it, and how it is read."""
+    """A canonical column, the file's name of it, how it is read, and the section of the mapping that asks for it."""
 
     name: str
     column: str
     reader: Reader
+    section: str = "columns"
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,16 @@ def _with_verdicts(
 ) -> pl.LazyFrame:
     """Give one file's rows in canonical columns with verdicts; `codes` numbers the rules and grows."""
     file = str(table.path)
-    fields = {one.name: one.reader(one.column, table.require(one.column, one.name), file) for one in wanted}
+    fields = {
+        one.name: one.reader(one.column, table.require(one.column, f"[{one.section}] {one.name}"), file)
+        for one in wanted
+    }
     sizes = {name: read_number(name, table.require(name, "[filters] positive"), file) for name in filters.positive}
     parsed = {
         f"{_PARSED}{name}": field for name, field in (fields | {f"size {n}": f for n, f in sizes.items()}).items()
     }
     taken = _nulls(table, filters)
-    taken.append((Rule("bad", "", WHOLE_ROW), pl.col(BROKEN), pl.lit(None, pl.String)))
+    taken.append((Rule("bad", "", WHOLE_ROW[table.kind]), pl.col(BROKEN), pl.lit(None, pl.String)))
     for one in wanted:
         taken += _wrong(one.column, fields[one.name], f"{_PARSED}{one.name}")
     for name, field in sizes.items():
@@ -220,7 +224,7 @@ def refuse_if_too_bad(name: str, checked: Checked, max_bad_share: float, quarant
         DataError: with what is wrong most often, and for each the first place: file, row, column, found, wanted.
     """
     if checked.read == 0:
-        raise DataError(f"{', '.join(map(str, checked.files))}: no row; expected at least one {name}")
+        raise DataError(f"{', '.join(map(str, checked.files))}: no row of {name}; expected at least one")
     if checked.bad > max_bad_share * checked.read:
         raise DataError(
             f"{checked.bad:,} of {checked.read:,} rows of {name} are bad ({checked.bad / checked.read:.2%}), more than "

@@ -19,7 +19,8 @@ from recsys.errors import DataError
 ROW = "_row"
 BROKEN = "_broken"
 """true where a line is no row of the table at all: more fields than columns, or not a JSON object"""
-WHOLE_ROW = "as many fields as there are columns, or one JSON object"
+WHOLE_ROW = {"csv": "no more fields than there are columns", "jsonl": "one JSON object", "parquet": "a row"}
+"""what a line has to be, by the kind of file"""
 _LINE, _OBJECT = "_line", "_object"
 _EXTRA = "_extra"
 _SAMPLED_LINES = 1000
@@ -128,8 +129,14 @@ def find_files(pattern: str, folder: Path, what: str) -> list[Path]:
     found = [place] if place.is_file() else sorted(base.glob(str(place.relative_to(base))))
     files = [path for path in found if path.is_file()]
     if not files:
-        raise DataError(f"{what}: no file {place}")
+        near = difflib.get_close_matches(place.name, _names_in(place.parent), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"{what}: no file {place}{hint}; expected a path or a glob, from the mapping's own folder")
     return files
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def open_table(path: Path, max_line: int = MAX_LINE) -> Table:

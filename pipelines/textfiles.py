@@ -213,6 +213,11 @@ def _undecodable(path: Path, place: int, header: Header | None) -> DataError:
 
 def _not_utf8(path: Path, line: int, where: str, byte: bytes, around: bytes) -> DataError:
     """Name the byte, and how its surroundings read as Latin-1: what such a file mostly is."""
+    if line == 1 and byte in (b"\xff", b"\xfe"):  # its byte order mark
+        return DataError(
+            f"{path}, line 1: begins as UTF-16 (byte 0x{byte.hex()}); expected UTF-8, e.g. iconv -f utf-16 -t utf-8 "
+            f"{path.name} > utf8_{path.name}"
+        )
     text = around.decode("latin-1").splitlines()
     words = next((part for part in text if byte.decode("latin-1") in part), "")[:_EXCERPT]
     return DataError(

@@ -267,7 +267,7 @@ def test_types_may_differ_between_files_and_float_ids_are_whole_numbers(tmp_path
     assert events.rows() == [("17850", "1", START * SECOND, 1.0)] * 2
     assert card.filtered == {"drop_null who": 1}
     with pytest.raises(
-        DataError, match=r"events.2.csv: no column 'whom' \(user_id\); did you mean 'who'\?; found paid, when"
+        DataError, match=r"events.2.csv: no column 'whom' \(\[columns\] user_id\); did you mean 'who'\?; found paid"
     ):
         run(
             replace(

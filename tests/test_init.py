@@ -122,7 +122,7 @@ def test_columns_without_a_telling_name_are_guessed_by_content(tmp_path: Path) -
     text = write_mapping(tmp_path / "t.parquet", None, tmp_path)
     assert text.count('= "?"') == 3
     (tmp_path / "my.toml").write_text(text)
-    with pytest.raises(DataError, match=r"no column '\?' \(user_id\); found d"):
+    with pytest.raises(DataError, match=r"no column '\?' \(\[columns\] user_id\); found d"):
         ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "x")
 
 
