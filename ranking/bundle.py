@@ -10,6 +10,9 @@
     content.safetensors       if there are items without training events: what is known of all (ranking.content)
     content_vectors.safetensors   if content tells them: retriever's vectors of such items (ranking.content_vectors)
     golden.json               synthetic requests and what they were answered (ranking.golden)
+    text/                     if it searches text: passages, indexes, text models (ranking.search_part)
+
+A bundle may have rankers, or text, or both; without rankers its catalogue may be empty.
 
 Everything is JSON, npy, safetensors or a FAISS index: nothing that can run code. Weights and index stay memory-mapped,
 so the replicas of one machine share them.
@@ -52,9 +55,11 @@ from ranking.manifest import (
 )
 from ranking.models import RANKERS
 from ranking.ranker import AnyRanker, Retriever
+from ranking.search_golden import SearchGolden, replay_searches, write_text
+from ranking.search_part import SearchContents, SearchPart, load_search_part
 from ranking.strings import StringTable
 from recsys.config import parse
-from recsys.errors import BundleError, RecsysError
+from recsys.errors import BundleError, RecsysError, RequestError
 from recsys.files import read_json, sha256_file, whole_directory, write_json
 from recsys.history import UNKNOWN_KEY
 
@@ -73,7 +78,7 @@ class Contents:
     """What goes into a bundle. `item_ids` and `names` are by model row; rows 0 and 1 have none ("").
 
     `content` and `content_vectors` are for items without training events: what is like them, and where they would lie
-    in the retriever's space.
+    in the retriever's space. `text` is what search needs; without it there must be a ranker.
     """
 
     items: ItemTable
@@ -82,10 +87,11 @@ class Contents:
     key_to_row: NDArray[np.int32]
     vocabulary: Mapping[str, Sequence[str]]
     actions: Sequence[str]
-    ranker: NamedModel
+    ranker: NamedModel | None
     retriever: NamedModel | None = None
     content: ContentMatch | None = None
     content_vectors: ContentVectors | None = None
+    text: SearchContents | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,21 @@ class Bundle:
     names: list[str]  # by row
     key_to_row: NDArray[np.int32]
     vocabulary: dict[str, list[str]]
-    ranker: AnyRanker
+    ranking_model: AnyRanker | None
     retriever: Retriever | None
     index: Index | None
     content: ContentMatch | None
+    text: SearchPart | None
     device: torch.device
+
+    @property
+    def ranker(self) -> AnyRanker:
+        """The ranker; raises `RequestError` 501 for a bundle that only searches text."""
+        if self.ranking_model is None:
+            raise RequestError(
+                501, "not_supported", f"bundle {self.version} only searches text; publish one with `--ranker`"
+            )
+        return self.ranking_model
 
     @property
     def ranker_name(self) -> str:
@@ -166,8 +182,12 @@ class Bundle:
             raise BundleError(f"{directory}: the bundle cannot be read ({error}); publish it again") from error
         if golden:
             try:
-                requests = Golden.model_validate(read_json(listed(paths, "golden.json", directory)))
-                replay(requests, _answering(bundle))
+                if bundle.ranking_model is not None:
+                    requests = Golden.model_validate(read_json(listed(paths, "golden.json", directory)))
+                    replay(requests, _answering(bundle))
+                if bundle.text is not None:
+                    searches = read_json(listed(paths, "text/golden.json", directory))
+                    replay_searches(SearchGolden.model_validate(searches), bundle.text)
             except (ValidationError, BundleError) as error:
                 raise BundleError(f"{directory}: {error}") from None
         return bundle
@@ -185,7 +205,11 @@ def write_bundle(
         index: how the retriever's item vectors are indexed.
         seed: of the golden requests.
     """
-    named: list[tuple[Role, NamedModel]] = [("ranker", contents.ranker)]
+    named: list[tuple[Role, NamedModel]] = []
+    if contents.ranker is not None:
+        named.append(("ranker", contents.ranker))
+    elif contents.text is None or contents.retriever is not None:
+        raise BundleError("neither ranker nor text to publish, or a retriever alone; name a ranker or a text encoder")
     if contents.retriever is not None:
         named.append(("retriever", contents.retriever))
     for _, model in named:
@@ -203,14 +227,16 @@ def write_bundle(
             contents.content.save(temporary / "content.safetensors")
         if contents.content_vectors is not None:
             contents.content_vectors.save(temporary / "content_vectors.safetensors")
-        ranker, retriever = _answering_models(contents, entries)
-        found = None if retriever is None else _build_index(retriever, index or IndexConfig())
-        shards = []
-        if found is not None:
-            (temporary / "index").mkdir()
-            shards = found.save(temporary / "index")
-        golden = make_golden(_answering_of(contents, ranker, retriever, found), seed)
-        write_json(temporary / "golden.json", golden.model_dump())
+        found, shards = None, []
+        if contents.ranker is not None:
+            ranker, retriever = _answering_models(contents, contents.ranker.model, entries)
+            found = None if retriever is None else _build_index(retriever, index or IndexConfig())
+            if found is not None:
+                (temporary / "index").mkdir()
+                shards = found.save(temporary / "index")
+            golden = make_golden(_answering_of(contents, ranker, retriever, found), seed)
+            write_json(temporary / "golden.json", golden.model_dump())
+        text = None if contents.text is None else write_text(temporary, contents.text, seed)
         counts = {
             "rows": len(contents.items),
             "items": len(contents.items) - FIRST_ITEM,
@@ -227,6 +253,7 @@ def write_bundle(
             actions=list(contents.actions),
             models=entries,
             index=[path.relative_to(temporary).as_posix() for path in shards],
+            text=text,
             files=describe(temporary),
         )
         write_json(temporary / MANIFEST, manifest.model_dump())
@@ -252,9 +279,10 @@ def _write_models(directory: Path, named: Sequence[tuple[Role, NamedModel]]) -> 
     return entries
 
 
-def _answering_models(contents: Contents, entries: Mapping[Role, ModelEntry]) -> tuple[AnyRanker, AnyRanker | None]:
+def _answering_models(
+    contents: Contents, ranker: AnyRanker, entries: Mapping[Role, ModelEntry]
+) -> tuple[AnyRanker, AnyRanker | None]:
     """Give ranker and retriever as a loaded bundle has them: one object if they are one model, with content if any."""
-    ranker = contents.ranker.model
     if contents.retriever is None:
         return ranker, None
     retriever = contents.retriever.model
@@ -292,8 +320,9 @@ def _load_parts(
     for entry in manifest.models.values():
         if entry.weights not in models:
             models[entry.weights] = _load_model(entry, listed(paths, entry.weights, directory), items, device)
-    if "ranker" not in manifest.models:
-        raise BundleError(f"{directory}: no model in the role 'ranker'; publish again")
+    ranker = manifest.models.get("ranker")
+    if ranker is None and manifest.text is None:
+        raise BundleError(f"{directory}: neither a model in the role 'ranker' nor text; publish again")
     retriever = manifest.models.get("retriever")
     if retriever is not None and "content_vectors.safetensors" in paths:
         vectors = ContentVectors.load(paths["content_vectors.safetensors"])
@@ -307,10 +336,11 @@ def _load_parts(
         names=names,
         key_to_row=key_to_row,
         vocabulary=read_json(listed(paths, "vocabulary.json", directory)),
-        ranker=models[manifest.models["ranker"].weights],
+        ranking_model=models[ranker.weights] if ranker else None,
         retriever=cast(Retriever, models[retriever.weights]) if retriever else None,
         index=Index.load([listed(paths, shard, directory) for shard in manifest.index]) if manifest.index else None,
         content=ContentMatch.load(paths["content.safetensors"]) if "content.safetensors" in paths else None,
+        text=load_search_part(directory, manifest.text, paths, device) if manifest.text is not None else None,
         device=device,
     )
 
@@ -344,7 +374,7 @@ def _answering(bundle: Bundle) -> Answering:
 
 
 def _answering_of(contents: Contents, ranker: AnyRanker, retriever: AnyRanker | None, index: Index | None) -> Answering:
-    model = cast(nn.Module, contents.ranker.model)
+    model = cast(nn.Module, ranker)
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     return Answering(
         contents.items,

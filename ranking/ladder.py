@@ -4,7 +4,9 @@
     retrieval out or late    the other candidate sources
     rank out or late         the retriever's order
     search late              fewer than k items, though a deeper search would find more
-    rerank out or late       the ranker's order
+
+A query has a budget of its own (`ranking.deadline`): without the reranker the order is that of the first stage, without
+vectors that of the words.
 
 Each step taken is named in `degraded`. Only a host with users waiting climbs down: without a budget, as in the batch
 job and offline, an error is an error.
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from ranking.sources import Pool
 from recsys.errors import ConfigError, RequestError
 
-Stage = Literal["history", "retrieval", "rank", "search", "rerank"]
+Stage = Literal["history", "retrieval", "rank", "search"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,6 @@ class Deadlines:
     """the ranker"""
     search: float = 0.8
     """a further round of search, where filters and rules left too few"""
-    rerank: float = 1.0
-    """the text reranker"""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -112,11 +112,6 @@ class Ladder:
         if stage not in self.degraded:
             self.degraded.append(stage)
         return True
-
-    def leave_out(self, stage: Stage) -> None:
-        """Count a stage as left out."""
-        if stage not in self.degraded:
-            self.degraded.append(stage)
 
 
 def retriever_order(pool: Pool, retrieval: int | None, below: float) -> NDArray[np.float32]:

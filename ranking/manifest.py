@@ -41,6 +41,17 @@ class Provenance(Message):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
+class TextEntry(Message):
+    """The text part of a bundle (`ranking.search_part`)."""
+
+    passages: int = Field(description="distinct texts")
+    documents: int
+    encoder: str | None = Field(description="kind of the encoder; null where search goes by words alone")
+    reranker: str | None = Field(description="kind of the reranker, if there is one")
+    weight: float | None = Field(description="of the words in the convex sum; null for reciprocal ranks")
+    index: list[str] = Field(description="files of the passage index's shards, in order")
+
+
 class Manifest(Message):
     """Everything a bundle says of itself."""
 
@@ -50,6 +61,7 @@ class Manifest(Message):
     actions: list[str] = Field(description='names of the action codes 0, 1, ...; code 0 means none and is named ""')
     models: dict[Role, ModelEntry]
     index: list[str] = Field(description="files of the index shards, in order")
+    text: TextEntry | None = Field(default=None, description="absent where the bundle searches no text")
     files: dict[str, FileEntry]
 
 

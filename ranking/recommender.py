@@ -1,6 +1,9 @@
 """The request path in plain Python, one stage after the other.
 
-    history -> filters -> encode -> sources -> score -> rules -> (text rerank) -> top k
+    history -> filters -> encode -> sources -> score -> rules -> top k
+
+A request with a query is answered from what `ranking.searcher` found for it: that search is then the only source, and
+scores blend its order with the ranker's. It is made beforehand, since its models may take long and run elsewhere.
 
 A Serve replica, the batch job and offline evaluation are thin hosts of this one class, so their answers agree. An
 item's score depends on the user's history, the moment and the item, never on which other items are scored with it;
@@ -8,12 +11,11 @@ equal scores are ordered by ascending row.
 
 Filters come before the sources, so that every source proposes allowed items only (`ranking.filters`). Where rules leave
 fewer than k, or the sources have no more, the search goes deeper among what is neither scored yet nor full, until there
-are k or nothing is left: a `shortfall` means that no further item may be recommended.
+are k or nothing is left: a `shortfall` means that no further item may be recommended, or was found for the query.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from ranking.ranker import NEGATIVE
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.rules import Rules
 from ranking.scorer import Encoded, Scorer
+from ranking.searcher import Searched
 from ranking.sources import (
     Catalogue,
     Followers,
@@ -54,18 +57,10 @@ from recsys.messages import (
 )
 from recsys.stores import HistoryReader
 
-__all__ = ["LATEST", "Recommender", "RecommenderConfig", "TextStage"]
+__all__ = ["LATEST", "Recommender", "RecommenderConfig"]
 
 DEEPER = 4
 """How many times more each further round of a search asks of every source."""
-
-
-class TextStage(Protocol):
-    """Puts the best items in an order that also follows the text a user is looking for."""
-
-    def rerank(self, query: str, rows: NDArray[np.int32], scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give new scores float32 [n] of rows int32 [n], which stand best first by the ranker's scores float32 [n]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,7 @@ class _Asked:
     query: SourceQuery
     sources: Sequence[tuple[Source, int]]
     ladder: Ladder
+    searched: Searched | None  # what was found for the request's text
 
 
 class Recommender:
@@ -89,7 +85,6 @@ class Recommender:
         histories: where the histories of user ids are read.
         config: quotas, limits, filters and rules.
         availability: what cannot be had now; None if all can.
-        text: puts answers to requests with a `query` in order; None leaves that stage out.
         more_sources: further sources, each with its quota.
         states: keeps the states of users with long histories; None encodes every history anew, with the same answers.
 
@@ -103,7 +98,6 @@ class Recommender:
         histories: HistoryReader,
         config: RecommenderConfig = DEFAULTS,
         availability: Availability | None = None,
-        text: TextStage | None = None,
         more_sources: Sequence[tuple[Source, int]] = (),
         states: StateCache | None = None,
     ) -> None:
@@ -116,30 +110,41 @@ class Recommender:
         self._filters = Filters(attributes, len(bundle.items), config.filters, availability)
         self._rules = Rules(attributes, config.rules)
         self._scorer = Scorer(bundle, states)
-        self._text = text
         popularity = Popularity(bundle.items)
         self._catalogue = Catalogue(bundle.items)
         self._sources = [*_sources(bundle, config, popularity), *more_sources]
         self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
 
-    def recommend(self, request: RecommendRequest, now: int, budget: Budget | None = None) -> RecommendResponse:
-        """Give the k best items for a user or an inline history.
+    def recommend(
+        self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None
+    ) -> RecommendResponse:
+        """Give the k best items for a user or an inline history; with a query, of what was found for it.
 
         Args:
             request: what is asked.
             now: the moment, microseconds UTC, where the request names none.
             budget: with one, a stage that fails or is late is left out and named (`ranking.ladder`).
+            searched: what was found for `request.query`: the items of its passages are then the candidates, and their
+                scores blend search and ranker by rank.
 
         Raises:
-            RequestError: 422 for neither user nor history, a moment out of range, or a filter of an unknown column.
+            RequestError: 422 for neither user nor history, a moment out of range, or a filter of an unknown column;
+                501 for a query without a search.
 
         Cost: one encode, one search, one scoring of at most the sum of the quotas; further rounds of search and
         scoring only where filters and rules leave too few.
         """
         clock = Clock()
-        asked = self._ask(request, now, clock, Ladder(budget))
+        if request.query is not None and searched is None:
+            raise RequestError(
+                501,
+                "not_supported",
+                f"bundle {self.bundle.version} searches no text; leave out `query`, or publish with `--text-encoder`",
+            )
+        asked = self._ask(request, now, clock, Ladder(budget), searched)
         found = self._search(asked, clock)
-        places, scores = self._ordered(asked, found, clock)
+        places = found.chosen.places[: request.k]
+        scores = found.scores[places]
         items = [
             RecommendedItem(
                 item_id=self.bundle.item_ids[row],
@@ -157,21 +162,21 @@ class Recommender:
             user_known=asked.user.known,
             history_events=len(asked.user.events),
             model_version=self.bundle.version,
-            degraded=asked.ladder.degraded,
+            degraded=[*(() if searched is None else searched.degraded), *asked.ladder.degraded],
             timings={},
         )
         if request.explain:
-            response = self._explained(response, asked, found, places, scores)
+            response = self._explained(response, asked, found, places)
         clock.lap("top_k")
         return response.model_copy(update={"timings": clock.seconds()})
 
     def trace(self, request: RecommendRequest, now: int) -> Found:
-        """Give the search behind an answer, for whoever measures the stages; the text stage is left out.
+        """Give the search behind an answer to a request without a query, for whoever measures the stages.
 
         `recommend` answers from the very same search.
         """
         clock = Clock()
-        return self._search(self._ask(request, now, clock, Ladder(None)), clock)
+        return self._search(self._ask(request, now, clock, Ladder(None), None), clock)
 
     def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
         """Give the scores of items in the order of the request, and the ranked list.
@@ -232,7 +237,9 @@ class Recommender:
             scores = ladder.attempt("retrieval", lambda: self._scorer.by_retriever(user, rows), None)
         return self._scorer.score(None, rows) if scores is None else scores
 
-    def _ask(self, request: RecommendRequest, now: int, clock: Clock, ladder: Ladder) -> _Asked:
+    def _ask(
+        self, request: RecommendRequest, now: int, clock: Clock, ladder: Ladder, searched: Searched | None
+    ) -> _Asked:
         """Read the user, join the filters, encode."""
         user = self._users.read(request.user_id, request.history, request.at, now, ladder)
         clock.lap("history")
@@ -243,14 +250,15 @@ class Recommender:
         if user.known:
             encoded, sources = self._scorer.encode(user, ladder), self._sources
             clock.lap("encode")
+        if searched is not None:
+            sources = [(searched, len(searched))]
         vector = None if encoded is None else encoded.vector
         query = SourceQuery(user.rows, user.events.time, user.at, vector, mask, blocked, request.query)
-        return _Asked(request, user, seen, encoded, query, sources, ladder)
+        return _Asked(request, user, seen, encoded, query, sources, ladder, searched)
 
     def _search(self, asked: _Asked, clock: Clock) -> Found:
         """Propose, score and choose, in further rounds until there are k or no item is left that may be taken."""
         k, query, rounds = asked.request.k, asked.query, 0
-        reranks = asked.request.query is not None and self._text is not None
         pool = merge([Proposal.none()] * (len(asked.sources) + 1))
         scores = np.empty(0, np.float32)
         unscored = np.empty(0, np.int32)
@@ -260,16 +268,18 @@ class Recommender:
             clock.lap("sources")
             new = self._scores(asked, fresh, scores)
             scorable = new > NEGATIVE
+            if asked.searched is not None:
+                new = np.where(scorable, asked.searched.blended(fresh.rows, new, asked.user.known), new)
             unscored = np.concatenate([unscored, fresh.rows[~scorable]])
             pool, scores = pool.joined(fresh.take(scorable)), np.concatenate([scores, new[scorable]])
             order = _order(pool.rows, scores)
             pool, scores = pool.take(order), scores[order]
             clock.lap("score")
-            chosen = self._rules.select(pool.rows, max(k, self.config.rerank_depth) if reranks else k)
+            chosen = self._rules.select(pool.rows, k)
             if len(chosen.places) < k:
                 query = self._narrowed(query, np.concatenate([pool.rows, unscored]), chosen.full)
             clock.lap("rules")
-            ended = len(chosen.places) >= k or query.blocked == len(self.bundle.items)
+            ended = len(chosen.places) >= k or query.blocked == len(self.bundle.items) or asked.searched is not None
             if ended or asked.ladder.late("search"):
                 names = [*(source.name for source, _ in asked.sources), self._catalogue.name]
                 return Found(names, pool, scores, chosen, unscored, rounds)
@@ -304,36 +314,14 @@ class Recommender:
         self._rules.without(allowed, full)
         return replace(query, allowed=allowed, blocked=len(allowed) - int(np.count_nonzero(allowed)))
 
-    def _ordered(self, asked: _Asked, found: Found, clock: Clock) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Give places and scores of the answer, best first."""
-        places, k, text, wanted = found.chosen.places, asked.request.k, self._text, asked.request.query
-        scores = found.scores[places]
-        if wanted is not None and text is None:
-            asked.ladder.leave_out("rerank")
-        elif wanted is not None and text is not None and len(places):
-            rows, before = found.pool.rows[places], scores
-            scores = asked.ladder.attempt("rerank", lambda: text.rerank(wanted, rows, before), before)
-            order = _order(rows, scores)
-            places, scores = places[order], scores[order]
-            clock.lap("rerank")
-        return places[:k], scores[:k]
-
     def _explained(
-        self,
-        response: RecommendResponse,
-        asked: _Asked,
-        found: Found,
-        places: NDArray[np.int64],
-        scores: NDArray[np.float32],
+        self, response: RecommendResponse, asked: _Asked, found: Found, places: NDArray[np.int64]
     ) -> RecommendResponse:
         """Add where every item stood, and why what the sources would propose without filters is not in the answer."""
         request = asked.request
-        reranked = request.query is not None and self._text is not None
         items = [
-            item.model_copy(update={"stages": stages_of(found, place, (number, score) if reranked else None)})
-            for number, (item, place, score) in enumerate(
-                zip(response.items, places.tolist(), scores.tolist(), strict=True), 1
-            )
+            item.model_copy(update={"stages": stages_of(found, place)})
+            for item, place in zip(response.items, places.tolist(), strict=True)
         ]
         free = replace(asked.query, allowed=None, blocked=0)
         rows = self._proposed(asked.sources, free, request.k, 1).rows

@@ -73,8 +73,6 @@ class RecommenderConfig:
     """heaviest transitions kept of each item"""
     exclude_seen_days: float = 0.0
     """items of the user's last so many days are left out; 0 leaves repeats in, as a grocery wants them"""
-    rerank_depth: int = 50
-    """items, best first, that a text stage may put in another order"""
     states: StatesConfig = StatesConfig()
     """of users with long histories"""
     filters: tuple[ItemFilter, ...] = ()
@@ -86,7 +84,7 @@ class RecommenderConfig:
         for name in ("retrieval", "repeats", "transitions", "popularity", "new_items", "exclude_seen_days"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("history_limit", "half_life_days", "recent_items", "edges_per_item", "rerank_depth"):
+        for name in ("history_limit", "half_life_days", "recent_items", "edges_per_item"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected more than 0")
 

@@ -59,13 +59,12 @@ class Found:
         return [name for name, rank in zip(self.sources, self.pool.rank[:, place].tolist(), strict=True) if rank]
 
 
-def stages_of(found: Found, place: int, reranked: tuple[int, float] | None) -> list[StagePlace]:
+def stages_of(found: Found, place: int) -> list[StagePlace]:
     """Give where a chosen candidate stood in every stage it came through.
 
     Args:
         found: the search.
         place: of the candidate in it.
-        reranked: rank and score by the text stage, None without one.
     """
     proposed = zip(found.sources, found.pool.rank[:, place].tolist(), found.pool.value[:, place].tolist(), strict=True)
     stages = [StagePlace(stage=name, rank=rank, score=value) for name, rank, value in proposed if rank]
@@ -73,8 +72,6 @@ def stages_of(found: Found, place: int, reranked: tuple[int, float] | None) -> l
     stages.append(StagePlace(stage="score", rank=place + 1, score=score))
     chosen = int(np.searchsorted(found.chosen.places, place)) + 1
     stages.append(StagePlace(stage="rules", rank=chosen, score=score))
-    if reranked is not None:
-        stages.append(StagePlace(stage="rerank", rank=reranked[0], score=reranked[1]))
     return stages
 
 

@@ -75,14 +75,18 @@ class RecommendRequest(Message):
     filters: list[ItemFilter] = Field(
         default=[], max_length=MAX_FILTERS, description="an item must pass all of them, and those of the config"
     )
-    query: str | None = Field(default=None, max_length=4096, description="text the order should also follow")
+    query: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="recommend of what a search for this text finds, in an order that blends search and ranker",
+    )
     explain: bool = Field(default=False, description="say how each item came in, and why others did not")
 
 
 class StagePlace(Message):
     """Where an item stood in one stage."""
 
-    stage: str = Field(description="a candidate source, or `score`, `rules`, `rerank`")
+    stage: str = Field(description="a candidate source, or `score`, `rules`")
     rank: int = Field(description="from 1")
     score: float | None = Field(description="what the stage ordered by, in its own units")
 

@@ -5,14 +5,12 @@ the next request, and what waits can be counted, so that overload is answered at
 models need not be safe in several, and because the work is mostly torch and numpy on cores that replicas use better.
 """
 
-import asyncio
 import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -44,8 +42,10 @@ from serving.replies import (
     SimilarResponse,
     UsersResponse,
 )
+from serving.search_routes import Searches, add_search_routes
 from serving.service import Service
 from serving.telemetry import CONTENT_TYPE, Telemetry
+from serving.worker import Worker, json_response
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,6 @@ SHADOW_WAITING = 2
 """Waiting requests above which a shadow does not score: those who wait for an answer come first."""
 
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
-
-T = TypeVar("T")
-Timings = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -70,56 +67,6 @@ class Limits:
     """one piece of work under way for longer makes the process unhealthy: no thread can be stopped from outside"""
     deadlines: Deadlines = field(default_factory=Deadlines)
     """of a request and its stages"""
-
-
-class Worker:
-    """One thread with a bounded queue.
-
-    Args:
-        waiting: most requests under way or waiting.
-    """
-
-    def __init__(self, waiting: int) -> None:
-        self._bound = waiting
-        self._waiting = 0
-        self._began: float | None = None  # of the work under way
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
-
-    @property
-    def waiting(self) -> int:
-        """Requests under way or waiting."""
-        return self._waiting
-
-    @property
-    def busy_seconds(self) -> float:
-        """How long the work under way has taken so far; 0 if there is none."""
-        began = self._began
-        return 0.0 if began is None else time.perf_counter() - began
-
-    async def run(self, work: Callable[[], T], budget: Budget | None = None) -> tuple[T, float]:
-        """Give the result of `work` and the seconds it waited for its turn.
-
-        Raises:
-            RequestError: 503 if too many wait already, or if its turn came too late for its budget.
-        """
-        if self._waiting >= self._bound:
-            raise RequestError(503, "overloaded", f"{self._waiting} requests are waiting; come back in a moment")
-        asked = time.perf_counter()
-        self._waiting += 1
-        try:
-            result, started = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, work, budget)
-        finally:
-            self._waiting -= 1
-        return result, started - asked
-
-    def _timed(self, work: Callable[[], T], budget: Budget | None) -> tuple[T, float]:
-        if budget is not None and budget.late("request"):
-            raise RequestError(503, "too_late", f"waited {budget.seconds:.1f} s for its turn; come back in a moment")
-        self._began = started = time.perf_counter()
-        try:
-            return work(), started
-        finally:
-            self._began = None
 
 
 class Frame:
@@ -218,23 +165,19 @@ def create_app(service: Service, limits: Limits = Limits(), request_ids: bool = 
     )
     problems.install(app)
     worker = Worker(limits.waiting)
+    searches = Searches(service, Worker(limits.waiting), Worker(limits.waiting))
     app.state.worker = worker
-    _add_answers(app, service, worker, limits.deadlines)
+    _add_answers(app, service, worker, searches, limits.deadlines)
+    add_search_routes(app, service, worker, searches)
     _add_lookups(app, service, worker)
     if service.path.availability is not None:
-        add_availability(app, service.path.availability, _json)
+        add_availability(app, service.path.availability, json_response)
     _add_operations(app, service, worker, limits)
     app.add_middleware(Frame, telemetry=service.telemetry, body_bytes=limits.body_bytes, request_ids=request_ids)
     return app
 
 
-def _json(value: BaseModel, timings: Timings) -> Response:
-    """Give a response that is serialised once, with its stages in `Server-Timing`, which counts in milliseconds."""
-    stages = ", ".join(f"{stage};dur={seconds * 1e3:.2f}" for stage, seconds in timings.items())
-    return Response(value.model_dump_json(), headers={"Server-Timing": stages}, media_type="application/json")
-
-
-def _add_answers(app: FastAPI, service: Service, worker: Worker, deadlines: Deadlines) -> None:
+def _add_answers(app: FastAPI, service: Service, worker: Worker, searches: Searches, deadlines: Deadlines) -> None:
     """The routes that recommend, rank and record."""
     aside = Aside()
 
@@ -242,13 +185,14 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker, deadlines: Dead
     async def recommend(request: RecommendRequest) -> Response:
         """Give the k best items for a user, or for a history sent along."""
         now, budget = service.now, Budget(deadlines)
-        answer, waited = await worker.run(lambda: service.recommend(request, now, budget), budget)
-        if service.has_rival(request.user_id):
+        found = None if request.query is None else await searches.find(request.query, request.user_id)
+        answer, waited = await worker.run(lambda: service.recommend(request, now, budget, found), budget)
+        if found is None and service.has_rival(request.user_id):
             taken = worker.waiting <= SHADOW_WAITING and aside.offer(lambda: service.compare(request, answer, now))
             service.telemetry.shadow("taken" if taken else "dropped")
-        timings = {"queue": waited, **answer.timings}
+        timings = {"queue": waited, **answer.timings, **({} if found is None else found[1].stages)}
         service.telemetry.stages(timings)
-        return _json(answer, timings)
+        return json_response(answer, timings)
 
     @app.post("/v1/rank", response_model=RankResponse, tags=["recommend"])
     async def rank(request: RankRequest) -> Response:
@@ -257,7 +201,7 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker, deadlines: Dead
         answer, waited = await worker.run(lambda: service.rank(request, budget), budget)
         timings = {"queue": waited, **answer.timings}
         service.telemetry.stages(timings)
-        return _json(answer, timings)
+        return json_response(answer, timings)
 
     @app.post("/v1/events", response_model=EventsResponse, tags=["events"])
     async def events(request: EventsRequest) -> Response:
@@ -272,7 +216,7 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker, deadlines: Dead
         answer, waited = await worker.run(lambda: service.record(request), Budget(deadlines))
         timings = {"queue": waited, "record": time.perf_counter() - began - waited}
         service.telemetry.stages(timings)
-        return _json(answer, timings)
+        return json_response(answer, timings)
 
 
 def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
@@ -313,12 +257,12 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
     @app.get("/v1/models", response_model=ModelsResponse, tags=["look up"])
     async def models() -> Response:
         """Say which bundle is being served."""
-        return _json(service.models(), {})
+        return json_response(service.models(), {})
 
 
 async def _answer(worker: Worker, work: Callable[[], BaseModel]) -> Response:
     value, waited = await worker.run(work)
-    return _json(value, {"queue": waited})
+    return json_response(value, {"queue": waited})
 
 
 def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limits) -> None:

@@ -14,10 +14,11 @@ from ray.serve.config import BackpressureConfig
 
 from recsys.config import parse
 from recsys.errors import RecsysError
-from serving.app import Worker, create_app
+from serving.app import create_app
 from serving.lineup import Plan
 from serving.problems import RETRY_AFTER_SECONDS
 from serving.settings import ServeConfig, load_plan, open_service
+from serving.worker import Worker
 
 NAME = "recsys"
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from ranking.bundle import Bundle
 from ranking.ladder import Budget
+from ranking.searcher import Searched, Searcher
+from recsys.errors import RequestError
 from recsys.messages import RankRequest, RankResponse, RecommendRequest, RecommendResponse
 from serving.name_search import NameSearch
 
@@ -31,8 +33,10 @@ SHARE_SEED = 8
 class Answers(Protocol):
     """The request path: `ranking.recommender.Recommender`."""
 
-    def recommend(self, request: RecommendRequest, now: int, budget: Budget | None = None) -> RecommendResponse:
-        """Give the k best items."""
+    def recommend(
+        self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None
+    ) -> RecommendResponse:
+        """Give the k best items, of what was found for a query if there is one."""
         ...
 
     def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
@@ -41,11 +45,42 @@ class Answers(Protocol):
 
 
 @dataclass(frozen=True)
+class NoRanker:
+    """Answers for a bundle that only searches text: that it cannot."""
+
+    version: str
+
+    def recommend(
+        self,
+        request: RecommendRequest,  # noqa: ARG002
+        now: int,  # noqa: ARG002
+        budget: Budget | None = None,  # noqa: ARG002
+        searched: Searched | None = None,  # noqa: ARG002
+    ) -> RecommendResponse:
+        """Raise `RequestError` 501."""
+        raise self._error()
+
+    def rank(
+        self,
+        request: RankRequest,  # noqa: ARG002
+        now: int,  # noqa: ARG002
+        budget: Budget | None = None,  # noqa: ARG002
+    ) -> RankResponse:
+        """Raise `RequestError` 501."""
+        raise self._error()
+
+    def _error(self) -> RequestError:
+        text = f"bundle {self.version} has no ranker, it only searches text; publish one with `recsys publish --ranker`"
+        return RequestError(501, "not_supported", text)
+
+
+@dataclass(frozen=True)
 class Served:
-    """A bundle and the recommender built on it: what a request takes hold of once, and a swap replaces at once."""
+    """A bundle and what answers from it: what a request takes hold of once, and a swap replaces at once."""
 
     bundle: Bundle
     recommender: Answers
+    searcher: Searcher | None = None
 
     @cached_property
     def item_vectors(self) -> NDArray[np.float32] | None:

@@ -6,6 +6,7 @@
     unsupported_media_type    415      the body is not declared as application/json
     body_too_large            413      more bytes than the service takes
     too_many_candidates       413      more items in one `rank` than the service takes
+    too_many_documents        413      more documents in one `rerank` than the service takes
     too_many_events           413      more events in one post than the service takes
     unknown_route             404
     unknown_user              404      nothing is known of the user asked about
@@ -66,6 +67,7 @@ def responses() -> dict[int | str, dict[str, Any]]:
     content = {MEDIA_TYPE: {"schema": schema}}
     return {
         "4XX": {"description": "Refused", "content": content},
+        "501": {"description": "The bundle lacks a part that is asked for", "content": content},
         "503": {"description": "Overloaded, or no bundle yet", "content": content},
     }
 

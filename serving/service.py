@@ -7,7 +7,9 @@ from collections.abc import Callable
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
 from ranking.ladder import Budget
+from ranking.manifest import Manifest
 from ranking.request_path import RequestPath
+from ranking.searcher import SearchConfig, Searched
 from recsys.errors import RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (
@@ -57,6 +59,7 @@ class Service:
         share: of the users whom a challenger answers.
         pairs: where answers are kept beside a rival's; None keeps none.
         path: settings and live state of the request path, for every bundle.
+        search: depths and time budgets of text search; the defaults if absent.
 
     Every method may be called from several threads at once.
     """
@@ -70,12 +73,14 @@ class Service:
         share: float = 0.0,
         pairs: PairLog | None = None,
         path: RequestPath = WHOLE_PATH,
+        search: SearchConfig | None = None,
     ) -> None:
         self.path = path
         self.telemetry = telemetry
         self.store = store
         self.histories = Watched(store)
         self.state = State(log, store, telemetry, clock)
+        self.search_config = search or SearchConfig()
         self._share = share
         self._pairs = pairs
         self._lineup: Lineup | None = None
@@ -104,7 +109,11 @@ class Service:
         return "" if self._lineup is None else self._lineup.champion.bundle.version
 
     def recommend(
-        self, request: RecommendRequest, now: int | None = None, budget: Budget | None = None
+        self,
+        request: RecommendRequest,
+        now: int | None = None,
+        budget: Budget | None = None,
+        found: tuple[Served, Searched] | None = None,
     ) -> RecommendResponse:
         """Give the k best items for a user.
 
@@ -112,9 +121,13 @@ class Service:
             request: what is asked.
             now: the moment, microseconds UTC; that of the clock if absent.
             budget: the time there is; stages that fail or are late are then left out and named.
+            found: what was found for the request's query, and by which bundle, which then ranks it too.
         """
-        answering = self.lineup.answering(request.user_id)
-        response = answering.recommender.recommend(request, self.state.now() if now is None else now, budget)
+        moment = self.state.now() if now is None else now
+        if found is None:
+            response = self.lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
+        else:
+            response = found[0].recommender.recommend(request, moment, budget, found[1])
         if self.histories.missed():
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
@@ -231,7 +244,7 @@ class Service:
         manifest = bundle.manifest
         return ModelsResponse(
             version=bundle.version,
-            models=[ModelInfo(role=role, name=entry.name) for role, entry in manifest.models.items()],
+            models=_models(manifest),
             items=manifest.counts["items"],
             created=manifest.provenance.created,
             commit=manifest.provenance.commit,
@@ -266,6 +279,14 @@ class Service:
 def _listed(role: Role, response: RecommendResponse) -> Listed:
     items = [item.item_id for item in response.items]
     return Listed(role, response.model_version, items, response.timings.get("total", 0.0))
+
+
+def _models(manifest: Manifest) -> list[ModelInfo]:
+    models = [ModelInfo(role=role, name=entry.name) for role, entry in manifest.models.items()]
+    if manifest.text is not None:
+        kinds = {"text encoder": manifest.text.encoder, "text reranker": manifest.text.reranker}
+        models += [ModelInfo(role=role, name=kind) for role, kind in kinds.items() if kind is not None]
+    return models
 
 
 def _encoder(bundle: Bundle) -> Encoder:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
+from ranking.searcher import SearchConfig
 from recsys.errors import BundleError, ConfigError
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits
 from serving.event_log import WINDOW, Durability, SegmentLog
 from serving.history_store import LmdbHistoryStore
-from serving.lineup import BundlePlace, Plan, Role, Served
+from serving.lineup import BundlePlace, NoRanker, Plan, Role, Served
 from serving.pairs import PairLog
 from serving.service import Service
 from serving.telemetry import Telemetry
@@ -53,6 +54,8 @@ class ServeConfig:
     """newest events among which a repeated event id is recognised"""
     challenger_share: float = 0.05
     """of the users whom a challenger answers, where there is one"""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """depths and time budgets of text search, where the bundle has it"""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """registry whose aliases say which bundles serve"""
     history_store: Literal["lmdb", "redis"] = "lmdb"
@@ -103,7 +106,7 @@ def open_service(config: ServeConfig) -> Service:
     telemetry.recovered(*log.recovered())
     states = StateCache(config.recommender.states) if config.recommender.states.bytes else None
     path = RequestPath(config.recommender, AvailabilityFile(config.state / "availability.json"), states)
-    return Service(log, store, telemetry, share=config.challenger_share, pairs=pairs, path=path)
+    return Service(log, store, telemetry, share=config.challenger_share, pairs=pairs, path=path, search=config.search)
 
 
 def _open_store(config: ServeConfig, base: Snapshot) -> LiveHistories:
@@ -162,12 +165,20 @@ def load_served(service: Service, place: BundlePlace) -> Served:
             an item column that a filter or rule names.
     """
     from ranking.bundle import Bundle
+    from ranking.searcher import Searcher
 
     bundle = Bundle.load(place.directory)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
+    searcher = None
+    if bundle.text is not None:
+        searcher = Searcher(bundle.text, service.search_config)
+        for _ in range(WARM_REQUESTS):
+            searcher.search(bundle.text.passages.text(0))
+    if bundle.ranking_model is None:
+        return Served(bundle, NoRanker(bundle.version), searcher)
     try:
-        served = Served(bundle, service.path.recommender(bundle, service.histories))
+        served = Served(bundle, service.path.recommender(bundle, service.histories), searcher)
     except ConfigError as error:
         raise BundleError(f"{place.directory}: {error}; change [recommender] or publish with this column") from None
     _ = served.names  # a million names take seconds

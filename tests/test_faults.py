@@ -26,7 +26,7 @@ from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits, Worker, create_app
 from serving.lineup import Served
 
-STAGES = ("history", "retrieval", "rank", "search", "rerank")
+STAGES = ("history", "retrieval", "rank", "search")
 HISTORY = [InlineEvent(item_id=f"item-{number}", timestamp=LATER - 1000 + number) for number in range(8)]
 
 
@@ -81,7 +81,7 @@ def test_a_budget_with_time_left_changes_no_answer(service):
 
 def test_without_its_ranker_it_answers_in_the_retrievers_order(service, bundle):
     for method in ("encode", "score"):
-        broken = Recommender(dataclasses.replace(bundle, ranker=Faulty(bundle.ranker, method)), service.store)
+        broken = Recommender(dataclasses.replace(bundle, ranking_model=Faulty(bundle.ranker, method)), service.store)
         answer = ask(broken, budget())
         assert answer.degraded == ["rank"]
         explained = ask(service.served.recommender, None, explain=True, k=62)
@@ -97,7 +97,7 @@ def test_without_its_ranker_it_answers_in_the_retrievers_order(service, bundle):
 
 def test_ranking_given_items_falls_back_to_the_retriever_then_to_popularity(service, bundle):
     asked = RankRequest(user_id="user-1", item_ids=[f"item-{number}" for number in range(20)], at=LATER)
-    lame = dataclasses.replace(bundle, ranker=Faulty(bundle.ranker, "score"))
+    lame = dataclasses.replace(bundle, ranking_model=Faulty(bundle.ranker, "score"))
     answer = Recommender(lame, service.store).rank(asked, LATER, budget())
     assert answer.degraded == ["rank"]
     neighbours = ask(Recommender(lame, service.store), budget(), k=62)
@@ -129,8 +129,8 @@ def test_without_its_store_it_takes_the_history_sent_along_else_popularity(servi
 
 @given(st.sets(st.sampled_from(STAGES)))
 def test_whatever_is_late_there_is_an_answer_and_it_says_so(service, late):
-    answer = ask(service.served.recommender, budget(**dict.fromkeys(late, 1e-9)), query="tea", k=80)
-    assert set(answer.degraded) <= late | {"rerank"}
+    answer = ask(service.served.recommender, budget(**dict.fromkeys(late, 1e-9)), k=80)
+    assert set(answer.degraded) <= late
     assert {"history", "retrieval", "rank"} & late <= set(answer.degraded) or "history" in late
     assert answer.items
     assert answer.shortfall == 80 - len(answer.items)
@@ -164,7 +164,7 @@ def test_the_retrievers_items_come_first_in_its_order_then_the_others(orders, be
 
 def test_a_degraded_answer_is_an_answer_and_is_counted(service, bundle):
     served = service.served
-    broken = dataclasses.replace(bundle, ranker=Faulty(bundle.ranker, "score"))
+    broken = dataclasses.replace(bundle, ranking_model=Faulty(bundle.ranker, "score"))
     service.swap(Served(broken, Recommender(broken, service.store)))
     try:
         with TestClient(create_app(service)) as client:

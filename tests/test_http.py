@@ -111,6 +111,8 @@ def test_probes_page_and_schema(client, service):
         "/v1/items",
         "/v1/items/{item_id}/similar",
         "/v1/models",
+        "/v1/search",
+        "/v1/rerank",
         "/livez",
         "/readyz",
         "/metrics",

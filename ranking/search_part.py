@@ -1,0 +1,173 @@
+"""The text part of a bundle: passages, their indexes and the models that search and rerank them.
+
+    text/passages.safetensors   texts and documents (ranking.passages)
+    text/bm25/                  npy and JSON (ranking.bm25)
+    text/encoder/               if passages have vectors: the model that encodes queries (ranking.text_models)
+    text/index/shard_<n>.faiss  with an encoder: passage vectors under row + 1 (ranking.index)
+    text/reranker/              if there is one
+    text/golden.json            synthetic searches and what they were answered (ranking.search_golden)
+
+The manifest's entry `text` says which of them there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ranking.bm25 import Bm25
+from ranking.index import Index, IndexConfig, build
+from ranking.manifest import TextEntry, listed
+from ranking.passages import Passages
+from ranking.text_backbone import TextTokenizer
+from ranking.text_models import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    Report,
+    TextEncoder,
+    TextReranker,
+    load_encoder,
+    load_reranker,
+    read_config,
+)
+from recsys.errors import BundleError
+
+TEXT = "text"
+SHIFT = 1
+"""Passage p has row p + 1 in the index, whose row 0 means nothing found."""
+
+
+@dataclass(frozen=True)
+class SearchPart:
+    """What a searcher works with; immutable, safe to share between threads.
+
+    Attributes:
+        passages: what is found.
+        bm25: over their texts.
+        encoder: of queries, and of the vectors in `index`; None where search goes by words alone.
+        index: passage vectors under row + 1.
+        reranker: orders the head of a first stage.
+        tokenizer: of the reranker, or of the encoder where there is none: cuts documents sent along.
+        weight: of the words in the convex sum with the vectors; None for reciprocal ranks.
+    """
+
+    passages: Passages
+    bm25: Bm25
+    encoder: TextEncoder | None = None
+    index: Index | None = None
+    reranker: TextReranker | None = None
+    tokenizer: TextTokenizer | None = None
+    weight: float | None = None
+    kinds: Mapping[str, str] | None = None
+
+    @cached_property
+    def reranker_kind(self) -> str:
+        """Kind of what orders documents: the reranker's, or the encoder's where there is none."""
+        kinds = self.kinds or {}
+        return kinds.get("reranker") or kinds.get("encoder") or "first_stage"
+
+
+@dataclass(frozen=True)
+class SearchContents:
+    """What goes into the text part of a bundle.
+
+    Attributes:
+        passages: what is to be found.
+        encoder: encodes passages now and queries later; None indexes words alone.
+        reranker: of the head of each search.
+        weight: of the words in the convex sum with the vectors; None for reciprocal ranks.
+        vectors: float32 [P, D] of the passages, if somebody has encoded them already.
+        index: how vectors are indexed.
+        report: told (encoded, in all).
+    """
+
+    passages: Passages
+    encoder: TextEncoder | None = None
+    reranker: TextReranker | None = None
+    weight: float | None = None
+    vectors: NDArray[np.float32] | None = None
+    index: IndexConfig | None = None
+    report: Report | None = None
+
+
+def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
+    """Write the text part under `directory`/text, golden searches aside, and give its entry of the manifest.
+
+    Cost: mostly encoding the passages.
+    """
+    place, passages, encoder = directory / TEXT, contents.passages, contents.encoder
+    place.mkdir()
+    passages.save(place / "passages.safetensors")
+    Bm25.build(list(passages.texts)).save(place / "bm25")
+    shards: Sequence[Path] = []
+    if encoder is not None:
+        encoder.save(place / "encoder")
+        vectors = contents.vectors
+        if vectors is None:
+            vectors = encoder.encode_passages(list(passages.texts), contents.report)
+        rows = np.arange(len(passages), dtype=np.int64) + SHIFT
+        (place / "index").mkdir()
+        shards = build(vectors, rows, contents.index or IndexConfig()).save(place / "index")
+    if contents.reranker is not None:
+        contents.reranker.save(place / "reranker")
+    return TextEntry(
+        passages=len(passages),
+        documents=len(passages.document_ids),
+        encoder=None if encoder is None else str(read_config(place / "encoder")["kind"]),
+        reranker=None if contents.reranker is None else str(read_config(place / "reranker")["kind"]),
+        weight=contents.weight,
+        index=[path.relative_to(directory).as_posix() for path in shards],
+    )
+
+
+def load_search_part(
+    directory: Path, entry: TextEntry, paths: Mapping[str, Path], device: torch.device | str = "cpu"
+) -> SearchPart:
+    """Load the text part of a bundle.
+
+    Args:
+        directory: of the bundle.
+        entry: what the manifest says of it.
+        paths: files of the bundle whose digests were checked; nothing else is read.
+        device: where the models run.
+
+    Raises:
+        BundleError: a part is missing, was not listed, or does not fit the others.
+    """
+    unlisted = [
+        name
+        for path in sorted((directory / TEXT).rglob("*"))
+        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in paths
+    ]
+    if unlisted:
+        raise BundleError(f"{directory}: file {unlisted[0]!r} is not of the published bundle; remove it")
+    passages = Passages.load(listed(paths, f"{TEXT}/passages.safetensors", directory))
+    bm25 = Bm25.load(directory / TEXT / "bm25")
+    encoder = index = reranker = tokenizer = None
+    if entry.encoder is not None:
+        encoder = load_encoder(_model(directory, "encoder", paths))
+        index = Index.load([listed(paths, shard, directory) for shard in entry.index])
+        tokenizer = TextTokenizer.of(str(directory / TEXT / "encoder"))
+    if entry.reranker is not None:
+        reranker = load_reranker(_model(directory, "reranker", paths))
+        tokenizer = TextTokenizer.of(str(directory / TEXT / "reranker"))
+    sizes = {entry.passages, len(passages), bm25.passages} | ({len(index)} if index is not None else set())
+    if len(sizes) > 1:
+        raise BundleError(f"{directory}: {sorted(sizes)} passages in the parts of {TEXT}/; publish again")
+    models: tuple[object, ...] = (encoder, reranker)
+    for model in models:
+        if isinstance(model, torch.nn.Module):
+            model.requires_grad_(False).eval().to(device)
+    kinds = {"encoder": entry.encoder or "", "reranker": entry.reranker or ""}
+    return SearchPart(passages, bm25, encoder, index, reranker, tokenizer, entry.weight, kinds)
+
+
+def _model(directory: Path, role: str, paths: Mapping[str, Path]) -> Path:
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        listed(paths, f"{TEXT}/{role}/{name}", directory)
+    return directory / TEXT / role

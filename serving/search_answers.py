@@ -1,0 +1,142 @@
+"""What text search answers, free of HTTP."""
+
+import time
+import uuid
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranking.bundle import Bundle
+from ranking.deadline import Deadline
+from ranking.searcher import Personal, Searched, Searcher
+from recsys.errors import RequestError
+from recsys.messages import RankRequest
+from recsys.search_messages import (
+    MAX_DOCUMENTS,
+    RerankMeta,
+    RerankRequest,
+    RerankResponse,
+    RerankResult,
+    SearchHit,
+    SearchRequest,
+    SearchResponse,
+)
+from serving.lineup import Served
+
+ALSO = 5
+"""Most further documents of a hit that are named."""
+
+
+@dataclass(frozen=True)
+class UserOrder:
+    """What a user's ranker says of a search: whether it knows the user, and the blended order if it does."""
+
+    known: bool
+    order: Personal | None
+    seconds: float
+
+
+def personal_order(served: Served, searched: Searched, request: SearchRequest, now: int) -> UserOrder:
+    """Rank the items of what was found for a user or an inline history.
+
+    Args:
+        served: the bundle that searched.
+        searched: what was found.
+        request: names the user.
+        now: the moment, microseconds UTC, where the request names none.
+
+    Raises:
+        RequestError: 501 for a bundle without a ranker, 422 for a moment out of range.
+    """
+    began = time.perf_counter()
+    rows, places = searched.items()
+    ids = [served.bundle.item_ids[row] for row in rows.tolist()]
+    ask = RankRequest(user_id=request.user_id, history=request.history, item_ids=ids or [""], at=request.at)
+    ranked = served.recommender.rank(ask, now)
+    if not ranked.user_known or not ids:
+        return UserOrder(ranked.user_known, None, time.perf_counter() - began)
+    scores = np.array([-np.inf if score is None else score for score in ranked.scores], np.float32)
+    return UserOrder(True, searched.for_user(places, rows, scores), time.perf_counter() - began)
+
+
+def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | None) -> SearchResponse:
+    """Give the k best passages in the order of the search, or in that for a user."""
+    personal = None if user is None else user.order
+    places = np.arange(len(searched)) if personal is None else personal.order
+    hits = [_hit(bundle, searched, place, personal) for place in places[:k].tolist()]
+    return SearchResponse(
+        hits=hits,
+        mode=searched.mode,
+        user_known=None if user is None else user.known,
+        model_version=bundle.version,
+        degraded=list(searched.degraded),
+        timings=searched.timings if user is None else searched.after("personal", user.seconds).timings,
+    )
+
+
+def _hit(bundle: Bundle, searched: Searched, place: int, personal: Personal | None) -> SearchHit:
+    passages, row = searched.part.passages, int(searched.rows[place])
+    documents = passages.documents(row, ALSO + 1)
+    item = -1 if personal is None else int(personal.item[place])
+    first = documents[0] if item < 0 else bundle.item_ids[item]
+    if personal is not None:
+        score, placed_by = float(personal.scores[place]), "personal"
+    else:
+        score = float(searched.scores[place])
+        placed_by = "rerank" if place < searched.reranked else searched.mode
+    return SearchHit(
+        document_id=first,
+        text=passages.text(row),
+        score=score,
+        placed_by=placed_by,
+        first_stage_rank=int(searched.first[place]),
+        rerank_rank=place + 1 if searched.reranked else None,
+        personal_rank=int(personal.rank[place]) or None if personal is not None else None,
+        documents=passages.count(row),
+        also=[other for other in documents if other != first][:ALSO],
+        truncated=bool(searched.truncated[place]),
+    )
+
+
+def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, deadline: Deadline) -> RerankResponse:
+    """Order documents that were sent along.
+
+    Raises:
+        RequestError: 413 for more than `MAX_DOCUMENTS`, 501 for a bundle without a text model.
+    """
+    if len(request.documents) > MAX_DOCUMENTS:
+        text = f"{len(request.documents)} documents; at most {MAX_DOCUMENTS} are reranked at once"
+        raise RequestError(413, "too_many_documents", text)
+    began = time.perf_counter()
+    texts = [each if isinstance(each, str) else f"{each.title} {each.text}".strip() for each in request.documents]
+    found = searcher.rerank(request.query, texts, request.max_tokens_per_doc, deadline)
+    truncated = np.flatnonzero(found.truncated).tolist()
+    warnings = []
+    if found.scores is None:
+        warnings.append("the time was up before all documents were scored: they are in the order of the request")
+        order, relevance = np.arange(len(texts)), np.zeros(len(texts))
+    else:
+        order, relevance = np.argsort(-found.scores, kind="stable"), _relevance(found.scores)
+    if truncated:
+        warnings.append(f"only the beginning of {len(truncated)} documents was read: see meta.truncated")
+    return RerankResponse(
+        id=str(uuid.uuid4()),
+        results=[
+            RerankResult(index=index, relevance_score=float(relevance[index]))
+            for index in order[: request.top_n].tolist()
+        ],
+        meta=RerankMeta(
+            warnings=warnings,
+            model=searcher.part.reranker_kind if found.scores is not None else "first_stage",
+            model_version=bundle.version,
+            degraded=[] if found.scores is not None else ["rerank"],
+            truncated=truncated,
+            timings={"rerank": time.perf_counter() - began},
+        ),
+    )
+
+
+def _relevance(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Bring scores of any size to 0..1 in the same order: 1 / (1 + e^-s)."""
+    return 1.0 / (1.0 + np.exp(-np.clip(scores.astype(np.float64), -30.0, 30.0)))

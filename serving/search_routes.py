@@ -1,0 +1,108 @@
+"""The routes of text search, and where its work is done.
+
+Encoders take milliseconds to seconds, so they have threads of their own: one for searches, one for lists that clients
+want reranked. Neither the event loop nor a request without text ever waits for them; only what a ranker says of a
+user is computed on the thread where all rankers work. A budget runs from the request's arrival, waiting included.
+"""
+
+from fastapi import FastAPI, Response
+
+from ranking.deadline import Deadline
+from ranking.searcher import Searched, Searcher
+from recsys.errors import RequestError
+from recsys.search_messages import RerankRequest, RerankResponse, SearchRequest, SearchResponse
+from serving.lineup import Served
+from serving.search_answers import personal_order, rerank_answer, search_answer
+from serving.service import Service
+from serving.worker import Worker, json_response
+
+
+class Searches:
+    """Runs searches on threads of their own.
+
+    Args:
+        service: holds what is served.
+        searching: where queries are searched.
+        reranking: where documents sent along are reranked.
+    """
+
+    def __init__(self, service: Service, searching: Worker, reranking: Worker) -> None:
+        self._service = service
+        self._searching = searching
+        self.reranking = reranking
+
+    def open(self, user_id: str | None) -> tuple[Served, Searcher]:
+        """Give what answers a user; raises `RequestError` 501 for a bundle that searches no text."""
+        served = self._service.lineup.answering(user_id)
+        if served.searcher is None:
+            version = served.bundle.version
+            text = f"bundle {version} searches no text; publish one with `recsys publish --text-encoder`"
+            raise RequestError(501, "not_supported", text)
+        return served, served.searcher
+
+    async def find(self, query: str, user_id: str | None) -> tuple[Served, Searched]:
+        """Give what is found for a query, within the configured budget, and by which bundle."""
+        served, searcher = self.open(user_id)
+        deadline = searcher.deadline(None)
+        return served, await self.run(searcher, SearchRequest(query=query), deadline)
+
+    async def run(self, searcher: Searcher, request: SearchRequest, deadline: Deadline) -> Searched:
+        """Search on the thread of searches."""
+        searched, waited = await self._searching.run(
+            lambda: searcher.search(request.query, deadline, request.mode, request.rerank)
+        )
+        return searched.after("search_queue", waited)
+
+
+def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: Searches) -> None:
+    """Add the routes that search and rerank.
+
+    Args:
+        app: the application.
+        service: holds what is served.
+        worker: the thread where rankers work.
+        searches: the threads where text models work.
+    """
+    telemetry = service.telemetry
+
+    @app.post("/v1/search", response_model=SearchResponse, tags=["search"])
+    async def search(request: SearchRequest) -> Response:
+        """Give the k best passages for a text: by words and vectors, the head reranked, blended with a user's ranker.
+
+        The budget counts from the request's arrival. What does not fit is left out and named in `degraded`: `rerank`
+        keeps the order of the first stage, `dense` goes by words alone, `personal` keeps the order of the search.
+        """
+        served, searcher = searches.open(request.user_id)
+        deadline = searcher.deadline(request.budget_ms)
+        searched = await searches.run(searcher, request, deadline)
+        personal = None
+        if request.user_id is not None or request.history is not None:
+            if deadline.left > 0:
+                now = service.now
+                personal, waited = await worker.run(lambda: personal_order(served, searched, request, now))
+                searched = searched.after("queue", waited)
+            else:
+                searched = searched.without("personal")
+        answer = search_answer(served.bundle, searched, request.k, personal)
+        telemetry.answer(answer.user_known is not False, answer.degraded)
+        telemetry.stages(answer.timings)
+        return json_response(answer, answer.timings)
+
+    async def rerank(request: RerankRequest) -> Response:
+        """Order documents by their relevance to a query: the request and answer of Cohere's `POST /v2/rerank`.
+
+        The bundle's reranker scores all of them together; where there is none, the encoder's cosine. Past the budget
+        the order is that of the request, every score is 0 and `meta.degraded` says `rerank`.
+        """
+        served, searcher = searches.open(None)
+        budget = searcher.config.rerank_budget_ms if request.budget_ms is None else request.budget_ms
+        deadline = searcher.deadline(budget)
+        answer, waited = await searches.reranking.run(lambda: rerank_answer(served.bundle, searcher, request, deadline))
+        telemetry.answer(True, answer.meta.degraded)
+        timings = {"queue": waited, **answer.meta.timings}
+        telemetry.stages(timings)
+        return json_response(answer, timings)
+
+    app.post("/v1/rerank", response_model=RerankResponse, tags=["search"])(rerank)
+    # The path that Cohere's own clients ask under a base URL.
+    app.post("/v2/rerank", response_model=RerankResponse, include_in_schema=False)(rerank)

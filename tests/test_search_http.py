@@ -1,0 +1,324 @@
+"""Search and rerank over HTTP: shapes, time budgets, what does not wait for what, and every refusal."""
+
+import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from starlette.testclient import TestClient
+from text_world import (
+    NAMES,
+    PROVENANCE,
+    WordCount,
+    catalogue,
+    publish_corpus,
+    publish_search,
+    snapshot,
+    tiny_encoder,
+)
+
+from ranking.bundle import write_bundle
+from recsys.search_messages import MAX_DOCUMENTS, MAX_QUERY
+from serving.app import Limits, create_app
+from serving.settings import ServeConfig, load_into, open_service
+
+LATER = 2**60
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bundles")
+    return {
+        "search": publish_search(place / "search", reranker=WordCount()),
+        "words": publish_search(place / "words", encoder=False),
+        "corpus": publish_corpus(place / "corpus", ["red tea", "green bread", "red tea"], encoder=tiny_encoder()),
+        "none": publish_nothing(place / "none"),
+        "snapshot": snapshot(place / "snapshot"),
+    }
+
+
+def publish_nothing(directory):
+    write_bundle(directory, catalogue()[1], PROVENANCE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def opened(bundles, tmp_path_factory):
+    """Services by bundle, opened once."""
+    services = {}
+    for name in ("search", "words", "corpus", "none"):
+        state = tmp_path_factory.mktemp("state")
+        services[name] = open_service(ServeConfig(bundles[name], bundles["snapshot"], state, durability="os"))
+        load_into(services[name], bundles[name])
+    yield services
+    for service in services.values():
+        service.close()
+
+
+def client_of(service) -> TestClient:
+    return TestClient(create_app(service, Limits(body_bytes=2_000_000)), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(opened):
+    with client_of(opened["search"]) as client:
+        yield client
+
+
+def search(client, **fields) -> dict:
+    response = client.post("/v1/search", json=fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def rerank(client, path="/v1/rerank", **fields) -> dict:
+    response = client.post(path, json=fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def with_reranker(service, reranker):
+    """Put a reranker in the place of the service's, whatever the bundle says."""
+    served = service.served
+    part = dataclasses.replace(served.searcher.part, reranker=reranker)
+    searcher = type(served.searcher)(part, served.searcher.config)
+    service.swap(dataclasses.replace(served, searcher=searcher))
+    return served
+
+
+# --- answers
+
+
+def test_a_search_says_where_each_hit_stood(client):
+    plain = search(client, query="red tea", rerank=False, k=30)
+    assert (plain["mode"], plain["user_known"], plain["degraded"]) == ("hybrid", None, [])
+    assert [hit["first_stage_rank"] for hit in plain["hits"]] == list(range(1, 31))
+    assert {hit["rerank_rank"] for hit in plain["hits"]} == {None}
+    found = search(client, query="red tea", k=30)
+    assert [hit["rerank_rank"] for hit in found["hits"]] == list(range(1, 31))
+    assert [hit["placed_by"] for hit in found["hits"]] == ["rerank"] * 20 + ["hybrid"] * 10
+    first = {hit["text"]: hit["first_stage_rank"] for hit in plain["hits"]}
+    assert {hit["text"]: hit["first_stage_rank"] for hit in found["hits"]} == first
+    best = found["hits"][0]
+    assert (best["text"], best["documents"], len(best["also"]), best["truncated"]) == ("red tea", 3, 2, False)
+    assert {best["document_id"], *best["also"]} == {"item-0", "item-30", "item-60"}
+
+
+def test_for_a_user_the_order_follows_the_ranker_too(client):
+    found = search(client, query="red tea", user_id="user-3", at=LATER, k=30)
+    assert found["user_known"]
+    score = [1 / (60 + hit["rerank_rank"]) + 1 / (60 + hit["personal_rank"]) for hit in found["hits"]]
+    assert [hit["score"] for hit in found["hits"]] == pytest.approx(score)
+    assert score == sorted(score, reverse=True)
+    assert sorted(hit["personal_rank"] for hit in found["hits"]) == list(range(1, 31))
+    best = min(found["hits"], key=lambda hit: hit["personal_rank"])
+    ids = [f"item-{number}" for number in range(62) if NAMES[number % 30] == best["text"]]
+    ranked = client.post("/v1/rank", json={"user_id": "user-3", "item_ids": ids, "at": LATER}).json()
+    assert best["document_id"] == ranked["ranked"][0]
+    stranger = search(client, query="red tea", user_id="nobody at all", k=30)
+    assert stranger["user_known"] is False
+    assert [hit["text"] for hit in stranger["hits"]] == [
+        hit["text"] for hit in search(client, query="red tea", k=30)["hits"]
+    ]
+    history = client.get("/v1/users/user-3/history?limit=10000").json()["events"]
+    inline = [{"item_id": event["item_id"], "timestamp": event["timestamp"]} for event in history[::-1]]
+    sent = search(client, query="red tea", history=inline, at=LATER, k=30)
+    assert sent["hits"] == found["hits"]
+
+
+def test_recommendations_with_a_query_are_of_what_is_found(client):
+    body = {"user_id": "user-3", "query": "red tea", "k": 5, "at": LATER}
+    answer = client.post("/v1/recommend", json=body).json()
+    assert all(item["sources"] == ["search"] for item in answer["items"])
+    without = client.post("/v1/recommend", json={**body, "query": None}).json()
+    assert [item["item_id"] for item in answer["items"]] != [item["item_id"] for item in without["items"]]
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])
+def test_rerank_has_the_shape_of_cohere(client, path):
+    documents = ["green bread", {"text": "tea", "title": "red"}, "red soap " + "and jam " * 10, ""]
+    answer = rerank(client, path, model="rerank-v3.5", query="red tea", documents=documents, top_n=3)
+    assert set(answer) == {"id", "results", "meta"}
+    assert [result["index"] for result in answer["results"]] == [1, 2, 0]
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+    meta = answer["meta"]
+    assert meta["api_version"]["version"] == "2"
+    assert (meta["truncated"], meta["degraded"], meta["model"]) == ([2], [], "word_count")
+    assert "1 documents" in meta["warnings"][0]
+    every = rerank(client, query="red tea", documents=documents, top_n=999)
+    assert [result["index"] for result in every["results"]] == [1, 2, 0, 3]
+    cut = rerank(client, query="red tea", documents=["red tea", "bread and jam with red tea"], max_tokens_per_doc=2)
+    assert [result["index"] for result in cut["results"]] == [0, 1]
+    assert cut["meta"]["truncated"] == [1]
+
+
+def test_a_bundle_of_text_alone_searches_and_says_what_it_cannot(opened):
+    with client_of(opened["corpus"]) as client:
+        assert search(client, query="bread")["hits"][0]["document_id"] == "d1"
+        assert search(client, query="tea", mode="bm25")["hits"][0]["also"] == ["d2"]
+        answer = rerank(client, query="red tea", documents=["green bread", "red tea"])
+        assert [result["index"] for result in answer["results"]] == [1, 0]
+        assert answer["meta"]["model"] == "dense"
+        for path, body in (("recommend", {"user_id": "u"}), ("rank", {"user_id": "u", "item_ids": ["d1"]})):
+            refused = client.post(f"/v1/{path}", json=body)
+            assert (refused.status_code, refused.json()["code"]) == (501, "not_supported")
+            assert "--ranker" in refused.json()["detail"]
+        assert client.get("/v1/models").json()["models"] == [{"role": "text encoder", "name": "dense"}]
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/v1/items").json()["items"] == []
+
+
+# --- time
+
+
+def test_past_its_budget_a_search_keeps_the_first_stage_and_says_so(client, opened):
+    slow = WordCount(seconds=0.05)
+    before = with_reranker(opened["search"], slow)
+    try:
+        plain = search(client, query="red tea", rerank=False)
+        began = time.perf_counter()
+        found = search(client, query="red tea", budget_ms=200)
+        took = time.perf_counter() - began
+        assert found["degraded"] == ["rerank"]
+        assert [hit["text"] for hit in found["hits"]] == [hit["text"] for hit in plain["hits"]]
+        assert slow.scored < 20, "the work went on behind the answer"
+        assert took < 20 * slow.seconds
+        scored = slow.scored
+        documents = ["red tea", "green bread", "jam"] * 20
+        kept = rerank(client, query="jam", documents=documents, budget_ms=200, top_n=3)
+        assert slow.scored - scored < 60
+        assert kept["meta"]["degraded"] == ["rerank"]
+        assert kept["results"] == [{"index": index, "relevance_score": 0.0} for index in range(3)]
+        assert "time was up" in kept["meta"]["warnings"][0]
+        assert (kept["meta"]["model"], kept["meta"]["truncated"]) == ("first_stage", [])
+    finally:
+        opened["search"].swap(before)
+    nothing = search(client, query="red tea", budget_ms=0, user_id="user-3")
+    assert (nothing["mode"], nothing["degraded"]) == ("bm25", ["dense", "rerank", "personal"])
+    assert 'recsys_degraded_total{stage="rerank"}' in client.get("/metrics").text
+
+
+class Held(WordCount):
+    """A reranker that waits until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Semaphore(0)
+        self.go = threading.Event()
+
+    def rerank(self, query, passages, report=None):
+        self.entered.release()
+        assert self.go.wait(30)
+        return super().rerank(query, passages, report)
+
+
+def test_no_request_without_text_waits_for_a_text_model(opened):
+    held = Held()
+    before = with_reranker(opened["search"], held)
+    try:
+        with client_of(opened["search"]) as client, ThreadPoolExecutor(2) as clients:
+            searching = clients.submit(search, client, query="red tea", budget_ms=60_000)
+            assert held.entered.acquire(timeout=30)
+            reranking = clients.submit(rerank, client, query="red", documents=["red tea"])
+            assert held.entered.acquire(timeout=30)
+            assert client.get("/livez").status_code == 200
+            assert client.post("/v1/recommend", json={"user_id": "user-1"}).status_code == 200
+            assert not searching.done()
+            assert not reranking.done()
+            held.go.set()
+            assert searching.result()["hits"]
+            assert reranking.result()["results"]
+    finally:
+        held.go.set()
+        opened["search"].swap(before)
+
+
+# --- refusals
+
+WRONG = {
+    "a query of 100,000 characters": ("search", {"query": "a" * 100_000}, 422, "validation", str(MAX_QUERY)),
+    "a blank query": ("search", {"query": " \n"}, 422, "validation", "query"),
+    "no query": ("search", {}, 422, "validation", "query"),
+    "a query that is a list": ("search", {"query": ["tea"]}, 422, "validation", "query"),
+    "k above the bound": ("search", {"query": "tea", "k": 101}, 422, "validation", "k: "),
+    "an unknown mode": ("search", {"query": "tea", "mode": "magic"}, 422, "validation", "mode"),
+    "a negative budget": ("search", {"query": "tea", "budget_ms": -1}, 422, "validation", "budget_ms"),
+    "a moment out of range": ("search", {"query": "tea", "user_id": "u", "at": 2**70}, 422, None, "at"),
+    "zero documents": ("rerank", {"query": "tea", "documents": []}, 422, "validation", "documents"),
+    "no documents": ("rerank", {"query": "tea"}, 422, "validation", "documents"),
+    "mixed types": ("rerank", {"query": "tea", "documents": ["a", 3]}, 422, "validation", "documents.1"),
+    "an object without text": (
+        "rerank",
+        {"query": "t", "documents": [{"title": "a"}]},
+        422,
+        "validation",
+        "documents.0",
+    ),
+    "one text in place of a list": ("rerank", {"query": "tea", "documents": "tea"}, 422, "validation", "documents"),
+    "top_n of nothing": ("rerank", {"query": "tea", "documents": ["a"], "top_n": 0}, 422, "validation", "top_n"),
+    "no tokens": (
+        "rerank",
+        {"query": "t", "documents": ["a"], "max_tokens_per_doc": 0},
+        422,
+        "validation",
+        "max_tokens",
+    ),
+    "too many documents": (
+        "rerank",
+        {"query": "t", "documents": ["a"] * (MAX_DOCUMENTS + 1)},
+        413,
+        "too_many_documents",
+        "1000",
+    ),
+    "a long query to rerank": ("rerank", {"query": "a" * 100_000, "documents": ["a"]}, 422, "validation", "query"),
+    "a long query to recommend": ("recommend", {"user_id": "u", "query": "a" * 100_000}, 422, "validation", "query"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_refused_in_words(client, case):
+    route, body, status, code, told = WRONG[case]
+    response = client.post(f"/v1/{route}", json=body)
+    found = response.json()
+    assert response.status_code == status, found
+    assert response.headers["content-type"] == "application/problem+json"
+    assert code is None or found["code"] == code
+    assert told in found["detail"]
+
+
+def test_odd_but_legal_input_is_answered(client):
+    assert search(client, query="unheard-of words ☕ \u0000")["hits"]
+    assert search(client, query="the of and", mode="bm25")["hits"] == []
+    assert len(rerank(client, query="x", documents=[""])["results"]) == 1
+    long = rerank(client, query="red", documents=["red " * 200_000, "red"])
+    assert long["meta"]["truncated"] == [0]
+
+
+def test_a_bundle_without_text_says_how_to_get_it(opened):
+    with client_of(opened["none"]) as client:
+        for path, body in (
+            ("search", {"query": "tea"}),
+            ("rerank", {"query": "tea", "documents": ["tea"]}),
+            ("recommend", {"user_id": "user-1", "query": "tea"}),
+        ):
+            refused = client.post(f"/v1/{path}", json=body)
+            assert (refused.status_code, refused.json()["code"]) == (501, "not_supported")
+            assert "--text-encoder" in refused.json()["detail"]
+    with client_of(opened["words"]) as client:
+        refused = client.post("/v1/rerank", json={"query": "tea", "documents": ["tea"]})
+        assert (refused.status_code, "--reranker" in refused.json()["detail"]) == (501, True)
+        assert client.post("/v1/search", json={"query": "tea", "mode": "dense"}).status_code == 501
+        assert search(client, query="red tea")["mode"] == "bm25"
+
+
+def test_the_schema_has_the_routes_whole(client):
+    schema = client.get("/openapi.json").json()
+    for path in ("/v1/search", "/v1/rerank"):
+        answers = schema["paths"][path]["post"]["responses"]
+        assert {"200", "4XX", "501", "503"} <= set(answers)
+        assert schema["paths"][path]["post"]["description"]
+    for name in ("SearchRequest", "SearchHit", "SearchResponse", "RerankRequest", "RerankResponse"):
+        assert schema["components"]["schemas"][name]["description"]

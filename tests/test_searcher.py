@@ -1,0 +1,313 @@
+"""Search: what a bundle's text part holds, how stages change the order, and where work stops when the time is up."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_world import NAMES, WordCount, publish_corpus, publish_search, snapshot, tiny_encoder, tiny_tokenizer
+
+from ranking.batch import FIRST_ITEM
+from ranking.bundle import Bundle
+from ranking.deadline import Deadline
+from ranking.fusion import Ranking, convex_fusion
+from ranking.passages import NO_ITEM, Passages
+from ranking.recommender import Recommender
+from ranking.search_part import SHIFT
+from ranking.searcher import SearchConfig, Searcher, shortened
+from ranking.snapshot import SnapshotReader
+from ranking.text_backbone import TextTokenizer
+from recsys.errors import BundleError, ConfigError, DataError, RequestError
+from recsys.files import read_json, write_json
+from recsys.messages import RankRequest, RecommendRequest
+
+LATER = 2**60
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return publish_search(tmp_path_factory.mktemp("search") / "bundle", reranker=WordCount())
+
+
+@pytest.fixture(scope="module")
+def bundle(directory) -> Bundle:
+    return Bundle.load(directory)
+
+
+@pytest.fixture(scope="module")
+def recommender(bundle, tmp_path_factory) -> Recommender:
+    return Recommender(bundle, SnapshotReader(snapshot(tmp_path_factory.mktemp("search") / "snapshot")))
+
+
+def texts(searched) -> list[str]:
+    return [searched.part.passages.text(row) for row in searched.rows.tolist()]
+
+
+# --- passages
+
+
+DOCUMENTS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.booleans()), min_size=1, max_size=20)
+
+
+@settings(deadline=None)
+@given(DOCUMENTS)
+def test_documents_of_one_text_are_one_passage_and_none_is_lost(documents):
+    ids = [f"d{number}" for number in range(len(documents))]
+    items = np.array([FIRST_ITEM + n if item else NO_ITEM for n, (_, _, item) in enumerate(documents)], np.int32)
+    weight = np.array([weight for _, weight, _ in documents])
+    passages = Passages.of(ids, [text for text, _, _ in documents], items, weight)
+    found = {passages.text(row): passages.documents(row, 99) for row in range(len(passages))}
+    for text, of_text in found.items():
+        same = [n for n, document in enumerate(documents) if document[0] == text]
+        assert of_text == [ids[n] for n in sorted(same, key=lambda n: -weight[n])]
+    assert sum(map(len, found.values())) == len(documents)
+    rows, places = passages.items_of(np.arange(len(passages), dtype=np.int32))
+    assert sorted(rows.tolist()) == sorted(items[items != NO_ITEM].tolist())
+    assert all(documents[row - FIRST_ITEM][0] == passages.text(place) for row, place in zip(rows, places, strict=True))
+
+
+def test_no_documents_are_refused():
+    with pytest.raises(DataError, match="at least one"):
+        Passages.of([], [])
+
+
+# --- the text part of a bundle
+
+
+def test_a_bundle_gives_back_what_was_published(bundle):
+    part = bundle.text
+    assert (len(part.passages), len(part.passages.document_ids)) == (30, 62) == (part.bm25.passages, 62)
+    encoder = tiny_encoder()
+    vectors = encoder.encode_passages(NAMES)
+    order = [NAMES.index(text) for text in part.passages.texts]
+    scores = encoder.encode_queries(["red tea"]) @ vectors[order].T
+    rows, found = part.index.search(part.encoder.encode_queries(["red tea"]), 30)
+    assert np.allclose(scores[0][rows[0] - SHIFT], found[0], atol=1e-6)
+    entry = bundle.manifest.text
+    assert (entry.encoder, entry.reranker, entry.weight) == ("dense", "word_count", 0.3)
+
+
+def damaged(directory, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    change(copy)
+    return copy
+
+
+def rewrite(copy, name, value):
+    """Change a file and the manifest's word of it, as somebody might who knows the format."""
+    from ranking.manifest import describe
+
+    if value is not None:
+        write_json(copy / name, value)
+    manifest = read_json(copy / "manifest.json")
+    manifest["files"] = {k: v.model_dump() for k, v in describe(copy).items() if k != "manifest.json"}
+    write_json(copy / "manifest.json", manifest)
+
+
+def changed_score(copy):
+    golden = read_json(copy / "text" / "golden.json")
+    golden["searches"][0]["rerank"][0] += 0.5
+    rewrite(copy, "text/golden.json", golden)
+
+
+def other_vectors(copy):
+    tiny_encoder(seed=1).save(copy / "text" / "encoder")
+    rewrite(copy, "", None)
+
+
+DAMAGE = {
+    "a file was added": (lambda copy: (copy / "text" / "bm25" / "more.npy").write_bytes(b"x"), "not of the published"),
+    "a file is gone": (lambda copy: (copy / "text" / "passages.safetensors").unlink(), "missing"),
+    "a file was changed": (lambda copy: (copy / "text" / "encoder" / "config.json").write_text("{}"), "bytes|sha256"),
+    "the reranker answers otherwise": (changed_score, "rerank: score of"),
+    "the encoder is another one": (other_vectors, "dense"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_text_part_is_refused(directory, tmp_path, case):
+    change, told = DAMAGE[case]
+    with pytest.raises(BundleError, match=told):
+        Bundle.load(damaged(directory, tmp_path, change))
+
+
+def test_the_same_input_gives_the_same_bundle(directory, tmp_path):
+    again = publish_search(tmp_path / "again", reranker=WordCount())
+    assert (again / "manifest.json").read_bytes() == (directory / "manifest.json").read_bytes()
+
+
+# --- stages
+
+
+def test_first_stages_alone_and_together(bundle):
+    searcher, part = Searcher(bundle.text), bundle.text
+    words = searcher.search("red tea", mode="bm25", rerank=False)
+    assert texts(words)[0] == "red tea"
+    assert set(texts(words)) == {name for name in NAMES if {"red", "tea"} & set(name.split())}
+    dense = searcher.search("red tea", mode="dense", rerank=False)
+    assert len(dense) == 30
+    both = searcher.search("red tea", rerank=False)
+    expected = convex_fusion(
+        Ranking(words.rows[None], words.scores[None]), Ranking(dense.rows[None], dense.scores[None]), part.weight
+    )
+    assert (both.mode, both.rows.tolist()) == ("hybrid", expected.rows[0][expected.rows[0] >= 0].tolist())
+    assert searcher.search("unheard of", mode="bm25").rows.tolist() == []
+    ranks = Searcher(dataclasses.replace(part, weight=None)).search("red tea", rerank=False)
+    assert set(ranks.rows.tolist()) == set(both.rows.tolist())
+
+
+def test_the_reranker_orders_the_head_and_leaves_the_rest(bundle):
+    searcher = Searcher(bundle.text, SearchConfig(rerank=5))
+    plain = searcher.search("blue jam and milk", rerank=False)
+    found = searcher.search("blue jam and milk")
+    assert sorted(found.rows[:5].tolist()) == sorted(plain.rows[:5].tolist())
+    assert found.rows[5:].tolist() == plain.rows[5:].tolist()
+    assert (np.diff(found.scores[:5]) <= 0).all()
+    assert plain.rows[found.first - 1].tolist() == found.rows.tolist()
+    assert (found.reranked, found.degraded) == (5, ())
+
+
+class Steps:
+    """A clock that goes on by one each time it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.mark.parametrize("budget", [3, 6, 9])
+def test_reranking_stops_when_the_time_is_up(bundle, budget):
+    reranker = WordCount()
+    searcher = Searcher(dataclasses.replace(bundle.text, reranker=reranker))
+    plain = searcher.search("blue jam", rerank=False)
+    found = searcher.search("blue jam", Deadline(budget, Steps()))
+    assert found.degraded == ("rerank",)
+    assert found.rows.tolist() == plain.rows.tolist()
+    assert 0 < reranker.scored < budget
+
+
+def test_without_any_time_words_alone_are_searched(bundle):
+    found = Searcher(bundle.text).search("blue jam", Deadline(0))
+    assert (found.mode, found.degraded) == ("bm25", ("dense", "rerank"))
+    assert found.rows.tolist() == Searcher(bundle.text).search("blue jam", mode="bm25", rerank=False).rows.tolist()
+
+
+class Broken:
+    """A model of which every call fails."""
+
+    def __getattr__(self, name):
+        raise ZeroDivisionError(name)
+
+
+def test_with_users_waiting_a_model_that_fails_is_left_out(bundle):
+    part = dataclasses.replace(bundle.text, encoder=Broken(), reranker=Broken())
+    found = Searcher(part).search("blue jam", Deadline(60))
+    assert (found.mode, found.degraded) == ("bm25", ("dense", "rerank"))
+    assert len(found)
+    with pytest.raises(ZeroDivisionError):
+        Searcher(part).search("blue jam")
+
+
+def test_a_bundle_of_words_alone(tmp_path):
+    part = Bundle.load(publish_search(tmp_path / "words", encoder=False)).text
+    assert Searcher(part).search("red tea").mode == "bm25"
+    for mode in ("dense", "hybrid"):
+        with pytest.raises(RequestError, match="--text-encoder") as refused:
+            Searcher(part).search("red tea", mode=mode)
+        assert refused.value.status == 501
+    with pytest.raises(RequestError, match="--reranker"):
+        Searcher(part).rerank("red", ["tea"], 10)
+
+
+def test_a_bundle_of_text_alone(tmp_path):
+    corpus = ["red tea", "green bread and jam", "white soap", ""]
+    bundle = Bundle.load(publish_corpus(tmp_path / "corpus", corpus, encoder=tiny_encoder()))
+    found = Searcher(bundle.text).search("bread", mode="bm25")
+    assert bundle.text.passages.documents(int(found.rows[0]), 5) == ["d1"]
+    with pytest.raises(RequestError, match="--ranker"):
+        _ = bundle.ranker
+    # Without a reranker documents are ordered by the encoder's cosine.
+    scores = Searcher(bundle.text).rerank("red tea", corpus[:3], 10).scores
+    assert scores[0] == pytest.approx(1, abs=1e-5) == scores.max()
+
+
+def test_cutting_keeps_whole_tokens_and_says_what_it_cut():
+    tokenizer = TextTokenizer.wrap(tiny_tokenizer())
+    short, cut = shortened(tokenizer, ["red tea", "red tea and jam", "", "x" * 10_000], 2)
+    assert (short[:3], cut.tolist()) == (["red tea", "red tea", ""], [False, True, False, True])
+    assert len(short[3]) <= 64
+
+
+def test_settings_out_of_range_are_refused():
+    for wrong in ({"depth": 0}, {"rerank": -1}, {"budget_ms": -1}, {"personal_weight": -0.1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            SearchConfig(**wrong)
+
+
+# --- blending with a ranker
+
+
+def test_a_request_with_a_query_blends_search_and_ranker_by_rank(bundle, recommender):
+    searcher = Searcher(bundle.text)
+    searched = searcher.search("red tea")
+    request = RecommendRequest(user_id="user-3", query="red tea", k=20, at=LATER)
+    answer = recommender.recommend(request, 0, None, searched)
+    rows, places = searched.items()
+    ids = [bundle.item_ids[row] for row in rows]
+    scores = recommender.rank(RankRequest(user_id="user-3", item_ids=ids, at=LATER), 0).scores
+    by_ranker = sorted(range(len(ids)), key=lambda n: (-scores[n], rows[n]))
+    total = {ids[n]: 1 / (61 + places[n]) + 1 / (61 + rank) for rank, n in enumerate(by_ranker)}
+    assert [item.score for item in answer.items] == pytest.approx([total[item.item_id] for item in answer.items])
+    assert [item.score for item in answer.items] == pytest.approx(sorted(total.values(), reverse=True)[:20])
+    assert {source for item in answer.items for source in item.sources} == {"search"}
+    explained = recommender.recommend(request.model_copy(update={"explain": True}), 0, None, searched)
+    assert explained.items[0].stages[0].stage == "search"
+
+
+def test_of_a_stranger_the_search_alone_decides(bundle, recommender):
+    searched = Searcher(bundle.text).search("red tea")
+    answer = recommender.recommend(RecommendRequest(user_id="nobody", query="red tea", k=62), 0, None, searched)
+    rows, places = searched.items()
+    place = dict(zip((bundle.item_ids[row] for row in rows), places.tolist(), strict=True))
+    count = dict(zip(bundle.item_ids, bundle.items.count.tolist(), strict=True))
+    found = [(place[item.item_id], -count[item.item_id]) for item in answer.items]
+    assert found == sorted(found)
+    assert len(found) == 62
+
+
+def test_filters_hold_for_what_a_search_finds(bundle, recommender):
+    searched = Searcher(bundle.text).search("red tea")
+    filters = [{"column": "item_id", "deny": ["item-0", "item-30"]}]
+    request = RecommendRequest(user_id="user-3", query="red tea", k=62, filters=filters, at=LATER)
+    found = [item.item_id for item in recommender.recommend(request, 0, None, searched).items]
+    assert len(found) == 60
+    assert not {"item-0", "item-30"} & set(found)
+
+
+def test_a_query_without_a_search_is_refused(recommender):
+    with pytest.raises(RequestError, match="--text-encoder") as refused:
+        recommender.recommend(RecommendRequest(user_id="user-3", query="red tea"), 0)
+    assert refused.value.status == 501
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-5, 5, width=16), min_size=62, max_size=62), st.floats(0, 3))
+def test_for_a_user_passages_are_ordered_by_both_ranks(bundle, scores, weight):
+    searched = Searcher(bundle.text, SearchConfig(personal_weight=weight)).search("red tea")
+    rows, places = searched.items()
+    personal = searched.for_user(places, rows, np.array(scores, np.float32))
+    best = [max(score for score, place in zip(scores, places, strict=True) if place == p) for p in range(30)]
+    rank = {p: n for n, p in enumerate(sorted(range(30), key=lambda p: (-best[p], p)), 1)}
+    total = [1 / (61 + p) + weight / (60 + rank[p]) for p in range(30)]
+    assert personal.rank.tolist() == [rank[p] for p in range(30)]
+    assert personal.scores.tolist() == pytest.approx(total, rel=1e-6)
+    assert [total[p] for p in personal.order] == pytest.approx(sorted(total, reverse=True), rel=1e-6)
+    for p, item in enumerate(personal.item.tolist()):
+        assert scores[rows.tolist().index(item)] == best[p]
+        assert searched.part.passages.text(searched.rows[p]) == bundle.names[item]
