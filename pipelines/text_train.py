@@ -20,6 +20,7 @@ from pipelines import tracking
 from pipelines.checkpoint import Checkpoint, Progress, restore
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import read_json, sha256_json, write_json
+from recsys.randomness import derive
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
@@ -147,7 +148,7 @@ def train_text(
             saved = Checkpoint.load(path, 1)
             if saved.progress.finished and (directory / MODEL).is_dir():
                 return TextRun(directory, run.run_id, saved.progress)
-        loop = TextLoop(build(), path, digest, optimiser, stop, run)
+        loop = TextLoop(build(), path, digest, optimiser, stop, int(table["seed"]), run)
         progress = loop.run_to_end(report)
         loop.task.model.save(directory / MODEL)  # type: ignore[operator]
         loop.save(finished=True)
@@ -181,8 +182,10 @@ class TextLoop:
         inputs: str,
         optimiser: TextOptimiser,
         stop: TextStop,
+        seed: int,
         run: tracking.Run | None = None,
     ) -> None:
+        self.seed = seed
         self.task, self.path, self.inputs, self.options, self.stop, self.run = task, path, inputs, optimiser, stop, run
         fresh = {id(parameter) for parameter in task.fresh}
         learned = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
@@ -234,7 +237,9 @@ class TextLoop:
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.task.model.train()
-        loss, logged = self.task.loss(step)
+        with torch.random.fork_rng(devices=[]):  # dropout, too, is a function of seed and step
+            torch.manual_seed(derive(self.seed, step, "dropout"))
+            loss, logged = self.task.loss(step)
         if not torch.isfinite(loss):
             raise TextTrainingError(f"loss is {float(loss.detach())} at step {step}; try a smaller learning rate")
         self.optimiser.zero_grad()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.cli.text import all_text, evaluate_text, is_text_config, train_text
 from recsys.errors import ConfigError
 from recsys.terminal import Terminal, print_result
 
@@ -32,9 +33,12 @@ def train(
     from pipelines.train import train as run
     from pipelines.workspace import Workspace
 
-    place = Workspace(workspace)
+    place, path = Workspace(workspace), find_config(config)
+    if is_text_config(path):
+        train_text(path, place, name, mlflow, assignments or (), as_json)
+        return
     place.require(place.prepared.directory, "prepare")
-    options = load_config(find_config(config), assignments or ())
+    options = load_config(path, assignments or ())
     directory = place.run(name or Path(config).stem)
     uri = mlflow or place.tracking_uri
     if workers > 1:
@@ -78,6 +82,10 @@ def evaluate(
     ],
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "evaluate",
+    corpus: Annotated[
+        str | None, typer.Option(help="Of text models: a folder in BEIR's layout; what they were trained on if absent.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of text models: the judged queries, e.g. test; none if absent.")] = "",
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,6 +100,9 @@ def evaluate(
     from recsys.config import parse, read_toml
 
     place, path = Workspace(workspace), find_config(config)
+    if all_text(place, runs):
+        evaluate_text(runs, place, corpus, split, as_json)
+        return
     options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
     if len({Path(name).name for name in runs}) < len(runs):
         raise ConfigError(

@@ -1,0 +1,181 @@
+"""Training LexSemBridge: queries cut from the training documents (and natural ones), in-batch and BM25 hard negatives.
+
+With `train = "fusion"` the backbone is frozen: passage vectors come from the cache, and each query's hidden states are
+computed once and kept, so a step costs the fusion alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.first_stages import FirstStages, dense_search
+from pipelines.text_corpus import Queries
+from pipelines.text_measures import measure
+from pipelines.text_pairs import normalised
+from pipelines.text_train import TextTrainConfig, contrastive_loss
+from ranking.lexsembridge import LexSemBridge
+from ranking.text_backbone import padded
+from recsys.errors import DataError
+from recsys.randomness import generator
+
+HARD_RANKS = slice(1, 50)
+"""BM25 places hard negatives are drawn from"""
+DISTRACTORS = 500
+"""Other passages in the dev search of full training, which encodes its passages anew at every validation."""
+
+State = tuple[Tensor, Tensor, Tensor | None]
+"""hidden [L, d], pooled [d] and CLR's weights [V] of one query"""
+
+
+@dataclass
+class EncoderTask:
+    """The task of `pipelines.text_train` for a `LexSemBridge`.
+
+    Args:
+        config: the run.
+        model: with its initial weights.
+        stages: first stages over the corpus, whose encoder is the model's plain backbone.
+        train: training queries of each kind; a batch mixes the kinds evenly.
+        dev: dev queries of each kind.
+    """
+
+    config: TextTrainConfig
+    model: LexSemBridge
+    stages: FirstStages
+    train: dict[str, Queries]
+    dev: dict[str, Queries]
+    _hard: dict[str, list[int]] = field(default_factory=dict)
+    _states: dict[str, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not any(len(queries) for queries in self.train.values()):
+            raise DataError("0 training queries; train on a split, keywords or spans the passages are long enough for")
+        self.frozen = self.config.train == "fusion"
+        if self.frozen:
+            self.model.transformer.requires_grad_(False)
+
+    @property
+    def fresh(self) -> Sequence[nn.Parameter]:
+        """The fusion's parameters."""
+        return list(self.model.lexicon.parameters())
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Normalised passages: equal ones are never each other's negatives."""
+        return [normalised(text) for text in self.stages.corpus.passages]
+
+    def batch(self, step: int) -> tuple[list[str], list[dict[int, int]], list[list[int]]]:
+        """Give texts, grades and passages (a positive, then hard negatives) of one step's queries."""
+        draws = generator(self.config.seed, step, "text batch")
+        kinds = [queries for queries in self.train.values() if len(queries)]
+        texts, grades, groups = [], [], []
+        for place in range(self.config.rows):
+            queries = kinds[place % len(kinds)]
+            chosen = int(draws.integers(len(queries)))
+            text, known = queries.texts[chosen], queries.grades[chosen]
+            positives = [row for row, grade in known.items() if grade > 0]
+            if not positives:
+                continue
+            hard = [row for row in self._negatives(text) if row not in known]
+            hard = hard or [int(draws.integers(len(self.texts)))]
+            picked = draws.choice(hard, self.config.group - 1, replace=len(hard) < self.config.group - 1)
+            texts.append(text)
+            grades.append(known)
+            groups.append([positives[int(draws.integers(len(positives)))], *picked.tolist()])
+        return texts, grades, groups
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Give the contrastive loss of one step, and how far the fusion turns the queries."""
+        texts, grades, groups = self.batch(step)
+        columns = [row for group in groups for row in group]
+        target = torch.arange(len(groups)) * self.config.group
+        also = self.left_out(texts, grades, columns, target)
+        plain, queries = self.query_vectors(texts)
+        loss = contrastive_loss(queries, self.passage_vectors(columns), target, also, self.config.temperature)
+        return loss, {"cosine_to_plain": float((plain * queries).sum(dim=-1).mean().detach())}
+
+    def left_out(
+        self, texts: Sequence[str], grades: Sequence[dict[int, int]], columns: Sequence[int], target: Tensor
+    ) -> Tensor:
+        """Tell bool [B, C] which columns are no negatives of a row.
+
+        Those are relevant to it, equal its positive in text, or belong to another row of the same query.
+        """
+        also = torch.zeros(len(texts), len(columns), dtype=torch.bool)
+        for place, (text, known) in enumerate(zip(texts, grades, strict=True)):
+            positive = self.texts[columns[int(target[place])]]
+            for column, row in enumerate(columns):
+                asked = texts[column // self.config.group]
+                also[place, column] = known.get(row, 0) > 0 or self.texts[row] == positive or asked == text
+        also[torch.arange(len(texts)), target] = False
+        return also
+
+    def query_vectors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Give plain and enhanced vectors [B, d]."""
+        model = self.model
+        ids, mask = padded(model.tokenizer.encode(texts, model.config.max_query_len), model.tokenizer.pad)
+        if self.frozen:
+            hidden, raw, clr = self._kept(texts, ids, mask)
+        else:
+            hidden, raw = model.states(ids, mask)
+            clr = model.contextual(ids, mask)
+        plain = F.normalize(raw, dim=-1)
+        return plain, model.lexicon(plain, ids, mask, hidden, raw, clr)
+
+    def passage_vectors(self, rows: Sequence[int]) -> Tensor:
+        """Give vectors [C, d] of passages, with a gradient in full training."""
+        if self.frozen:
+            return torch.from_numpy(self.stages.passage_vectors[list(rows)])
+        model = self.model
+        texts = [self.stages.corpus.passages[row] for row in rows]
+        ids, mask = padded(model.tokenizer.encode(texts, model.config.max_passage_len), model.tokenizer.pad)
+        return model(ids, mask) if model.config.fusion_passages else model.plain(ids, mask)
+
+    def validate(self) -> dict[str, float]:
+        """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
+        found = {}
+        for kind, queries in self.dev.items():
+            vectors = self.model.encode_queries(queries.texts)
+            if self.frozen:
+                ranking, judged = dense_search(vectors, self.stages.passage_vectors), queries
+            else:
+                rows = self._dev_rows(queries)
+                place = {row: new for new, row in enumerate(rows)}
+                passages = self.model.encode_passages([self.stages.corpus.passages[row] for row in rows])
+                grades = [{place[row]: grade for row, grade in one.items()} for one in queries.grades]
+                ranking, judged = dense_search(vectors, passages), Queries(queries.ids, queries.texts, grades)
+            found[f"{kind}/ndcg_at_10"] = float(measure(ranking, judged)["ndcg_at_10"].mean())
+        return {"ndcg_at_10": float(np.mean(list(found.values()))), **found}
+
+    def _dev_rows(self, queries: Queries) -> list[int]:
+        judged = {row for grades in queries.grades for row in grades}
+        others = generator(0, 0, "distractors").permutation(len(self.texts))[:DISTRACTORS]
+        return sorted(judged | set(others.tolist()))
+
+    def _negatives(self, text: str) -> list[int]:
+        if text not in self._hard:
+            rows = self.stages.bm25.search([text], HARD_RANKS.stop).rows[0]
+            self._hard[text] = [int(row) for row in rows[HARD_RANKS] if row >= 0]
+        return self._hard[text]
+
+    @torch.no_grad()
+    def _kept(self, texts: Sequence[str], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        missing = [place for place, text in enumerate(texts) if text not in self._states]
+        if missing:
+            self.model.eval()  # a frozen backbone drops nothing out
+            hidden, raw = self.model.states(ids[missing], mask[missing])
+            clr = self.model.contextual(ids[missing], mask[missing])
+            for row, place in enumerate(missing):
+                length = int(mask[place].sum())
+                weights = None if clr is None else clr[row].to_sparse()
+                self._states[texts[place]] = (hidden[row, :length].clone(), raw[row].clone(), weights)
+            self.model.train()
+        states = [self._states[text] for text in texts]
+        hidden = nn.utils.rnn.pad_sequence([state[0] for state in states], batch_first=True)
+        sparse = [state[2].to_dense() for state in states if state[2] is not None]
+        return hidden, torch.stack([state[1] for state in states]), torch.stack(sparse) if sparse else None

@@ -1,0 +1,202 @@
+"""Evaluation of text models on a corpus: every system beside every first stage, on the same queries.
+
+Writes `metrics.json` and `report.md`: measures with intervals over queries, the paired difference to the first stage a
+model starts from, how many queries it won and lost, and which.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.first_stages import PLACES, FirstStages, dense_search
+from pipelines.reranker_task import Pool, rerank_pool
+from pipelines.text_cache import VectorCache
+from pipelines.text_corpus import Queries
+from pipelines.text_measures import MEASURES, Comparison, best_possible, compare, mean_of, measure
+from pipelines.text_models import CATALOGUE
+from pipelines.text_train import finished_run
+from ranking.dense_encoder import DenseEncoder
+from ranking.fusion import Ranking, convex_fusion
+from ranking.lexsembridge import LexSemBridge
+from ranking.text_models import ENCODERS, TextEncoder, load_encoder, load_reranker, read_config
+from recsys.errors import ConfigError
+from recsys.files import read_json, whole_file, write_json
+from recsys.metrics import Floats
+
+SHOWN = 5
+"""Queries shown that a model won, and lost, by most."""
+RERANKED = 100
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TextModelRun:
+    """A finished text run, loaded."""
+
+    name: str
+    model: Any
+    is_encoder: bool
+    frozen: bool  # passage vectors are those of the plain encoder
+
+    @staticmethod
+    def load(name: str, directory: Path) -> "TextModelRun":
+        """Load a run's model."""
+        _, place = finished_run(directory)
+        is_encoder = read_config(place)["kind"] in ENCODERS
+        config = read_json(directory / "run.json")["config"]
+        model = load_encoder(place) if is_encoder else load_reranker(place)
+        return TextModelRun(name, model, is_encoder, config["train"] == "fusion")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Every system on one set of queries."""
+
+    name: str
+    queries: Queries
+    values: dict[str, dict[str, Floats]]  # system -> measure -> [Q]
+    baseline: dict[str, str]  # model -> the first stage it is compared with
+    best_possible: float  # nDCG@10 of the best order of the pool
+
+    def against_baseline(self) -> dict[str, Comparison]:
+        """Compare each model's nDCG@10 with that of its first stage."""
+        values = {name: value["ndcg_at_10"] for name, value in self.values.items()}
+        return {name: compare(values[name], values[base]) for name, base in self.baseline.items()}
+
+    def table(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        systems: dict[str, dict[str, dict[str, float]]] = {}
+        for name, values in self.values.items():
+            systems[name] = {}
+            for key, estimate in mean_of(values).items():
+                low, high = estimate.interval()
+                systems[name][key] = {"value": estimate.value, "ci_low": low, "ci_high": high}
+        differences = {
+            name: {"baseline": self.baseline[name], **found.table()} for name, found in self.against_baseline().items()
+        }
+        return {
+            "n_queries": len(self.queries),
+            "best_possible_ndcg_at_10": self.best_possible,
+            "systems": systems,
+            "ndcg_at_10_against_baseline": differences,
+        }
+
+
+def evaluate_text(
+    runs: Sequence[TextModelRun],
+    stages: FirstStages,
+    tasks: Mapping[str, Queries],
+    weight: float,
+    places: int = RERANKED,
+    report: Report | None = None,
+) -> list[TaskResult]:
+    """Rank every task's queries with every first stage and every model.
+
+    Args:
+        runs: trained models.
+        stages: over the corpus.
+        tasks: queries by name of the task.
+        weight: of BM25 in the convex fusion, chosen on dev queries.
+        places: how many passages of the RRF pool a reranker reads.
+        report: called with a system and how many queries are done.
+    """
+    results: list[TaskResult] = []
+    for name, queries in tasks.items():
+        rankings = stages.all(queries.texts, weight)
+        pool = Pool(queries, rankings["rrf"])
+        baseline: dict[str, str] = {}
+        for run in runs:
+            if report is not None:
+                report(f"{name}: {run.name}", len(results), len(tasks))
+            if run.is_encoder:
+                dense = dense_search(run.model.encode_queries(queries.texts), encoded(run, stages))
+                rankings[run.name] = dense
+                rankings[f"{run.name} + bm25"] = convex_fusion(rankings["bm25"], dense, weight, PLACES)
+                baseline |= {run.name: "dense", f"{run.name} + bm25": "convex"}
+            else:
+                rankings[run.name] = reranked(run, stages, pool, places)
+                baseline[run.name] = "rrf"
+        values = {system: measure(ranking, queries) for system, ranking in rankings.items()}
+        results.append(TaskResult(name, queries, values, baseline, best_possible(rankings["rrf"], queries)))
+    return results
+
+
+def encoded(run: TextModelRun, stages: FirstStages) -> Any:
+    """Give the passage vectors of a run's encoder: those at hand where its frozen backbone is the first stage's."""
+    if run.frozen and isinstance(stages.encoder, DenseEncoder) and isinstance(run.model, LexSemBridge):
+        ours, plain = run.model.config, stages.encoder.config
+        same = ("backbone", "pool", "max_passage_len")
+        if not ours.fusion_passages and all(getattr(ours, name) == getattr(plain, name) for name in same):
+            return stages.passage_vectors
+    model: TextEncoder = run.model
+    cache = VectorCache(stages.cache / model.digest / "passages")
+    return cache.get(stages.corpus.passages, model.encode_passages, stages.report)
+
+
+def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) -> Ranking:
+    """Rerank the first places of a pool and keep the rest of it below them."""
+    head = rerank_pool(run.model, stages.corpus, pool, places)
+    tail = pool.ranking.rows[:, places:]
+    low = np.full(tail.shape, -np.inf, np.float32)
+    return Ranking(np.concatenate([head.rows, tail], axis=1), np.concatenate([head.scores, low], axis=1))
+
+
+def write_text_report(results: Sequence[TaskResult], about: Mapping[str, Any], directory: Path) -> Path:
+    """Write `metrics.json` and `report.md`; gives the path of the latter."""
+    write_json(directory / "metrics.json", {**about, "tasks": {result.name: result.table() for result in results}})
+    lines = [f"# Text models on {about['corpus']}", ""]
+    lines += [f"{key}: {value}  " for key, value in about.items() if key != "corpus"]
+    for result in results:
+        lines += ["", *_section(result)]
+    path = directory / "report.md"
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _section(result: TaskResult) -> list[str]:
+    table = result.table()
+    lines = [
+        f"## {result.name} ({table['n_queries']} queries)",
+        "",
+        "Percent, 95 % intervals over queries. "
+        f"Best possible nDCG@10 of the RRF pool: {100 * result.best_possible:.1f}.",
+        "",
+        f"| system | {' | '.join(MEASURES)} | nDCG@10 against | won / lost / tied |",
+        f"|---|{'---|' * len(MEASURES)}---|---|",
+    ]
+    for name, values in table["systems"].items():
+        cells = [
+            f"{100 * one['value']:.1f} [{100 * one['ci_low']:.1f}, {100 * one['ci_high']:.1f}]"
+            for one in values.values()
+        ]
+        found = table["ndcg_at_10_against_baseline"].get(name)
+        against, counts = "", ""
+        if found:
+            interval = f"[{100 * found['ci_low']:+.1f}, {100 * found['ci_high']:+.1f}]"
+            against = f"{found['baseline']}: {100 * found['difference']:+.1f} {interval}"
+            counts = f"{found['won']} / {found['lost']} / {found['tied']}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {against} | {counts} |")
+    for name, base in result.baseline.items():
+        lines += ["", *_examples(result, name, base)]
+    return lines
+
+
+def _examples(result: TaskResult, name: str, base: str) -> list[str]:
+    gain = result.values[name]["ndcg_at_10"] - result.values[base]["ndcg_at_10"]
+    order = gain.argsort(kind="stable")
+    won = [place for place in order[::-1][:SHOWN] if gain[place] > 0]
+    lost = [place for place in order[:SHOWN] if gain[place] < 0]
+    lines = [f"Queries {name} won and lost against {base} by most (nDCG@10):", ""]
+    lines += [f"- {gain[place]:+.2f} {result.queries.texts[place][:120]}" for place in [*won, *lost]]
+    return lines if won or lost else [f"{name} changed no query against {base}."]
+
+
+def require_corpus(path: str, split: str) -> None:
+    """Refuse a judged split of the catalogue, which has none."""
+    if path == CATALOGUE and split:
+        raise ConfigError("the catalogue has no judged queries; leave --split out, or give --corpus a folder")

@@ -1,0 +1,139 @@
+"""From a text config to a trained model: which model, which corpus, which queries."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.encoder_task import EncoderTask
+from pipelines.first_stages import PLACES, FirstStages
+from pipelines.reranker_task import Pool, RerankerTask
+from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
+from pipelines.text_pairs import PairSource, Split, sample, split_of
+from pipelines.text_train import CorpusConfig, Report, Task, TextRun, TextTrainConfig, train_text
+from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
+from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
+from ranking.mvp import Mvp, MvpConfig
+from recsys.config import assign, parse, read_toml
+from recsys.errors import ConfigError
+from recsys.files import sha256_json
+from recsys.randomness import derive
+
+TEXT_MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "lexsembridge": (LexSemBridgeConfig, LexSemBridge),
+    "mvp": (MvpConfig, Mvp),
+    "cross_encoder": (CrossEncoderConfig, CrossEncoder),
+}
+"""name -> config and model"""
+CATALOGUE = "catalogue"
+
+
+def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainConfig:
+    """Read a text training TOML: [model] with a name and its options, [corpus], [optimiser], [stop], seed."""
+    table = read_toml(path)
+    for assignment in assignments:
+        assign(table, assignment)
+    model = dict(table.pop("model", {}))
+    name = model.pop("name", None)
+    if name not in TEXT_MODELS:
+        raise ConfigError(f"{path} [model]: name must be one of {', '.join(TEXT_MODELS)}, found {name!r}")
+    options = parse(TEXT_MODELS[name][0], model, f"{path} [model]")
+    return parse(TextTrainConfig, {"name": name, "model": options, **table}, str(path))
+
+
+def open_corpus(path: str, items: Path) -> Corpus:
+    """Give the corpus of a folder, or the item texts of a log for "catalogue"."""
+    return catalogue_corpus(items) if path == CATALOGUE else read_corpus(Path(path))
+
+
+def cut_queries(options: CorpusConfig, source: PairSource, split: Split) -> dict[str, Queries]:
+    """Give the keyword and part-of-passage queries of one split's documents, by kind."""
+    rows = source.rows(split)
+    made = {}
+    if options.keyword:
+        made["keyword"] = source.keyword(rows, options.terms)
+    for length in options.part_of_passage:
+        made[f"pop_{length}"] = source.part_of_passage(rows, length, options.unit)
+    return {kind: queries for kind, queries in made.items() if len(queries)}
+
+
+def training_queries(
+    corpus: Corpus, options: CorpusConfig, source: PairSource
+) -> tuple[dict[str, Queries], dict[str, Queries]]:
+    """Give training and dev queries by kind; natural ones are split by their ids, a tenth of them for dev."""
+    train = cut_queries(options, source, "train")
+    dev = cut_queries(options, source, "dev")
+    if options.natural:
+        natural = read_queries(Path(options.path), corpus, options.natural)
+        held = [split_of(corpus.name, f"query/{key}") == "dev" for key in natural.ids]
+        train["natural"] = natural.only([place for place, out in enumerate(held) if not out])
+        dev["natural"] = natural.only([place for place, out in enumerate(held) if out])
+    limited = {kind: sample(queries, options.dev_queries, 0) for kind, queries in dev.items() if len(queries)}
+    if not limited:
+        raise ConfigError("[corpus]: 0 dev queries; name a natural split, keyword or shorter part_of_passage lengths")
+    return train, limited
+
+
+def build_model(config: TextTrainConfig) -> Any:
+    """Build the model of a config with the initial weights its seed gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.seed, 0, "weights"))
+        return TEXT_MODELS[config.name][1].of(config.model)
+
+
+def plain_encoder(config: TextTrainConfig) -> DenseEncoder:
+    """Give the plain encoder of the first stage: the model's own backbone for LexSemBridge, MiniLM for rerankers."""
+    model = config.model
+    if isinstance(model, LexSemBridgeConfig):
+        options = DenseConfig(model.backbone, model.pool, max_passage_len=model.max_passage_len)
+        return DenseEncoder.of(options)
+    return DenseEncoder.of()
+
+
+def train(
+    config: TextTrainConfig,
+    items: Path,
+    directory: Path,
+    cache: Path,
+    uri: str,
+    report: Report | None = None,
+    encoder: Callable[[TextTrainConfig], DenseEncoder] = plain_encoder,
+    model: Callable[[TextTrainConfig], Any] = build_model,
+) -> TextRun:
+    """Train a text model, or go on with the run `directory` holds.
+
+    Args:
+        config: the run.
+        items: `items.parquet` of the workspace's log, for the catalogue.
+        directory: of the run.
+        cache: where vectors are kept.
+        uri: MLflow tracking URI.
+        report: called with passages encoded, then after every step.
+        encoder: gives the first stage's encoder.
+        model: gives the model with its initial weights.
+    """
+    corpus = open_corpus(config.corpus.path, items)
+
+    def encoded(done: int, total: int) -> None:
+        if report is not None:
+            report(done, total, "passages encoded")
+
+    def build() -> Task:
+        stages = FirstStages(corpus, encoder(config), cache, report=encoded)
+        made = model(config)
+        queries, dev = training_queries(corpus, config.corpus, PairSource(corpus, made.tokenizer))
+        if config.name == "lexsembridge":
+            return EncoderTask(config, made, stages, queries, dev)
+        return RerankerTask(config, made, corpus, _pool(stages, queries), _pool(stages, dev))
+
+    inputs = {"passages": sha256_json(corpus.passages), "corpus": corpus.name}
+    return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, report)
+
+
+def _pool(stages: FirstStages, kinds: dict[str, Queries]) -> Pool:
+    queries = Queries([], [], [])
+    for one in kinds.values():
+        queries = queries + one
+    return Pool(queries, stages.all(queries.texts)["rrf"].top(PLACES))

@@ -1,0 +1,94 @@
+"""What `train` and `evaluate` do for text models: same verbs, another kind of data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from recsys.errors import ConfigError
+from recsys.terminal import Terminal, print_result
+
+if TYPE_CHECKING:
+    from pipelines.workspace import Workspace
+
+TEXT_MODELS = ("lexsembridge", "mvp", "cross_encoder")
+"""of `pipelines.text_models`, which is imported only for one of them"""
+ITEMS = "items.parquet"
+CACHE = "text-vectors"
+
+
+def train_text(
+    path: Path, place: "Workspace", name: str | None, mlflow: str | None, assignments: Sequence[str], as_json: bool
+) -> None:
+    """Train a text model on the catalogue of a workspace or on a corpus folder."""
+    from pipelines.text_models import load_text_config
+    from pipelines.text_models import train as run
+
+    options = load_text_config(path, assignments)
+    if options.corpus.path == "catalogue":
+        place.require(place.log / ITEMS, "ingest")
+    place.root.mkdir(parents=True, exist_ok=True)
+    directory = place.run(name or path.stem)
+    with Terminal().bar(f"train {options.name}") as bar:
+        trained = run(
+            options, place.log / ITEMS, directory, place.root / CACHE, mlflow or place.tracking_uri, report=bar
+        )
+    print_result(trained.table(), as_json)
+
+
+def evaluate_text(runs: Sequence[str], place: "Workspace", corpus: str | None, split: str, as_json: bool) -> None:
+    """Rank test queries with trained text models and every first stage, and write metrics.json and report.md."""
+    from pipelines.first_stages import FirstStages
+    from pipelines.text_corpus import read_queries
+    from pipelines.text_evaluate import TextModelRun, require_corpus, write_text_report
+    from pipelines.text_evaluate import evaluate_text as run
+    from pipelines.text_models import cut_queries, open_corpus, training_queries
+    from pipelines.text_pairs import PairSource, sample
+    from pipelines.text_train import CorpusConfig
+    from ranking.dense_encoder import DenseEncoder
+    from recsys.config import parse
+    from recsys.files import read_json
+
+    about: dict[str, Any] = read_json(place.run(runs[0]) / "run.json")["config"]
+    options = parse(CorpusConfig, {**about["corpus"], **({"path": corpus} if corpus else {})}, "run.json [corpus]")
+    require_corpus(options.path, split)
+    opened = open_corpus(options.path, place.log / ITEMS)
+    loaded = [TextModelRun.load(name, place.run(name)) for name in runs]
+    encoder = DenseEncoder.of()
+    with Terminal().bar("evaluate") as bar:
+        stages = FirstStages(
+            opened, encoder, place.root / CACHE, report=lambda done, total: bar(done, total, "passages encoded")
+        )
+        source = PairSource(opened, encoder.tokenizer)
+        _, dev = training_queries(opened, options, source)
+        weight = stages.choose_weight(dev)
+        cut = cut_queries(options, source, "test")
+        tasks = {kind: sample(queries, 300, 0) for kind, queries in cut.items()}
+        if split:
+            tasks = {f"natural {split}": read_queries(Path(options.path), opened, split), **tasks}
+        results = run(loaded, stages, tasks, weight, report=lambda words, done, total: bar(done, total, words))
+    facts = {"corpus": opened.name, "passages": len(opened), "bm25 weight chosen on dev": weight}
+    directory = place.evaluation / "text"
+    report = write_text_report(results, facts, directory)
+    Terminal().say(f"Report: {report.resolve()}")
+    if as_json:
+        typer.echo((directory / "metrics.json").read_text())
+
+
+def is_text_config(path: Path) -> bool:
+    """Tell whether a training TOML names a text model."""
+    from recsys.config import read_toml
+
+    return read_toml(path).get("model", {}).get("name") in TEXT_MODELS
+
+
+def all_text(place: "Workspace", runs: Sequence[str]) -> bool:
+    """Tell whether runs are text runs; raises `ConfigError` for a mixture."""
+    from recsys.files import read_json
+
+    known = [place.run(name) / "run.json" for name in runs]
+    kinds = {read_json(path).get("kind") == "text" for path in known if path.exists()}
+    if len(kinds) > 1:
+        raise ConfigError(f"{', '.join(runs)}: text runs and rankers have no queries in common; evaluate them apart")
+    return kinds == {True}

@@ -1,0 +1,309 @@
+"""Text corpora, first stages, training and evaluation, on a tiny corpus and tiny random models."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny_text
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.first_stages import FirstStages
+from pipelines.reranker_task import Pool, rerank_pool
+from pipelines.shipped import CONFIGS
+from pipelines.text_cache import VectorCache
+from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
+from pipelines.text_evaluate import TextModelRun, evaluate_text, write_text_report
+from pipelines.text_measures import compare, measure
+from pipelines.text_models import load_text_config, train
+from pipelines.text_pairs import PairSource, split_of
+from ranking.bm25 import Bm25
+from ranking.cross_encoder import CrossEncoder
+from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.fusion import NONE, Ranking, best, convex_fusion, reciprocal_rank_fusion
+from ranking.lexsembridge import LexSemBridge
+from ranking.mvp import Mvp
+from ranking.text_backbone import in_passes, locate, passes
+from ranking.text_models import load_encoder
+from recsys.cli.text import TEXT_MODELS
+from recsys.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_text.beir(tmp_path / "tiny")
+
+
+@pytest.fixture
+def encoder() -> DenseEncoder:
+    return DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", [":2: not JSON"]),
+        ('["a", "list"]', [":2: expected a JSON object, found list"]),
+        ('{"text": "no id"}', [":2: _id must be a string, found nothing"]),
+        ('{"_id": 7, "text": "wing"}', [":2: _id must be a string, found int 7"]),
+        ('{"_id": "x", "text": ["wing"]}', [":2: text must be a string, found list"]),
+        ('{"_id": "d0", "text": "again"}', [":2: _id 'd0' was on line 1 already"]),
+    ],
+)
+def test_a_corpus_line_that_is_not_as_it_should_be_is_named(tmp_path, line, words):
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d0", "title": "", "text": "wing"}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        read_corpus(tmp_path)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_empty_and_absent_corpora_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_corpus(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="0 documents"):
+        read_corpus(tmp_path)
+    with pytest.raises(DataError, match="0 passages"):
+        Bm25.build([])
+
+
+def test_judgements_of_unknown_documents_are_counted_and_the_first_five_named(folder):
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.writelines(f"q1\tgone{n}\t1\n" for n in range(7))
+    with pytest.raises(DataError, match=r"7 judgements .* gone0, gone1, gone2, gone3, gone4; mend"):
+        read_queries(folder, read_corpus(folder), "test")
+    with pytest.raises(DataError, match="there are test, train"):
+        read_queries(folder, read_corpus(folder), "dev")
+
+
+def test_model_folders_without_weights_and_pickles_are_refused(tmp_path, encoder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no weights"):
+        locate(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(DataError, match="is a pickle, which is refused"):
+        locate(str(tmp_path / "empty"))
+    encoder.save(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "heads.pt")
+    with pytest.raises(DataError, match=r"heads\.pt is a pickle"):
+        load_encoder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x80\x04.")
+    with pytest.raises(DataError, match="not a safetensors file"):
+        load_encoder(tmp_path / "model")
+
+
+# Batching, cache and fusion.
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 200))
+def test_passes_cover_every_text_once_and_keep_to_their_size(lengths, tokens):
+    found = list(passes(lengths, tokens))
+    assert Counter(place for chosen in found for place in chosen.tolist()) == Counter(range(len(lengths)))
+    assert all(len(c) == 1 or len(c) * max(lengths[i] for i in c) <= tokens for c in found)
+    rows = [[7] * length for length in lengths]
+    values = in_passes(rows, 0, torch.device("cpu"), lambda ids, mask: mask.sum(dim=1, keepdim=True), None, tokens)
+    assert values.flatten().tolist() == lengths
+
+
+def test_the_cache_computes_each_text_once_and_survives_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.text_cache.PART", 2)
+    asked: list[str] = []
+
+    def compute(texts):
+        if len(asked) >= 4:
+            raise KeyboardInterrupt
+        asked.extend(texts)
+        return np.array([[float(len(text))] for text in texts], np.float32)
+
+    texts = ["wing", "a", "bb", "wing", "ccccc", "dddddd"]
+    with pytest.raises(KeyboardInterrupt):
+        VectorCache(tmp_path).get(texts, compute)
+    asked.clear()
+    values = VectorCache(tmp_path).get(texts, compute)
+    assert values[:, 0].tolist() == [4, 1, 2, 4, 5, 6]
+    assert len(asked) == 1  # four of the five texts were there
+
+
+def test_fusions_by_arithmetic():
+    one = Ranking(np.array([[0, 1, NONE]], np.int32), np.array([[3.0, 1.0, -np.inf]], np.float32))
+    two = Ranking(np.array([[1, 2, 0]], np.int32), np.array([[9.0, 8.0, 5.0]], np.float32))
+    fused = reciprocal_rank_fusion([one, two], 4)
+    assert fused.rows[0].tolist() == [1, 0, 2, NONE]
+    assert fused.scores[0, :3] == pytest.approx([1 / 62 + 1 / 61, 1 / 61 + 1 / 63, 1 / 62])
+    mixed = convex_fusion(one, two, 0.25, 3)
+    assert mixed.rows[0].tolist() == [1, 2, 0]
+    assert mixed.scores[0] == pytest.approx([0.75, 0.75 * 0.75, 0.25])
+
+
+def test_bm25_survives_save_and_load_and_odd_queries(tmp_path):
+    texts = ["wing flow wing", "heat shock", "the of and", ""]
+    index = Bm25.build(texts)
+    index.save(tmp_path)
+    again = Bm25.load(tmp_path)
+    for query in ("wing", "shock heat", "unheard", "", "the", "wing " * 20_000):
+        np.testing.assert_array_equal(index.scores(query), again.scores(query))
+    assert again.search(["heat", ""], 2).rows.tolist() == [[1, NONE], [NONE, NONE]]
+    assert not any(path.suffix in {".pkl", ".pickle"} for path in tmp_path.iterdir())
+
+
+# Queries cut from passages.
+
+
+def test_the_splits_share_no_document_and_cut_queries_name_their_source(folder):
+    """L18 of LexSemBridge; spans are contiguous and seeded."""
+    corpus = read_corpus(folder)
+    source = PairSource(corpus, tiny_text.tokenizer())
+    rows = [set(source.rows(split)) for split in ("train", "dev", "test")]
+    assert sum(map(len, rows)) == len(set.union(*rows))
+    assert set.union(*rows) == set(source.eligible)
+    assert split_of("a", "b") == split_of("a", "b")
+    for unit in ("token", "word", "char"):
+        spans = source.part_of_passage(source.eligible, 4, unit)
+        for text, grades in zip(spans.texts, spans.grades, strict=True):
+            assert text in corpus.passages[next(iter(grades))]
+        assert spans.texts == source.part_of_passage(source.eligible, 4, unit).texts
+    assert source.part_of_passage(source.eligible, 99, "word").texts == []
+    words = source.keyword(source.eligible, 3)
+    assert all(
+        set(text.split()) <= set(corpus.passages[next(iter(g))].split())
+        for text, g in zip(words.texts, words.grades, strict=True)
+    )
+
+
+def test_a_catalogue_counts_every_item_that_fits(tmp_path):
+    texts = ["Milk whole gallon", "Milk whole gallon", "Milk skim gallon", "Bread wheat", None]
+    pl.DataFrame({"item_id": list("abcde"), "text": texts}).write_parquet(tmp_path / "items.parquet")
+    corpus = catalogue_corpus(tmp_path / "items.parquet")
+    assert corpus.items == [["a", "b"], ["c"], ["d"]]
+    source = PairSource(corpus)
+    spans = source.part_of_passage([0, 1], 1, "word", start="first")
+    assert spans.grades == [{0: 1, 1: 1}, {0: 1, 1: 1}]  # both hold "Milk"
+    pl.DataFrame({"item_id": ["a"], "text": ["a"]}).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(DataError, match="no item has a text"):
+        catalogue_corpus(tmp_path / "items.parquet")
+
+
+# Measures.
+
+
+def test_measures_by_arithmetic():
+    queries = Queries(["q"], ["x"], [{3: 2, 5: 1, 9: 0}])
+    ranking = Ranking(np.array([[9, 5, 3]], np.int32), np.zeros((1, 3), np.float32))
+    values = {name: float(value[0]) for name, value in measure(ranking, queries).items()}
+    log2 = np.log2
+    ideal = 2 / log2(2) + 1 / log2(3)
+    assert values["ndcg_at_10"] == pytest.approx((1 / log2(3) + 2 / log2(4)) / ideal)  # linear gain
+    assert (values["hit_at_1"], values["mrr_at_10"], values["recall_at_100"]) == (0, 0.5, 1)
+    without = measure(ranking, queries, zero_docs="remove")
+    assert float(without["hit_at_1"][0]) == 1
+    found = compare(np.array([1.0, 0.5, 0.2]), np.array([0.5, 0.5, 0.4]))
+    assert (found.won, found.lost, found.tied) == (1, 1, 1)
+    assert found.difference.value == pytest.approx(0.1)
+
+
+# Training and evaluation.
+
+QUICK = ["corpus.unit=word", "corpus.part_of_passage=[4]", "corpus.natural=train", "rows=8", "seed=1"]
+
+
+def tiny_model(config):
+    torch.manual_seed(config.seed)
+    tokenizer, transformer = tiny_text.tokenizer(), tiny_text.bert()
+    options = config.model
+    if config.name == "lexsembridge":
+        return LexSemBridge(options, transformer, tokenizer)
+    if config.name == "mvp":
+        model = Mvp(dataclasses.replace(options, decoder_heads=4, max_len=48), transformer, tokenizer)
+        model.begin()
+        return model
+    return CrossEncoder(dataclasses.replace(options, max_len=48), transformer, tokenizer)
+
+
+def run(name, folder, directory, uri, encoder, *extra):
+    sets = [*QUICK, f"corpus.path={folder}", "stop.steps=4", "stop.validate_every=2", "stop.checkpoint_every=2", *extra]
+    config = load_text_config(CONFIGS / f"{name}.toml", sets)
+    return train(config, folder / "none", directory, folder / "cache", uri, encoder=lambda _: encoder, model=tiny_model)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+@pytest.mark.parametrize("how", ["fusion", "full"])
+def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, mlflow_uri, encoder, monkeypatch):
+    whole = run(name, folder, tmp_path / "whole", mlflow_uri, encoder, f"train={how}")
+
+    from pipelines.text_train import TextLoop
+
+    step = TextLoop.step
+
+    def dies(self):
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(TextLoop, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(name, folder, tmp_path / "killed", mlflow_uri, encoder, f"train={how}")
+    monkeypatch.setattr(TextLoop, "step", step)
+    resumed = run(name, folder, tmp_path / "killed", mlflow_uri, encoder, f"train={how}")
+    assert resumed.progress.curve == whole.progress.curve
+    first, second = ((one.model / "model.safetensors").read_bytes() for one in (whole, resumed))
+    assert first == second
+    again = run(name, folder, tmp_path / "killed", mlflow_uri, encoder, f"train={how}")
+    assert again.run_id == resumed.run_id
+
+
+def test_every_shipped_text_config_is_read():
+    for name in TEXT_MODELS:
+        assert load_text_config(CONFIGS / f"{name}.toml").name == name
+    with pytest.raises(ConfigError, match="did you mean 'weights'"):
+        load_text_config(CONFIGS / "lexsembridge.toml", ["model.weigths=slr"])
+
+
+def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, mlflow_uri, encoder):
+    for name in ("lexsembridge", "mvp"):
+        run(name, folder, tmp_path / name, mlflow_uri, encoder)
+    runs = [TextModelRun.load(name, tmp_path / name) for name in ("lexsembridge", "mvp")]
+    corpus = read_corpus(folder)
+    stages = FirstStages(corpus, encoder, folder / "cache")
+    queries = read_queries(folder, corpus, "test")
+    weight = stages.choose_weight({"natural": read_queries(folder, corpus, "train")})
+    results = evaluate_text(runs, stages, {"natural": queries}, weight, places=10)
+    report = write_text_report(results, {"corpus": corpus.name}, tmp_path / "report").read_text()
+    for system in ("bm25", "dense", "rrf", "convex", "lexsembridge", "lexsembridge + bm25", "mvp"):
+        assert f"| {system} |" in report
+    table = json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]["natural"]
+    assert table["n_queries"] == len(queries)
+    counts = table["ndcg_at_10_against_baseline"]["mvp"]
+    assert counts["won"] + counts["lost"] + counts["tied"] == len(queries)
+
+
+def test_reranked_order_does_not_depend_on_the_order_of_candidates(folder, encoder):
+    """M17."""
+    config = load_text_config(CONFIGS / "mvp.toml")
+    corpus = read_corpus(folder)
+    queries = read_queries(folder, corpus, "test")
+    pool = Pool(queries, best(np.random.default_rng(0).random((len(queries), len(corpus))), 20))
+    model = tiny_model(config)
+    straight = rerank_pool(model, corpus, pool, 20)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(20).tolist()
+        np.testing.assert_array_equal(rerank_pool(model, corpus, pool, 20, order).rows, straight.rows)
+
+
+def test_relevant_and_equal_passages_are_never_negatives(folder, encoder):
+    from pipelines.encoder_task import EncoderTask
+
+    corpus = Corpus("c", ["a", "b", "c"], ["wing flow", "Wing  flow", "heat"], [""] * 3)
+    queries = Queries(["1", "2"], ["wing", "wing"], [{0: 1}, {2: 1}])
+    config = load_text_config(CONFIGS / "lexsembridge.toml")
+    task = EncoderTask(config, tiny_model(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})
+    also = task.left_out(queries.texts, queries.grades, [0, 1, 2, 1], torch.tensor([0, 2]))
+    assert also.tolist() == [[False, True, True, True], [True, True, False, True]]
