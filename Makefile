@@ -9,8 +9,9 @@ BIN    := $(VENV)/bin
 FAISS  ?= $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 EXTRAS ?= $(FAISS),data,text,dev,redis
 ARGS   ?=
+SECONDS ?= 300
 
-.PHONY: env quickstart test lint types layers format clean
+.PHONY: env quickstart test soak lint types layers format clean
 
 env: $(VENV)/installed-$(FAISS)
 
@@ -25,6 +26,9 @@ quickstart: env
 
 test: env
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: env
+	$(BIN)/python tests/benchmarks/soak.py --seconds $(SECONDS) $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import polars as pl
 
 from pipelines.cold_start import features_of, item_names, vectors_of
 from pipelines.prepared import PreparedSet
+from pipelines.reference import score_reference
 from pipelines.tracking import git_commit, tracking_client
 from pipelines.train import Trained
 from ranking.batch import FIRST_ITEM
@@ -70,7 +71,7 @@ def publish(
         data_digest=prepared.digest,
         metrics=_numbers(metrics),
     )
-    version = write_bundle(out, contents, provenance, index)
+    version = write_bundle(out, contents, provenance, index, reference=score_reference(prepared))
     write_snapshot(snapshot, prepared.users[USER_ID].cast(pl.String).to_list(), prepared.histories, prepared.digest)
     return version
 

@@ -10,6 +10,7 @@
     content.safetensors       if there are items without training events: what is known of all (ranking.content)
     content_vectors.safetensors   if content tells them: retriever's vectors of such items (ranking.content_vectors)
     golden.json               synthetic requests and what they were answered (ranking.golden)
+    reference.json            how the scores of recommended items lay at publish, if that was told (ranking.drift)
     text/                     if it searches text: passages, indexes, text models (ranking.search_part)
 
 A bundle may have rankers, or text, or both; without rankers its catalogue may be empty.
@@ -20,11 +21,11 @@ so the replicas of one machine share them.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ from torch import nn
 from ranking.batch import FIRST_ITEM
 from ranking.content import ContentMatch
 from ranking.content_vectors import ContentVectors, WithContent
-from ranking.golden import Answering, Golden, make_golden, replay
+from ranking.drift import ScoreReference
+from ranking.golden import Answering, Golden, golden_error, make_golden, replay
 from ranking.index import Index, IndexConfig, build
 from ranking.items import ItemTable
 from ranking.manifest import (
@@ -49,6 +51,7 @@ from ranking.manifest import (
     Role,
     checked_files,
     describe,
+    describe_file,
     listed,
     read_manifest,
     version_of,
@@ -62,6 +65,11 @@ from recsys.config import parse
 from recsys.errors import BundleError, RecsysError, RequestError
 from recsys.files import read_json, sha256_file, whole_directory, write_json
 from recsys.history import UNKNOWN_KEY
+from recsys.messages import Message
+
+REFERENCE = "reference.json"
+
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,8 @@ class Bundle:
     content: ContentMatch | None
     text: SearchPart | None
     device: torch.device
+    golden: Golden | None  # None without rankers
+    reference: ScoreReference | None
 
     @property
     def ranker(self) -> AnyRanker:
@@ -182,9 +192,8 @@ class Bundle:
             raise BundleError(f"{directory}: the bundle cannot be read ({error}); publish it again") from error
         if golden:
             try:
-                if bundle.ranking_model is not None:
-                    requests = Golden.model_validate(read_json(listed(paths, "golden.json", directory)))
-                    replay(requests, _answering(bundle))
+                if bundle.golden is not None:
+                    replay(bundle.golden, _answering(bundle))
                 if bundle.text is not None:
                     searches = read_json(listed(paths, "text/golden.json", directory))
                     replay_searches(SearchGolden.model_validate(searches), bundle.text)
@@ -193,8 +202,24 @@ class Bundle:
         return bundle
 
 
+def parity_error(bundle: Bundle, number: int) -> float:
+    """Give how far a bundle's answer to its golden request `number` (counted around) is from the published one.
+
+    That is the largest |a - b| / max(1, |a|) over the scores; more than `ranking.golden.TOLERANCE` is a defect.
+    """
+    if bundle.golden is None:
+        return 0.0
+    users = bundle.golden.users
+    return golden_error(users[number % len(users)], _answering(bundle))
+
+
 def write_bundle(
-    directory: Path, contents: Contents, provenance: Provenance, index: IndexConfig | None = None, seed: int = 0
+    directory: Path,
+    contents: Contents,
+    provenance: Provenance,
+    index: IndexConfig | None = None,
+    seed: int = 0,
+    reference: Callable[["Bundle"], ScoreReference] | None = None,
 ) -> str:
     """Write a bundle, whole or not at all, and give its version; the same input gives the same version.
 
@@ -204,6 +229,7 @@ def write_bundle(
         provenance: commit, data digest, metrics and the time of creation.
         index: how the retriever's item vectors are indexed.
         seed: of the golden requests.
+        reference: given the bundle so far, tells how the scores of its answers lie.
     """
     named: list[tuple[Role, NamedModel]] = []
     if contents.ranker is not None:
@@ -257,6 +283,11 @@ def write_bundle(
             files=describe(temporary),
         )
         write_json(temporary / MANIFEST, manifest.model_dump())
+        if reference is not None and contents.ranker is not None:
+            told = reference(Bundle.load(temporary, golden=False))
+            write_json(temporary / REFERENCE, told.model_dump())
+            files = manifest.files | {REFERENCE: describe_file(temporary / REFERENCE)}
+            write_json(temporary / MANIFEST, manifest.model_copy(update={"files": files}).model_dump())
         return version_of((temporary / MANIFEST).read_bytes())
 
 
@@ -342,7 +373,16 @@ def _load_parts(
         content=ContentMatch.load(paths["content.safetensors"]) if "content.safetensors" in paths else None,
         text=load_search_part(directory, manifest.text, paths, device) if manifest.text is not None else None,
         device=device,
+        golden=_message(Golden, listed(paths, "golden.json", directory)) if manifest.models else None,
+        reference=_message(ScoreReference, paths[REFERENCE]) if REFERENCE in paths else None,
     )
+
+
+def _message(kind: type[M], path: Path) -> M:
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        raise BundleError(f"{path.parent}: {path.name}: {error}") from None
 
 
 def _load_model(entry: ModelEntry, weights: Path, items: ItemTable, device: torch.device) -> AnyRanker:

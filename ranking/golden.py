@@ -89,15 +89,23 @@ def make_golden(parts: Answering, seed: int) -> Golden:
 def replay(golden: Golden, parts: Answering) -> None:
     """Ask the golden requests again; raises `BundleError` naming the first answer that differs."""
     for number, user in enumerate(golden.users):
-        events = Events(
-            np.array(user.item_key, np.uint32), np.array(user.action, np.uint8), np.array(user.time, np.int64)
-        )
-        got = _answer(parts, events, np.array(user.candidates, np.int32))
+        got = _answer(parts, _events(user), np.array(user.candidates, np.int32))
         where = f"golden user {number} ({len(user.item_key)} events)"
         ids = [parts.item_ids[row] or f"row {row}" for row in user.candidates]
         _compare(f"{where}: score of", ids, user.scores, got.scores)
         _compare(f"{where}: inner product with", user.neighbours, user.neighbour_scores, got.neighbour_scores)
         _compare_order(where, user, got)
+
+
+def golden_error(user: GoldenUser, parts: Answering) -> float:
+    """Give the largest |a - b| / max(1, |a|) between the published and today's scores of one golden user."""
+    got = _answer(parts, _events(user), np.array(user.candidates, np.int32))
+    pairs = [*zip(user.scores, got.scores, strict=True), *zip(user.neighbour_scores, got.neighbour_scores, strict=True)]
+    return max((abs(wanted - found) / max(1.0, abs(wanted)) for wanted, found in pairs), default=0.0)
+
+
+def _events(user: GoldenUser) -> Events:
+    return Events(np.array(user.item_key, np.uint32), np.array(user.action, np.uint8), np.array(user.time, np.int64))
 
 
 def _answer(parts: Answering, events: Events, candidates: NDArray[np.int32]) -> GoldenUser:

@@ -65,13 +65,15 @@ class Manifest(Message):
     files: dict[str, FileEntry]
 
 
+def describe_file(path: Path) -> FileEntry:
+    """Give size and digest of a file."""
+    return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
 def describe(directory: Path) -> dict[str, FileEntry]:
     """Give size and digest of every file under a directory, by relative path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {
-        path.relative_to(directory).as_posix(): FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
-        for path in files
-    }
+    return {path.relative_to(directory).as_posix(): describe_file(path) for path in files}
 
 
 def version_of(manifest: bytes) -> str:

@@ -161,6 +161,7 @@ class Recommender:
             shortfall=request.k - len(items),
             user_known=asked.user.known,
             history_events=len(asked.user.events),
+            candidates=len(found.pool),
             model_version=self.bundle.version,
             degraded=[*(() if searched is None else searched.degraded), *asked.ladder.degraded],
             timings={},

@@ -125,6 +125,7 @@ class RecommendResponse(Message):
     shortfall: int = Field(description="how many of the k could not be filled")
     user_known: bool = Field(description="false: nothing is known of the user and the answer is by popularity")
     history_events: int
+    candidates: int = Field(default=0, description="items that were scored")
     model_version: str
     degraded: list[str] = Field(description="stages that were skipped")
     timings: dict[str, float] = Field(description="seconds by stage")

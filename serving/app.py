@@ -1,23 +1,20 @@
 """The HTTP application: the same object under Ray Serve and under plain uvicorn.
 
-Handlers are `async def` and hand the work to one thread: the event loop stays free for health checks and for reading
-the next request, and what waits can be counted, so that overload is answered at once with 503. One thread, because
-models need not be safe in several, and because the work is mostly torch and numpy on cores that replicas use better.
+Handlers are `async def` and hand the work to one thread (`serving.worker`): the event loop stays free for health checks
+and for reading the next request, and what waits can be counted, so that overload is answered at once with 503. One
+thread, because models need not be safe in several, and because the work is mostly torch and numpy on cores that
+replicas use better.
 """
 
-import logging
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as AsgiMessage
 
 import recsys
 from ranking.ladder import Budget, Deadlines
@@ -32,6 +29,8 @@ from recsys.messages import (
 )
 from serving import problems
 from serving.availability_routes import add_availability
+from serving.frame import Frame
+from serving.monitor import Monitor
 from serving.page import read_page
 from serving.pairs import Aside
 from serving.replies import (
@@ -43,16 +42,13 @@ from serving.replies import (
     UsersResponse,
 )
 from serving.search_routes import Searches, add_search_routes
+from serving.security import ApiKeys, KeyCheck, declare
 from serving.service import Service
-from serving.telemetry import CONTENT_TYPE, Telemetry
+from serving.telemetry import CONTENT_TYPE
 from serving.worker import Worker, json_response
-
-logger = logging.getLogger(__name__)
 
 SHADOW_WAITING = 2
 """Waiting requests above which a shadow does not score: those who wait for an answer come first."""
-
-METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 
 
 @dataclass(frozen=True)
@@ -65,119 +61,57 @@ class Limits:
     """longest request body"""
     stuck_seconds: float = 30.0
     """one piece of work under way for longer makes the process unhealthy: no thread can be stopped from outside"""
+    check_seconds: float = 60.0
+    """between two golden requests that a process asks itself"""
     deadlines: Deadlines = field(default_factory=Deadlines)
     """of a request and its stages"""
 
 
-class Frame:
-    """ASGI middleware around every request: its id, its size, its time and its metrics.
-
-    Args:
-        app: the application inside.
-        telemetry: where requests are counted.
-        body_bytes: longest body taken.
-        request_ids: whether to answer with `x-request-id`; Ray Serve does it itself.
-    """
-
-    def __init__(self, app: ASGIApp, telemetry: Telemetry, body_bytes: int, request_ids: bool) -> None:
-        self._app = app
-        self._telemetry = telemetry
-        self._body_bytes = body_bytes
-        self._request_ids = request_ids
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":  # lifespan, websocket
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        headers = dict(scope["headers"])
-        request_id: bytes = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
-        status, sent, started = 500, 0, False
-
-        async def framed_send(message: AsgiMessage) -> None:
-            nonlocal status, sent, started
-            if message["type"] == "http.response.start":
-                status, started = message["status"], True
-                added = [(b"server-timing", b"http;dur=%.2f" % ((time.perf_counter() - began) * 1e3))]
-                if self._request_ids:
-                    added.append((b"x-request-id", request_id))
-                message["headers"] = [*message.get("headers", []), *added]
-            elif message["type"] == "http.response.body":
-                sent += len(message.get("body", b""))
-            await send(message)
-
-        try:
-            if _declared(headers) > self._body_bytes:
-                await self._too_large(_declared(headers))(scope, receive, framed_send)
-            else:
-                await self._app(scope, self._counted(receive), framed_send)
-        except Exception:
-            name = request_id.decode("latin-1")
-            logger.exception("request %s, %s %s: unexpected error", name, scope["method"], scope["path"])
-            if started:
-                raise
-            await problems.unexpected()(scope, receive, framed_send)
-        finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            method = scope["method"] if scope["method"] in METHODS else "other"  # labels that clients can't multiply
-            self._telemetry.request(route, method, status, time.perf_counter() - began, sent)
-
-    def _counted(self, receive: Receive) -> Receive:
-        """Stop a body that comes in chunks, without a declared length, once it is too long."""
-        received = 0
-
-        async def counted() -> AsgiMessage:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._body_bytes:
-                raise HTTPException(413, self._limit_text(received))  # FastAPI lets only this one through
-            return message
-
-        return counted
-
-    def _too_large(self, length: int) -> Response:
-        return problems.problem(413, "body_too_large", self._limit_text(length))
-
-    def _limit_text(self, length: int) -> str:
-        return f"a body of {length} bytes or more; the service takes up to {self._body_bytes}"
-
-
-def _declared(headers: Mapping[bytes, bytes]) -> int:
-    length = headers.get(b"content-length", b"0")
-    return int(length) if length.isdigit() else 0
-
-
-def create_app(service: Service, limits: Limits = Limits(), request_ids: bool = True) -> FastAPI:
+def create_app(
+    service: Service, limits: Limits = Limits(), request_ids: bool = True, keys: ApiKeys | None = None
+) -> FastAPI:
     """Give the application over a service.
 
     Args:
         service: what answers.
         limits: waiting requests, bytes.
         request_ids: whether to answer with `x-request-id`; False where the host does.
+        keys: that are accepted; None or none leaves the service open.
     """
+    worker = Worker(limits.waiting)
+    monitor = Monitor(service, worker, limits.check_seconds)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with monitor.watching():
+            yield
+
     app = FastAPI(
+        lifespan=lifespan,
         title="recsys",
         version=recsys.__version__,
         description="Recommendations from long behaviour histories. Errors are RFC 9457 problem documents.",
         responses=problems.responses(),
     )
     problems.install(app)
-    worker = Worker(limits.waiting)
     searches = Searches(service, Worker(limits.waiting), Worker(limits.waiting))
     app.state.worker = worker
-    _add_answers(app, service, worker, searches, limits.deadlines)
+    _add_answers(app, service, worker, searches, monitor, limits.deadlines)
     add_search_routes(app, service, worker, searches)
     _add_lookups(app, service, worker)
     if service.path.availability is not None:
         add_availability(app, service.path.availability, json_response)
     _add_operations(app, service, worker, limits)
+    if keys:
+        app.add_middleware(KeyCheck, keys=keys)
+        declare(app)
     app.add_middleware(Frame, telemetry=service.telemetry, body_bytes=limits.body_bytes, request_ids=request_ids)
     return app
 
 
-def _add_answers(app: FastAPI, service: Service, worker: Worker, searches: Searches, deadlines: Deadlines) -> None:
+def _add_answers(
+    app: FastAPI, service: Service, worker: Worker, searches: Searches, monitor: Monitor, deadlines: Deadlines
+) -> None:
     """The routes that recommend, rank and record."""
     aside = Aside()
 
@@ -190,6 +124,7 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker, searches: Searc
         if found is None and service.has_rival(request.user_id):
             taken = worker.waiting <= SHADOW_WAITING and aside.offer(lambda: service.compare(request, answer, now))
             service.telemetry.shadow("taken" if taken else "dropped")
+        monitor.answered(answer)
         timings = {"queue": waited, **answer.timings, **({} if found is None else found[1].stages)}
         service.telemetry.stages(timings)
         return json_response(answer, timings)
@@ -214,7 +149,9 @@ def _add_answers(app: FastAPI, service: Service, worker: Worker, searches: Searc
         """
         began = time.perf_counter()
         answer, waited = await worker.run(lambda: service.record(request), Budget(deadlines))
-        timings = {"queue": waited, "record": time.perf_counter() - began - waited}
+        seconds = time.perf_counter() - began
+        service.telemetry.effect(seconds)
+        timings = {"queue": waited, "record": seconds - waited}
         service.telemetry.stages(timings)
         return json_response(answer, timings)
 

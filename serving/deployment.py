@@ -16,7 +16,9 @@ from recsys.config import parse
 from recsys.errors import RecsysError
 from serving.app import create_app
 from serving.lineup import Plan
+from serving.logs import LOGS, log_to
 from serving.problems import RETRY_AFTER_SECONDS
+from serving.security import read_keys
 from serving.settings import ServeConfig, load_plan, open_service
 from serving.worker import Worker
 
@@ -41,7 +43,9 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Give the application; Ray Serve calls this once, after the constructor."""
-        app = create_app(self._service, self._config.limits, request_ids=False)
+        log_to(self._config.state / LOGS, self._config.log_requests)
+        keys = read_keys(self._config.api_keys)
+        app = create_app(self._service, self._config.limits, request_ids=False, keys=keys)
         self._worker = app.state.worker
         return app
 

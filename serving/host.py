@@ -20,6 +20,8 @@ from typing import Any
 from recsys.errors import ConfigError, RecsysError
 from serving.event_log import SegmentLog
 from serving.lineup import Plan
+from serving.logs import LOGS, log_to
+from serving.security import read_keys
 from serving.settings import ServeConfig, load_into, open_service
 from serving.telemetry import MULTIPROCESS
 from serving.watcher import MlflowRegistry, WatchConfig, Watcher, adopt, check, keep, last_plan
@@ -29,7 +31,7 @@ __all__ = ["Running", "ServeConfig", "run_bare", "start"]
 APPLICATION = "recsys"
 READY_SECONDS = 120.0
 WATCHER_SECONDS = 30.0
-LOGS = "/tmp/ray/session_latest/logs/serve"
+RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
 
 
@@ -131,6 +133,7 @@ def start(config: ServeConfig) -> Running:
 
     _require_free(config.host, config.port)
     _require_unset()
+    read_keys(config.api_keys)
     plan = _first_plan(config)
     SnapshotReader(config.snapshot)
     SegmentLog(config.state / "log", config.durability, config.window).close()
@@ -154,9 +157,11 @@ def run_bare(config: ServeConfig) -> None:
 
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     _require_free(config.host, config.port)
+    keys = read_keys(config.api_keys)
     service = open_service(config)
     load_into(service, config.bundle)
-    app = create_app(service, config.limits)
+    log_to(config.state / LOGS, config.log_requests)
+    app = create_app(service, config.limits, keys=keys)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
 
 
@@ -210,6 +215,10 @@ def _set_environment(directory: Path) -> None:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # A replica that dies before it has answered loses nobody's request: it goes to another. An event that was
+        # written and not acknowledged may be sent twice then; with an event_id the repeat is recognised.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
@@ -286,8 +295,8 @@ def _await_running() -> None:
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             messages = [application.message, *(each.message for each in application.deployments.values())]
             reasons = {_last_line(message): None for message in messages if message}
-            raise RecsysError(f"the service did not start: {'; '.join(reasons)}; details in {LOGS}")
-    raise RecsysError(f"the service was not ready after {READY_SECONDS:.0f} s; details in {LOGS}")
+            raise RecsysError(f"the service did not start: {'; '.join(reasons)}; details in {RAY_LOGS}")
+    raise RecsysError(f"the service was not ready after {READY_SECONDS:.0f} s; details in {RAY_LOGS}")
 
 
 def _last_line(message: str) -> str:

@@ -8,6 +8,7 @@
     too_many_candidates       413      more items in one `rank` than the service takes
     too_many_documents        413      more documents in one `rerank` than the service takes
     too_many_events           413      more events in one post than the service takes
+    unauthorized              401      no accepted API key, where the service asks for one
     unknown_route             404
     unknown_user              404      nothing is known of the user asked about
     unknown_item              404      the bundle does not know the item asked about

@@ -131,6 +131,7 @@ class Service:
         if self.histories.missed():
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
+        self.telemetry.recommended(request.k, len(response.items), response.candidates)
         return response
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:

@@ -62,6 +62,10 @@ class ServeConfig:
     """where live histories are: in files that the replicas of this machine share, or in Redis, for several machines"""
     redis_url: str = field(default="", repr=False)
     """of the Redis store; the environment variable RECSYS_REDIS_URL if empty, where a password belongs"""
+    log_requests: bool = True
+    """whether every request gets a line in `logs/` under the state directory"""
+    api_keys: Path | None = None
+    """file with one API key a line, beside those of the variable RECSYS_API_KEYS; without any, everybody may ask"""
     history_events: int = HISTORY_EVENTS
     """newest posted events kept of a user; the recommender uses the newest 10,000 of a history"""
     recommender: RecommenderConfig = DEFAULTS

@@ -42,6 +42,41 @@ class Telemetry:
         self._candidates = Histogram(
             "recsys_rank_candidates", "Items in a rank request.", buckets=CANDIDATES, registry=registry
         )
+        self._pool = Histogram(
+            "recsys_recommend_candidates",
+            "Items scored for a recommendation.",
+            buckets=CANDIDATES,
+            registry=registry,
+        )
+        self._asked = Counter("recsys_items_asked", "Items that recommendations were to hold.", registry=registry)
+        self._given = Counter("recsys_items_given", "Items that recommendations held.", registry=registry)
+        self._effect = Histogram(
+            "recsys_event_effect_seconds",
+            "Time from a post's arrival until its events are used by every request.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._parity = Gauge(
+            "recsys_golden_parity_error",
+            "Largest relative difference of a golden request's scores from the published ones, at the last check.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
+        self._checks = Counter(
+            "recsys_golden_checks", "Golden requests replayed beside the answers.", registry=registry
+        )
+        self._created = Gauge(
+            "recsys_bundle_created_seconds",
+            "When the champion, and so its index, was made; seconds since 1970.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
+        self._drift = Gauge(
+            "recsys_score_drift",
+            "Population stability index of the newest scores against those at publish; above 0.25 they lie otherwise.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
         self._degraded = Counter(
             "recsys_degraded", "Answers given with a stage skipped.", ("stage",), registry=registry
         )
@@ -99,6 +134,29 @@ class Telemetry:
         """Say how many torn tails of the event log were cut off so far, and their bytes."""
         self._torn_tails.set(tails)
         self._torn_bytes.set(cut)
+
+    def recommended(self, asked: int, given: int, candidates: int) -> None:
+        """Count the items that a recommendation was to hold, holds, and was chosen from."""
+        self._asked.inc(asked)
+        self._given.inc(given)
+        self._pool.observe(candidates)
+
+    def effect(self, seconds: float) -> None:
+        """Count the time from a post's arrival until its events are used."""
+        self._effect.observe(seconds)
+
+    def parity(self, error: float) -> None:
+        """Tell how far a golden request's scores are from the published ones."""
+        self._parity.set(error)
+        self._checks.inc()
+
+    def created(self, seconds: float) -> None:
+        """Tell when the champion was made, seconds since 1970."""
+        self._created.set(seconds)
+
+    def drift(self, index: float) -> None:
+        """Tell how far scores have drifted from where they lay at publish."""
+        self._drift.set(index)
 
     def candidates(self, asked: int, unknown: int) -> None:
         """Count the items of a rank request, and those unknown."""

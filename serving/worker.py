@@ -1,6 +1,7 @@
 """Where requests wait for their turn, and how answers leave."""
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,9 @@ class Worker:
         asked = time.perf_counter()
         self._waiting += 1
         try:
-            result, started = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, work, budget)
+            result, started = await asyncio.get_running_loop().run_in_executor(
+                self._thread, contextvars.copy_context().run, self._timed, work, budget
+            )
         finally:
             self._waiting -= 1
         return result, started - asked

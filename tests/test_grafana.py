@@ -30,6 +30,11 @@ def labels() -> dict[str, set[str]]:
     telemetry.swap()
     telemetry.refused()
     telemetry.shadow("taken")
+    telemetry.recommended(10, 9, 200)
+    telemetry.effect(0.001)
+    telemetry.parity(0.0)
+    telemetry.created(1.0)
+    telemetry.drift(0.1)
     families = text_string_to_metric_families(telemetry.scrape().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

@@ -14,6 +14,7 @@ import worlds
 from pipelines.prepared import PreparedSet
 from pipelines.publish import publish, register
 from pipelines.recommend import RECOMMENDATIONS, SCORES, rank_requests, recommend_users
+from pipelines.reference import score_reference
 from pipelines.tracking import run, tracking_client
 from pipelines.train import TrainConfig, Trained
 from ranking.bundle import Bundle
@@ -134,7 +135,7 @@ def test_not_a_snapshot(tmp_path):
     with pytest.raises(DataError, match=r"snapshot.json: no such file"):
         SnapshotReader(tmp_path)
     write_json(tmp_path / "snapshot.json", {"format": 9})
-    with pytest.raises(DataError, match="snapshot of format 9, this version reads 1"):
+    with pytest.raises(DataError, match="snapshot of format 9, this version reads 2"):
         SnapshotReader(tmp_path)
     with pytest.raises(DataError, match="1 user ids, but 25 histories"):
         write_snapshot(tmp_path / "other", ["one"], WORLD.histories, "digest")
@@ -199,3 +200,12 @@ def test_registering_gives_a_version_that_can_be_loaded(published, tmp_path):
         fetched = Bundle.load(Path(client.download_artifacts(tracked.run_id, path, str(tmp_path))))
         assert fetched.ranker_name == ranker
         assert fetched.version == version.tags["bundle"]
+
+
+def test_a_bundle_tells_how_its_scores_lay_and_the_same_answers_have_no_drift(published):
+    bundle = Bundle.load(published[0], golden=False)
+    assert bundle.reference is not None
+    assert "reference.json" in bundle.manifest.files
+    assert score_reference(published[2])(bundle) == bundle.reference
+    assert sum(bundle.reference.shares) == pytest.approx(1)
+    assert bundle.reference.scores > 0

@@ -1,0 +1,103 @@
+"""What the service says of itself: parity with publish, drift of scores, ages and ratios."""
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from serving_world import LATER, make_service, publish_world
+from starlette.testclient import TestClient
+
+from ranking.drift import LEAST, Drift, ScoreReference, stability
+from ranking.golden import TOLERANCE
+from serving.app import Limits, create_app
+from serving.monitor import Monitor
+from serving.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    service = make_service(publish_world(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("state"))
+    yield service
+    service.close()
+
+
+def sample(text: str, name: str) -> float:
+    return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).rsplit(" ", 1)[1])
+
+
+# --- drift
+
+
+def test_the_same_scores_have_no_drift_and_shifted_ones_have():
+    scores = np.random.default_rng(0).normal(size=4_000)
+    reference = ScoreReference.of(scores[:2_000])
+    assert len(reference.shares) == 10
+    assert stability(reference, scores[2_000:]) < 0.02
+    assert stability(reference, scores[2_000:] + 1) > 0.25
+
+
+def test_the_index_by_hand():
+    reference = ScoreReference(edges=[0.0], shares=[0.5, 0.5], scores=10**9)
+    live = np.array([-1.0] * 200 + [1.0] * 800)
+    p = np.array([200.5, 800.5]) / 1001
+    assert stability(reference, live) == pytest.approx(np.sum((p - 0.5) * np.log(p / 0.5)), rel=1e-6)
+
+
+@given(st.lists(st.floats(-1e9, 1e9), max_size=50), st.lists(st.floats(-1e9, 1e9), max_size=50))
+def test_any_scores_have_a_finite_index_that_is_not_negative(old, new):
+    index = stability(ScoreReference.of(np.array(old)), np.array(new))
+    assert np.isfinite(index)
+    assert index >= -1e-12
+
+
+def test_few_scores_say_nothing():
+    drift = Drift(ScoreReference.of(np.arange(100.0)))
+    drift.add(np.arange(LEAST - 1.0))
+    assert drift.value() is None
+    drift.add([1.0])
+    assert drift.value() is not None
+
+
+# --- golden requests
+
+
+def test_a_sound_bundle_is_as_published_and_another_weight_is_told(service):
+    monitor, served = Monitor(service, Worker(4), 60), service.served
+    for _ in range(4):
+        asyncio.run(monitor.check())
+        assert sample(service.telemetry.scrape().decode(), "recsys_golden_parity_error") <= TOLERANCE
+    golden = served.bundle.golden
+    moved = [
+        user.model_copy(update={"scores": [score + 0.01 for score in user.scores]}) for user in golden.users
+    ]  # as if published by other code
+    other = dataclasses.replace(served.bundle, golden=golden.model_copy(update={"users": moved}))
+    service.swap(dataclasses.replace(served, bundle=other))
+    asyncio.run(monitor.check())
+    service.swap(served)
+    assert sample(service.telemetry.scrape().decode(), "recsys_golden_parity_error") > 1e-3
+
+
+def test_a_service_checks_itself_and_counts_what_it_gives(service):
+    reference = ScoreReference(edges=[1e8], shares=[0.5, 0.5], scores=100)
+    service.swap(
+        dataclasses.replace(service.served, bundle=dataclasses.replace(service.served.bundle, reference=reference))
+    )
+    with TestClient(create_app(service, Limits(check_seconds=0.02))) as client:
+        for number in range(60):
+            user = {"user_id": f"user-{number % 20}", "k": 10, "at": LATER}
+            client.post("/v1/recommend", json=user).raise_for_status()
+        client.post("/v1/recommend", json={"user_id": "user-1", "k": 1000}).raise_for_status()
+        client.post("/v1/events", json={"events": [{"user_id": "u", "item_id": "item-1"}]}).raise_for_status()
+        for _ in range(500):
+            text = client.get("/metrics").text
+            if sample(text, "recsys_score_drift"):
+                break
+    assert sample(text, "recsys_score_drift") > 0.25  # all scores lie in one of two bins
+    assert sample(text, "recsys_golden_checks_total") >= 1
+    assert sample(text, "recsys_bundle_created_seconds") == 1_767_225_600  # 2026-01-01
+    assert sample(text, "recsys_items_given_total") < sample(text, "recsys_items_asked_total")
+    assert sample(text, "recsys_event_effect_seconds_count") == 1
+    assert sample(text, "recsys_recommend_candidates_count") == 61
