@@ -7,19 +7,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+import torch
+from numpy.typing import NDArray
 
 from pipelines.cold_start import features_of, item_names, vectors_of
 from pipelines.prepared import PreparedSet
 from pipelines.reference import score_reference
 from pipelines.tracking import git_commit, tracking_client
 from pipelines.train import Trained
-from ranking.batch import FIRST_ITEM
+from ranking.batch import FIRST_ITEM, assemble
 from ranking.bundle import Contents, NamedModel, write_bundle
 from ranking.content import match_content
-from ranking.index import IndexConfig
+from ranking.index import SAMPLE, IndexConfig
 from ranking.manifest import MANIFEST, Provenance, read_manifest
 from ranking.snapshot import write_snapshot
+from ranking.users import LATEST
 from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json
@@ -57,6 +61,7 @@ def publish(
 
     Raises:
         DataError: the set's catalogue does not fit its item table.
+        GateError: the index finds too little of what an exhaustive search finds; nothing is written.
     """
     contents = contents_of(prepared, ranker, retriever)
     features = features_of(prepared)
@@ -71,7 +76,8 @@ def publish(
         data_digest=prepared.digest,
         metrics=_numbers(metrics),
     )
-    version = write_bundle(out, contents, provenance, index, reference=score_reference(prepared))
+    queries = None if retriever is None else _user_vectors(prepared, retriever.model)
+    version = write_bundle(out, contents, provenance, index, queries=queries, reference=score_reference(prepared))
     write_snapshot(snapshot, prepared.users[USER_ID].cast(pl.String).to_list(), prepared.histories, prepared.digest)
     return version
 
@@ -148,6 +154,22 @@ def register(
     except MlflowException as error:
         raise ConfigError(f"MLflow at {uri}: cannot register {bundle / MANIFEST}: {error}") from error
     return version
+
+
+def _user_vectors(prepared: PreparedSet, model: Any) -> NDArray[np.float32]:
+    """Give the retriever's vectors of up to `SAMPLE` users, spread evenly: what its index will be asked."""
+    histories = prepared.histories
+    users = np.linspace(0, len(histories) - 1, min(SAMPLE, len(histories))).astype(np.int64)
+    starts, ends = histories.offsets[users], histories.offsets[users + 1]
+    users = users[ends > starts]
+    starts, ends = histories.offsets[users], histories.offsets[users + 1]
+    at = np.full(len(users), LATEST, np.int64)
+    nothing = np.empty((len(users), 0), np.int32)
+    batch = assemble(histories.events, starts, ends, at, nothing, prepared.key_to_row, window=model.window)
+    device = model.items.count.device
+    with torch.inference_mode():
+        vectors: NDArray[np.float32] = model.user_vectors(batch.to(device).history).float().cpu().numpy()
+    return vectors
 
 
 def _named(trained: Trained) -> NamedModel:

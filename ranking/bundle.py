@@ -40,7 +40,8 @@ from ranking.content import ContentMatch
 from ranking.content_vectors import ContentVectors, WithContent
 from ranking.drift import ScoreReference
 from ranking.golden import Answering, Golden, golden_error, make_golden, replay
-from ranking.index import Index, IndexConfig, build
+from ranking.index import Index, IndexConfig
+from ranking.item_index import item_index
 from ranking.items import ItemTable
 from ranking.manifest import (
     FORMAT,
@@ -220,6 +221,7 @@ def write_bundle(
     index: IndexConfig | None = None,
     seed: int = 0,
     reference: Callable[["Bundle"], ScoreReference] | None = None,
+    queries: NDArray[np.float32] | None = None,
 ) -> str:
     """Write a bundle, whole or not at all, and give its version; the same input gives the same version.
 
@@ -230,6 +232,11 @@ def write_bundle(
         index: how the retriever's item vectors are indexed.
         seed: of the golden requests.
         reference: given the bundle so far, tells how the scores of its answers lie.
+        queries: float32 [n, D], vectors of users on which the index's recall is measured; those of items if absent.
+
+    Raises:
+        BundleError: a model nobody knows, or a retriever without item vectors.
+        GateError: the index finds less than `IndexConfig.recall` of what an exhaustive search finds.
     """
     named: list[tuple[Role, NamedModel]] = []
     if contents.ranker is not None:
@@ -253,11 +260,11 @@ def write_bundle(
             contents.content.save(temporary / "content.safetensors")
         if contents.content_vectors is not None:
             contents.content_vectors.save(temporary / "content_vectors.safetensors")
-        found, shards = None, []
+        found, recall, shards = None, None, []
         if contents.ranker is not None:
             ranker, retriever = _answering_models(contents, contents.ranker.model, entries)
-            found = None if retriever is None else _build_index(retriever, index or IndexConfig())
-            if found is not None:
+            if retriever is not None:
+                found, recall = item_index(retriever, index or IndexConfig(), queries)
                 (temporary / "index").mkdir()
                 shards = found.save(temporary / "index")
             golden = make_golden(_answering_of(contents, ranker, retriever, found), seed)
@@ -280,6 +287,7 @@ def write_bundle(
             models=entries,
             index=[path.relative_to(temporary).as_posix() for path in shards],
             text=text,
+            index_recall=recall,
             files=describe(temporary),
         )
         write_json(temporary / MANIFEST, manifest.model_dump())
@@ -321,17 +329,6 @@ def _answering_models(
         retriever = WithContent(retriever, contents.content_vectors)
     same = entries["ranker"].weights == entries["retriever"].weights
     return (retriever if same else ranker), retriever
-
-
-def _build_index(model: AnyRanker, config: IndexConfig) -> Index:
-    retriever = cast(Retriever, model)
-    with torch.inference_mode():
-        vectors = retriever.item_vectors().detach().float().cpu().numpy()
-    rows = np.flatnonzero(vectors.any(axis=1))
-    rows = rows[rows >= FIRST_ITEM]
-    if not len(rows):
-        raise BundleError(f"{type(model).__name__} has no item vector that is not zero; is it trained?")
-    return build(vectors[rows], rows, config)
 
 
 def _load_parts(

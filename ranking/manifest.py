@@ -52,6 +52,15 @@ class TextEntry(Message):
     index: list[str] = Field(description="files of the passage index's shards, in order")
 
 
+class IndexRecall(Message):
+    """How well the index finds what an exhaustive search finds, measured when it was built."""
+
+    value: float = Field(description="mean share of the exact best `at` that were found")
+    at: int
+    queries: int
+    of: Literal["users", "items"] = Field(description="whose vectors the queries were")
+
+
 class Manifest(Message):
     """Everything a bundle says of itself."""
 
@@ -62,6 +71,7 @@ class Manifest(Message):
     models: dict[Role, ModelEntry]
     index: list[str] = Field(description="files of the index shards, in order")
     text: TextEntry | None = Field(default=None, description="absent where the bundle searches no text")
+    index_recall: IndexRecall | None = None
     files: dict[str, FileEntry]
 
 

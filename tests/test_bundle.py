@@ -16,11 +16,11 @@ from torch import nn
 import worlds
 from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
 from ranking.gradient_boosting import GradientBoosting
-from ranking.index import IndexConfig
+from ranking.index import Index, IndexConfig
 from ranking.manifest import MANIFEST, Provenance
 from ranking.models import RANKERS
 from ranking.strings import StringTable
-from recsys.errors import BundleError
+from recsys.errors import BundleError, GateError
 from recsys.files import sha256_file
 from recsys.history import UNKNOWN_KEY
 
@@ -305,3 +305,17 @@ def test_string_tables_round_trip(strings):
     table = StringTable.from_tensors(StringTable.of(strings).tensors("s"), "s", "here")
     assert list(table) == strings
     assert [table[i] for i in range(len(table))] == strings
+
+
+def test_an_index_below_its_recall_is_not_written(tmp_path, monkeypatch):
+    parts = contents(named("dare"), named("mqsa_ted"))
+    users = np.random.default_rng(0).normal(size=(7, SMALL["mqsa_ted"]["width"])).astype(np.float32)
+    write_bundle(tmp_path / "bundle", parts, PROVENANCE, IndexConfig(exact_below=0, lists=10), queries=users)
+    told = Bundle.load(tmp_path / "bundle").manifest.index_recall
+    assert (told.value >= 0.99, told.queries, told.of) == (True, 7, "users")
+    monkeypatch.setattr(Index, "recall", lambda self, queries: 0.7 if len(queries) == 7 else 1.0)
+    with pytest.raises(GateError, match=r"the index finds 0.7000 of the exact best 100 of 7 queries; expected 0.99"):
+        write_bundle(tmp_path / "other", parts, PROVENANCE, queries=users)
+    assert not (tmp_path / "other").exists()
+    write_bundle(tmp_path / "other", parts, PROVENANCE)
+    assert Bundle.load(tmp_path / "other").manifest.index_recall.of == "items"

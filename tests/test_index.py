@@ -69,6 +69,30 @@ def test_inverted_lists_miss_nothing_that_is_needed():
     np.testing.assert_array_equal(np.sort(found), np.broadcast_to(np.flatnonzero(allowed), (50, 20)))
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_as_many_lists_are_read_as_the_recall_takes(shards):
+    """On vectors without any structure few lists find little, and what was chosen finds the share asked for."""
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(6_000, 16)).astype(np.float32)
+    queries = rng.normal(size=(100, 16)).astype(np.float32)
+    rows = np.arange(2, 6_002)
+    truth, _ = build(vectors, rows).search(queries, 50)
+    chosen = {}
+    for wanted in (0.5, 0.9, 1.0):
+        config = IndexConfig(exact_below=0, rows_per_shard=6_000 // shards, recall=wanted)
+        index = build(vectors, rows, config, queries)
+        found, _ = index.search(queries, 50)
+        assert np.mean([len(set(a) & set(b)) / 50 for a, b in zip(found, truth, strict=True)]) == pytest.approx(
+            index.recall(queries, 50)
+        )
+        assert index.recall(queries) >= wanted
+        np.testing.assert_array_equal(index.exact(queries, 50), truth)
+        chosen[wanted] = index._shards[0].nprobe
+    assert chosen[0.5] < chosen[0.9] < chosen[1.0]
+    few = build(vectors, rows, IndexConfig(0, 6_000 // shards, lists=6, probes=1), queries)
+    assert few.recall(queries) < 0.5
+
+
 def test_equal_scores_are_ordered_by_row():
     vectors = np.ones((30, WIDTH), np.float32)
     index = build(vectors, np.arange(31, 1, -1), IndexConfig(rows_per_shard=10))
@@ -116,8 +140,10 @@ def test_bad_input_is_named(tmp_path: Path):
         build(np.eye(WIDTH, dtype=np.float32), np.arange(3))
     with pytest.raises(ConfigError, match="at least one"):
         build(np.empty((0, WIDTH), np.float32), np.arange(0))
-    with pytest.raises(ConfigError, match=r"\[index\] probes is 0"):
-        IndexConfig(probes=0)
+    with pytest.raises(ConfigError, match=r"\[index\] probes is -1"):
+        IndexConfig(probes=-1)
+    with pytest.raises(ConfigError, match=r"\[index\] recall is 1.5"):
+        IndexConfig(recall=1.5)
     broken = tmp_path / "shard_000.faiss"
     broken.write_bytes(b"not an index")
     with pytest.raises(BundleError, match=r"shard_000\.faiss: not a FAISS index"):
