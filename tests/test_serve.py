@@ -5,15 +5,18 @@ import json
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from serving_world import LATER, Place, make_service, publish_world
 
 from recsys.errors import BundleError, ConfigError, DataError
-from recsys.messages import RankRequest, RecommendRequest
+from recsys.messages import EventIn, RankRequest, RecommendRequest
+from serving.client import Client
 from serving.host import Running, ServeConfig, start
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
@@ -50,6 +53,12 @@ def call(running: Running, method: str, path: str, body=None, headers=None) -> t
     data = response.read()
     connection.close()
     return response.status, {name.lower(): value for name, value in response.getheaders()}, data
+
+
+def replicas(running: Running) -> list[psutil.Process]:
+    """Give the processes of the replicas of the service that this process has started."""
+    started = psutil.Process().children(recursive=True)
+    return [process for process in started if any("ServeReplica" in word for word in process.cmdline())]
 
 
 def post(running: Running, path: str, body) -> dict:
@@ -151,6 +160,37 @@ class TestServed:
         for _ in range(30):
             assert call(running, "GET", "/v1/models")[0] == 200
         assert {counted() for _ in range(5)} == {before + 30}
+
+    def test_a_killed_replica_costs_no_request_and_no_acknowledged_event(self, running):
+        acknowledged: list[EventIn] = []
+        ended = threading.Event()
+
+        def ask(number: int) -> None:
+            with Client(running.address, timeout=60) as client:  # it sends again once
+                for turn in range(100_000):
+                    if ended.is_set():
+                        return
+                    client.recommend("user-1", at=LATER)
+                    event = EventIn(user_id="killed", item_id="item-1", event_id=f"killed {number} {turn}")
+                    client.events(event)
+                    acknowledged.append(event)
+
+        with ThreadPoolExecutor(2) as clients:
+            asking = [clients.submit(ask, number) for number in range(2)]
+            try:
+                while len(acknowledged) < 20 and not any(future.done() for future in asking):
+                    time.sleep(0.01)
+                replicas(running)[0].kill()
+                before = len(acknowledged)
+                while len(acknowledged) < before + 200 and not any(future.done() for future in asking):
+                    time.sleep(0.01)
+            finally:
+                ended.set()
+            for future in asking:
+                future.result()
+        with Client(running.address, timeout=60) as client:
+            verdicts = client.events(*acknowledged[-900:]).verdicts
+        assert {verdict.verdict for verdict in verdicts} == {"duplicate"}
 
     def test_a_swap_loses_no_request_and_a_refused_bundle_changes_nothing(self, running, place, tmp_path):
         old = json.loads(call(running, "GET", "/v1/models")[2])["version"]
