@@ -1,6 +1,10 @@
 """Latency of `/v1/recommend` and `/v1/rank` (200 candidates) under Ray Serve, beside a bare uvicorn process.
 
     python tests/benchmarks/serving_latency.py --bundle BUNDLE --snapshot SNAPSHOT --out latency.json
+    python tests/benchmarks/serving_latency.py --ranker sdim --ranker dare --clients 1 8 32 --swaps
+
+The second form makes a world of 1 M items x 64, 1,000-event histories, and answers from about 200 candidates; `--swaps`
+measures Ray Serve once more while a bundle is swapped again and again.
 
 Both hosts run the same application over the same bundle, one after the other, each in processes of its own. Clients
 are threads of this process with one connection each, so client and server share the machine's cores.
@@ -14,18 +18,23 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from serving.host import ServeConfig, run_bare, start
+sys.path.insert(0, str(Path(__file__).parent))
+
+from big_world import write_big_world
+
+from serving.host import Running, ServeConfig, run_bare, start
 
 WARM_UP = 100
 CANDIDATES = 200
+USERS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Row:
     """Latency of one route under one host."""
 
     host: str
+    ranker: str  # of a large world, else empty
     route: str
     clients: int
     requests: int
@@ -43,32 +53,76 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--snapshot", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--snapshot", type=Path)
+    parser.add_argument("--ranker", action="append", default=[], help="make a large world for it; may be repeated")
+    parser.add_argument("--items", type=int, default=1_000_000, help="of a large world")
+    parser.add_argument("--length", type=int, default=1_000, help="events of a history of a large world")
+    parser.add_argument("--swaps", action="store_true", help="measure Ray Serve during swaps too (large worlds)")
     parser.add_argument("--requests", type=int, default=1000, help="per measurement")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--hosts", nargs="+", choices=["bare", "serve"], default=["bare", "serve"])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for both hosts
-    bodies = _bodies(arguments.bundle, arguments.snapshot)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as state:
-        for name in arguments.hosts:
-            config = ServeConfig(arguments.bundle, arguments.snapshot, Path(state) / name, port=_free_port())
-            with {"bare": _bare, "serve": _serve}[name](config):
-                _measure(config.port, "/v1/rank", bodies["/v1/rank"], 1, WARM_UP)
-                for clients, (route, texts) in itertools.product(arguments.clients, bodies.items()):
-                    _measure(config.port, route, texts, clients, WARM_UP)
-                    seconds, times = _measure(config.port, route, texts, clients, arguments.requests)
-                    count = len(times)
-                    rows.append(
-                        Row(name, route, clients, count, count / seconds, times[count // 2], times[int(count * 0.99)])
-                    )
-                    print(_line(rows[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        worlds = {"": (arguments.bundle, arguments.snapshot, None)} if arguments.bundle else {}
+        for ranker in arguments.ranker:
+            big = write_big_world(Path(directory) / ranker, ranker, arguments.items, USERS, arguments.length)
+            worlds[ranker] = (big.bundle, big.snapshot, big.twin)
+        for ranker, (bundle, snapshot, twin) in worlds.items():
+            bodies = _bodies(bundle, snapshot)
+            for name in arguments.hosts:
+                state = Path(directory) / f"state-{ranker}-{name}"
+                config = ServeConfig(bundle, snapshot, state, port=_free_port())
+                with {"bare": _bare, "serve": _serve}[name](config) as running:
+                    found = _measured(name, ranker, config.port, bodies, arguments.clients, arguments.requests)
+                    rows += found
+                    if arguments.swaps and running is not None and twin is not None:
+                        with _swapping(running, [twin, bundle]):
+                            again = ("serve+swaps", ranker, config.port, bodies, arguments.clients, arguments.requests)
+                            rows += _measured(*again)
     _compare(rows)
     if arguments.out:
         arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+
+
+def _measured(
+    host: str, ranker: str, port: int, bodies: dict[str, list[str]], clients: list[int], requests: int
+) -> list[Row]:
+    """Measure every route with every number of clients, each after a warm-up."""
+    rows = []
+    _measure(port, "/v1/rank", bodies["/v1/rank"], 1, WARM_UP)
+    for number, (route, texts) in itertools.product(clients, bodies.items()):
+        _measure(port, route, texts, number, WARM_UP)
+        seconds, times = _measure(port, route, texts, number, requests)
+        count = len(times)
+        rows.append(
+            Row(host, ranker, route, number, count, count / seconds, times[count // 2], times[int(count * 0.99)])
+        )
+        print(_line(rows[-1]), flush=True)
+    return rows
+
+
+@contextmanager
+def _swapping(running: Running, bundles: list[Path]) -> Iterator[None]:
+    """Swap bundles one after the other as long as the context is open."""
+    ended = threading.Event()
+
+    def swap() -> None:
+        for bundle in itertools.cycle(bundles):
+            if ended.is_set():
+                return
+            running.swap(bundle)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _bodies(bundle: Path, snapshot: Path) -> dict[str, list[str]]:
@@ -118,25 +172,25 @@ def _measure(port: int, route: str, bodies: list[str], clients: int, requests: i
 
 
 @contextmanager
-def _serve(config: ServeConfig) -> Iterator[None]:
-    with start(config):
-        yield
+def _serve(config: ServeConfig) -> Iterator[Running | None]:
+    with start(config) as running:
+        yield running
 
 
 @contextmanager
-def _bare(config: ServeConfig) -> Iterator[None]:
+def _bare(config: ServeConfig) -> Iterator[Running | None]:
     process = multiprocessing.get_context("spawn").Process(target=run_bare, args=(config,), daemon=True)
     process.start()
     try:
         _await(config.port, process.is_alive)
-        yield
+        yield None
     finally:
         process.terminate()
         process.join(10)
 
 
 def _await(port: int, alive: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # a large world takes its time
     while time.monotonic() < deadline and alive():
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -153,21 +207,26 @@ def _free_port() -> int:
 
 def _line(row: Row) -> str:
     return (
-        f"{row.host:<6} {row.route:<14} {row.clients:>3} clients  {row.per_second:7.0f} requests/s  "
+        f"{row.host:<11} {row.ranker:<6} {row.route:<14} {row.clients:>3} clients  {row.per_second:7.0f} requests/s  "
         f"p50 {row.p50_ms:7.2f} ms  p99 {row.p99_ms:7.2f} ms"
     )
 
 
 def _compare(rows: list[Row]) -> None:
     """Print how many times the bare process's latency Ray Serve takes."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
-        found.setdefault((row.route, row.clients), {})[row.host] = row
-    for (route, clients), by_host in found.items():
-        if len(by_host) == 2:
-            p50 = by_host["serve"].p50_ms / by_host["bare"].p50_ms
-            p99 = by_host["serve"].p99_ms / by_host["bare"].p99_ms
-            print(f"serve / bare  {route:<14} {clients:>3} clients  p50 x {p50:.2f}  p99 x {p99:.2f}")
+        found.setdefault((row.ranker, row.route, row.clients), {})[row.host] = row
+    for (ranker, route, clients), by_host in found.items():
+        for host in ("serve", "serve+swaps"):
+            if "bare" in by_host and host in by_host:
+                bare, row = by_host["bare"], by_host[host]
+                print(
+                    f"{host} / bare  {ranker:<6} {route:<14} {clients:>3} clients  "
+                    f"p50 x {row.p50_ms / bare.p50_ms:.2f} "
+                    f"({row.p50_ms - bare.p50_ms:+.2f} ms)  p99 x {row.p99_ms / bare.p99_ms:.2f}  "
+                    f"throughput x {row.per_second / bare.per_second:.2f}"
+                )
 
 
 if __name__ == "__main__":
