@@ -1,7 +1,7 @@
 """A small published bundle and snapshot, and services over them, for the tests of `serving/`."""
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, NamedModel, write_bundle
 from ranking.items import ItemTable
+from ranking.ladder import Deadlines
 from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
@@ -19,6 +20,9 @@ from worlds import DAY, START, make_world
 
 USERS = 20
 ITEMS = 62
+PATIENT = Deadlines(**{each.name: 600.0 for each in fields(Deadlines)})
+"""For tests whose answers must be whole however busy the machine is."""
+
 LATER = START + 1_000 * DAY
 """After all events of the world."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import LATER, Place, free_port, make_service, publish_world
+from serving_world import LATER, PATIENT, Place, free_port, make_service, publish_world
 from starlette.testclient import TestClient
 
 from ranking.ladder import Budget, Deadlines, Ladder, retriever_order
@@ -67,7 +67,7 @@ def ask(recommender, budget: Budget | None, **fields):
 
 
 def budget(**late: float) -> Budget:
-    return Budget(Deadlines(**late))
+    return Budget(dataclasses.replace(PATIENT, **late))
 
 
 # --- the ladder
@@ -167,7 +167,7 @@ def test_a_degraded_answer_is_an_answer_and_is_counted(service, bundle):
     broken = dataclasses.replace(bundle, ranking_model=Faulty(bundle.ranker, "score"))
     service.swap(Served(broken, Recommender(broken, service.store)))
     try:
-        with TestClient(create_app(service)) as client:
+        with TestClient(create_app(service, Limits(deadlines=PATIENT))) as client:
             answer = client.post("/v1/recommend", json={"user_id": "user-1", "at": LATER})
             assert (answer.status_code, answer.json()["degraded"]) == (200, ["rank"])
             assert 'recsys_degraded_total{stage="rank"} 1.0' in client.get("/metrics").text

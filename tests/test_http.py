@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_world import LATER, USERS, Place, make_service, publish_world
+from serving_world import LATER, PATIENT, USERS, Place, make_service, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import StoreError
@@ -36,7 +36,9 @@ def service(place, tmp_path):
 
 @pytest.fixture
 def client(service):
-    with TestClient(create_app(service, Limits(body_bytes=500_000)), raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(service, Limits(body_bytes=500_000, deadlines=PATIENT)), raise_server_exceptions=False
+    ) as client:
         yield client
 
 
@@ -296,7 +298,8 @@ def test_a_swap_loses_no_request_and_mixes_no_bundles(place, tmp_path):
     service = make_service(place, tmp_path)
     versions = {service.version: 62}
     asked = {"user_id": "user-1", "k": 100, "at": LATER}
-    with TestClient(create_app(service)) as client, ThreadPoolExecutor(2) as clients:
+    app = create_app(service, Limits(deadlines=PATIENT))
+    with TestClient(app) as client, ThreadPoolExecutor(2) as clients:
         ended = threading.Event()
 
         def ask() -> list[dict]:
@@ -416,7 +419,10 @@ class Blocked:
 def test_overload_is_told_at_once_and_passes(service):
     blocked = Blocked(service.served.recommender)
     service.swap(dataclasses.replace(service.served, recommender=blocked))
-    with TestClient(create_app(service, Limits(waiting=1))) as client, ThreadPoolExecutor(1) as clients:
+    with (
+        TestClient(create_app(service, Limits(waiting=1, deadlines=PATIENT))) as client,
+        ThreadPoolExecutor(1) as clients,
+    ):
         first = clients.submit(recommend, client, user_id="user-1")
         assert blocked.entered.acquire(timeout=30)
         refused = client.post("/v1/recommend", json=USER)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving_world import LATER, Place, make_service, publish_world
+from serving_world import LATER, PATIENT, Place, make_service, publish_world
 
 from recsys.errors import BundleError, ConfigError, DataError
 from recsys.messages import EventIn, RankRequest, RecommendRequest
+from serving.app import Limits
 from serving.client import Client
 from serving.host import Running, ServeConfig, start
 
@@ -39,7 +40,9 @@ def config(place: Place, state: Path, port: int) -> ServeConfig:
 
 @pytest.fixture(scope="module")
 def running(place, tmp_path_factory):
-    two = replace(config(place, tmp_path_factory.mktemp("state"), free_port()), replicas=2)
+    two = replace(
+        config(place, tmp_path_factory.mktemp("state"), free_port()), replicas=2, limits=Limits(deadlines=PATIENT)
+    )
     with start(two) as running:
         yield running
 
