@@ -164,6 +164,33 @@ class TestServed:
             assert call(running, "GET", "/v1/models")[0] == 200
         assert {counted() for _ in range(5)} == {before + 30}
 
+    def test_a_swap_loses_no_request_and_a_refused_bundle_changes_nothing(self, running, place, tmp_path):
+        old = json.loads(call(running, "GET", "/v1/models")[2])["version"]
+        ended = threading.Event()
+
+        def ask() -> list[str]:
+            versions = []
+            while not ended.is_set():
+                versions.append(post(running, "/v1/recommend", {"user_id": "user-1", "at": LATER})["model_version"])
+            return versions
+
+        with ThreadPoolExecutor(2) as clients:
+            asking = [clients.submit(ask) for _ in range(2)]
+            try:
+                new = running.swap(place.smaller)
+                after = post(running, "/v1/recommend", {"user_id": "user-1"})["model_version"]
+                broken = publish_world(tmp_path / "broken").bundle
+                (broken / "golden.json").write_text("{}")
+                with pytest.raises(BundleError):
+                    running.swap(broken)
+            finally:
+                ended.set()
+            seen = {version for future in asking for version in future.result()}
+        assert new == after != old
+        assert seen == {old, new}
+        assert {json.loads(call(running, "GET", "/v1/models")[2])["version"] for _ in range(8)} == {new}
+
+    # The last one: Serve takes no new plan while a replica is being replaced.
     def test_a_killed_replica_costs_no_request_and_no_acknowledged_event(self, running):
         acknowledged: list[EventIn] = []
         ended = threading.Event()
@@ -194,29 +221,3 @@ class TestServed:
         with Client(running.address, timeout=60) as client:
             verdicts = client.events(*acknowledged[-900:]).verdicts
         assert {verdict.verdict for verdict in verdicts} == {"duplicate"}
-
-    def test_a_swap_loses_no_request_and_a_refused_bundle_changes_nothing(self, running, place, tmp_path):
-        old = json.loads(call(running, "GET", "/v1/models")[2])["version"]
-        ended = threading.Event()
-
-        def ask() -> list[str]:
-            versions = []
-            while not ended.is_set():
-                versions.append(post(running, "/v1/recommend", {"user_id": "user-1", "at": LATER})["model_version"])
-            return versions
-
-        with ThreadPoolExecutor(2) as clients:
-            asking = [clients.submit(ask) for _ in range(2)]
-            try:
-                new = running.swap(place.smaller)
-                after = post(running, "/v1/recommend", {"user_id": "user-1"})["model_version"]
-                broken = publish_world(tmp_path / "broken").bundle
-                (broken / "golden.json").write_text("{}")
-                with pytest.raises(BundleError):
-                    running.swap(broken)
-            finally:
-                ended.set()
-            seen = {version for future in asking for version in future.result()}
-        assert new == after != old
-        assert seen == {old, new}
-        assert {json.loads(call(running, "GET", "/v1/models")[2])["version"] for _ in range(8)} == {new}

@@ -63,7 +63,7 @@ class Load:
         self.address, self.report = address, report
         self.ended, self.counts = threading.Event(), Counter[str]()
         self.acknowledged: list[list[EventIn]] = [[] for _ in range(CLIENTS)]
-        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(CLIENTS)]
+        self.threads = [threading.Thread(target=self.run, args=(number,), daemon=True) for number in range(CLIENTS)]
 
     def run(self, number: int) -> None:
         draw = random.Random(number)
@@ -153,6 +153,7 @@ def _disturb(running: Running, place: Place, report: Report, seconds: float) -> 
             kills.pop(0)
             found[0].send_signal(signal.SIGKILL)
             report.kills += 1
+            _await_two()
         for process in found:
             try:
                 resident = process.memory_info().rss
@@ -164,6 +165,19 @@ def _disturb(running: Running, place: Place, report: Report, seconds: float) -> 
                 last[process.pid] = resident
         time.sleep(max(seconds / 10 - 2, 1))
     report.memory_growth = max((last[pid] / first[pid] - 1 for pid in first), default=0.0)
+
+
+def _await_two() -> None:
+    """Wait until Serve has replaced a replica: until then it takes no new plan."""
+    from ray import serve
+
+    deadline = time.monotonic() + 60
+    time.sleep(1)  # until the death is noticed
+    while time.monotonic() < deadline:
+        application = serve.status().applications["recsys"]
+        if application.status == "RUNNING" and len(replicas()) == 2:
+            return
+        time.sleep(0.5)
 
 
 def main() -> None:
