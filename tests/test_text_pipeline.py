@@ -307,3 +307,19 @@ def test_relevant_and_equal_passages_are_never_negatives(folder, encoder):
     task = EncoderTask(config, tiny_model(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})
     also = task.left_out(queries.texts, queries.grades, [0, 1, 2, 1], torch.tensor([0, 2]))
     assert also.tolist() == [[False, True, True, True], [True, True, False, True]]
+
+
+def test_head_room_grows_with_its_bound_and_starts_at_the_plain_encoder():
+    from pipelines.head_room import head_room
+
+    draws = np.random.default_rng(0)
+    passages = draws.normal(size=(30, 16)).astype(np.float32)
+    passages /= np.linalg.norm(passages, axis=1, keepdims=True)
+    gold = np.arange(12)
+    queries = passages[gold] + 0.3 * draws.normal(size=(12, 16)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    plain = float(((queries @ passages.T).argmax(axis=1) == gold).mean())
+    none, some, much = head_room(queries, passages, gold, (0.0, 1.0, 6.0))
+    assert none.gold == pytest.approx(plain)
+    assert none.gold <= some.gold <= much.gold
+    assert none.wrong <= some.wrong <= much.wrong <= much.gold + 0.2
