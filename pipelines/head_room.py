@@ -66,6 +66,7 @@ def _share(queries: Vectors, passages: Vectors, target: NDArray[np.int64], bound
         scores = enhance(e, bound * torch.sigmoid(free)) @ p.T  # [Q, N]; the sigmoid keeps z within the bound
         found |= scores.argmax(dim=1) == wanted
         optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(scores / TEMPERATURE, wanted).backward()
+        loss = torch.nn.functional.cross_entropy(scores / TEMPERATURE, wanted)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return float(found.float().mean())
