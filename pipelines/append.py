@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
+from shutil import copy2, rmtree
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from pipelines import assembly, buckets, splits
 from pipelines.buckets import Sessions, SortedEvents
 from pipelines.catalogue import NEWEST
+from pipelines.forgotten import NAME as FORGOTTEN
+from pipelines.forgotten import refuse_if_forgotten_since
 from pipelines.growth import PairRuns, load_pending, updated_edges
 from pipelines.merging import Merged, merge_histories
 from pipelines.parts import Part, PartRecord, keep_part, open_part
@@ -66,9 +68,13 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
     records = known_parts(earlier)
     if part.record.digest in {record.digest for record in records}:
         raise DataError(f"{source}: is part of {previous} already; nothing to append")
+    if part.hidden:
+        raise DataError(f"{source}: it has users who asked to be forgotten; prepare all parts anew")
     if not (previous / GROWTH).exists():
         raise DataError(f"{previous}: nothing was kept to append to (appendable = false); prepare all parts anew")
     with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
+        if (previous / FORGOTTEN).exists():
+            copy2(previous / FORGOTTEN, target / FORGOTTEN)
         names, log = _grow(earlier, part, records, target, Path(work), config, report)
         finish(target, Path(work), names, log, config, report)
     return PreparedSet(out)
@@ -88,6 +94,7 @@ def add_part(
         directory: the prepared set, replaced as a whole.
         progress: told (step, done, total) as work goes on.
     """
+    refuse_if_forgotten_since(directory, parts)
     kept = keep_part(source, later)
     try:
         prepared = PreparedSet(directory)

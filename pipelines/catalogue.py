@@ -79,7 +79,7 @@ def users(
         if part is not parts[-1]:
             known = span.select(USER_ID, NEWEST)
             newest = known if newest is None else pl.concat([newest, known]).group_by(USER_ID).agg(pl.col(NEWEST).max())
-        table = _keyed(span.drop(NEWEST), pl.read_parquet(part.users), table, USER_ID, USER_KEY)
+        table = _keyed(span.drop(NEWEST), part.users(), table, USER_ID, USER_KEY)
     assert table is not None
     before = np.empty(0, np.uint64)
     if previous is not None and hashes is not None:

@@ -3,7 +3,8 @@
     events.parquet        user_id, item_id, timestamp; action, value, session_id, event_id where the log has them
     items.parquet         item_id, text, the catalogue's columns; one row per item
     users.parquet         user_id, the users' columns; one row per user
-    impressions.parquet   request_id, user_id, item_id, timestamp, label; only where the log has them
+    impressions.parquet   request_id, user_id, item_id, timestamp, label; only where the log has them. Those of our own
+                          service have position (from 1) and propensity too
     ingest.json           the data card (pipelines.cards): counts, time range, what was left out and why, digest
 
 `ingest` takes a log in canonical columns, `ingest_files` any files that a mapping describes. Events are streamed and
@@ -40,6 +41,7 @@ REQUIRED = (USER_ID, ITEM_ID, TIMESTAMP)
 OPTIONAL = {ACTION: pl.String(), VALUE: pl.Float64(), SESSION_ID: pl.String(), EVENT_ID: pl.String()}
 
 
+MORE_OF_IMPRESSIONS = {"position": pl.Int32(), "propensity": pl.Float64()}
 IMPRESSIONS = {REQUEST_ID: pl.String(), USER_ID: pl.String(), ITEM_ID: pl.String(), TIMESTAMP: pl.Int64()}
 
 
@@ -87,7 +89,10 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
         missing_text = _write_items(raw, out, written)
         _canonical_table(raw.name, "users", raw.users, USER_ID, written).write_parquet(out / "users.parquet")
         if raw.impressions is not None:
-            columns = [pl.col(name).cast(kind) for name, kind in (*IMPRESSIONS.items(), (LABEL, pl.UInt8()))]
+            wanted = {**IMPRESSIONS, LABEL: pl.UInt8()}
+            there = raw.impressions.collect_schema()
+            wanted |= {name: kind for name, kind in MORE_OF_IMPRESSIONS.items() if name in there}
+            columns = [pl.col(name).cast(kind) for name, kind in wanted.items()]
             raw.impressions.select(columns).sink_parquet(out / "impressions.parquet", compression="zstd")
             names.append("impressions.parquet")
         card = _card(raw, out, names, count, missing_text)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import polars as pl
 
+from pipelines.forgotten import hidden_users
+from recsys.columns import USER_ID
 from recsys.errors import DataError
 from recsys.files import read_json, sha256_json, whole_directory
 
@@ -35,22 +37,25 @@ class PartRecord:
 
 @dataclass(frozen=True)
 class Part:
-    """One directory that `ingest` wrote; `columns` are those of its events, `record` what a set remembers of it."""
+    """One directory that `ingest` wrote; `columns` are those of its events, `record` what a set remembers of it.
+
+    `hidden` are users who asked to be forgotten after its events (`pipelines.forgotten`): it gives none of them.
+    """
 
     directory: Path
     events: pl.LazyFrame
     columns: tuple[str, ...]
     record: PartRecord
+    hidden: tuple[str, ...] = ()
 
     @property
     def items(self) -> Path:
         """Its item table."""
         return self.directory / "items.parquet"
 
-    @property
-    def users(self) -> Path:
-        """Its user table."""
-        return self.directory / "users.parquet"
+    def users(self) -> pl.DataFrame:
+        """Give its user table."""
+        return pl.read_parquet(self.directory / "users.parquet").filter(~pl.col(USER_ID).is_in(self.hidden))
 
 
 def open_part(directory: Path) -> Part:
@@ -59,7 +64,11 @@ def open_part(directory: Path) -> Part:
         if not (directory / f"{name}.parquet").exists():
             raise DataError(f"{directory / name}.parquet: no such file; run `recsys ingest` first")
     summary = read_json(directory / "ingest.json")
+    hidden = hidden_users(directory)
     events = pl.scan_parquet(directory / "events.parquet")
+    columns = tuple(events.collect_schema().names())
+    if hidden:
+        events = events.filter(~pl.col(USER_ID).is_in(hidden))
     record = PartRecord(
         name=str(summary["source"]),
         digest=str(summary["digest"]),
@@ -67,7 +76,7 @@ def open_part(directory: Path) -> Part:
         first=int(summary["first_time"]),
         last=int(summary["last_time"]),
     )
-    return Part(directory, events, tuple(events.collect_schema().names()), record)
+    return Part(directory, events, columns, record, hidden)
 
 
 def source_of(records: Sequence[PartRecord]) -> dict[str, str]:

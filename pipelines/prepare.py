@@ -26,6 +26,7 @@ import polars as pl
 
 from pipelines import assembly, buckets, splits
 from pipelines.catalogue import USER_HASH
+from pipelines.forgotten import record_in
 from pipelines.growth import save_pending
 from pipelines.parts import Part, open_part
 from pipelines.prepared import GROWTH, PreparedSet, contents, digest_of, file_digests
@@ -78,6 +79,7 @@ def prepare(
     parts = [open_part(path) for path in ([source] if isinstance(source, Path) else source)]
     earlier = None if previous is None else PreparedSet(previous)
     with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
+        record_in(target, [part.hidden for part in parts])
         names, log = _read(parts, target, Path(work), config, report, earlier)
         finish(target, Path(work), names, log, config, report)
     return PreparedSet(out)

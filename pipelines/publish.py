@@ -1,7 +1,7 @@
 """Publishing: trained models and a prepared set become a bundle, a user snapshot, and a version in MLflow."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from ranking.users import LATEST
 from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json
+from recsys.stores import LogMark
 
 MODEL_NAME = "recsys"
 """Name of the registered model in MLflow."""
@@ -42,6 +43,7 @@ def publish(
     index: IndexConfig | None = None,
     created: str | None = None,
     commit: str | None = None,
+    logs: Sequence[LogMark] = (),
 ) -> str:
     """Write the bundle and the user snapshot, each whole or not at all, and give the bundle's version.
 
@@ -58,6 +60,7 @@ def publish(
         index: how item vectors are indexed.
         created: ISO 8601 time in UTC; now if absent.
         commit: of the code; that of the running code if absent.
+        logs: what the set contains of a service's event log (`pipelines.from_serving.contained`).
 
     Raises:
         DataError: the set's catalogue does not fit its item table.
@@ -78,7 +81,8 @@ def publish(
     )
     queries = None if retriever is None else _user_vectors(prepared, retriever.model)
     version = write_bundle(out, contents, provenance, index, queries=queries, reference=score_reference(prepared))
-    write_snapshot(snapshot, prepared.users[USER_ID].cast(pl.String).to_list(), prepared.histories, prepared.digest)
+    user_ids = prepared.users[USER_ID].cast(pl.String).to_list()
+    write_snapshot(snapshot, user_ids, prepared.histories, prepared.digest, logs)
     return version
 
 

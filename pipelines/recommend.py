@@ -15,6 +15,7 @@ import polars as pl
 import torch
 
 from pipelines.ray_session import ray_session
+from ranking.as_served import Remembered
 from ranking.bundle import Bundle
 from ranking.manifest import read_manifest
 from ranking.recommender import Recommender, RecommenderConfig
@@ -74,13 +75,15 @@ class BatchRequest:
     """What is asked for every user of a batch.
 
     `k` items each, at the moment `at` (microseconds UTC; only events strictly before it are used), without the items of
-    the user's history if `exclude_seen`; `config` holds quotas and limits, as the service has them.
+    the user's history if `exclude_seen`; `config` holds quotas and limits, as the service has them. Of `hidden` users
+    nothing is known: they asked the service to be forgotten since the snapshot was published.
     """
 
     k: int
     at: int
     exclude_seen: bool = False
     config: RecommenderConfig = field(default_factory=RecommenderConfig)
+    hidden: frozenset[str] = frozenset()
 
 
 def recommend_users(
@@ -198,7 +201,9 @@ class _Worker:
 
     def __init__(self, bundle: Path, snapshot: Path, asked: BatchRequest) -> None:
         self._asked = asked
-        self._recommender = Recommender(Bundle.load(bundle), SnapshotReader(snapshot), asked.config)
+        self._recommender = Recommender(
+            Bundle.load(bundle), Remembered(SnapshotReader(snapshot), asked.hidden), asked.config
+        )
 
     def answer(self, user_ids: Sequence[str]) -> pl.DataFrame:
         """Give the rows of one chunk."""

@@ -82,6 +82,10 @@ def name_all(
         DataError: a column or a positive action that does not occur, more items than transitions can be counted over.
     """
     items = catalogue.catalogue(parts, previous)
+    if any(part.hidden for part in parts):
+        previous_users, hashes = None, None  # those who are forgotten must not come back from the set before
+    else:
+        previous_users = previous
     actions = catalogue.action_names(parts, [] if previous is None else previous.manifest["actions"])
     for name in config.positive:
         if name not in actions:
@@ -91,7 +95,7 @@ def name_all(
     categorical = catalogue.categorical_columns(items, config.columns)
     multi = catalogue.multi_columns(items, config.multi)
     numeric = catalogue.numeric_columns(items, config.numeric, categorical)
-    people = catalogue.users(parts, previous, buckets, newest, hashes)
+    people = catalogue.users(parts, previous_users, buckets, newest, hashes)
     names = Names(items, people, actions, categorical, multi, numeric)
     if names.rows > MAX_ROWS:
         raise DataError(f"{items.height:,} items; transitions can be counted over at most {MAX_ROWS:,}")

@@ -37,6 +37,7 @@ from serving.replies import (
     SimilarResponse,
     UsersResponse,
 )
+from serving.request_log import RequestLog, logged
 from serving.state import State
 from serving.telemetry import Telemetry
 from serving.view import LiveHistories
@@ -60,6 +61,7 @@ class Service:
         pairs: where answers are kept beside a rival's; None keeps none.
         path: settings and live state of the request path, for every bundle.
         search: depths and time budgets of text search; the defaults if absent.
+        requests: where a sample of the answers is kept for training and replay; None keeps none.
 
     Every method may be called from several threads at once.
     """
@@ -74,6 +76,7 @@ class Service:
         pairs: PairLog | None = None,
         path: RequestPath = WHOLE_PATH,
         search: SearchConfig | None = None,
+        requests: RequestLog | None = None,
     ) -> None:
         self.path = path
         self.telemetry = telemetry
@@ -83,6 +86,7 @@ class Service:
         self.search_config = search or SearchConfig()
         self._share = share
         self._pairs = pairs
+        self._requests = requests
         self._lineup: Lineup | None = None
         self._swapping = threading.Lock()
 
@@ -123,16 +127,28 @@ class Service:
             budget: the time there is; stages that fail or are late are then left out and named.
             found: what was found for the request's query, and by which bundle, which then ranks it too.
         """
-        moment = self.state.now() if now is None else now
+        lineup, moment = self.lineup, self.state.now() if now is None else now
+        self.histories.observed()  # what an earlier request left behind
         if found is None:
-            response = self.lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
+            response = lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
         else:
             response = found[0].recommender.recommend(request, moment, budget, found[1])
         if self.histories.missed():
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.recommended(request.k, len(response.items), response.candidates)
+        if found is None:  # what a text search proposed can't be made again from the history
+            self._log_answer(request, response, moment, lineup.champion.bundle.version)
         return response
+
+    def _log_answer(self, request: RecommendRequest, response: RecommendResponse, now: int, champion: str) -> None:
+        """Offer an answer to the request log, if it was made whole from a stored history and is drawn."""
+        log, observed = self._requests, self.histories.observed()
+        if log is None or observed is None or request.user_id is None or response.degraded or not log.wanted():
+            return
+        at = now if request.at is None else request.at
+        taken = log.offer(logged(request, response, at, observed, self.state.log.id, champion))
+        self.telemetry.logged(taken)
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
         """Give the scores of given items for a user."""
@@ -272,6 +288,8 @@ class Service:
 
     def close(self) -> None:
         """Close log and store."""
+        if self._requests is not None:
+            self._requests.close()
         self.state.close()
         if self._pairs is not None:
             self._pairs.close()

@@ -16,6 +16,7 @@ from serving.event_log import WINDOW, Durability, SegmentLog
 from serving.history_store import LmdbHistoryStore
 from serving.lineup import BundlePlace, NoRanker, Plan, Role, Served
 from serving.pairs import PairLog
+from serving.request_log import RequestLog, RequestLogConfig
 from serving.service import Service
 from serving.telemetry import Telemetry
 from serving.view import HISTORY_EVENTS, LiveHistories, Snapshot
@@ -23,6 +24,7 @@ from serving.view_files import remove_unused
 from serving.watcher import WatchConfig
 
 PAIRS = "pairs"
+REQUESTS = "requests"
 REDIS_URL = "RECSYS_REDIS_URL"
 WARM_EVENTS = 50
 WARM_REQUESTS = 3
@@ -58,6 +60,8 @@ class ServeConfig:
     """depths and time budgets of text search, where the bundle has it"""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """registry whose aliases say which bundles serve"""
+    request_log: RequestLogConfig = field(default_factory=RequestLogConfig)
+    """which answers are logged for training and replay; none unless asked for"""
     history_store: Literal["lmdb", "redis"] = "lmdb"
     """where live histories are: in files that the replicas of this machine share, or in Redis, for several machines"""
     redis_url: str = field(default="", repr=False)
@@ -106,11 +110,21 @@ def open_service(config: ServeConfig) -> Service:
     use_threads(config.cores)
     log = SegmentLog(config.state / "log", config.durability, config.window)
     pairs = PairLog(config.state / PAIRS)
+    requests = RequestLog(config.state / REQUESTS, config.request_log) if config.request_log.share else None
     store, telemetry = _open_store(config, SnapshotReader(config.snapshot)), Telemetry()
     telemetry.recovered(*log.recovered())
     states = StateCache(config.recommender.states) if config.recommender.states.bytes else None
     path = RequestPath(config.recommender, AvailabilityFile(config.state / "availability.json"), states)
-    return Service(log, store, telemetry, share=config.challenger_share, pairs=pairs, path=path, search=config.search)
+    return Service(
+        log,
+        store,
+        telemetry,
+        share=config.challenger_share,
+        pairs=pairs,
+        path=path,
+        search=config.search,
+        requests=requests,
+    )
 
 
 def _open_store(config: ServeConfig, base: Snapshot) -> LiveHistories:

@@ -88,6 +88,9 @@ class Telemetry:
         )
         self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
         self._forgotten = Counter("recsys_users_forgotten", "Users forgotten on request.", registry=registry)
+        self._logged = Counter(
+            "recsys_request_log_answers", "Answers drawn for the request log.", ("outcome",), registry=registry
+        )
         self._torn_tails = Gauge(
             "recsys_event_log_torn_tails",
             "Writers of the event log that died while they wrote, since the log began.",
@@ -129,6 +132,10 @@ class Telemetry:
     def degraded(self, stage: str) -> None:
         """Count a stage that was skipped."""
         self._degraded.labels(stage).inc()
+
+    def logged(self, taken: bool) -> None:
+        """Count an answer that was drawn for the request log, and whether there was room."""
+        self._logged.labels("taken" if taken else "dropped").inc()
 
     def recovered(self, tails: int, cut: int) -> None:
         """Say how many torn tails of the event log were cut off so far, and their bytes."""

@@ -27,6 +27,7 @@ VERBS = (
     answers.recommend,
     answers.serve,
     answers.compare_online,
+    answers.replay,
     answers.quickstart,
 )
 

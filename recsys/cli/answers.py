@@ -28,6 +28,7 @@ def recommend(
     """Recommend to many users at once, with the very request path of the service."""
     from pipelines.recommend import BatchRequest, read_user_ids, recommend_on_workers, recommend_users
     from pipelines.workspace import Workspace
+    from ranking.as_served import Remembered, forgotten_since
     from ranking.bundle import Bundle
     from ranking.manifest import read_manifest
     from ranking.recommender_config import DEFAULTS, load_recommender
@@ -37,19 +38,46 @@ def recommend(
     config = load_recommender(recommender) if recommender else DEFAULTS
     _, version = read_manifest(place.require(place.bundle, "publish"))
     snapshot = SnapshotReader(place.snapshot)
-    ids = read_user_ids(users) if users else snapshot.users(len(snapshot))
+    hidden = forgotten_since(place.state, snapshot)
+    ids = read_user_ids(users) if users else [user for user in snapshot.users(len(snapshot)) if user not in hidden]
     with Terminal().bar("recommend") as bar:
         if workers == 1:
             bundle = Bundle.load(place.bundle)
+            known = Remembered(snapshot, hidden)
             count = recommend_users(
-                bundle, snapshot, ids, k, moment, out, config=config, progress=lambda done, n: bar(done, n, "")
+                bundle, known, ids, k, moment, out, config=config, progress=lambda done, n: bar(done, n, "")
             )
         else:
-            asked = BatchRequest(k, moment, config=config)
+            asked = BatchRequest(k, moment, config=config, hidden=hidden)
             count = recommend_on_workers(
                 place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
             )
     typer.echo(f"{out}: {count} rows for {len(ids)} users, bundle {version}")
+
+
+def replay(
+    log: Annotated[Path, typer.Option(help="State directory of a service that logged its answers.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to score with; that of the workspace if absent.")] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Snapshot that was served; that of the workspace if absent.")
+    ] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of the newest answers.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score logged answers again with any bundle, over the histories as they were, and say what differs."""
+    import json
+
+    from pipelines.replay import replay as run
+    from pipelines.workspace import Workspace
+    from ranking.bundle import Bundle
+    from ranking.snapshot import SnapshotReader
+
+    place = Workspace(workspace)
+    chosen = Bundle.load(bundle or place.require(place.bundle, "publish"), golden=False)
+    with Terminal().bar("replay") as bar:
+        found = run(log, chosen, SnapshotReader(snapshot or place.snapshot), limit, lambda done, n: bar(done, n, ""))
+    typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else found.text())
 
 
 def serve(

@@ -1,8 +1,9 @@
 """The verbs from a raw log to a prepared set: init, ingest, prepare, audit."""
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,18 +38,33 @@ def ingest(
     ] = None,
     users: Annotated[int | None, typer.Option(help="Keep a sample of this many users of a dataset.", min=1)] = None,
     newest: Annotated[int | None, typer.Option(help="Keep only so many newest events of each user.", min=1)] = None,
+    from_serving: Annotated[
+        Path | None, typer.Option(help="State directory of a service: take in what it logged since the last time.")
+    ] = None,
+    window_days: Annotated[
+        float, typer.Option(help="With --from-serving: days after an answer in which an event counts for it.")
+    ] = 1.0,
+    as_of: Annotated[
+        int | None, typer.Option(help="With --from-serving: moment of judgement, microseconds UTC; now if absent.")
+    ] = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a raw log into the canonical events, items and users of a workspace."""
     from pipelines.datasets import DATASETS
     from pipelines.datasets import newest as newest_of
+    from pipelines.from_serving import forget_again
     from pipelines.ingest import ingest as run
     from pipelines.ingest import ingest_files, quarantine_of
     from pipelines.mapping import load_mapping
     from pipelines.workspace import Workspace
 
     log, name = Workspace(workspace).log, dataset or "completejourney"
+    if from_serving is not None:
+        if config is not None or dataset is not None or users is not None or newest is not None or assignments:
+            raise ConfigError("--from-serving reads a service's own logs; expected no other source beside it")
+        _ingest_from_serving(Workspace(workspace), from_serving, window_days, as_of, as_json)
+        return
     if config is not None:
         if dataset is not None or users is not None or newest is not None:
             raise ConfigError("--dataset, --users and --newest choose a known log; expected --config alone")
@@ -60,6 +76,7 @@ def ingest(
     else:
         raw = DATASETS[name](users)
         card = run(raw if newest is None else newest_of(raw, newest), log)
+    forget_again(Workspace(workspace))
     if as_json:
         print_result(card, as_json)
     else:
@@ -68,6 +85,18 @@ def ingest(
         Terminal().say(f"Bad rows: {quarantine_of(log)}")
     if card.order == "position":
         Terminal().say("This log knows only an order: prepare splits it by each user's last requests.")
+
+
+def _ingest_from_serving(place: Any, state: Path, window_days: float, as_of: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from pipelines.from_serving import DAY, Attribution, ingest_from_serving
+
+    moment = time.time_ns() // 1000 if as_of is None else as_of
+    found = ingest_from_serving(state, place, Attribution(round(window_days * DAY), moment))
+    print_result(asdict(found), as_json)
+    if found.forgotten or found.part:
+        Terminal().say(f"Next: recsys prepare --workspace {place.root}")
 
 
 def prepare(
@@ -104,8 +133,16 @@ def prepare(
         for part in add or ():
             prepared = add_part(part, place.parts, place.later_parts, out, report)
         if not add:
-            prepared = run(place.parts, out, options, report)
+            prepared = run(place.parts, out, options, report, _numbering(place))
     print_result(prepared.manifest, as_json)
+
+
+def _numbering(place: Any) -> Path | None:
+    """Give the set whose item numbers go on: that of before, where forgotten users would otherwise change them."""
+    from pipelines.forgotten import read_list
+
+    there: Path = place.prepared.directory
+    return there if read_list(place.root) and (there / "manifest.json").exists() else None
 
 
 def audit(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:

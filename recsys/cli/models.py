@@ -186,6 +186,7 @@ def publish(
     mlflow: UriOption = None,
 ) -> None:
     """Write a bundle and a user snapshot, and register the bundle in MLflow."""
+    from pipelines.from_serving import contained
     from pipelines.publish import publish as run
     from pipelines.publish import register
     from pipelines.train import trained_run
@@ -203,6 +204,7 @@ def publish(
         out=place.bundle,
         snapshot=place.snapshot,
         metrics=chosen.summary.table(),
+        logs=contained(place.prepared, place.parts),
     )
     version = register(place.bundle, chosen.run_id, mlflow or place.tracking_uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")

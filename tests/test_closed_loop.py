@@ -1,0 +1,204 @@
+"""The loop: what users do with what is served is learned from; nothing counts twice or is kept of the forgotten."""
+
+import json
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from serving_world import Place, make_service
+
+from pipelines.datasets import RawLog
+from pipelines.from_serving import Attribution, FromServing, contained, ingest_from_serving
+from pipelines.ingest import ingest
+from pipelines.prepare import PrepareConfig, prepare
+from pipelines.publish import publish
+from pipelines.replay import replay
+from pipelines.settings import SplitConfig
+from pipelines.train import load_config, train
+from pipelines.workspace import Workspace
+from ranking.bundle import Bundle
+from ranking.recommender import Recommender
+from ranking.snapshot import SnapshotReader
+from recsys.errors import DataError
+from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
+from recsys.request_log import encode, files, read_file
+from serving.request_log import RequestLogConfig
+from serving.service import Service
+from worlds import DAY, START, World, make_world
+
+HOUR = DAY // 24
+CONFIG = Path("pipelines/configs/mean_pooling.toml")
+QUICK = ["stop.max_steps=60", "stop.validate_every=60", "stop.epochs=100", "stop.requests=100", "batches.rows=64"]
+ROUNDS = (6, 12, 18)
+"""Days the log has at first, after the first round, after the second."""
+FORGOTTEN, LATE = "user-3", "user-5"
+
+
+def user(number: int) -> str:
+    return f"user-{number}"
+
+
+def item(key: int) -> str:
+    return f"item-{key}"
+
+
+@dataclass
+class Loop:
+    """A workspace and a service on it, taken round by round."""
+
+    world: World
+    place: Workspace
+    uri: str
+
+    def begin(self) -> None:
+        rows = [
+            (user(number), item(key), moment)
+            for number in range(len(self.world.histories))
+            for key, moment in self.events(number, 0, ROUNDS[0])
+        ]
+        events = pl.LazyFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")
+        codes = self.world.items.categorical[2:, 0].tolist()
+        items = pl.LazyFrame({"item_id": map(item, range(len(codes))), "category": [f"category {c}" for c in codes]})
+        ingest(RawLog("world", events, items), self.place.log)
+
+    def events(self, number: int, first: int, last: int) -> list[tuple[int, int]]:
+        history = self.world.histories.of(number)
+        return list(zip(history.item[first:last].tolist(), history.time[first:last].tolist(), strict=True))
+
+    def learn(self) -> float:
+        """Prepare, train, publish; give how often the bundle ranks a user's last item above another."""
+        place = self.place
+        config = PrepareConfig(split=SplitConfig(valid_days=1, test_days=1), negatives=4, workers=1)
+        previous = place.prepared.directory if place.prepared.directory.exists() else None
+        prepared = prepare(place.parts, place.prepared.directory, config, previous=previous)
+        name = f"run-{len(place.parts)}"
+        trained = train(load_config(CONFIG, QUICK), prepared, place.run(name), self.uri)
+        publish(prepared, trained, None, place.bundle, place.snapshot, {}, logs=contained(prepared, place.parts))
+        return self.quality()
+
+    def quality(self) -> float:
+        recommender = Recommender(Bundle.load(self.place.bundle), SnapshotReader(self.place.snapshot))
+        draws = np.random.default_rng(0)
+        shares = []
+        for number in range(len(self.world.histories)):
+            *before, (wanted, at) = self.events(number, 0, 10**6)
+            inline = [InlineEvent(item_id=item(key), timestamp=moment) for key, moment in before]
+            others = [item(int(key)) for key in draws.permutation(self.world.known)[:9] if key != wanted]
+            request = RankRequest(history=inline, item_ids=[item(wanted), *others], at=at)
+            scores = [-1e9 if score is None else score for score in recommender.rank(request, at).scores]
+            shares.append(np.mean([(scores[0] > other) + 0.5 * (scores[0] == other) for other in scores[1:]]))
+        return float(np.mean(shares))
+
+    def serve(self) -> Service:
+        served = Place(self.place.snapshot, self.place.bundle, self.place.bundle)
+        return make_service(served, self.place.state, request_log=RequestLogConfig(share=1.0, segment_bytes=50_000))
+
+    def live(self, service: Service, first: int, last: int) -> None:
+        """Let every user be recommended something and then do what they do, day by day."""
+        for day in range(first, last):
+            posted = []
+            for number in range(len(self.world.histories)):
+                for key, moment in self.events(number, day, day + 1):
+                    if number % 4 == 0 or user(number) in (FORGOTTEN, LATE):
+                        service.recommend(RecommendRequest(user_id=user(number), at=moment - HOUR))
+                    posted.append(EventIn(user_id=user(number), item_id=item(key), timestamp=moment))
+            service.record(EventsRequest(events=posted))
+
+    def take(self, last: int, window: int = DAY // 2) -> FromServing:
+        return ingest_from_serving(self.place.state, self.place, Attribution(window, START + last * DAY - HOUR))
+
+    def read(self, service: Service, name: str) -> list[int]:
+        found = service.store.read(name)
+        return [] if found is None else found.time.tolist()
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory, mlflow_uri) -> Loop:
+    loop = Loop(make_world(users=60, length=24, known=30), Workspace(tmp_path_factory.mktemp("loop")), mlflow_uri)
+    loop.begin()
+    return loop
+
+
+def test_serving_teaches_twice_and_ends_with_a_better_model(loop):
+    place = loop.place
+    quality = [loop.learn()]
+    for number, (first, last) in enumerate(pairwise(ROUNDS)):
+        service = loop.serve()
+        loop.live(service, first, last)
+        if number == 0:
+            late = EventIn(user_id=LATE, item_id="item-0", timestamp=START + DAY // 3, event_id="late")
+            service.record(EventsRequest(events=[late]))
+            forgotten = service.forget(FORGOTTEN)
+            assert forgotten.posted_events == last - first
+        before = {name: loop.read(service, name) for name in (LATE, "user-0", "user-1", FORGOTTEN)}
+        service.close()
+        same = replay(place.state, Bundle.load(place.bundle), SnapshotReader(place.snapshot))
+        assert (same.replayed, same.identical, same.score_delta) == (same.replayed, same.replayed, 0.0)
+        assert same.replayed > 50
+        taken = loop.take(last)
+        check_taken(loop, taken, number)
+        quality.append(loop.learn())
+        # The new snapshot holds what the log holds: over it and the same log, every history is what it was.
+        service = loop.serve()
+        assert {name: loop.read(service, name) for name in before} == before
+        service.close()
+        known = SnapshotReader(place.snapshot).read(FORGOTTEN)
+        assert (known is None) == (number == 0)
+        assert (FORGOTTEN in place.prepared.users["user_id"].to_list()) == (number > 0)
+    assert known is not None
+    assert min(known.time) >= START + ROUNDS[1] * DAY
+    assert quality[2] > quality[0] + 0.03, quality
+
+
+def check_taken(loop: Loop, taken: FromServing, number: int) -> None:
+    part = Path(str(taken.part))
+    assert taken.left_out == 1  # the late one, in this round and the next
+    assert (taken.verified > 50, taken.unverified) == (True, 0)
+    impressions = pl.read_parquet(part / "impressions.parquet")
+    assert impressions.height == taken.positives + taken.negatives > 0
+    assert taken.positives > 20
+    events = pl.read_parquet(part / "events.parquet")
+    named = events["user_id"].to_list() + impressions["user_id"].to_list()
+    assert (FORGOTTEN in named) == (number > 0)  # afterwards a life begins anew
+    taken_items = events.rename({"timestamp": "taken"}).select("user_id", "item_id", "taken")
+    after = impressions.join(taken_items, on=["user_id", "item_id"], how="left").with_columns(
+        ((pl.col("taken") - pl.col("timestamp")).is_between(1, DAY // 2)).fill_null(False).alias("in time")
+    )
+    truth = after.group_by("request_id", "item_id").agg(pl.col("in time").any(), pl.col("label").first())
+    assert truth["in time"].cast(pl.UInt8).equals(truth["label"])
+    again = loop.take(ROUNDS[number + 1])
+    assert (again.events, again.answers, again.part) == (0, 0, None)
+    listed = json.loads((loop.place.root / "forgotten.json").read_text())
+    assert listed == {FORGOTTEN: 1}
+
+
+def test_a_history_that_was_not_served_as_it_is_rebuilt_stops_the_loop(loop, tmp_path):
+    """After the rounds above: a digest in the request log that the event log does not explain."""
+    service = loop.serve()
+    loop.live(service, ROUNDS[-1], ROUNDS[-1] + 1)
+    service.close()
+    path = files(loop.place.state / "requests")[-1]
+    answers = [answer for answer, _ in read_file(path)]
+    path.write_bytes(b"".join(encode(replace(answer, history="0" * 16)) for answer in answers))
+    parts = list(loop.place.parts)
+    with pytest.raises(DataError, match="the one rebuilt up to position"):
+        loop.take(ROUNDS[-1] + 2)
+    assert loop.place.parts == parts
+    path.write_bytes(b"".join(map(encode, answers)))
+    part = pl.read_parquet(Path(str(loop.take(ROUNDS[-1] + 2).part)) / "impressions.parquet")
+    assert set(part["label"]) == {0, 1}
+
+
+def test_answers_whose_window_has_not_passed_wait(loop):
+    service = loop.serve()
+    loop.live(service, ROUNDS[-1] + 1, ROUNDS[-1] + 2)
+    service.close()
+    taken = loop.take(ROUNDS[-1] + 2, window=9 * DAY)
+    assert (taken.answers, taken.not_mature > 0) == (0, True)
+    service = loop.serve()
+    loop.live(service, ROUNDS[-1] + 2, ROUNDS[-1] + 3)
+    service.close()
+    assert loop.take(ROUNDS[-1] + 20, window=9 * DAY).answers > taken.not_mature
