@@ -227,27 +227,6 @@ def test_an_explanation_tells_every_stage_and_changes_nothing(bundle):
     assert told.explanation.candidates + reasons["seen"] + reasons["filter of brand"] >= len(told.items)
 
 
-class Backwards:
-    """A text stage that turns the order round."""
-
-    def rerank(self, query, rows, scores):
-        return -scores
-
-
-def test_a_query_goes_through_the_text_stage_or_says_it_did_not(bundle):
-    asked = RecommendRequest(user_id="3", k=5, at=NOW, query="tea", explain=True)
-    without = Recommender(bundle, Store()).recommend(asked, NOW)
-    assert without.degraded == ["rerank"]
-    config = RecommenderConfig(rerank_depth=9)
-    answer = Recommender(bundle, Store(), config, text=Backwards()).recommend(asked, NOW)
-    best = Recommender(bundle, Store()).recommend(RecommendRequest(user_id="3", k=9, at=NOW), NOW)
-    assert answer.degraded == []
-    assert [item.item_id for item in answer.items] == [item.item_id for item in best.items][::-1][:5]
-    assert [item.stages[-1].stage for item in answer.items] == ["rerank"] * 5
-    assert [item.stages[-1].rank for item in answer.items] == [1, 2, 3, 4, 5]
-    assert "rerank" in answer.timings
-
-
 def test_availability_changes_whole_and_every_reader_follows(tmp_path, bundle, caplog):
     path = tmp_path / "state" / "availability.json"
     table, other = AvailabilityFile(path), AvailabilityFile(path)
