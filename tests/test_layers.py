@@ -1,5 +1,7 @@
 """The shared parts that no model's own test would catch alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,21 @@ def test_scores_follow_the_weights_after_every_kind_of_update(optimiser):
     with torch.no_grad():
         next(head.parameters()).data = next(head.parameters()).data + 1
     assert not torch.equal(exact(head, rows), expected)
+
+
+def test_a_part_that_was_replaced_is_copied_anew():
+    head = ScoringHead(3, hidden=(4,)).eval()
+    x = torch.randn(5, 3)
+    for replaced in range(2):
+        before = exact(head, x)
+        weights = [part for part in head.modules() if isinstance(part, nn.Linear)]
+        if replaced:
+            weights[0].weight = nn.Parameter(weights[0].weight.detach() + 1)
+        else:
+            head.double().float()  # the same numbers in new tensors
+        after = exact(head, x)
+        assert torch.equal(before, after) is not bool(replaced)
+        torch.testing.assert_close(after, copy.deepcopy(head).double()(x.double()).to(after.dtype))
 
 
 def test_a_float64_copy_shares_nothing_with_its_module():
