@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -62,6 +62,26 @@ def test_more_groups_bring_sdim_nearer_to_the_attention_it_estimates():
     by_hand = (torch.tensor(weights, dtype=torch.float64)[:, None] * s[0, mask[0]]).sum(0)
     torch.testing.assert_close(total[0, 0], by_hand)
     torch.testing.assert_close(mean[0, 0], by_hand / sum(weights))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A result of which only two figures are known."""
+
+    sampled: float
+    full: float
+
+    def metric(self, name):
+        return {"uniform/ndcg_at_10": self.sampled, tables.FULL: self.full}[name]
+
+
+def test_agreement_is_that_of_the_models_orders():
+    study = replace(plan.STUDIES["ctr"], rows=("a", "b", "c", "d"))
+    same = {row: [Told(value, 2 * value)] for row, value in zip("abc", (0.1, 0.3, 0.2), strict=True)}
+    assert tables.agreement(study, same, "uniform").endswith("against all items: 1.00.")
+    one_pair_turned = same | {"c": [Told(0.2, 0.7)]}  # 2 of 3 pairs agree
+    assert tables.agreement(study, one_pair_turned, "uniform").endswith("against all items: 0.33.")
+    assert tables.MISSING in tables.agreement(study, {"a": same["a"]}, "uniform")
 
 
 def test_the_oracle_of_search_counts_mutual_information_and_its_own_order_is_perfect(prepared):

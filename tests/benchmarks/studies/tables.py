@@ -170,7 +170,7 @@ def segments_table(study: Study, found: Mapping[str, Sequence[Result]]) -> list[
 def agreement(study: Study, found: Mapping[str, Sequence[Result]], sampler: str) -> str:
     """Say how far the order of the models by sampled NDCG@10 is that of the full ranking."""
     pairs = [
-        (statistics.fmean(one.metric(name) or 0.0 for one in found[row]) for name in (f"{sampler}/ndcg_at_10", FULL))
+        [statistics.fmean(one.metric(name) or 0.0 for one in found[row]) for name in (f"{sampler}/ndcg_at_10", FULL)]
         for row in study.rows
         if row in found
     ]
