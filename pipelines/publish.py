@@ -22,6 +22,7 @@ from ranking.bundle import Contents, NamedModel, write_bundle
 from ranking.content import match_content
 from ranking.index import SAMPLE, IndexConfig
 from ranking.manifest import MANIFEST, Provenance, read_manifest
+from ranking.search_part import SearchContents
 from ranking.snapshot import write_snapshot
 from ranking.users import LATEST
 from recsys.columns import ITEM_ID, USER_ID
@@ -44,6 +45,7 @@ def publish(
     created: str | None = None,
     commit: str | None = None,
     logs: Sequence[LogMark] = (),
+    text: SearchContents | None = None,
 ) -> str:
     """Write the bundle and the user snapshot, each whole or not at all, and give the bundle's version.
 
@@ -61,6 +63,7 @@ def publish(
         created: ISO 8601 time in UTC; now if absent.
         commit: of the code; that of the running code if absent.
         logs: what the set contains of a service's event log (`pipelines.from_serving.contained`).
+        text: what search needs; None publishes no search.
 
     Raises:
         DataError: the set's catalogue does not fit its item table.
@@ -68,7 +71,7 @@ def publish(
     """
     contents = contents_of(prepared, ranker, retriever)
     features = features_of(prepared)
-    contents = replace(contents, content=match_content(features, prepared.items.count))
+    contents = replace(contents, content=match_content(features, prepared.items.count), text=text)
     if retriever is not None:
         vectors, told = vectors_of(retriever.model, features)
         contents = replace(contents, content_vectors=vectors)

@@ -10,6 +10,7 @@
 The manifest's entry `text` says which of them there are.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,9 @@ from ranking.text_models import (
 from recsys.errors import BundleError
 
 TEXT = "text"
+TOKENS_PER_PASS = 512
+"""Tokens of one forward pass of a reranker that serves: some 50 ms of a core for a small model."""
+
 SHIFT = 1
 """Passage p has row p + 1 in the index, whose row 0 means nothing found."""
 
@@ -161,10 +165,20 @@ def load_search_part(
         raise BundleError(f"{directory}: {sorted(sizes)} passages in the parts of {TEXT}/; publish again")
     models: tuple[object, ...] = (encoder, reranker)
     for model in models:
+        _in_short_passes(model)
         if isinstance(model, torch.nn.Module):
             model.requires_grad_(False).eval().to(device)
     kinds = {"encoder": entry.encoder or "", "reranker": entry.reranker or ""}
     return SearchPart(passages, bm25, encoder, index, reranker, tokenizer, entry.weight, kinds)
+
+
+def _in_short_passes(model: object) -> None:
+    """Let a reranker look at the clock every few documents: a long pass saves little time and cannot be ended."""
+    config = getattr(model, "config", None)
+    if dataclasses.is_dataclass(config) and getattr(config, "tokens_per_pass", 0) > TOKENS_PER_PASS:
+        digest = getattr(model, "digest", None)  # said before the change, since it is that of what was published
+        assert digest is not None
+        model.config = dataclasses.replace(config, tokens_per_pass=TOKENS_PER_PASS)  # type: ignore[attr-defined, type-var]
 
 
 def _model(directory: Path, role: str, paths: Mapping[str, Path]) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.cli.search import publish_search, search_parts
 from recsys.cli.text import all_text, evaluate_text, is_text_config, train_text
 from recsys.errors import ConfigError
 from recsys.terminal import Terminal, print_result
@@ -176,8 +177,17 @@ def compare(
 
 
 def publish(
-    ranker: Annotated[str, typer.Option(help="Directory name of the run that ranks.")],
+    ranker: Annotated[str | None, typer.Option(help="Directory name of the run that ranks.")] = None,
     retriever: Annotated[str | None, typer.Option(help="Directory name of the run that retrieves.")] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="Run, model folder or backbone (minilm) that search encodes with; none: words alone."),
+    ] = None,
+    reranker: Annotated[str | None, typer.Option(help="Run or model folder that orders the best of a search.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="BEIR folder to search; the texts of the items if absent.")
+    ] = None,
+    fusion: Annotated[str, typer.Option(help="Weight of words against vectors, 0 to 1, or rrf.")] = "0.3",
     alias: Annotated[str, typer.Option(help="MLflow alias of the new version.")] = "champion",
     gates: Annotated[
         str | None, typer.Option(help="TOML of gates, or the name of a shipped one: exit 4 unless all are passed.")
@@ -185,7 +195,7 @@ def publish(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     mlflow: UriOption = None,
 ) -> None:
-    """Write a bundle and a user snapshot, and register the bundle in MLflow."""
+    """Write a bundle and a user snapshot, and register the bundle in MLflow: a ranker, text search, or both."""
     from pipelines.from_serving import contained
     from pipelines.publish import publish as run
     from pipelines.publish import register
@@ -193,10 +203,17 @@ def publish(
     from pipelines.workspace import Workspace
 
     place = Workspace(workspace)
+    uri = mlflow or place.tracking_uri
+    if ranker is None:
+        text = search_parts(text_encoder, reranker, corpus, fusion, place, items=False)
+        publish_search(text, corpus, place, uri, alias)
+        return
     chosen = trained_run(place.require(place.run(ranker), "train"), place.prepared)
     if gates is not None:
         _pass_gates(gates, ranker, place)
     found = trained_run(place.require(place.run(retriever), "train"), place.prepared) if retriever else None
+    # Last, since encoding takes minutes and everything else is refused in seconds.
+    text = search_parts(text_encoder, reranker, corpus, fusion, place, items=True)
     bundle_version = run(
         place.prepared,
         ranker=chosen,
@@ -205,8 +222,9 @@ def publish(
         snapshot=place.snapshot,
         metrics=chosen.summary.table(),
         logs=contained(place.prepared, place.parts),
+        text=text,
     )
-    version = register(place.bundle, chosen.run_id, mlflow or place.tracking_uri, alias=alias)
+    version = register(place.bundle, chosen.run_id, uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
 
 

@@ -1,0 +1,167 @@
+"""What search needs, made ready to publish: an encoder and a reranker by name, and passages from items or a corpus."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from pipelines.cold_start import item_names
+from pipelines.prepared import PreparedSet
+from pipelines.text_cache import VectorCache
+from pipelines.text_corpus import read_corpus
+from pipelines.text_train import finished_run
+from pipelines.tracking import git_commit
+from ranking.batch import FIRST_ITEM
+from ranking.bundle import Contents, write_bundle
+from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.items import ItemTable
+from ranking.manifest import Provenance
+from ranking.passages import Passages
+from ranking.search_part import SearchContents
+from ranking.snapshot import write_snapshot
+from ranking.text_models import CONFIG, Report, TextEncoder, TextReranker, load_encoder, load_reranker, read_config
+from recsys.columns import ITEM_ID
+from recsys.errors import ConfigError, DataError
+from recsys.files import sha256_file
+from recsys.history import Events, Histories
+
+WORDS_ALONE = "none"
+"""In place of an encoder: search by words, without vectors."""
+
+
+def find_encoder(name: str, runs: Path) -> TextEncoder | None:
+    """Load an encoder.
+
+    Args:
+        name: a finished run under `runs`, a directory that a text model was saved to, or a backbone as
+            `ranking.dense_encoder` takes it; `none` gives None.
+        runs: directory of the workspace's runs.
+    """
+    if name == WORDS_ALONE:
+        return None
+    if (runs / name / "run.json").is_file():
+        return load_encoder(finished_run(runs / name)[1])
+    if _is_saved(Path(name)):
+        return load_encoder(Path(name))
+    return DenseEncoder.of(DenseConfig(backbone=name))
+
+
+def find_reranker(name: str, runs: Path) -> TextReranker:
+    """Load a reranker: a finished run under `runs`, or a directory that one was saved to."""
+    if (runs / name / "run.json").is_file():
+        return load_reranker(finished_run(runs / name)[1])
+    if not Path(name).is_dir():
+        raise ConfigError(f"no run {name!r} under {runs} and no directory of that name; train one with `--config mvp`")
+    return load_reranker(Path(name))
+
+
+def fusion_weight(text: str) -> float | None:
+    """Read how words and vectors are joined: a weight of the words, or `rrf` for reciprocal ranks (None)."""
+    if text == "rrf":
+        return None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight <= 1:
+        raise ConfigError(f"--fusion is {text!r}; expected a weight of the words from 0 to 1, or rrf")
+    return weight
+
+
+def search_contents(
+    passages: Passages,
+    encoder: TextEncoder | None,
+    reranker: TextReranker | None,
+    weight: float | None,
+    cache: Path,
+    report: Report | None = None,
+) -> SearchContents:
+    """Encode the passages, those that are not in the cache yet, and give what search needs.
+
+    Args:
+        passages: what is to be found.
+        encoder: None searches by words alone.
+        reranker: of the head of a search, if there is one.
+        weight: of the words; None for reciprocal ranks.
+        cache: directory of vectors, by the encoder's digest.
+        report: told (encoded, in all).
+    """
+    vectors = None
+    if encoder is not None:
+        known = VectorCache(cache / encoder.digest / "passages")
+        vectors = known.get(list(passages.texts), encoder.encode_passages, report)
+    return SearchContents(passages, encoder, reranker, weight, vectors)
+
+
+def item_passages(prepared: PreparedSet) -> Passages:
+    """Give the items' texts, each distinct one once; of its items the most frequent in training comes first.
+
+    Raises:
+        DataError: the catalogue has no item.
+    """
+    names, count = item_names(prepared), prepared.items.count.cpu().numpy()
+    ids = [""] * len(prepared.items)
+    for item, row in item_rows(prepared).items():
+        ids[row] = item
+    rows = np.arange(FIRST_ITEM, len(ids), dtype=np.int32)
+    return Passages.of(ids[FIRST_ITEM:], names[FIRST_ITEM:], rows, count[FIRST_ITEM:])
+
+
+def item_rows(prepared: PreparedSet) -> dict[str, int]:
+    """Give the model row of every item id."""
+    ids = prepared.catalogue[ITEM_ID].cast(pl.String).to_list()
+    return {item: row for item, row in zip(ids, prepared.key_to_row.tolist(), strict=True) if row >= FIRST_ITEM}
+
+
+def corpus_passages(directory: Path, row_of: dict[str, int] | None = None) -> Passages:
+    """Give the documents of a corpus in BEIR's layout; those whose id is an item's can be ranked for a user.
+
+    Args:
+        directory: holds corpus.jsonl.
+        row_of: model row by item id.
+    """
+    corpus = read_corpus(directory)
+    rows = None
+    if row_of is not None:
+        rows = np.array([row_of.get(document, 0) for document in corpus.ids], np.int32)
+    return Passages.of(corpus.ids, corpus.passages, rows)
+
+
+def publish_text(corpus: Path, text: SearchContents, out: Path, snapshot: Path) -> str:
+    """Write a bundle that only searches text, and a snapshot without users, and give the bundle's version.
+
+    Args:
+        corpus: directory its passages are from; its digest is the bundle's data digest.
+        text: passages and models.
+        out: the bundle's directory.
+        snapshot: the snapshot's directory.
+    """
+    nothing = torch.zeros(FIRST_ITEM, dtype=torch.int64)
+    items = ItemTable([], torch.zeros(FIRST_ITEM, 0, dtype=torch.int32), [], nothing)
+    contents = Contents(
+        items=items,
+        item_ids=[""] * FIRST_ITEM,
+        names=[""] * FIRST_ITEM,
+        key_to_row=np.empty(0, np.int32),
+        vocabulary={},
+        actions=[""],
+        ranker=None,
+        text=text,
+    )
+    digest = sha256_file(corpus / "corpus.jsonl")
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    version = write_bundle(out, contents, Provenance(created=created, commit=git_commit(), data_digest=digest))
+    write_snapshot(snapshot, [], Histories(Events.empty(), np.zeros(1, np.int64)), digest)
+    return version
+
+
+def _is_saved(directory: Path) -> bool:
+    """Whether a directory is a text model of ours rather than a Hugging Face one."""
+    if not (directory / CONFIG).is_file():
+        return False
+    try:
+        return bool(read_config(directory))
+    except DataError:
+        return False
