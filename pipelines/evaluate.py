@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from pipelines.cold_start import measure_cold_start
 from pipelines.evaluation import (
@@ -58,6 +59,9 @@ from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, gauc, groups_of, mean, ndcg, rank, recall
 
 __all__ = ["EvaluateConfig", "Evaluation", "TrainingSummary", "evaluate", "validate"]
+
+SINGLE_REQUESTS = 20
+"""Requests scored one by one for the median time of one."""
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, requests done, requests in all)."""
@@ -195,7 +199,7 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
     advance = _counter(progress, f"{name}: scoring candidates", len(chosen))
     started = time.perf_counter()
     scores = score_sets(model, task.prepared, chosen, joined, config.batch_requests, advance)
-    cost = _cost(model, time.perf_counter() - started, chosen, joined)
+    cost = _cost(model, time.perf_counter() - started, chosen, joined, _single_ms(model, task))
     predictions: dict[str, Any] = {
         sampler: matched(scores[place], pool.sets.item, task.prepared, sampler)
         for (sampler, pool), place in zip(task.pools.items(), places, strict=True)
@@ -269,13 +273,30 @@ def _requests_record(task: _Task) -> dict[str, NDArray[Any]]:
     return record
 
 
-def _cost(model: AnyRanker, seconds: float, chosen: Sample, sets: CandidateSets) -> Cost:
+def _single_ms(model: AnyRanker, task: _Task) -> float:
+    """Give the median milliseconds of a request scored alone, after one to warm up."""
+    sets = task.pools[task.config.samplers[0]].sets
+    places = choose(len(task.chosen), SINGLE_REQUESTS + 1, task.config.seed, "evaluate/single requests")
+    seconds = []
+    for place in places:
+        one = np.array([place])
+        sample, candidates = task.chosen.take(one), take_sets(sets, one)
+        started = time.perf_counter()
+        score_sets(model, task.prepared, sample, candidates)
+        seconds.append(time.perf_counter() - started)
+    return float(1000 * np.median(seconds[1:] or seconds))
+
+
+def _cost(model: AnyRanker, seconds: float, chosen: Sample, sets: CandidateSets, single_ms: float) -> Cost:
+    assert isinstance(model, nn.Module)
     return Cost(
         seconds=seconds,
         requests=len(chosen),
         candidates=len(sets.item),
         ms_per_request=1000 * seconds / len(chosen),
         device=str(model.items.count.device),
+        p50_ms=single_ms,
+        bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
     )
 
 

@@ -58,6 +58,7 @@ class EvaluateConfig:
         full_ranking_requests: requests (drawn from those) for which all items are ranked. At least one: metrics on
             sampled candidates are never given without the full ranking beside them.
         cold_requests: most requests on which finding items without training events is measured; 0 leaves it out.
+        funnel_requests: most requests put to the published bundle, if there is one of this data; 0 leaves it out.
         batch_requests: most requests of one batch.
         resamples: of the users, for the intervals; 0 gives none.
         level: of the intervals.
@@ -73,6 +74,7 @@ class EvaluateConfig:
     max_requests: int = 20_000
     full_ranking_requests: int = 200
     cold_requests: int = 200
+    funnel_requests: int = 200
     batch_requests: int = 256
     resamples: int = 1000
     level: float = 0.95
@@ -114,13 +116,19 @@ class CandidateFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What scoring the candidates of all samplers took, in batches: assembling, encoding and scoring."""
+    """What scoring the candidates of all samplers took, in batches: assembling, encoding and scoring.
+
+    `p50_ms` is the median over single requests scored one by one, as a service meets them, with the first sampler's
+    candidates; `bytes` those of the model's weights.
+    """
 
     seconds: float
     requests: int
     candidates: int
     ms_per_request: float
     device: str
+    p50_ms: float | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,23 @@ def lines(title: str, x_label: str, y_label: str, categories: Sequence[str], ser
     return _draw(title, 3.2, paint)
 
 
+def scatter(
+    title: str, x_label: str, y_label: str, names: Sequence[str], x: Sequence[float], y: Sequence[Point]
+) -> str:
+    """Give one named mark per model over a logarithmic axis, e.g. quality against milliseconds."""
+
+    def paint(axes: "Axes") -> None:
+        for index, (place, point) in enumerate(zip(x, y, strict=True)):
+            axes.errorbar(place, point.value or 0.0, yerr=_arms([point]), **_mark(index), label=names[index])
+        axes.set_xscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        _legend(axes, len(names))
+
+    return _draw(title, 3.2, paint)
+
+
 def curves(title: str, x_label: str, y_label: str, found: Sequence[Curve]) -> str:
     """Give one line per curve."""
 

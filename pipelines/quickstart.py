@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines import tracking
 from pipelines.append import known_parts
 from pipelines.audit import audit, refuse_failed
 from pipelines.audit_record import last_audit
 from pipelines.datasets import completejourney
 from pipelines.evaluate import EvaluateConfig, TrainingSummary, evaluate
 from pipelines.ingest import ingest
+from pipelines.logged import log_evaluation
 from pipelines.parts import open_part
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish, register
@@ -176,11 +176,8 @@ class Job:
             evaluation.save(out)
             audited = last_audit(self.workspace.audit)
             write_report(evaluation, self._summaries(), prepared.manifest, out, audited)
-            for name in configs:
-                run_id = read_json(self.workspace.run(name) / "run.json")["run_id"]
-                client = tracking.tracking_client(self.uri)
-                tracking.Run(run_id, self.uri, client).metrics(evaluation.flat(name), 0)
-                tracking.Run(run_id, self.uri, client).artifacts(out / "report.html")
+            run_ids = {name: str(read_json(self.workspace.run(name) / "run.json")["run_id"]) for name in configs}
+            log_evaluation(evaluation, out, run_ids, self.uri)
 
         self._step(
             "evaluate",

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import audit_record, findings, pages, plots, tables
+from pipelines import audit_record, findings, pages, plots, segment_tables, tables
 from pipelines.audit_record import Audit
 from pipelines.evaluation import OUTSIDE, Evaluation, TrainingSummary
 from pipelines.findings import PRIMARY
+from pipelines.funnel import Funnel
+from pipelines.funnel import tables as funnel_tables
 from pipelines.plots import Curve, Point, Series
 from pipelines.tables import Table
 from recsys.files import whole_file
@@ -73,6 +75,8 @@ class Page:
     full_ranking: Table | None
     cold_start: Table | None
     by_length: list[Table]
+    segments: list[Table]
+    funnel: list[Table]
     cost: Table
     data: Table
     audit: list[Table]
@@ -88,6 +92,7 @@ def write_report(
     manifest: Mapping[str, Any],
     out: Path,
     audit: Audit | None = None,
+    funnel: Funnel | None = None,
 ) -> None:
     """Write `report.html` and `report.md` into the directory `out`.
 
@@ -97,8 +102,9 @@ def write_report(
         manifest: of the prepared set, for the data card.
         out: directory; made if it is not there. Each file is written whole or not at all.
         audit: of the prepared set, if there was one; its verdict stands above everything else.
+        funnel: of the published bundle, if there is one.
     """
-    page = build_page(evaluation, training, manifest, audit)
+    page = build_page(evaluation, training, manifest, audit, funnel)
     for name, text in (("report.html", render_html(page)), ("report.md", render_markdown(page))):
         with whole_file(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -109,6 +115,7 @@ def build_page(
     training: Mapping[str, TrainingSummary],
     manifest: Mapping[str, Any],
     audit: Audit | None = None,
+    funnel: Funnel | None = None,
 ) -> Page:
     """Collect everything the report says; an audit of other data counts as none."""
     current = audit is not None and audit.data_digest == evaluation.data_digest
@@ -118,12 +125,14 @@ def build_page(
     return Page(
         title=f"Evaluation on {name}" if name else "Evaluation",
         verdict=_verdict(audit, current),
-        summary=findings.summary(evaluation),
+        summary=_summary(evaluation),
         quality=[tables.quality(evaluation, sampler) for sampler in samplers],
         by_target=[tables.by_target(evaluation, sampler) for sampler in samplers],
         full_ranking=tables.full_ranking(evaluation) if "all_items" in evaluation.candidates else None,
         cold_start=tables.cold_start(evaluation.cold_start, evaluation.split) if evaluation.cold_start else None,
         by_length=[tables.by_length(evaluation, sampler) for sampler in samplers],
+        segments=segment_tables.segments(evaluation),
+        funnel=funnel_tables(funnel) if funnel is not None else [],
         cost=tables.cost(evaluation, training),
         data=tables.data_card(manifest),
         audit=audit_record.tables(audit) if audit is not None and current else [],
@@ -134,6 +143,12 @@ def build_page(
         settings=[(name, _settings(training[name])) for name in evaluation.models if name in training],
         plots=_plots(evaluation, training),
     )
+
+
+def _summary(evaluation: Evaluation) -> list[str]:
+    """Give the findings, what segments say before the words of caution."""
+    found, segments = findings.summary(evaluation), segment_tables.sentence(evaluation)
+    return [*found[:-1], segments, found[-1]] if segments else found
 
 
 def _verdict(audit: Audit | None, current: bool) -> Verdict | None:
@@ -158,6 +173,8 @@ def render_markdown(page: Page) -> str:
         ("All items", [page.full_ranking] if page.full_ranking else []),
         ("New items", [page.cold_start] if page.cold_start else []),
         ("History length", page.by_length),
+        ("Segments", page.segments),
+        ("The published system", page.funnel),
         ("Cost", [page.cost]),
         ("Data", [page.data]),
         ("Audit", page.audit),
@@ -196,6 +213,13 @@ def _plots(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> d
             svg = plots.lines(f"length {sampler}", "events before the request", "GAUC", lengths, series)
             caption = f"GAUC by events before the request, {sampler} negatives"
             found[f"length {sampler}"] = Plot(_caption(evaluation, caption), svg)
+    first = evaluation.config.samplers[0]
+    timed = [(name, one.p50_ms) for name, one in evaluation.cost.items() if one.p50_ms]
+    if len(timed) > 1:
+        y = [_point(evaluation, name, first, PRIMARY) for name, _ in timed]
+        names, x = [name for name, _ in timed], [ms for _, ms in timed]
+        svg = plots.scatter("latency", "milliseconds per single request (p50)", "GAUC", names, x, y)
+        found["latency"] = Plot(_caption(evaluation, f"Quality against latency: GAUC, {first} negatives"), svg)
     curves = [_curve(training[name], place) for place, name in enumerate(evaluation.models) if name in training]
     drawn = [curve for curve in curves if len(curve.x) > 1]
     if drawn:

@@ -88,7 +88,13 @@ def full_ranking(evaluation: Evaluation) -> Table:
         (Cell(name), *_cells(evaluation, name, ALL_ITEMS, ALL_ITEMS_COLUMNS))
         for name in ordered(evaluation, ALL_ITEMS, "ndcg_at_10")
     )
-    return Table("Ranking all items", _header(ALL_ITEMS_COLUMNS), rows, _note(evaluation, ALL_ITEMS))
+    note = _note(evaluation, ALL_ITEMS)
+    for one in evaluation.agreement:
+        if one.models > 1:
+            tau = "not defined" if one.tau is None else f"{one.tau:+.2f}".replace("-", "−")
+            note += f" Kendall's tau between this order of the {one.models} models and that against `{one.sampler}` "
+            note += f"negatives, by NDCG@10 on the same {one.requests:,} requests: {tau}."
+    return Table("Ranking all items", _header(ALL_ITEMS_COLUMNS), rows, note)
 
 
 def by_length(evaluation: Evaluation, sampler: str) -> Table:
@@ -148,6 +154,8 @@ def cost(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> Tab
         "s per epoch",
         "Samples/s",
         "Peak MiB",
+        "MB",
+        "p50 ms",
         "ms/request",
     )
     rows = []
@@ -166,6 +174,8 @@ def cost(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> Tab
             ]
         else:
             cells += [Cell("–")] * 6
+        size, single = (scoring.bytes, scoring.p50_ms) if scoring else (None, None)
+        cells += [Cell("–" if size is None else f"{size / 1e6:,.1f}"), Cell("–" if single is None else _short(single))]
         rows.append((*cells, Cell(_short(scoring.ms_per_request) if scoring else "–")))
     return Table("Cost", header, tuple(rows), _cost_note(evaluation, training))
 
@@ -263,8 +273,8 @@ def _cost_note(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) 
         some = next(iter(evaluation.cost.values()))
         devices = ", ".join(sorted({f"`{one.device}`" for one in evaluation.cost.values()}))
         parts.append(
-            f"Scoring on {devices}, in batches: {some.candidates / some.requests:,.0f} candidates per request, the "
-            "history encoded once."
+            f"Scoring on {devices}. ms/request in batches: {some.candidates / some.requests:,.0f} candidates per "
+            "request, the history encoded once; p50 of single requests, with one sampler's candidates. MB of weights."
         )
     return " ".join(parts)
 

@@ -122,7 +122,8 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     """
     about = read_json(directory / "run.json")
     config = config_of(about["config"], str(directory / "run.json"))
-    inputs = sha256_json({"config": config.table(), "data": prepared.digest})
+    # Of the config as recorded: a later version may have added settings, which changes nothing of a finished run.
+    inputs = sha256_json({"config": about["config"], "data": prepared.digest})
     if about["inputs"] != inputs:
         raise DataError(f"{directory}: trained on another prepared set than {prepared.directory}; train it again")
     model = build(config, prepared)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from pipelines.evaluate import evaluate, validate
+from pipelines.evaluate import SINGLE_REQUESTS, evaluate, validate
 from pipelines.evaluation import ALL_ITEMS, EvaluateConfig, Evaluation, TrainingSummary
 from pipelines.prepared import CandidateSets, PreparedSet, Requests
 from pipelines.scoring import distinct_items, draw_requests, in_history, join_sets, rank_all_items, score_sets
@@ -208,7 +208,7 @@ def test_batches_other_models_and_the_training_mode_change_nothing(prepared):
     model.train()
     alone = evaluate({"wild": model}, prepared, replace(CONFIG, batch_requests=1, max_requests=30))
     assert model.training
-    assert model.batches == 30 + CONFIG.full_ranking_requests
+    assert model.batches == 30 + CONFIG.full_ranking_requests + SINGLE_REQUESTS + 1
     others = {"flag": Fake(prepared.items, in_own_history), "wild": model}
     beside = evaluate(others, prepared, replace(CONFIG, batch_requests=1000, max_requests=30))
     assert alone.metrics["wild"] == beside.metrics["wild"]

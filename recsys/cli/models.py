@@ -15,6 +15,8 @@ from recsys.terminal import Terminal, print_result
 
 if TYPE_CHECKING:
     from pipelines.evaluation import EvaluateConfig
+    from pipelines.funnel import Funnel
+    from pipelines.train import Report
     from pipelines.workspace import Workspace
     from ranking.ranker import AnyRanker
 
@@ -87,6 +89,7 @@ def evaluate(
         str | None, typer.Option(help="Of text models: a folder in BEIR's layout; what they were trained on if absent.")
     ] = None,
     split: Annotated[str, typer.Option(help="Of text models: the judged queries, e.g. test; none if absent.")] = "",
+    mlflow: UriOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -94,6 +97,7 @@ def evaluate(
     from pipelines.audit_record import last_audit
     from pipelines.evaluate import EvaluateConfig
     from pipelines.evaluate import evaluate as run
+    from pipelines.logged import log_evaluation
     from pipelines.report import write_report
     from pipelines.shipped import find_config
     from pipelines.train import trained_run
@@ -116,12 +120,39 @@ def evaluate(
         return
     with Terminal().bar("evaluate") as bar:
         evaluation = run(models, place.prepared, options, lambda words, done, total: bar(done, total, words))
+        funnel = _funnel(place, options, bar)
     summaries = {name: one.summary for name, one in trained.items()}
     evaluation.save(place.evaluation)
-    write_report(evaluation, summaries, place.prepared.manifest, place.evaluation, last_audit(place.audit))
+    if funnel is not None:
+        funnel.save(place.evaluation / "funnel.json")
+    write_report(evaluation, summaries, place.prepared.manifest, place.evaluation, last_audit(place.audit), funnel)
+    run_ids = {name: one.run_id for name, one in trained.items()}
+    log_evaluation(evaluation, place.evaluation, run_ids, mlflow or place.tracking_uri)
     Terminal().say(f"Report: {(place.evaluation / 'report.html').resolve()}")
     if as_json:
         typer.echo((place.evaluation / "metrics.json").read_text())
+
+
+def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Report") -> "Funnel | None":
+    """Measure the published bundle, if there is one of this data."""
+    from pipelines.funnel import measure_funnel
+    from ranking.bundle import Bundle
+    from ranking.manifest import MANIFEST, read_manifest
+
+    if not options.funnel_requests or not (place.bundle / MANIFEST).exists():
+        return None
+    if read_manifest(place.bundle)[0].provenance.data_digest != place.prepared.digest:
+        Terminal().say("The published bundle is of other data; its funnel is left out.")
+        return None
+    return measure_funnel(
+        Bundle.load(place.bundle),
+        place.prepared,
+        options.split,
+        options.funnel_requests,
+        options.resamples,
+        options.seed,
+        lambda words, done, total: bar(done, total, words),
+    )
 
 
 def _leave_one_out(
@@ -238,7 +269,7 @@ def _pass_gates(gates: str, ranker: str, place: "Workspace") -> None:
 
     evaluation = Evaluation.load(place.require(place.evaluation, "evaluate"))
     same_data({"the last evaluation": evaluation.data_digest, "the prepared set": place.prepared.digest})
-    passages = judge(read_gates(find_config(gates)), ranker, evaluation, last_audit(place.audit))
+    passages = judge(read_gates(find_config(gates)), Path(ranker).name, evaluation, last_audit(place.audit))
     for one in passages:
         Terminal().say(f"Gate {one.name}: {'passed' if one.passed else 'FAILED'}, {one.told}")
     refuse_failed(passages)
