@@ -18,7 +18,8 @@ from pipelines.reference import score_reference
 from pipelines.tracking import git_commit, tracking_client
 from pipelines.train import Trained
 from ranking.batch import FIRST_ITEM, assemble
-from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.bundle import Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.content import match_content
 from ranking.index import SAMPLE, IndexConfig
 from ranking.manifest import MANIFEST, Provenance, read_manifest

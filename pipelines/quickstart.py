@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines import text_publish
 from pipelines.append import known_parts
 from pipelines.audit import audit, refuse_failed
 from pipelines.audit_record import last_audit
@@ -28,6 +29,8 @@ from recsys import __version__
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json
+
+WORDS_WEIGHT = 0.3  # of words against vectors where search has both; chosen on Cranfield
 
 
 class Ui(Protocol):
@@ -49,6 +52,7 @@ class QuickstartConfig:
     models: tuple[str, ...]  # names of training configs; each gives one run of that name
     retriever: str  # the one of them that retrieves
     alias: str = "champion"
+    text_encoder: str = "none"  # what item search encodes with, as `recsys publish --text-encoder` takes it
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     train: dict[str, Any] = field(default_factory=dict)  # sections laid over every model's own file
@@ -193,10 +197,19 @@ class Job:
 
     def _publish(self, configs: Mapping[str, TrainConfig]) -> None:
         ranker, retriever = self.best_ranker(), self.config.retriever
-        prepared, bundle = self.workspace.prepared, self.workspace.bundle
+        prepared, bundle, encoder = self.workspace.prepared, self.workspace.bundle, self.config.text_encoder
 
         def run() -> None:
             chosen = self._trained(ranker)
+            with self.ui.bar("item texts") as report:
+                text = text_publish.search_contents(
+                    text_publish.item_passages(prepared),
+                    text_publish.find_encoder(encoder, self.workspace.root / "runs"),
+                    None,
+                    WORDS_WEIGHT,
+                    self.workspace.root / "text_cache",
+                    lambda done, total: report(done, total, ""),
+                )
             publish(
                 prepared,
                 ranker=chosen,
@@ -204,6 +217,7 @@ class Job:
                 out=bundle,
                 snapshot=self.workspace.snapshot,
                 metrics=chosen.summary.table(),
+                text=text,
             )
             register(bundle, chosen.run_id, self.uri, alias=self.config.alias)
 
@@ -211,7 +225,12 @@ class Job:
             "publish",
             f"Publishing {ranker} behind {retriever} retrieval as {self.config.alias}: "
             f"{ranker} has the best validation result.",
-            {"data": prepared.digest, "ranker": configs[ranker].table(), "retriever": configs[retriever].table()},
+            {
+                "data": prepared.digest,
+                "ranker": configs[ranker].table(),
+                "retriever": configs[retriever].table(),
+                "text": encoder,
+            },
             (bundle / "manifest.json", self.workspace.snapshot),
             run,
         )

@@ -19,13 +19,11 @@ Everything is JSON, npy, safetensors or a FAISS index: nothing that can run code
 so the replicas of one machine share them.
 """
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -36,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ranking.batch import FIRST_ITEM
+from ranking.bundle_models import NamedModel, load_model, write_models
 from ranking.content import ContentMatch
 from ranking.content_vectors import ContentVectors, WithContent
 from ranking.drift import ScoreReference
@@ -62,24 +61,14 @@ from ranking.ranker import AnyRanker, Retriever
 from ranking.search_golden import SearchGolden, replay_searches, write_text
 from ranking.search_part import SearchContents, SearchPart, load_search_part
 from ranking.strings import StringTable
-from recsys.config import parse
 from recsys.errors import BundleError, RecsysError, RequestError
-from recsys.files import read_json, sha256_file, whole_directory, write_json
+from recsys.files import read_json, whole_directory, write_json
 from recsys.history import UNKNOWN_KEY
 from recsys.messages import Message
 
 REFERENCE = "reference.json"
 
 M = TypeVar("M", bound=Message)
-
-
-@dataclass(frozen=True)
-class NamedModel:
-    """A trained model with the name and the config dataclass that build it again."""
-
-    name: str
-    config: Any
-    model: AnyRanker
 
 
 @dataclass(frozen=True)
@@ -250,7 +239,7 @@ def write_bundle(
             raise BundleError(f"no model named {model.name!r}; known are {', '.join(sorted(RANKERS))}")
         cast(nn.Module, model.model).eval()
     with whole_directory(directory) as temporary:
-        entries = _write_models(temporary, named)
+        entries = write_models(temporary, named)
         contents.items.save(temporary / "items.safetensors")
         tables = StringTable.of(contents.item_ids).tensors("item_id") | StringTable.of(contents.names).tensors("name")
         save_file(tables, temporary / "strings.safetensors")
@@ -299,25 +288,6 @@ def write_bundle(
         return version_of((temporary / MANIFEST).read_bytes())
 
 
-def _write_models(directory: Path, named: Sequence[tuple[Role, NamedModel]]) -> dict[Role, ModelEntry]:
-    """Write the weights of each role; one model in two roles is written, and later loaded, once."""
-    (directory / "models").mkdir()
-    entries: dict[Role, ModelEntry] = {}
-    for role, model in named:
-        weights = directory / "models" / f"{role}.safetensors"
-        state = cast(nn.Module, model.model).state_dict()
-        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}, weights)
-        config = json.loads(json.dumps(dataclasses.asdict(model.config)))
-        entry = ModelEntry(name=model.name, config=config, weights=f"models/{role}.safetensors")
-        for other in entries.values():
-            same = other.model_copy(update={"weights": entry.weights}) == entry
-            if same and sha256_file(directory / other.weights) == sha256_file(weights):
-                weights.unlink()
-                entry = other
-        entries[role] = entry
-    return entries
-
-
 def _answering_models(
     contents: Contents, ranker: AnyRanker, entries: Mapping[Role, ModelEntry]
 ) -> tuple[AnyRanker, AnyRanker | None]:
@@ -347,7 +317,7 @@ def _load_parts(
     models: dict[str, AnyRanker] = {}  # by file of weights: a model in two roles is loaded once
     for entry in manifest.models.values():
         if entry.weights not in models:
-            models[entry.weights] = _load_model(entry, listed(paths, entry.weights, directory), items, device)
+            models[entry.weights] = load_model(entry, listed(paths, entry.weights, directory), items, device)
     ranker = manifest.models.get("ranker")
     if ranker is None and manifest.text is None:
         raise BundleError(f"{directory}: neither a model in the role 'ranker' nor text; publish again")
@@ -380,22 +350,6 @@ def _message(kind: type[M], path: Path) -> M:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
         raise BundleError(f"{path.parent}: {path.name}: {error}") from None
-
-
-def _load_model(entry: ModelEntry, weights: Path, items: ItemTable, device: torch.device) -> AnyRanker:
-    if entry.name not in RANKERS:
-        raise BundleError(f"model {entry.name!r} is not one of {', '.join(sorted(RANKERS))}; publish with this version")
-    config_class, model_class = RANKERS[entry.name]
-    config = parse(config_class, entry.config, f"{MANIFEST} [{entry.name}]")
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away; the caller's draws stay put
-        model = cast(nn.Module, model_class(config, items))  # type: ignore[call-arg]
-    try:
-        # assign: the parameters become the memory-mapped pages themselves.
-        model.load_state_dict(load_file(weights), assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise BundleError(f"{weights.name} does not fit the model {entry.name!r}: {reason}") from None
-    return cast(AnyRanker, model.requires_grad_(False).eval().to(device))
 
 
 def _answering(bundle: Bundle) -> Answering:

@@ -33,6 +33,7 @@ def show_requests(address: str, say: Callable[[str], None]) -> None:
         for user in users:
             _show_user(client, user, say)
         _show_event(client, users[0], say)
+        _show_search(client, users[0], say)
         answer = _recommend(client, "nobody has this id", SHOWN, time.time_ns() // 1000)
         known = "known" if answer["user_known"] else "unknown, so by popularity"
         say(f"A user without events ({known}): {_names(answer['items'])}")
@@ -56,6 +57,20 @@ def _show_event(client: httpx.Client, user: str, say: Callable[[str], None]) -> 
     place = f"place {after.index(bought['item_id']) + 1}" if bought["item_id"] in after else "no place"
     say(f"Posted the event that user {user} bought {bought['name']}, place {LONG_LIST} of the list until then.")
     say(f"  The next answer, an hour later, has it at {place} and begins: {_names_of(client, user, moment)}")
+
+
+def _show_search(client: httpx.Client, user: str, say: Callable[[str], None]) -> None:
+    """Look for the first word of the name of what the user bought last, if the bundle searches text."""
+    history = _get(client, f"/v1/users/{user}/history?limit=1")
+    words = (history["events"][0]["name"] or "").split()
+    if not words:
+        return
+    asked = {"query": words[0], "k": SHOWN, "user_id": user, "at": _moment(history)}
+    answer = client.post("/v1/search", json=asked)
+    if answer.status_code == httpx.codes.NOT_IMPLEMENTED:
+        return
+    hits = answer.raise_for_status().json()["hits"]
+    say(f"Searched for {words[0]!r} as user {user}: {'; '.join(hit['text'] for hit in hits)}")
 
 
 def _names_of(client: httpx.Client, user: str, moment: int) -> str:

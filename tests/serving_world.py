@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ranking.batch import FIRST_ITEM
-from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.bundle import Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.items import ItemTable
 from ranking.ladder import Deadlines
 from ranking.manifest import Provenance

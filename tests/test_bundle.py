@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import worlds
-from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.bundle import Bundle, Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.gradient_boosting import GradientBoosting
 from ranking.index import Index, IndexConfig
 from ranking.manifest import MANIFEST, Provenance

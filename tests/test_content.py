@@ -18,7 +18,8 @@ from pipelines.evaluate import evaluate
 from pipelines.evaluation import EvaluateConfig, Evaluation
 from pipelines.report import build_page, render_html, render_markdown
 from ranking.batch import FIRST_ITEM, Candidates, rows_of
-from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.bundle import Bundle, Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.content import ContentMatch, Features, content_features, match_content
 from ranking.content_vectors import ContentVectors, VectorsConfig, WithContent, learn_vectors
 from ranking.items import ItemTable

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import worlds
 from ranking.availability import AvailabilityFile
 from ranking.batch import FIRST_ITEM
-from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.bundle import Bundle, Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.filters import Unavailable
 from ranking.items import ItemTable
 from ranking.manifest import Provenance

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import worlds
 from ranking.batch import FIRST_ITEM, UNKNOWN, assemble
-from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.bundle import Bundle, Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.gradient_boosting import GradientBoosting
 from ranking.manifest import Provenance
 from ranking.models import RANKERS

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
-from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.bundle import Bundle, Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.ladder import Ladder
 from ranking.manifest import Provenance
 from ranking.models import RANKERS

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from ranking import text_models
 from ranking.batch import FIRST_ITEM
-from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.bundle import Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.items import ItemTable
 from ranking.manifest import Provenance

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ranking.batch import FIRST_ITEM
-from ranking.bundle import Contents, NamedModel, write_bundle
+from ranking.bundle import Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.items import ItemTable
 from ranking.manifest import MANIFEST, Provenance
 from ranking.models import RANKERS

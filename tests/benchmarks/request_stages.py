@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ranking.batch import FIRST_ITEM
-from ranking.bundle import Bundle, Contents, NamedModel, write_bundle
+from ranking.bundle import Bundle, Contents, write_bundle
+from ranking.bundle_models import NamedModel
 from ranking.content import content_features, match_content
 from ranking.index import IndexConfig
 from ranking.items import ItemTable, identity_rows
