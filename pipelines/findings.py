@@ -13,15 +13,31 @@ PRIMARY = "gauc"
 NAMES = {"gauc": "GAUC", "auc": "AUC", "ndcg_at_10": "NDCG@10", "recall_at_50": "recall@50"}
 
 
-def summary(evaluation: Evaluation) -> list[str]:
-    """Give the summary, one paragraph per entry; `backticks` mark names."""
+def verdict(evaluation: Evaluation) -> str:
+    """Say in one sentence which model is best and how surely; `backticks` mark names."""
     if not evaluation.models:
-        return ["No model was evaluated."]
-    first, *others = evaluation.config.samplers
-    paragraphs = [_headline(evaluation, first)]
-    paragraphs += [_again(evaluation, first, sampler) for sampler in others]
-    paragraphs += [_outside(evaluation, first), _full_ranking(evaluation), _caution(evaluation)]
-    return [text for text in paragraphs if text]
+        return "No model was evaluated."
+    sampler = evaluation.config.samplers[0]
+    name = best(evaluation, sampler, PRIMARY)
+    if name is None:
+        requests = evaluation.candidates[sampler].requests
+        return f"GAUC is not defined on any of the {requests:,} requests: every user has candidates of one class."
+    text = f"`{name}` has the highest GAUC, {_estimate(evaluation, name, sampler, PRIMARY)}"
+    if len(evaluation.models) == 1:
+        return f"{text}; it was evaluated alone."
+    text += f", {_standing(evaluation, sampler, PRIMARY, name)}"
+    if name in REFERENCES:
+        text += "; it learns nothing from a loss, and no trained model came out above it"
+    return f"{text}."
+
+
+def points(evaluation: Evaluation) -> list[str]:
+    """Give at most four short findings behind the verdict."""
+    if not evaluation.models:
+        return []
+    first = evaluation.config.samplers[0]
+    found = [_measured(evaluation, first), _again(evaluation), _outside(evaluation, first), _full_ranking(evaluation)]
+    return [text for text in found if text]
 
 
 def best(evaluation: Evaluation, sampler: str, metric: str) -> str | None:
@@ -87,29 +103,33 @@ def against(evaluation: Evaluation, sampler: str, metric: str, model: str, other
     return f"It {verb} `{other}` by {_margin(found)}, {_resamples(evaluation, found)}."
 
 
-def _headline(evaluation: Evaluation, sampler: str) -> str:
-    name = best(evaluation, sampler, PRIMARY)
-    facts = evaluation.candidates[sampler]
-    if name is None:
-        return f"GAUC is not defined on any of the {facts.requests:,} requests: every user has candidates of one class."
+def _measured(evaluation: Evaluation, sampler: str) -> str:
+    """Say on what the verdict rests, and how far the best is from the best of what learns nothing."""
+    facts, name = evaluation.candidates[sampler], best(evaluation, sampler, PRIMARY)
     text = (
-        f"On {facts.requests:,} `{evaluation.split}` requests of {facts.users:,} users, against "
-        f"{facts.negatives_per_request:,.0f} `{sampler}` negatives each, `{name}` has the highest GAUC: "
-        f"{_estimate(evaluation, name, sampler, PRIMARY)}."
+        f"Measured on {facts.requests:,} `{evaluation.split}` requests of {facts.users:,} users, against "
+        f"{facts.negatives_per_request:,.0f} `{sampler}` negatives each."
     )
-    if name in REFERENCES and len(evaluation.models) > 1:
-        text += f" `{name}` learns nothing from a loss: no trained model came out above it."
-    return f"{text} {_standing(evaluation, sampler, PRIMARY, name)}".strip()
+    known = {other: evaluation.metric(other, sampler, PRIMARY) for other in REFERENCES if other in evaluation.models}
+    rivals = {other: value for other, value in known.items() if value is not None and other != name}
+    if name is None or not rivals:
+        return text
+    rival = max(rivals, key=lambda other: rivals[other])
+    return f"{text} {against(evaluation, sampler, PRIMARY, name, rival).replace('It', f'`{name}`', 1)}"
 
 
-def _again(evaluation: Evaluation, first: str, sampler: str) -> str:
-    name = best(evaluation, sampler, PRIMARY)
-    if name is None:
-        return ""
-    same = "again " if name == best(evaluation, first, PRIMARY) else ""
-    value = _estimate(evaluation, name, sampler, PRIMARY)
-    text = f"Against `{sampler}` negatives `{name}` is {same}highest, GAUC {value}."
-    return f"{text} {_standing(evaluation, sampler, PRIMARY, name)}".strip()
+def _again(evaluation: Evaluation) -> str:
+    """Say which model is highest against the other samplers' negatives."""
+    first, *others = evaluation.config.samplers
+    champion, parts = best(evaluation, first, PRIMARY), []
+    for sampler in others:
+        name = best(evaluation, sampler, PRIMARY)
+        if name is not None:
+            again = "again " if name == champion else ""
+            value = _estimate(evaluation, name, sampler, PRIMARY)
+            parts.append(f"against `{sampler}` negatives `{name}` is {again}highest, {value}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _outside(evaluation: Evaluation, sampler: str) -> str:
@@ -118,10 +138,10 @@ def _outside(evaluation: Evaluation, sampler: str) -> str:
     if name is None:
         return ""
     text = (
-        f"On candidates outside the history, where repeating a choice plays no part, `{name}` is highest "
-        f"against `{sampler}` negatives: GAUC {_estimate(evaluation, name, sampler, metric)}."
+        f"Outside the history, where repeating a choice plays no part, `{name}` is highest, "
+        f"{_estimate(evaluation, name, sampler, metric)}"
     )
-    return f"{text} {_standing(evaluation, sampler, metric, name)}".strip()
+    return f"{text}, {_standing(evaluation, sampler, metric, name)}." if len(evaluation.models) > 1 else f"{text}."
 
 
 def _full_ranking(evaluation: Evaluation) -> str:
@@ -130,39 +150,38 @@ def _full_ranking(evaluation: Evaluation) -> str:
     if facts is None or name is None:
         return ""
     found = percent(evaluation.metric(name, ALL_ITEMS, "recall_at_50") or 0.0)
-    text = (
+    return (
         f"Ranking all {facts.candidates // facts.requests:,} items for {facts.requests:,} of these requests, `{name}` "
-        f"has the highest NDCG@10, {_estimate(evaluation, name, ALL_ITEMS, 'ndcg_at_10')}, and finds on "
-        f"average {found} of a request's positives among its first 50."
+        f"has the highest NDCG@10, {_estimate(evaluation, name, ALL_ITEMS, 'ndcg_at_10')}; its first 50 hold {found} "
+        "of a request's positives."
     )
-    return f"{text} {_standing(evaluation, ALL_ITEMS, 'ndcg_at_10', name)}".strip()
 
 
 def _standing(evaluation: Evaluation, sampler: str, metric: str, name: str) -> str:
-    """Say how the highest model stands against the references, then which others it beats or cannot be told from."""
-    rivals = [other for other in REFERENCES if other in evaluation.models and other != name]
-    sentences = [against(evaluation, sampler, metric, name, other) for other in rivals]
+    """Say which models the highest beats and which it cannot be told from, as the end of a sentence."""
     near: list[str] = []
     beaten: list[str] = []
     for other in evaluation.models:
         found = evaluation.compare(sampler, metric, name, other)
-        if found is not None and found.ci_low is not None and other not in rivals:
+        if found is not None and found.ci_low is not None:
             (beaten if found.certain else near).append(f"`{other}`")
-    if beaten:
-        also = "also " if any(sentence.startswith("It beats") for sentence in sentences) else ""
-        sentences.append(f"It {also}beats {_list(beaten)}.")
-    if near:
-        sentences.append(f"No difference was found between it and {_list(near)}.")
-    return " ".join(sentences)
+    if not near and not beaten:
+        return "but no interval was computed: how sure that is is not known"
+    if not near:
+        return f"and beats {_list(beaten)}"
+    return f"but cannot be told from {_list(near)}" + (f"; it beats {_list(beaten)}" if beaten else "")
 
 
-def _caution(evaluation: Evaluation) -> str:
+def caution(evaluation: Evaluation) -> str:
+    """Say what the numbers do not mean."""
     text = (
         "Labels are observed items against sampled ones, so these values are not comparable with click data or papers."
     )
     if evaluation.config.resamples:
-        text += f" Brackets are {100 * evaluation.config.level:g} % intervals over resampled users"
-        text += ", pairs of models on the same resamples; they do not cover the luck of a training seed."
+        text += (
+            f" Brackets are {100 * evaluation.config.level:g} % intervals over resampled users; they do not cover the "
+            "luck of a training seed."
+        )
     if len(evaluation.models) > 1:
         text += " The highest of several values on the same requests is a little flattered."
     return text
@@ -192,4 +211,7 @@ def _resamples(evaluation: Evaluation, found: Comparison) -> str:
 
 
 def _list(words: list[str]) -> str:
+    """Join names; more than four are counted."""
+    if len(words) > 4:
+        words = [*words[:3], f"{len(words) - 3} others"]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

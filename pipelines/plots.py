@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def scatter(
         for index, (place, point) in enumerate(zip(x, y, strict=True)):
             axes.errorbar(place, point.value or 0.0, yerr=_arms([point]), **_mark(index), label=names[index])
         axes.set_xscale("log")
+        _few_plain_ticks(axes, x)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
@@ -162,6 +164,23 @@ def _inline(figure: Any, title: str) -> str:
     text = re.sub(r"\s*\n\s*", "\n", text)
     head, rest = text.split(">", 1)
     return f'{head} role="img">\n<title>{title}</title>{rest}'.strip()
+
+
+def _few_plain_ticks(axes: "Axes", values: Sequence[float]) -> None:
+    """Put about four round numbers on a logarithmic axis, written as a person would: 0.5, 2, 10."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = min(values) / 1.25, max(values) * 1.25
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    for digits in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
+        places = [digit * 10.0**decade for decade in decades for digit in digits]
+        places = [place for place in places if low <= place <= high]
+        if len(places) >= 3:
+            break
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _arms(points: Sequence[Point]) -> list[list[float]]:

@@ -68,8 +68,10 @@ class Page:
     """All a reader gets, in order."""
 
     title: str
-    verdict: Verdict | None
-    summary: list[str]
+    audited: Verdict | None
+    answer: str
+    points: list[str]
+    caution: str
     quality: list[Table]
     by_target: list[Table]
     full_ranking: Table | None
@@ -124,8 +126,10 @@ def build_page(
     name = source.get("name") if isinstance(source, Mapping) else source
     return Page(
         title=f"Evaluation on {name}" if name else "Evaluation",
-        verdict=_verdict(audit, current),
-        summary=_summary(evaluation),
+        audited=_verdict(audit, current),
+        answer=findings.verdict(evaluation),
+        points=_points(evaluation),
+        caution=findings.caution(evaluation),
         quality=[tables.quality(evaluation, sampler) for sampler in samplers],
         by_target=[tables.by_target(evaluation, sampler) for sampler in samplers],
         full_ranking=tables.full_ranking(evaluation) if "all_items" in evaluation.candidates else None,
@@ -145,10 +149,10 @@ def build_page(
     )
 
 
-def _summary(evaluation: Evaluation) -> list[str]:
-    """Give the findings, what segments say before the words of caution."""
-    found, segments = findings.summary(evaluation), segment_tables.sentence(evaluation)
-    return [*found[:-1], segments, found[-1]] if segments else found
+def _points(evaluation: Evaluation) -> list[str]:
+    """Give at most five findings: those over all requests, then what segments say."""
+    segments = segment_tables.sentence(evaluation)
+    return [*findings.points(evaluation), *([segments] if segments else [])]
 
 
 def _verdict(audit: Audit | None, current: bool) -> Verdict | None:
@@ -166,7 +170,9 @@ def render_html(page: Page) -> str:
 
 def render_markdown(page: Page) -> str:
     """Give the same in Markdown, without plots and settings."""
-    parts = [f"# {page.title}", *([f"**{page.verdict.text}**"] if page.verdict else []), *page.summary]
+    parts = [f"# {page.title}", *([f"**{page.audited.text}**"] if page.audited else []), f"**{page.answer}**"]
+    parts += ["\n".join(f"- {text}" for text in page.points)] if page.points else []
+    parts += [page.caution]
     sections: list[tuple[str, list[Table]]] = [
         ("Quality", page.quality),
         ("Outside and in the history", page.by_target),

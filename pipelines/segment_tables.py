@@ -3,7 +3,7 @@
 from itertools import groupby
 
 from pipelines.evaluation import Evaluation, SegmentFacts
-from pipelines.findings import PRIMARY, best, interval, number, percent, signed
+from pipelines.findings import PRIMARY, best, interval, number, signed
 from pipelines.tables import Cell, Table
 
 
@@ -41,12 +41,17 @@ def sentence(evaluation: Evaluation) -> str:
     empty = sum(not segment.positives for segment in evaluation.segments)
     text = f"Of {len(evaluation.segments)} segments looked at, "
     if better:
-        text += f"models better than `{champion}` were found in {len(better)} cases, e.g. {'; '.join(better[:3])}"
+        few = f": {'; '.join(better)}" if len(better) <= 2 else f", e.g. {'; '.join(better[:2])}"
+        text += f"a model better than `{champion}` was found {_times(len(better))}{few}"
     else:
         text += f"no model was found better than `{champion}` in any"
     if empty:
-        text += f"; {empty} had no positive ({percent(empty / len(evaluation.segments))}), so nothing is defined there"
-    return f"{text}. With so many looks some differ by chance: they are leads, not verdicts."
+        text += f"; {empty} had no positive and define nothing"
+    return f"{text}. These are leads, not verdicts: with many looks some differ by chance."
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _row(evaluation: Evaluation, segment: SegmentFacts, champion: str, others: list[str]) -> tuple[Cell, ...]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import plots
 from pipelines.audit_record import Audit, Check, SamplerFacts, SplitFacts
 from pipelines.evaluation import (
     ALL_ITEMS,
@@ -22,7 +23,7 @@ from pipelines.evaluation import (
     TrainingSummary,
     length_segments,
 )
-from pipelines.findings import against, percent, signed, summary
+from pipelines.findings import against, caution, percent, points, signed, verdict
 from pipelines.report import build_page, render_html, render_markdown, write_report
 
 SAMPLERS = ("uniform", "popularity")
@@ -118,30 +119,46 @@ def test_a_model_beats_another_only_where_the_interval_leaves_out_zero(differenc
     assert ("No difference" in text) == (low <= 0 <= high)
 
 
-def test_the_summary_names_the_best_and_how_surely():
-    headline, popular, outside, full, caution = summary(evaluation())
-    assert "On 2,000 `test` requests of 1,500 users, against 100 `uniform` negatives each" in headline
-    assert "`dare` has the highest GAUC: 0.9000 [0.8900 to 0.9100]" in headline
-    assert "beats `personal_frequency` by 0.1000 [0.0900 to 0.1100], ahead in every one of 1,000 resamples" in headline
-    assert "beats `popularity` by 0.1500 [0.1400 to 0.1600]" in headline
-    assert "Against `popularity` negatives `dare` is again highest" in popular
-    assert "outside the history" in outside
+def test_the_verdict_is_one_sentence_and_the_points_behind_it_are_few():
+    assert verdict(evaluation()) == (
+        "`dare` has the highest GAUC, 0.9000 [0.8900 to 0.9100], and beats `popularity` and `personal_frequency`."
+    )
+    measured, popular, outside, full = points(evaluation())
+    assert "on 2,000 `test` requests of 1,500 users, against 100 `uniform` negatives each" in measured
+    assert "`dare` beats `personal_frequency` by 0.1000 [0.0900 to 0.1100], ahead in every one of 1,000" in measured
+    assert popular == "Against `popularity` negatives `dare` is again highest, 0.9000 [0.8900 to 0.9100]."
+    assert "Outside the history" in outside
     assert "Ranking all 110 items for 2,000 of these requests" in full
-    assert "95 % intervals over resampled users" in caution
+    assert "95 % intervals over resampled users" in caution(evaluation())
+    many = evaluation({f"m{place}": 0.5 + place / 50 for place in range(12)})
+    assert len(points(many)) <= 4
+    assert verdict(many).endswith("and beats `m0`, `m1`, `m2` and 8 others.")
+    assert all(len(text) < 320 for text in (verdict(many), *points(many)))
 
 
-def test_the_summary_is_as_plain_where_the_news_is_bad():
-    floor = summary(evaluation({"personal_frequency": 0.9, "dare": 0.895, "din": 0.7}))[0]
-    assert "`personal_frequency` learns nothing from a loss: no trained model came out above it" in floor
-    assert "It beats `din`. No difference was found between it and `dare`." in floor
-    near = summary(evaluation({"popularity": 0.7, "personal_frequency": 0.895, "dare": 0.9}))[0]
+def test_the_words_are_as_plain_where_the_news_is_bad():
+    floor = verdict(evaluation({"personal_frequency": 0.9, "dare": 0.895, "din": 0.7}))
+    assert "cannot be told from `dare`; it beats `din`; it learns nothing from a loss, and no trained model" in floor
+    near = points(evaluation({"popularity": 0.7, "personal_frequency": 0.895, "dare": 0.9}))[0]
     assert "No difference from `personal_frequency` was found: +0.0050 [−0.0050 to +0.0150]" in near
-    unsure = summary(evaluation(width=0))[0]
-    assert "differs from `personal_frequency` by +0.1000; no interval was computed" in unsure
-    assert "resamples" not in unsure
-    alone = summary(evaluation({"popularity": 0.7}))[0]
-    assert "no trained model" not in alone
-    assert summary(evaluation({})) == ["No model was evaluated."]
+    unsure = evaluation(width=0)
+    assert "but no interval was computed: how sure that is is not known" in verdict(unsure)
+    assert "differs from `personal_frequency` by +0.1000; no interval was computed" in points(unsure)[0]
+    assert "resampled" not in caution(unsure)
+    assert verdict(evaluation({"popularity": 0.7})).endswith("it was evaluated alone.")
+    assert verdict(evaluation({})) == "No model was evaluated."
+
+
+@pytest.mark.parametrize("times", [(0.3, 0.9), (0.05, 40.0), (8.1, 8.2, 9.0), (1.0, 1.0)])
+def test_the_axis_of_milliseconds_has_a_few_plain_numbers(times):
+    names = [f"m{place}" for place in range(len(times))]
+    svg = plots.scatter("latency", "milliseconds", "GAUC", names, times, [plots.Point(0.5)] * len(times))
+    assert "$" not in svg
+    below = svg[svg.index('id="latency-matplotlib.axis_1"') : svg.index('id="latency-matplotlib.axis_2"')]
+    shown = [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", below)]
+    assert shown.pop() == "milliseconds"
+    assert 1 <= len(shown) <= 6
+    assert all(min(times) / 1.3 < float(text) < max(times) * 1.3 for text in shown)
 
 
 def test_numbers_in_words():
