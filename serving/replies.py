@@ -38,6 +38,7 @@ class ModelsResponse(Message):
     version: str = Field(description="first 12 hexadecimal digits of the digest of the bundle's manifest")
     models: list[ModelInfo]
     items: int
+    passages: int | None = Field(default=None, description="distinct texts a search goes over; null without text")
     created: str = Field(description="ISO 8601, UTC")
     commit: str
     data_digest: str

@@ -263,6 +263,7 @@ class Service:
             version=bundle.version,
             models=_models(manifest),
             items=manifest.counts["items"],
+            passages=None if manifest.text is None else manifest.text.passages,
             created=manifest.provenance.created,
             commit=manifest.provenance.commit,
             data_digest=manifest.provenance.data_digest,

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlencode
@@ -17,16 +18,19 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_world import USERS, Place, make_service, publish_world
+from text_world import WordCount, publish_corpus, publish_search, snapshot
 
 from ranking.recommender import Recommender
 from serving.app import create_app
 from serving.name_search import NameSearch, fold
 from serving.page import read_page
 from serving.service import Served, Service
+from serving.settings import ServeConfig, load_into, open_service
 
 HOUR = 3_600_000_000
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,7 +47,7 @@ const until = async ready => {
 const idle = ready => until(() => !$("main").classList.contains("stale") && ready());
 const names = id => [...$(id).querySelectorAll(".name b")].map(node => node.textContent);
 const press = label => document.querySelector(`button[aria-label="${label}"]`).click();
-(async () => {
+const drive = async () => {
   await idle(() => $("recommended").children.length);
   report.before = names("recommended");
   report.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
@@ -86,7 +90,36 @@ const press = label => document.querySelector(`button[aria-label="${label}"]`).c
   await until(() => !$("problem").hidden);
   report.problem = $("problem").textContent;
   report.stale = $("main").classList.contains("stale");
-})().catch(error => { report.failed = String(error); })
+};
+const driveSearch = async () => {
+  await idle(() => $("recommended").children.length);
+  report.closed = $("orders").hidden;
+  const orders = () => [names("first-order"), names("placed-order")];
+  const search = async text => {
+    $("words").value = text;
+    $("find").requestSubmit();
+    await until(() => $("sought").textContent !== "Searching …");
+    return orders();
+  };
+  report.orders = await search("red tea");
+  report.titles = [$("first-title").textContent, $("placed-title").textContent];
+  report.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const lists = ["first-order", "placed-order"].map(id => $(id).getBoundingClientRect());
+  report.beside = lists[0].right <= lists[1].left;
+  report.below = lists[0].bottom <= lists[1].top;
+  report.address = location.search;
+  const seen = $("placed-title").textContent;
+  document.querySelector("#days button").click();
+  await idle(() => $("placed-title").textContent !== seen);
+  report.changed = orders();
+  report.left = [...state.without];
+  await search(" ");
+  report.blank = location.search;
+  $("words").value = "";
+  $("words").dispatchEvent(new Event("input"));
+  report.emptied = $("orders").hidden;
+};
+(location.pathname === "/searched" ? driveSearch : drive)().catch(error => { report.failed = String(error); })
   .finally(() => document.body.append(make("pre", {id: "report"}, JSON.stringify(report))));
 """
 
@@ -103,12 +136,12 @@ def service(place, tmp_path_factory) -> Iterator[Service]:
     service.close()
 
 
-@pytest.fixture(scope="module")
-def client(service) -> Iterator[httpx.Client]:
-    """A client of the service behind uvicorn; `/driven` is the page with a script that uses it as a person would."""
-    app = create_app(service)
+@contextmanager
+def served(app: FastAPI) -> Iterator[httpx.Client]:
+    """A client of an app behind uvicorn; `/driven` and `/searched` are the page with a script that uses it."""
 
     @app.get("/driven")
+    @app.get("/searched")
     async def driven() -> HTMLResponse:
         return HTMLResponse(read_page().html.decode().replace("</body>", f"<script>{{{DRIVER}}}</script></body>"))
 
@@ -122,6 +155,22 @@ def client(service) -> Iterator[httpx.Client]:
         yield client
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(service) -> Iterator[httpx.Client]:
+    with served(create_app(service)) as client:
+        yield client
+
+
+@contextmanager
+def searching(bundle: Path, place: Path) -> Iterator[httpx.Client]:
+    """A client of a service over a bundle that searches."""
+    service = open_service(ServeConfig(bundle, snapshot(place / "snapshot"), place / "state", durability="os"))
+    load_into(service, bundle)
+    with served(create_app(service)) as client:
+        yield client
+    service.close()
 
 
 def look(client: httpx.Client, directory: Path, path: str = "/", width: int = 1280, **query) -> str:
@@ -325,3 +374,49 @@ def test_refusals_and_strangers_are_told_in_words(client, tmp_path):
     assert "Nothing is known of user nobody / knows?" in words(part(stranger, "said", "p"))
     popular = recommend(client, user_id="nobody / knows?")["items"]
     assert names(part(stranger, "recommended")) == [item["name"] for item in popular]
+
+
+# --- the search box
+
+
+@browser
+def test_both_orders_of_a_search_are_shown_side_by_side(tmp_path):
+    def texts(**fields) -> list[str]:
+        answer = client.post("/v1/search", json={"query": "red tea", "budget_ms": 60_000, **fields})
+        return [hit["text"] for hit in answer.raise_for_status().json()["hits"]]
+
+    user = "user-3"
+    with searching(publish_search(tmp_path / "bundle", reranker=WordCount()), tmp_path) as client:
+        events = events_of(client, user)
+        at = (events[0]["timestamp"] + HOUR) // 1_000_000 * 1_000_000
+        for width in (1280, 390):
+            document = look(client, tmp_path / str(width), "/searched", width, user=user)
+            report = json.loads(words(part(document, "report", "pre")))
+            assert "failed" not in report, report
+            assert report["closed"]
+            assert report["orders"] == [texts(rerank=False), texts(user_id=user, at=at)]
+            assert report["titles"] == ["First stage: by words and vectors", f"Reranked and blended for user {user}"]
+            assert report["overflow"] <= 0
+            assert (report["beside"], report["below"]) == ((True, False) if width > 1000 else (False, True))
+            assert "words=red+tea" in report["address"]
+            kept = inline([event for event in events if event["item_id"] not in report["left"]])
+            assert report["changed"] == [report["orders"][0], texts(history=kept, at=at)]
+            assert report["changed"] != report["orders"]
+            assert report["emptied"]
+            assert report["blank"].count("words=red+tea")  # a blank text is not asked for
+        shown = look(client, tmp_path / "address", user=user, words="red tea")  # the address alone is enough
+        assert names(part(shown, "first-order")) == report["orders"][0]
+
+
+@browser
+def test_a_bundle_of_text_alone_is_searched_and_one_without_text_says_so(client, tmp_path):
+    with searching(publish_corpus(tmp_path / "bundle", ["red tea", "green bread", "red soap"]), tmp_path) as corpus:
+        document = look(corpus, tmp_path / "corpus", words="red")
+        assert sorted(names(part(document, "first-order"))) == ["red soap", "red tea"]
+        assert re.search(r'<section[^>]* id="placed"[^>]* hidden', document)
+        assert re.search(r'<form[^>]* id="ask"[^>]* hidden', document)
+        assert re.search(r'<div[^>]* id="problem"[^>]* hidden', document)
+    without = look(client, tmp_path / "without")
+    assert re.search(r'<form[^>]* id="find"[^>]* hidden', without)
+    assert not re.search(r'<p[^>]* id="no-text"[^>]* hidden', without)
+    assert "searches no text" in words(part(without, "no-text", "p"))
