@@ -78,7 +78,9 @@ class Running:
         before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         watching = self._watching(ended)
         try:
-            ended.wait()
+            # Not one endless wait: a signal that another thread takes wakes this one only when it next runs.
+            while not ended.wait(1.0):
+                pass
         finally:
             if watching is not None:
                 watching.join(timeout=WATCHER_SECONDS)
