@@ -33,8 +33,9 @@ from pipelines.growth import PairRuns, load_pending, updated_edges
 from pipelines.merging import Merged, merge_histories
 from pipelines.parts import Part, PartRecord, keep_part, open_part
 from pipelines.prepare import finish
-from pipelines.prepared import GROWTH, PreparedSet, Requests
+from pipelines.prepared import GROWTH, IMPRESSIONS, PreparedSet, Requests
 from pipelines.settings import PrepareConfig
+from pipelines.shown import shown_in
 from pipelines.transitions import Words, pair_words
 from pipelines.write import Log, Names, Progress, name_all, rule_of
 from ranking.items import Transitions
@@ -167,6 +168,7 @@ def _grow(
         pending=found.take(order[split != splits.TRAIN]),
         tally=_tally(earlier, merged, trained, names.rows),
         transitions=transitions,
+        shown=shown_in([part], earlier.directory / GROWTH / f"{IMPRESSIONS}.parquet"),
     )
     return names, log
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from pipelines.prepared import IMPRESSIONS
 from pipelines.segments import SegmentsConfig
 from ranking.content_vectors import ContentQuality
 from recsys.errors import ConfigError, DataError
@@ -40,7 +41,7 @@ ALL_ITEMS = "all_items"
 INSIDE = "target_in_history"
 OUTSIDE = "target_outside_history"
 NOT_DEFINED = ("logloss", "ece")
-"""Metrics of click probabilities; without impressions there are none to be calibrated to."""
+"""Metrics of click probabilities: without impressions, as of sampled candidates, there are none to be calibrated to."""
 
 Metrics = dict[str, float | None]
 
@@ -50,7 +51,8 @@ class EvaluateConfig:
     """What to evaluate and how much of it.
 
     Attributes:
-        split: requests to score.
+        split: requests to score; `impressions` are answers that were shown in the test period, with what was shown as
+            their only candidates (`pipelines/shown.py`): there log loss and calibration error are defined.
         protocol: `candidates`, all that follows; or `leave_one_out`: all items for every request, by the rules of
             `pipelines/leave_one_out.py`, which leaves only split, resamples, level and seed to choose.
         samplers: candidate sets to score; the first is the one the report's summary speaks of.
@@ -68,7 +70,7 @@ class EvaluateConfig:
         segments: which further parts of the requests are told apart, on the first sampler's candidates.
     """
 
-    split: Literal["valid", "test"] = "test"
+    split: Literal["valid", "test", "impressions"] = "test"
     protocol: Literal["candidates", "leave_one_out"] = "candidates"
     samplers: tuple[str, ...] = ("uniform", "popularity")
     max_requests: int = 20_000
@@ -90,6 +92,12 @@ class EvaluateConfig:
                 raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {low}")
         if not self.samplers:
             raise ConfigError("evaluate: samplers is empty; name at least one, e.g. uniform")
+        shown = IMPRESSIONS in (self.split, *self.samplers)
+        if shown and (self.split, self.samplers, self.protocol) != (IMPRESSIONS, (IMPRESSIONS,), "candidates"):
+            raise ConfigError(
+                f"evaluate: split = {self.split!r} with samplers = {list(self.samplers)}; what was shown is the only "
+                'candidates of its split: set both, split = "impressions" and samplers = ["impressions"]'
+            )
         if not 0 < self.level < 1:
             raise ConfigError(f"evaluate: level = {self.level}; expected a share between 0 and 1, e.g. 0.95")
         if list(self.history_edges) != sorted({edge for edge in self.history_edges if edge > 0}):

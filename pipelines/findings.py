@@ -6,6 +6,7 @@ the text says so. Nothing is claimed beyond the users that were resampled.
 """
 
 from pipelines.evaluation import ALL_ITEMS, OUTSIDE, CandidateFacts, Comparison, Evaluation
+from pipelines.prepared import IMPRESSIONS
 
 REFERENCES = ("personal_frequency", "popularity")
 """Models that learn nothing from a loss: what every other model has to beat."""
@@ -176,6 +177,9 @@ def caution(evaluation: Evaluation) -> str:
     """Say what the numbers do not mean."""
     text = (
         "Labels are observed items against sampled ones, so these values are not comparable with click data or papers."
+        if evaluation.split != IMPRESSIONS
+        else "Labels say which of the items that were shown were taken: of what was never shown, and of the place an "
+        "item was shown at, these values know nothing."
     )
     if evaluation.config.resamples:
         text += (

@@ -30,10 +30,10 @@ from pipelines.evaluation import (
     defined,
     length_segments,
 )
-from pipelines.prepared import CandidateSets
+from pipelines.prepared import IMPRESSIONS, CandidateSets
 from pipelines.scoring import Sample
 from pipelines.segments import Segment
-from recsys.bootstrap import Estimate, PooledAuc, Ratio, Statistic
+from recsys.bootstrap import CalibrationError, Estimate, PooledAuc, Ratio, Statistic
 from recsys.metrics import Floats, Ints, Ranking, auc, hit_rate, mean, mrr, ndcg, rank, recall
 
 CUTOFFS: dict[str, tuple[Callable[[Ranking, int], Floats], int]] = {
@@ -106,6 +106,8 @@ def on_candidates(
         part = _measure(score[kept], label[kept], request, user, len(users), cutoffs)
         statistics |= {prefix + name: statistic for name, statistic in part.statistics.items()}
         counts |= {prefix + name: value for name, value in part.counts.items()}
+    if config.split == IMPRESSIONS:
+        statistics |= _of_probabilities(score, label, user[pool.request], len(users))
     for segment in segments:
         kept = segment.kept(pool.request, pool.sets.item, label)
         if (label & kept).any():
@@ -113,6 +115,19 @@ def on_candidates(
             statistics |= {f"segment/{segment.name}/{name}": value for name, value in part.statistics.items()}
             counts |= {f"segment/{segment.name}/{name}": value for name, value in part.counts.items()}
     return Result(statistics, counts, len(users))
+
+
+def _of_probabilities(
+    score: NDArray[np.float32], label: NDArray[np.bool_], user: Ints, users: int
+) -> dict[str, Statistic]:
+    """Give log loss and calibration error of scores read as logits; `user` int64 [N] says whose each candidate is."""
+    logit = score.astype(np.float64)
+    loss = np.logaddexp(0.0, np.where(label, -logit, logit))
+    probability = np.exp(-np.logaddexp(0.0, -logit))
+    return {
+        "logloss": Ratio.of_groups(loss, user, users),
+        "ece": CalibrationError.build(probability, label, user, users),
+    }
 
 
 def segment_facts(pool: Pool, segment: Segment) -> SegmentFacts:
@@ -199,7 +214,8 @@ def named(config: EvaluateConfig, found: Mapping[str, Estimate], counts: Mapping
         values[f"{config.split}/{name}.ci_low"] = defined(low)
         values[f"{config.split}/{name}.ci_high"] = defined(high)
     if sampler != ALL_ITEMS:
-        values |= {f"{config.split}/{name}": None for name in NOT_DEFINED}
+        for name in NOT_DEFINED:
+            values.setdefault(f"{config.split}/{name}", None)
     return values
 
 

@@ -29,9 +29,10 @@ from pipelines.catalogue import USER_HASH
 from pipelines.forgotten import record_in
 from pipelines.growth import save_pending
 from pipelines.parts import Part, open_part
-from pipelines.prepared import GROWTH, PreparedSet, contents, digest_of, file_digests
+from pipelines.prepared import GROWTH, IMPRESSIONS, PreparedSet, contents, digest_of, file_digests
 from pipelines.samplers import SAMPLERS
 from pipelines.settings import MAX_BUCKETS, PrepareConfig
+from pipelines.shown import shown_in
 from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
 from recsys.columns import TIMESTAMP
 from recsys.errors import ConfigError, DataError
@@ -91,6 +92,8 @@ def finish(out: Path, work: Path, names: Names, log: Log, config: PrepareConfig,
         (work / GROWTH).rename(out / GROWTH)
         save_pending(log.pending, out / GROWTH)
         np.save(out / GROWTH / "hashes.npy", names.people[USER_HASH].to_numpy())
+        if log.shown is not None:
+            log.shown.write_parquet(out / GROWTH / f"{IMPRESSIONS}.parquet")
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(file_digests, contents(out))  # histories and training requests, the largest files
         manifest = write_set(out, names, log, config, report)
@@ -134,7 +137,8 @@ def _read(
         pending = assembly.join_pending(done)
         transitions = assembly.join_transitions(merged)
     records = tuple(part.record for part in parts)
-    return names, Log(records, histories, pending, assembly.tally(done, names.rows), transitions)
+    counted = assembly.tally(done, names.rows)
+    return names, Log(records, histories, pending, counted, transitions, shown_in(parts))
 
 
 def _partition(parts: Sequence[Part], work: Path, names: Names, config: PrepareConfig, report: Progress) -> None:

@@ -9,6 +9,7 @@
     histories/                recsys.history.Histories over item keys
     requests/{train,valid,test}.safetensors            Requests
     candidates/{valid,test}_{sampler}.safetensors      CandidateSets, request by request
+    requests/impressions, candidates/impressions_impressions        what was shown (`pipelines.shown`), if the log says
     growth/                   what `append` needs (`pipelines.growth`); outside the digest, nothing else reads it
 
 Everything is plain Parquet, npy, safetensors or JSON, but for the bare 64-bit words under growth/.
@@ -32,7 +33,9 @@ from recsys.errors import DataError
 from recsys.files import read_json, sha256_file, sha256_json
 from recsys.history import Histories
 
-Split = Literal["train", "valid", "test"]
+Split = Literal["train", "valid", "test", "impressions"]
+IMPRESSIONS: Literal["impressions"] = "impressions"
+"""The split of answers that were shown in the test period, and the name of its only candidates: what was shown."""
 FORMAT = 1
 GROWTH = "growth"
 """folder of what `append` needs"""
@@ -110,6 +113,13 @@ class CandidateSets:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def take(self, index: NDArray[np.int64]) -> "CandidateSets":
+        """Give the candidates of the requests at `index`, in that order."""
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        return CandidateSets(offsets, self.item[where], self.label[where])
+
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         save_file({name: np.ascontiguousarray(value) for name, value in vars(self).items()}, path)
@@ -169,7 +179,12 @@ class PreparedSet:
         return pl.read_parquet(self.directory / "users.parquet")
 
     def requests(self, split: Split) -> Requests:
-        """Give the requests of a split."""
+        """Give the requests of a split; raises `DataError` for impressions in a set without."""
+        if split == IMPRESSIONS and IMPRESSIONS not in self.manifest["counts"]:
+            raise DataError(
+                f"{self.directory}: no impressions in its test period; ingest a log that has them "
+                "(`--from-serving`, or source.impressions of a mapping) and prepare it under the split `time`"
+            )
         return Requests.load(self.directory / "requests" / f"{split}.safetensors")
 
     def candidates(self, split: Split, sampler: str) -> CandidateSets:

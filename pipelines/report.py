@@ -26,6 +26,7 @@ SAMPLERS = {
     "allowed",
     "never_so_far": "every item with training events alike, except those of the request and of the history so far",
     "in_category": "items of the category of one of the request's positives, except those of the request",
+    "impressions": "what was shown in the answer and not taken; nothing is sampled, and scores are not matched",
 }
 DEFINITIONS = (
     ("AUC", "chance that a positive scores above a negative, over all pairs of all requests; a tie counts one half."),
@@ -43,7 +44,11 @@ DEFINITIONS = (
     ("Ties", "are worth their expectation over all orders, so a constant score gets exactly what chance gets."),
     ("Outside the history", "candidates, positive and negative, that do not occur among the user's earlier events."),
     ("In the history", "positives that do, against the same negatives outside the history."),
-    ("Log loss, calibration error", "need real impressions: on sampled candidates they are not defined."),
+    (
+        "Log loss, calibration error",
+        "of 1 / (1 + exp(-score)), the error over 15 bins of equal size; they need real impressions: on sampled "
+        "candidates they are not defined.",
+    ),
 )
 
 

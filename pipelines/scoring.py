@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipelines.prepared import CandidateSets, PreparedSet, Requests, Split
+from pipelines.prepared import IMPRESSIONS, CandidateSets, PreparedSet, Requests, Split
 from pipelines.samplers import SAMPLERS, log_density
 from ranking.batch import FIRST_ITEM, Batch, Candidates, assemble, rows_of
 from ranking.ranker import NEGATIVE, AnyRanker, Retriever
@@ -73,8 +73,7 @@ def choose(total: int, most: int, seed: int, purpose: str) -> NDArray[np.int64]:
 
 def take_sets(sets: CandidateSets, index: NDArray[np.int64]) -> CandidateSets:
     """Give the candidates of the requests at `index`, in that order."""
-    offsets, where = _packed(sets.offsets, index)
-    return CandidateSets(offsets, sets.item[where], sets.label[where])
+    return sets.take(index)
 
 
 def join_sets(parts: Sequence[CandidateSets]) -> tuple[CandidateSets, list[NDArray[np.int64]]]:
@@ -165,7 +164,10 @@ def matched(
 
     A score estimates log p(item | user). Against negatives drawn by q the best order is by log p - log q; without it an
     AUC against popular negatives says how little a model believes in popular items. Uniform draws change nothing.
+    Impressions were not drawn: their scores stay as they are.
     """
+    if sampler == IMPRESSIONS:
+        return scores
     matched: NDArray[np.float32] = scores - log_density([SAMPLERS[sampler](prepared.items)])[item]
     return matched
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.evaluation import ALL_ITEMS, INSIDE, OUTSIDE, ColdStart, Evaluation, TrainingSummary, length_segments
 from pipelines.findings import PRIMARY, best, conditions, difference, interval, number, percent
+from pipelines.prepared import IMPRESSIONS
 
 COLUMNS = (
     ("gauc", "GAUC"),
@@ -258,7 +259,13 @@ def _note(evaluation: Evaluation, sampler: str) -> str:
     ]
     left_out = [f"{count:,} {words}" for count, words in skipped if count]
     note += f" Left out: {'; '.join(left_out)}." if left_out else " Nothing was left out."
-    if sampler != ALL_ITEMS:
+    if evaluation.split == IMPRESSIONS and sampler == IMPRESSIONS:
+        note += "".join(
+            f" `{name}`: log loss {number(evaluation.metric(name, sampler, 'logloss'))}, calibration error "
+            f"{number(evaluation.metric(name, sampler, 'ece'))}."
+            for name in evaluation.models
+        )
+    elif sampler != ALL_ITEMS:
         note += " Log loss and calibration error are not defined without impressions."
     return note
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pipelines import assembly, catalogue, splits
 from pipelines.buckets import BUCKET, FIRST_ROW, USER_ROW, Rule, Sessions
 from pipelines.parts import Part, PartRecord, source_of
-from pipelines.prepared import FORMAT, PreparedSet, Requests
+from pipelines.prepared import FORMAT, IMPRESSIONS, PreparedSet, Requests
 from pipelines.samplers import SAMPLERS
 from pipelines.settings import PrepareConfig
+from pipelines.shown import write_shown
 from pipelines.transitions import MAX_ROWS
 from ranking.items import ItemTable, Transitions, identity_rows
 from recsys.config import parse
@@ -54,6 +55,7 @@ class Log:
         pending: the requests that do not train, by user.
         tally: what was counted.
         transitions: of the training period.
+        shown: its impressions (`pipelines.shown`); None if it has none.
     """
 
     records: tuple[PartRecord, ...]
@@ -61,6 +63,7 @@ class Log:
     pending: Sessions
     tally: assembly.Tally
     transitions: Transitions
+    shown: pl.DataFrame | None = None
 
     @property
     def newest(self) -> int:
@@ -119,6 +122,19 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
     table = catalogue.item_table(names.items, values, names.numeric, count, log.transitions)
     _write_tables(out, names, values, table)
     _write_evaluated(out, requests, names, table, log.histories, config, report)
+    shown: dict[str, int] = {}
+    if log.shown is not None:
+        shown = write_shown(
+            out,
+            log.shown,
+            names.people,
+            names.items,
+            log.histories,
+            cuts,
+            config.max_eval_requests,
+            hashes,
+            config.seed,
+        )
     lengths = np.diff(log.histories.offsets)
     return {
         "format": FORMAT,
@@ -139,6 +155,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
             "trained_items": int(table.trained.sum()),
             "users": names.people.height,
             "transitions": len(log.transitions.target),
+            **({IMPRESSIONS: shown} if shown else {}),
         },
     }
 

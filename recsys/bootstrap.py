@@ -68,6 +68,38 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class CalibrationError:
+    """How far probabilities lie from what happened: the mean over candidates of |mean probability - rate| of their bin.
+
+    Expected calibration error (Naeini, Cooper, Hauskrecht 2015) over bins of equal size (Nguyen, O'Connor 2015): rates
+    of what is shown are small, and bins of equal width would put nearly all in one. The bins are those of all users,
+    whoever is drawn.
+    """
+
+    gap: Floats  # [U, bins], sum of probability - label
+    count: Floats  # [U]
+
+    @staticmethod
+    def build(
+        probability: Floats, label: NDArray[np.generic], user: NDArray[np.int64], users: int, bins: int = 15
+    ) -> "CalibrationError":
+        """Sort once; equal probabilities share a bin. Arguments are [N]; users are 0..users-1."""
+        ascending = np.sort(probability)
+        edges = np.unique(ascending[[len(ascending) * number // bins for number in range(1, bins)]])
+        place = user * bins + np.searchsorted(edges, probability, "right")
+        gap = np.bincount(place, probability - label.astype(bool), users * bins).astype(np.float64)
+        return CalibrationError(gap.reshape(users, bins), np.bincount(user, minlength=users).astype(np.float64))
+
+    def of(self, weights: NDArray[np.int32]) -> Floats:
+        """Give the error per resample. Cost: a product of [R, U] with [U, bins]."""
+        return _quotient(np.abs(weights @ self.gap).sum(axis=1), weights @ self.count)
+
+    def users(self) -> int:
+        """Count the users with candidates."""
+        return int(np.count_nonzero(self.count))
+
+
+@dataclass(frozen=True)
 class PooledAuc:
     """The AUC over all candidates of all users, ready to be recomputed exactly for any user weights.
 

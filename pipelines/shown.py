@@ -1,0 +1,122 @@
+"""The split `impressions`: answers shown in the test period, as requests whose candidates and labels are real.
+
+A request is one answer: its moment, the user's history strictly before it, the items that were shown, and whether each
+was taken. Nothing is sampled, so a model's scores can be held against the rate at which items were taken.
+
+Left out are users without any event and items that the catalogue lacks. Only under the split `time`: there the test
+period is one for all, and what was shown in it no model has trained on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from pipelines.assembly import request_keys
+from pipelines.buckets import FIRST_ROW, USER_ROW
+from pipelines.mixing import mix
+from pipelines.parts import Part
+from pipelines.prepared import IMPRESSIONS, CandidateSets, Requests
+from pipelines.splits import Cuts
+from recsys.columns import ITEM_ID, ITEM_KEY, LABEL, REQUEST_ID, TIMESTAMP, USER_ID
+from recsys.history import Histories
+from recsys.randomness import derive
+
+COLUMNS = (REQUEST_ID, USER_ID, ITEM_ID, TIMESTAMP, LABEL)
+
+
+def shown_in(parts: Sequence[Part], before: Path | None = None) -> pl.DataFrame | None:
+    """Give the impressions of the parts, after those kept in `before`; None if there are none.
+
+    Those of users who asked to be forgotten are left out, as their events are.
+    """
+    frames = [pl.read_parquet(before)] if before is not None and before.exists() else []
+    for part in parts:
+        path = part.directory / f"{IMPRESSIONS}.parquet"
+        if path.exists():
+            frames.append(pl.read_parquet(path, columns=list(COLUMNS)).filter(~pl.col(USER_ID).is_in(part.hidden)))
+    return pl.concat(frames, rechunk=True) if frames else None
+
+
+def write_shown(
+    out: Path,
+    shown: pl.DataFrame,
+    people: pl.DataFrame,
+    items: pl.DataFrame,
+    histories: Histories,
+    cuts: Cuts,
+    at_most: int | None,
+    hashes: NDArray[np.uint64],
+    seed: int,
+) -> dict[str, int]:
+    """Write the requests and candidates of the answers since the test cut; give their counts, empty if there are none.
+
+    Args:
+        out: the prepared set.
+        shown: what `shown_in` gave.
+        people: user_id, user_row.
+        items: item_id, item_key.
+        histories: of all users.
+        cuts: of the split.
+        at_most: keep so many requests, by hash as other evaluated requests; None keeps all.
+        hashes: of each history row.
+        seed: of the choice.
+    """
+    rows = _numbered(shown, people, items, cuts)
+    if cuts.kind != "time" or not rows.height:
+        return {}
+    first = rows["first"].to_numpy()
+    starts = np.flatnonzero(first)
+    requests = _requests(rows, starts, histories)
+    sets = CandidateSets(
+        np.append(starts, rows.height), rows["row"].to_numpy().astype(np.int32), rows[LABEL].to_numpy().astype(np.uint8)
+    )
+    if at_most is not None and len(requests) > at_most:
+        words = mix(request_keys(requests, hashes) ^ np.uint64(derive(seed, 0, "evaluated requests")))
+        kept = np.sort(np.argsort(words, kind="stable")[:at_most])
+        requests, sets = requests.take(kept), sets.take(kept)
+    requests.save(out / "requests" / f"{IMPRESSIONS}.safetensors")
+    sets.save(out / "candidates" / f"{IMPRESSIONS}_{IMPRESSIONS}.safetensors")
+    return {"requests": len(requests), "shown": len(sets.item), "taken": int(sets.label.sum())}
+
+
+def _numbered(shown: pl.DataFrame, people: pl.DataFrame, items: pl.DataFrame, cuts: Cuts) -> pl.DataFrame:
+    """Give user_row, at, row, label by request (at, user), what was taken first; `first` marks a request's first row.
+
+    An item shown twice in one answer is one candidate.
+    """
+    answer = (USER_ROW, REQUEST_ID)
+    return (
+        shown.lazy()
+        .join(people.lazy().select(USER_ID, USER_ROW), on=USER_ID)
+        .join(items.lazy().select(ITEM_ID, ITEM_KEY), on=ITEM_ID)
+        .group_by(*answer, (pl.col(ITEM_KEY).cast(pl.Int32) + FIRST_ROW).alias("row"))
+        .agg(pl.col(TIMESTAMP).min(), pl.col(LABEL).max())
+        .with_columns(pl.col(TIMESTAMP).min().over(answer).alias("at"))
+        .filter(pl.col("at") >= cuts.test)
+        .sort("at", *answer, LABEL, "row", descending=[False, False, False, True, False])
+        .with_columns(first=(pl.struct(answer) != pl.struct(answer).shift(1)).fill_null(True))
+        .collect()
+    )
+
+
+def _requests(rows: pl.DataFrame, starts: NDArray[np.int64], histories: Histories) -> Requests:
+    """Give the requests that begin at `starts`; what was taken are their positives."""
+    user = rows[USER_ROW].to_numpy()[starts].astype(np.int64)
+    at = rows["at"].to_numpy()[starts]
+    offsets, time = np.asarray(histories.offsets), np.asarray(histories.events.time)
+    end = [
+        offsets[one] + np.searchsorted(time[offsets[one] : offsets[one + 1]], moment)
+        for one, moment in zip(user, at, strict=True)
+    ]
+    taken = rows[LABEL].to_numpy() > 0
+    sizes = np.add.reduceat(taken.astype(np.int64), starts)
+    return Requests(
+        user,
+        at,
+        np.array(end, np.int64),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        rows["row"].to_numpy()[taken].astype(np.int32),
+    )
