@@ -18,7 +18,8 @@ from text_world import (
     tiny_encoder,
 )
 
-from ranking.bundle import write_bundle
+from ranking.bundle import Bundle, write_bundle
+from ranking.searcher import Searcher
 from recsys.search_messages import MAX_DOCUMENTS, MAX_QUERY
 from serving.app import Limits, create_app
 from serving.settings import ServeConfig, load_into, open_service
@@ -125,6 +126,19 @@ def test_for_a_user_the_order_follows_the_ranker_too(client):
     inline = [{"item_id": event["item_id"], "timestamp": event["timestamp"]} for event in history[::-1]]
     sent = search(client, query="red tea", history=inline, at=LATER, k=30)
     assert sent["hits"] == found["hits"]
+
+
+@pytest.mark.parametrize("mode", ["bm25", "dense", "hybrid"])
+@pytest.mark.parametrize("rerank", [True, False])
+def test_the_service_answers_what_a_searcher_finds_offline(client, bundles, mode, rerank):
+    part = Bundle.load(bundles["search"]).text
+    for query in ("red tea", "black jam and white soap", "unheard of"):
+        found = Searcher(part).search(query, mode=mode, rerank=rerank)
+        fields = {"mode": mode, "rerank": rerank, "k": 100, "budget_ms": 60_000}
+        hits = search(client, query=query, **fields)["hits"]
+        assert [hit["text"] for hit in hits] == [part.passages.text(row) for row in found.rows.tolist()]
+        assert [hit["score"] for hit in hits] == found.scores.tolist()
+        assert [hit["first_stage_rank"] for hit in hits] == found.first.tolist()
 
 
 def test_recommendations_with_a_query_are_of_what_is_found(client):
