@@ -240,15 +240,7 @@ def write_bundle(
         cast(nn.Module, model.model).eval()
     with whole_directory(directory) as temporary:
         entries = write_models(temporary, named)
-        contents.items.save(temporary / "items.safetensors")
-        tables = StringTable.of(contents.item_ids).tensors("item_id") | StringTable.of(contents.names).tensors("name")
-        save_file(tables, temporary / "strings.safetensors")
-        np.save(temporary / "key_to_row.npy", contents.key_to_row.astype(np.int32))
-        write_json(temporary / "vocabulary.json", {key: list(values) for key, values in contents.vocabulary.items()})
-        if contents.content is not None:
-            contents.content.save(temporary / "content.safetensors")
-        if contents.content_vectors is not None:
-            contents.content_vectors.save(temporary / "content_vectors.safetensors")
+        _write_catalogue(temporary, contents)
         found, recall, shards = None, None, []
         if contents.ranker is not None:
             ranker, retriever = _answering_models(contents, contents.ranker.model, entries)
@@ -259,19 +251,10 @@ def write_bundle(
             golden = make_golden(_answering_of(contents, ranker, retriever, found), seed)
             write_json(temporary / "golden.json", golden.model_dump())
         text = None if contents.text is None else write_text(temporary, contents.text, seed)
-        counts = {
-            "rows": len(contents.items),
-            "items": len(contents.items) - FIRST_ITEM,
-            "keys": len(contents.key_to_row),
-            "trained_items": int(contents.items.trained.sum()),
-            "indexed_items": 0 if found is None else len(found),
-            "matched_items": 0 if contents.content is None else len(contents.content),
-            "content_vectors": 0 if contents.content_vectors is None else len(contents.content_vectors),
-        }
         manifest = Manifest(
             format=FORMAT,
             provenance=provenance,
-            counts=counts,
+            counts=_counts(contents, found),
             actions=list(contents.actions),
             models=entries,
             index=[path.relative_to(temporary).as_posix() for path in shards],
@@ -286,6 +269,31 @@ def write_bundle(
             files = manifest.files | {REFERENCE: describe_file(temporary / REFERENCE)}
             write_json(temporary / MANIFEST, manifest.model_copy(update={"files": files}).model_dump())
         return version_of((temporary / MANIFEST).read_bytes())
+
+
+def _write_catalogue(directory: Path, contents: Contents) -> None:
+    """Write what is known of the items."""
+    contents.items.save(directory / "items.safetensors")
+    tables = StringTable.of(contents.item_ids).tensors("item_id") | StringTable.of(contents.names).tensors("name")
+    save_file(tables, directory / "strings.safetensors")
+    np.save(directory / "key_to_row.npy", contents.key_to_row.astype(np.int32))
+    write_json(directory / "vocabulary.json", {key: list(values) for key, values in contents.vocabulary.items()})
+    if contents.content is not None:
+        contents.content.save(directory / "content.safetensors")
+    if contents.content_vectors is not None:
+        contents.content_vectors.save(directory / "content_vectors.safetensors")
+
+
+def _counts(contents: Contents, index: Index | None) -> dict[str, int]:
+    return {
+        "rows": len(contents.items),
+        "items": len(contents.items) - FIRST_ITEM,
+        "keys": len(contents.key_to_row),
+        "trained_items": int(contents.items.trained.sum()),
+        "indexed_items": 0 if index is None else len(index),
+        "matched_items": 0 if contents.content is None else len(contents.content),
+        "content_vectors": 0 if contents.content_vectors is None else len(contents.content_vectors),
+    }
 
 
 def _answering_models(

@@ -57,3 +57,7 @@ class RequestError(RecsysError):
         super().__init__(message)
         self.status = status
         self.code = code
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[int, str, str]]:
+        """Let a refusal cross processes: an exception is made again from `args`, which hold the message alone."""
+        return RequestError, (self.status, self.code, str(self))

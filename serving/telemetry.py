@@ -24,6 +24,13 @@ class Telemetry:
     def __init__(self) -> None:
         registry = CollectorRegistry()
         self._registry = registry
+        self._add_requests(registry)
+        self._add_answers(registry)
+        self._add_events(registry)
+        self._add_bundles(registry)
+
+    def _add_requests(self, registry: CollectorRegistry) -> None:
+        """What every request has."""
         self._seconds = Histogram(
             "recsys_http_request_seconds",
             "Time from the request's arrival in the process to its last byte.",
@@ -39,6 +46,9 @@ class Telemetry:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
+
+    def _add_answers(self, registry: CollectorRegistry) -> None:
+        """What recommendations and ranks are made of, and want."""
         self._candidates = Histogram(
             "recsys_rank_candidates", "Items in a rank request.", buckets=CANDIDATES, registry=registry
         )
@@ -50,12 +60,44 @@ class Telemetry:
         )
         self._asked = Counter("recsys_items_asked", "Items that recommendations were to hold.", registry=registry)
         self._given = Counter("recsys_items_given", "Items that recommendations held.", registry=registry)
+        self._degraded = Counter(
+            "recsys_degraded", "Answers given with a stage skipped.", ("stage",), registry=registry
+        )
+        self._unknown_users = Counter(
+            "recsys_unknown_users", "Answers by popularity, for want of any history.", registry=registry
+        )
+        self._unknown_items = Counter(
+            "recsys_unknown_items", "Items in rank requests that the bundle does not know.", registry=registry
+        )
+
+    def _add_events(self, registry: CollectorRegistry) -> None:
+        """What was posted, and what became of it."""
         self._effect = Histogram(
             "recsys_event_effect_seconds",
             "Time from a post's arrival until its events are used by every request.",
             buckets=SECONDS,
             registry=registry,
         )
+        self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
+        self._forgotten = Counter("recsys_users_forgotten", "Users forgotten on request.", registry=registry)
+        self._logged = Counter(
+            "recsys_request_log_answers", "Answers drawn for the request log.", ("outcome",), registry=registry
+        )
+        self._torn_tails = Gauge(
+            "recsys_event_log_torn_tails",
+            "Writers of the event log that died while they wrote, since the log began.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self._torn_bytes = Gauge(
+            "recsys_event_log_torn_bytes",
+            "Bytes they left, told to nobody as durable, that were cut off.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+
+    def _add_bundles(self, registry: CollectorRegistry) -> None:
+        """What is served, and how true to its publication."""
         self._parity = Gauge(
             "recsys_golden_parity_error",
             "Largest relative difference of a golden request's scores from the published ones, at the last check.",
@@ -75,32 +117,6 @@ class Telemetry:
             "recsys_score_drift",
             "Population stability index of the newest scores against those at publish; above 0.25 they lie otherwise.",
             multiprocess_mode="mostrecent",
-            registry=registry,
-        )
-        self._degraded = Counter(
-            "recsys_degraded", "Answers given with a stage skipped.", ("stage",), registry=registry
-        )
-        self._unknown_users = Counter(
-            "recsys_unknown_users", "Answers by popularity, for want of any history.", registry=registry
-        )
-        self._unknown_items = Counter(
-            "recsys_unknown_items", "Items in rank requests that the bundle does not know.", registry=registry
-        )
-        self._events = Counter("recsys_events", "Posted events by verdict.", ("verdict",), registry=registry)
-        self._forgotten = Counter("recsys_users_forgotten", "Users forgotten on request.", registry=registry)
-        self._logged = Counter(
-            "recsys_request_log_answers", "Answers drawn for the request log.", ("outcome",), registry=registry
-        )
-        self._torn_tails = Gauge(
-            "recsys_event_log_torn_tails",
-            "Writers of the event log that died while they wrote, since the log began.",
-            multiprocess_mode="max",
-            registry=registry,
-        )
-        self._torn_bytes = Gauge(
-            "recsys_event_log_torn_bytes",
-            "Bytes they left, told to nobody as durable, that were cut off.",
-            multiprocess_mode="max",
             registry=registry,
         )
         self._refused = Counter("recsys_bundles_refused", "Bundles that did not load.", registry=registry)
