@@ -22,7 +22,7 @@ class Monitor:
 
     Args:
         service: what is watched.
-        worker: where a golden request takes its turn, as any other request does.
+        worker: where a golden request takes its turn; it takes no place of those who wait.
         seconds: between two checks.
     """
 
@@ -61,7 +61,7 @@ class Monitor:
             return
         bundle, turn = self._service.served.bundle, self._turn
         self._turn += 1
-        error, _ = await self._worker.run(lambda: parity_error(bundle, turn))
+        error, _ = await self._worker.run_uncounted(lambda: parity_error(bundle, turn))
         telemetry = self._service.telemetry
         telemetry.parity(error)
         telemetry.created(_created(bundle))

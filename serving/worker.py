@@ -49,14 +49,18 @@ class Worker:
         """
         if self._waiting >= self._bound:
             raise RequestError(503, "overloaded", f"{self._waiting} requests are waiting; come back in a moment")
-        asked = time.perf_counter()
         self._waiting += 1
         try:
-            result, started = await asyncio.get_running_loop().run_in_executor(
-                self._thread, contextvars.copy_context().run, self._timed, work, budget
-            )
+            return await self.run_uncounted(work, budget)
         finally:
             self._waiting -= 1
+
+    async def run_uncounted(self, work: Callable[[], T], budget: Budget | None = None) -> tuple[T, float]:
+        """Do the same for work of the service itself, which takes its turn but no request's place."""
+        asked = time.perf_counter()
+        result, started = await asyncio.get_running_loop().run_in_executor(
+            self._thread, contextvars.copy_context().run, self._timed, work, budget
+        )
         return result, started - asked
 
     def _timed(self, work: Callable[[], T], budget: Budget | None) -> tuple[T, float]:

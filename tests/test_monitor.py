@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -78,6 +79,23 @@ def test_a_sound_bundle_is_as_published_and_another_weight_is_told(service):
     asyncio.run(monitor.check())
     service.swap(served)
     assert sample(service.telemetry.scrape().decode(), "recsys_golden_parity_error") > 1e-3
+
+
+def test_a_check_takes_no_place_of_those_who_wait(service):
+    async def both() -> None:
+        worker, go = Worker(1), threading.Event()
+        request = asyncio.create_task(worker.run(go.wait))
+        await asyncio.sleep(0)  # the only place is taken
+        check = asyncio.create_task(Monitor(service, worker, 60).check())
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.gather(request, check)
+        check = asyncio.create_task(worker.run_uncounted(lambda: None))
+        await asyncio.sleep(0)
+        assert worker.waiting == 0
+        await asyncio.gather(check, worker.run(lambda: None))
+
+    asyncio.run(both())
 
 
 def test_a_service_checks_itself_and_counts_what_it_gives(service):
