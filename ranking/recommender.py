@@ -265,7 +265,7 @@ class Recommender:
         unscored = np.empty(0, np.int32)
         while True:
             rounds += 1
-            fresh = self._proposed(asked.sources, query, k, rounds)
+            fresh = self._proposed(asked.sources, query, k, rounds, asked.ladder)
             clock.lap("sources")
             new = self._scores(asked, fresh, scores)
             scorable = new > NEGATIVE
@@ -296,10 +296,12 @@ class Recommender:
         retrieval = names.index(Retrieval.name) if Retrieval.name in names else None
         return retriever_order(fresh, retrieval, float(before.min(initial=0.0)))
 
-    def _proposed(self, sources: Sequence[tuple[Source, int]], query: SourceQuery, k: int, rounds: int) -> Pool:
+    def _proposed(
+        self, sources: Sequence[tuple[Source, int]], query: SourceQuery, k: int, rounds: int, ladder: Ladder
+    ) -> Pool:
         """Give what the sources propose; from the second round on the whole catalogue is one of them."""
         deeper = DEEPER ** (rounds - 1)
-        proposals = [source.propose(query, max(quota, k) * deeper) for source, quota in sources]
+        proposals = [_proposal(source, query, max(quota, k) * deeper, ladder) for source, quota in sources]
         proposals.append(Proposal.none() if rounds == 1 else self._catalogue.propose(query, k * deeper))
         pool = merge(proposals)
         keep = pool.rows >= FIRST_ITEM
@@ -325,7 +327,7 @@ class Recommender:
             for item, place in zip(response.items, places.tolist(), strict=True)
         ]
         free = replace(asked.query, allowed=None, blocked=0)
-        rows = self._proposed(asked.sources, free, request.k, 1).rows
+        rows = self._proposed(asked.sources, free, request.k, 1, asked.ladder).rows
         reasons = self._filters.reasons(request, asked.seen, rows)
         filtered = [(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason is not None]
         explanation = explain(found, places, filtered, self.bundle.item_ids)
@@ -344,6 +346,13 @@ def _sources(bundle: Bundle, config: RecommenderConfig, popularity: Popularity) 
     if bundle.content is not None:
         sources.append((NewItems(bundle.content), config.new_items))
     return [(source, quota) for source, quota in sources if quota]
+
+
+def _proposal(source: Source, query: SourceQuery, limit: int, ladder: Ladder) -> Proposal:
+    """Give what a source proposes; nothing of a retriever that is out, whose index may be in another process."""
+    if source.name != Retrieval.name:
+        return source.propose(query, limit)
+    return ladder.attempt("retrieval", lambda: source.propose(query, limit), Proposal.none())
 
 
 def _order(rows: NDArray[np.int32], scores: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -44,6 +44,10 @@ class GateError(RecsysError):
     exit_code = 4
 
 
+class PartError(RecsysError):
+    """A deployment of the split topology did not answer: it is being replaced, or late."""
+
+
 class RequestError(RecsysError):
     """A request the service refuses.
 

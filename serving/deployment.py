@@ -1,4 +1,4 @@
-"""The Ray Serve application: one fused deployment, since a hop between deployments costs several milliseconds.
+"""The Ray Serve application: one fused deployment, since a hop between deployments costs milliseconds, or a split one.
 
 Imported only by Ray's processes, through the path `serving.deployment:application`.
 """
@@ -11,20 +11,61 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
 
 from recsys.config import parse
-from recsys.errors import RecsysError
+from recsys.errors import RecsysError, RequestError
 from serving.app import create_app
-from serving.lineup import Plan
+from serving.lineup import BundlePlace, Plan
 from serving.logs import LOGS, log_to
+from serving.parts import Parts
 from serving.problems import RETRY_AFTER_SECONDS
 from serving.security import read_keys
 from serving.settings import ServeConfig, load_plan, open_service
+from serving.split import PARTS, Elsewhere, Part, PartHost, Refusal
 from serving.worker import Worker
 
 NAME = "recsys"
 
 logger = logging.getLogger("ray.serve")
+
+
+@serve.deployment
+class ModelReplica:
+    """One process that runs the models of one part of the split topology.
+
+    Args:
+        part: which.
+        table: a `ServeConfig` as plain values.
+    """
+
+    def __init__(self, part: Part, table: dict[str, Any]) -> None:
+        import torch
+
+        from ranking.index import use_threads
+
+        config = parse(ServeConfig, table, "[serve]")
+        torch.set_num_threads(config.cores)
+        use_threads(config.cores)
+        self._host = PartHost(part, "cuda" if config.split.gpus else "cpu", config.search)
+        self._worker = Worker(config.limits.waiting)
+        self._stuck_seconds = config.limits.stuck_seconds
+
+    async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
+        """Hold the bundles of a plan; `user_config` is that plan as plain values."""
+        await asyncio.to_thread(self._host.follow, Plan.of(user_config))
+
+    async def answer(self, stage: str, place: BundlePlace, arguments: tuple[Any, ...]) -> Any:
+        """Give what a stage makes of its arguments, or the `Refusal` of the request."""
+        try:
+            return (await self._worker.run(lambda: self._host.answer(stage, place, arguments)))[0]
+        except RequestError as error:
+            return Refusal(error.status, error.code, str(error))
+
+    def check_health(self) -> None:
+        """Raise if a piece of work has been stuck, so that Serve replaces this process."""
+        if self._worker.busy_seconds > self._stuck_seconds:
+            raise RuntimeError(f"one stage has been under way for {self._worker.busy_seconds:.0f} s")
 
 
 @serve.deployment(name=NAME)
@@ -34,9 +75,12 @@ class Replica:
 
     Args:
         table: a `ServeConfig` as plain values.
+        handles: of the deployments that run the models, in the order of `PARTS`; none where all is fused.
     """
 
-    def __init__(self, table: dict[str, Any]) -> None:
+    def __init__(self, table: dict[str, Any], *handles: DeploymentHandle[Any]) -> None:
+        self._handles = handles
+        self._parts: Parts | None = None
         self._config = parse(ServeConfig, table, "[serve]")
         self._service = open_service(self._config)
         self._worker: Worker | None = None
@@ -63,11 +107,20 @@ class Replica:
             user_config: a `Plan` as plain values.
         """
         try:
-            await asyncio.to_thread(load_plan, self._service, Plan.of(user_config))
+            await asyncio.to_thread(self._load, Plan.of(user_config), asyncio.get_running_loop())
         except RecsysError:
             if not self._service.version:
                 raise
             logger.exception("%s is refused; %s goes on", user_config, self._service.version)
+
+    def _load(self, plan: Plan, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._handles:
+            load_plan(self._service, plan)
+            return
+        if self._parts is None:
+            self._parts = Parts(self._handles, loop, self._config.limits.deadlines.request)
+        with self._parts.patience():
+            load_plan(self._service, plan, Elsewhere(self._parts))
 
 
 def application(table: dict[str, Any]) -> Application:
@@ -75,14 +128,26 @@ def application(table: dict[str, Any]) -> Application:
     config = parse(ServeConfig, table, "[serve]")
     waiting = config.limits.waiting
     replica: Any = Replica  # the decorator makes it a Deployment, which its annotations don't say
+    shared: dict[str, Any] = {
+        # The application refuses by itself, with a problem document, before Ray Serve's own bounds are reached.
+        "max_ongoing_requests": 2 * waiting,
+        "max_queued_requests": 2 * waiting,
+        "graceful_shutdown_timeout_s": 5,
+        "max_constructor_retry_count": 1,  # a damaged log or snapshot will not be mended by trying again
+    }
+    parts = []
+    if config.topology == "split":
+        cost = {"num_cpus": 0.1, "num_gpus": config.split.gpus}
+        model_replica: Any = ModelReplica
+        for part in PARTS:
+            sized = model_replica.options(
+                name=part, num_replicas=config.split.replicas(part), ray_actor_options=cost, **shared
+            )
+            parts.append(sized.bind(part, table))
     deployed: Application = replica.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": 0.1},
-        # The application refuses by itself, with a problem document, before Ray Serve's own bounds are reached.
-        max_ongoing_requests=2 * waiting,
-        max_queued_requests=2 * waiting,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_SECONDS),
-        graceful_shutdown_timeout_s=5,
-        max_constructor_retry_count=1,  # a damaged log or snapshot will not be mended by trying again
-    ).bind(table)
+        **shared,
+    ).bind(table, *parts)
     return deployed

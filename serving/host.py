@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
 import os
 import shutil
@@ -23,16 +24,21 @@ from serving.lineup import Plan
 from serving.logs import LOGS, log_to
 from serving.security import read_keys
 from serving.settings import ServeConfig, load_into, open_service
+from serving.split import PARTS
 from serving.telemetry import MULTIPROCESS
 from serving.watcher import MlflowRegistry, WatchConfig, Watcher, adopt, check, keep, last_plan
 
 __all__ = ["Running", "ServeConfig", "run_bare", "start"]
 
 APPLICATION = "recsys"
-READY_SECONDS = 120.0
+READY_SECONDS = 300.0
 WATCHER_SECONDS = 30.0
 RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
+
+_SENT = itertools.count()
+
+logger = logging.getLogger(__name__)
 
 
 class Running:
@@ -49,6 +55,7 @@ class Running:
         self.plan = plan
         self._config = config
         self._directory = directory
+        self._deployed = False
         self._stopped = False
 
     def swap(self, bundle: Path) -> str:
@@ -65,11 +72,17 @@ class Running:
         """Serve the bundles of a plan without losing a request; returns once every replica serves them.
 
         Raises:
-            RecsysError: they were not served within two minutes.
+            RecsysError: they were not served within five minutes.
         """
-        _deploy(self._config, plan)
+        if not self._deployed:
+            _deploy(self._config, plan, plan)
+        else:
+            if self._config.topology == "split":  # parts hold a bundle before anybody asks them for it
+                _redeploy(self._config, plan, self.plan)
+            _redeploy(self._config, plan, plan)
         _await_ready(self.address, plan.champion.version)
         self.plan = plan
+        self._deployed = True
         keep(self._config.state, plan)
 
     def wait(self) -> None:
@@ -152,7 +165,7 @@ def start(config: ServeConfig) -> Running:
 
 
 def run_bare(config: ServeConfig) -> None:
-    """Serve the same application in this process under plain uvicorn, until interrupted."""
+    """Serve the same application in this process under plain uvicorn, until interrupted; always fused."""
     import uvicorn
 
     from serving.app import create_app
@@ -222,6 +235,10 @@ def _set_environment(directory: Path) -> None:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # On a busy machine HAProxy takes longer than Serve's 5 s to start, and is killed for it.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+        "RAY_worker_niceness": "0",  # by default Ray lets every other program of the machine go before its own
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
     }
@@ -250,14 +267,41 @@ def _start_ray(config: ServeConfig, directory: Path) -> None:
         runtime_env={"env_vars": {"THP_MEM_ALLOC_ENABLE": "1", MULTIPROCESS: str(counts)}},
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": config.host, "port": config.port})
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port})
+    except ray.exceptions.RayError as error:
+        raise RecsysError(f"Ray Serve did not start: {_last_line(str(error))}; details in {RAY_LOGS}") from error
 
 
-def _deploy(config: ServeConfig, plan: Plan) -> None:
-    """Bring Serve to a config. If only the plan differs from the last, replicas live on and change it in place."""
+def _redeploy(config: ServeConfig, held: Plan, answering: Plan) -> None:
+    """Bring a running Serve to other plans; sends them again if a replica died before it had taken them."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            _deploy(config, held, answering)
+            return
+        except RecsysError as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("the plan was not taken, and is sent again (%s)", error)
+            time.sleep(1.0)
+
+
+def _deploy(config: ServeConfig, held: Plan, answering: Plan) -> None:
+    """Bring Serve to a config. If only plans differ from the last, replicas live on and change them in place.
+
+    Args:
+        config: of the service.
+        held: what the parts of the split topology load.
+        answering: what the replicas that answer serve.
+    """
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
+    parts = PARTS if config.topology == "split" else ()
+    # Serve gives up a change during which a replica died, does not replace that replica, and then takes the same
+    # config for no change at all. So no two that are sent are the same.
+    sent = {"sent": {"number": str(next(_SENT))}}
     schema = ServeDeploySchema.model_validate(
         {
             "applications": [
@@ -266,7 +310,10 @@ def _deploy(config: ServeConfig, plan: Plan) -> None:
                     "route_prefix": "/",
                     "import_path": "serving.deployment:application",
                     "args": _plain(config),
-                    "deployments": [{"name": APPLICATION, "user_config": plan.table()}],
+                    "deployments": [
+                        {"name": APPLICATION, "user_config": answering.table() | sent},
+                        *({"name": part, "user_config": held.table() | sent} for part in parts),
+                    ],
                 }
             ]
         }

@@ -127,8 +127,9 @@ class Plan:
 
     @staticmethod
     def of(table: Mapping[str, Mapping[str, str]]) -> "Plan":
-        """Read what `table` gave."""
-        places = {role: BundlePlace(Path(entry["bundle"]), entry["version"]) for role, entry in table.items()}
+        """Read what `table` gave; what is no role in it is passed over."""
+        entries = {role: table[role] for role in ROLES if role in table}
+        places = {role: BundlePlace(Path(entry["bundle"]), entry["version"]) for role, entry in entries.items()}
         return Plan(**places)
 
     def with_role(self, role: Role, place: BundlePlace | None) -> "Plan":

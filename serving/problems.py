@@ -35,7 +35,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from recsys.errors import RequestError, StoreError
+from recsys.errors import PartError, RequestError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ def install(app: FastAPI) -> None:
     """Make every refusal of an application a problem document; the middleware sees to unexpected errors."""
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(StoreError, _gone)
+    app.add_exception_handler(PartError, _out)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
 
@@ -119,6 +120,11 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _gone(_: Request, error: Exception) -> Response:
     logger.warning("%s", error)
     return problem(503, "store_unavailable", "the live histories can't be had for now; come back in a moment")
+
+
+async def _out(_: Request, error: Exception) -> Response:
+    logger.warning("%s", error)
+    return problem(503, "part_unavailable", "a model can't be had for now; come back in a moment")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

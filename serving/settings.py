@@ -18,6 +18,7 @@ from serving.lineup import BundlePlace, NoRanker, Plan, Role, Served
 from serving.pairs import PairLog
 from serving.request_log import RequestLog, RequestLogConfig
 from serving.service import Service
+from serving.split import Elsewhere, SplitConfig
 from serving.telemetry import Telemetry
 from serving.view import HISTORY_EVENTS, LiveHistories, Snapshot
 from serving.view_files import remove_unused
@@ -46,6 +47,10 @@ class ServeConfig:
     port: int = 8000
     replicas: int = 1
     """processes that answer; they share log and histories, so all of them run on this machine"""
+    topology: Literal["fused", "split"] = "fused"
+    """whether models run in the processes that answer, or in deployments of their own (`serving.split`)"""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """sizes of those deployments"""
     cores: int = 1
     """threads of torch and FAISS within one request"""
     limits: Limits = field(default_factory=Limits)
@@ -148,8 +153,10 @@ def load_into(service: Service, directory: Path) -> None:
     settle()
 
 
-def load_plan(service: Service, plan: Plan) -> None:
+def load_plan(service: Service, plan: Plan, elsewhere: Elsewhere | None = None) -> None:
     """Bring a service to a plan: load beside the old what it does not have yet, then swap one reference.
+
+    With `elsewhere` models run there; they are loaded here too, for as long as the golden requests take.
 
     A challenger or shadow that is refused leaves the one before in its role.
 
@@ -160,7 +167,7 @@ def load_plan(service: Service, plan: Plan) -> None:
     loaded: dict[Role, Served | None] = {}
     for role, place in plan.places():
         try:
-            loaded[role] = held.get(place.version) or load_served(service, place)
+            loaded[role] = held.get(place.version) or load_served(service, place, elsewhere)
         except BundleError as error:
             service.telemetry.refused()
             if role == "champion":
@@ -175,7 +182,7 @@ def load_plan(service: Service, plan: Plan) -> None:
     settle()
 
 
-def load_served(service: Service, place: BundlePlace) -> Served:
+def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | None = None) -> Served:
     """Load a bundle, replay its golden requests and answer some more, so that no user waits for what is built lazily.
 
     Raises:
@@ -188,9 +195,12 @@ def load_served(service: Service, place: BundlePlace) -> Served:
     bundle = Bundle.load(place.directory)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
+    if elsewhere is not None:
+        bundle = elsewhere.bundle(bundle)
     searcher = None
     if bundle.text is not None:
-        searcher = Searcher(bundle.text, service.search_config)
+        config = service.search_config
+        searcher = Searcher(bundle.text, config) if elsewhere is None else elsewhere.searcher(bundle, config)
         for _ in range(WARM_REQUESTS):
             searcher.search(bundle.text.passages.text(0))
     if bundle.ranking_model is None:

@@ -190,7 +190,14 @@ class TestServed:
         assert seen == {old, new}
         assert {json.loads(call(running, "GET", "/v1/models")[2])["version"] for _ in range(8)} == {new}
 
-    # The last one: Serve takes no new plan while a replica is being replaced.
+    def test_a_swap_right_after_a_kill_is_taken_by_every_replica(self, running, place):
+        old = json.loads(call(running, "GET", "/v1/models")[2])["version"]
+        with Client(running.address, timeout=60) as client:  # it sends again once
+            replicas(running)[0].kill()
+            new = running.swap(place.bundle if running.plan.champion.version == old else place.smaller)
+            assert {client.recommend("user-1", at=LATER).model_version for _ in range(8)} == {new}
+        assert len(replicas(running)) == 2
+
     def test_a_killed_replica_costs_no_request_and_no_acknowledged_event(self, running):
         acknowledged: list[EventIn] = []
         ended = threading.Event()

@@ -1,0 +1,66 @@
+"""How the ingress of the split topology asks the other deployments, over Ray Serve's handles."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from recsys.errors import PartError, RequestError
+from serving.lineup import BundlePlace
+from serving.split import PARTS, Part, Refusal
+
+LOAD_SECONDS = 300.0
+"""A part may take this long for an answer while a bundle is being loaded."""
+
+REST_SECONDS = 5.0
+"""A part that was late is not asked again for so long, so that not every request waits for it in vain."""
+
+
+class Parts:
+    """Asks the parts from any thread but that of the event loop, which carries the words; an `Ask`.
+
+    Args:
+        handles: of the parts, in the order of `PARTS`.
+        loop: of the process that asks.
+        seconds: after which an answer is not waited for any more.
+    """
+
+    def __init__(
+        self, handles: Sequence[DeploymentHandle[Any]], loop: asyncio.AbstractEventLoop, seconds: float
+    ) -> None:
+        self._handles = dict(zip(PARTS, handles, strict=True))
+        self._loop = loop
+        self._seconds = seconds
+        self._patient = False
+        self._rests: dict[Part, float] = {}
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Wait for answers as long as loading a bundle may take."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def __call__(self, part: Part, stage: str, place: BundlePlace, *arguments: Any) -> Any:
+        """Give the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
+        if not self._patient and time.monotonic() < self._rests.get(part, 0.0):
+            raise PartError(f"the {part} was late a moment ago")
+        try:
+            answer = asyncio.run_coroutine_threadsafe(self._hop(part, stage, place, arguments), self._loop).result()
+        except TimeoutError:
+            self._rests[part] = time.monotonic() + REST_SECONDS
+            raise PartError(f"the {part} did not answer {stage!r} in time") from None
+        except Exception as error:  # whatever Ray raises when a process is gone, or the model itself
+            raise PartError(f"the {part} failed at {stage!r}: {error}") from error
+        if isinstance(answer, Refusal):
+            raise RequestError(answer.status, answer.code, answer.message)
+        return answer
+
+    async def _hop(self, part: Part, stage: str, place: BundlePlace, arguments: tuple[Any, ...]) -> Any:
+        limit = LOAD_SECONDS if self._patient else self._seconds
+        return await asyncio.wait_for(self._handles[part].answer.remote(stage, place, arguments), limit)

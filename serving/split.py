@@ -1,0 +1,335 @@
+"""The `split` topology: models run in deployments of their own, everything else of a request in the ingress.
+
+    ingress     histories, filters, the sources beside the retriever, rules, events     `serving.deployment.Replica`
+    retriever   user vectors, and the index over the item vectors
+    ranker      states and scores
+    text        whole searches, and documents sent along for reranking
+
+The ingress holds the same bundle as when all is fused, but each model in it is a stand-in that asks its part. So the
+stages of `ranking` are the same code and the answers are the same, whatever runs them. A part that is out is a stage
+that fails (`ranking.ladder`). Kept states (`ranking.state_cache`) stay unused: a state lives within one score.
+
+Nothing here knows Ray: `Ask` is how words get to a part.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranking.batch import Candidates, History, Request
+from ranking.bundle import Bundle
+from ranking.deadline import Deadline
+from ranking.index import Index
+from ranking.items import ItemTable
+from ranking.ranker import Retriever
+from ranking.searcher import Reranked, SearchConfig, Searched, Searcher
+from recsys.errors import BundleError, ConfigError, RequestError
+from recsys.search_messages import Mode
+from serving.lineup import BundlePlace, Plan
+
+Part = Literal["retriever", "ranker", "text"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How many replicas each part of the split topology has, and what each of them takes."""
+
+    retrievers: int = 1
+    """replicas of the retriever and its index"""
+    rankers: int = 1
+    """replicas of the ranker"""
+    texts: int = 1
+    """replicas of text search"""
+    gpus: float = 0.0
+    """GPUs of each such replica; a fraction shares one. With 0 models run on the CPU"""
+
+    def __post_init__(self) -> None:
+        for name in ("retrievers", "rankers", "texts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"[serve.split] {name} is {getattr(self, name)}; expected at least 1")
+        if self.gpus < 0:
+            raise ConfigError(f"[serve.split] gpus is {self.gpus}; expected 0 or more")
+
+    def replicas(self, part: Part) -> int:
+        """Give how many replicas a part has."""
+        return {"retriever": self.retrievers, "ranker": self.rankers, "text": self.texts}[part]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A `RequestError` as a value: what a part refuses travels as an answer, not as a failure of the part."""
+
+    status: int
+    code: str
+    message: str
+
+
+class Ask(Protocol):
+    """Gets words to some replica of a part and its answer back."""
+
+    def __call__(self, part: Part, stage: str, place: BundlePlace, *arguments: Any) -> Any:
+        """Give the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
+        ...
+
+
+# --- in a replica of a part
+
+
+class PartHost:
+    """The bundles of one part, by version. Safe to call from several threads.
+
+    Args:
+        part: which of their models are kept.
+        device: where they run.
+        search: depths and time budgets of text search.
+    """
+
+    def __init__(self, part: Part, device: str, search: SearchConfig) -> None:
+        self._part = part
+        self._device = device
+        self._search = search
+        self._held: dict[str, _Held] = {}
+        self._now: set[str] = set()
+        self._before: set[str] = set()
+        self._loading = threading.Lock()
+
+    def follow(self, plan: Plan) -> None:
+        """Hold the bundles of a plan, and those of the plan before, which requests under way still name."""
+        versions = set()
+        for role, place in plan.places():
+            try:
+                versions.add(self._hold(place).bundle.version)
+            except BundleError as error:
+                if role == "champion" and not self._held:
+                    raise
+                logger.error("%s bundle %s is refused: %s", role, place.directory, error)
+        with self._loading:
+            if versions != self._now:  # a plan may be sent more than once
+                self._before, self._now = self._now, versions
+            self._held = {key: held for key, held in self._held.items() if key in self._now | self._before}
+
+    def answer(self, stage: str, place: BundlePlace, arguments: Sequence[Any]) -> Any:
+        """Give the answer of a stage by a bundle, loaded now if it is not held, or the `Refusal` of the request."""
+        try:
+            with torch.inference_mode():
+                return STAGES[stage](self._hold(place), *arguments)
+        except RequestError as error:
+            return Refusal(error.status, error.code, str(error))
+
+    def _hold(self, place: BundlePlace) -> "_Held":
+        with self._loading:
+            held = self._held.get(place.version)
+            if held is None:
+                bundle = Bundle.load(place.directory, self._device)
+                if place.version and bundle.version != place.version:
+                    raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
+                held = _Held(_only(self._part, bundle), self._search)
+                self._held = {**self._held, bundle.version: held}
+            return held
+
+
+class _Held:
+    """A bundle without what other parts run, and what searches its text."""
+
+    def __init__(self, bundle: Bundle, search: SearchConfig) -> None:
+        self.bundle = bundle
+        self.searcher = None if bundle.text is None else Searcher(bundle.text, search)
+
+
+def _only(part: Part, bundle: Bundle) -> Bundle:
+    """Give the bundle with the models of one part; the memory of the others is free once the loaded one is gone."""
+    keeps: dict[str, tuple[Part, ...]] = {
+        "ranking_model": ("ranker",),
+        "retriever": ("retriever",),
+        "index": ("retriever",),
+        "content": (),
+        "text": ("text",),
+    }
+    away: dict[str, Any] = {name: None for name, parts in keeps.items() if part not in parts}
+    return replace(bundle, **away)
+
+
+def _holds(held: _Held) -> str:
+    return held.bundle.version
+
+
+def _score(held: _Held, history: History, request: Request, candidates: Candidates) -> Tensor:
+    device, ranker = held.bundle.device, held.bundle.ranker
+    at, item = Request(request.at.to(device)), Candidates(candidates.item.to(device))
+    return ranker.score(ranker.encode(_on(device, history)), at, item).float().cpu()
+
+
+def _user_vectors(held: _Held, history: History) -> Tensor:
+    return _retriever(held).user_vectors(_on(held.bundle.device, history)).float().cpu()
+
+
+def _item_vectors(held: _Held) -> Tensor:
+    return _retriever(held).item_vectors().float().cpu()
+
+
+def _nearest(
+    held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    assert held.bundle.index is not None, "asked for only where there is one"
+    return held.bundle.index.search(vectors, k, allowed)
+
+
+def _find(held: _Held, query: str, seconds: float | None, mode: Mode | None, rerank: bool) -> dict[str, Any]:
+    found = _searcher(held).search(query, None if seconds is None else Deadline(seconds), mode, rerank)
+    return {name: getattr(found, name) for name in FOUND}
+
+
+def _rerank(held: _Held, query: str, documents: Sequence[str], tokens: int, seconds: float | None) -> Reranked:
+    return _searcher(held).rerank(query, documents, tokens, None if seconds is None else Deadline(seconds))
+
+
+FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded", "timings")
+"""Of a `Searched`: what travels. The ingress has passages and config itself."""
+
+STAGES: Mapping[str, Callable[..., Any]] = {
+    "holds": _holds,
+    "score": _score,
+    "user_vectors": _user_vectors,
+    "item_vectors": _item_vectors,
+    "nearest": _nearest,
+    "find": _find,
+    "rerank": _rerank,
+}
+
+
+def _on(device: torch.device, history: History) -> History:
+    if device.type == "cpu":
+        return history
+    return History(*(part.to(device) for part in (history.item, history.action, history.time, history.offsets)))
+
+
+def _retriever(held: _Held) -> Retriever:
+    assert held.bundle.retriever is not None, "asked for only where there is one"
+    return held.bundle.retriever
+
+
+def _searcher(held: _Held) -> Searcher:
+    assert held.searcher is not None, "asked for only where there is text"
+    return held.searcher
+
+
+# --- in the ingress
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Makes a loaded bundle one whose models run in other processes."""
+
+    ask: Ask
+
+    def bundle(self, bundle: Bundle) -> Bundle:
+        """Give the bundle with stand-ins for its models, once a replica of each part holds it."""
+        place = BundlePlace(bundle.directory, bundle.version)
+        for part in PARTS:
+            self.ask(part, "holds", place)
+        ranker, retriever, index = bundle.ranking_model, bundle.retriever, bundle.index
+        away: dict[str, Any] = {}
+        if ranker is not None:
+            away["ranking_model"] = _Ranker(self.ask, place, bundle.items, ranker.window)
+        if retriever is not None:
+            away["retriever"] = _Retriever(self.ask, place, bundle.retriever_window)
+        if index is not None:
+            away["index"] = cast(Index, _Index(self.ask, place, len(index)))
+        if bundle.text is not None:
+            away["text"] = replace(bundle.text, encoder=None, index=None, reranker=None)
+        return replace(bundle, device=torch.device("cpu"), **away)
+
+    def searcher(self, bundle: Bundle, config: SearchConfig) -> Searcher:
+        """Give what searches the text of such a bundle."""
+        assert bundle.text is not None, "asked for only where there is text"
+        return _Searcher(self.ask, BundlePlace(bundle.directory, bundle.version), bundle, config)
+
+
+@dataclass(frozen=True)
+class _Ranker:
+    """Stands for a ranker: its state is the history itself, which the part encodes and scores in one go."""
+
+    ask: Ask
+    place: BundlePlace
+    items: ItemTable
+    window: int | None
+
+    def encode(self, history: History) -> History:
+        return history
+
+    def score(self, state: History, request: Request, candidates: Candidates) -> Tensor:
+        scores: Tensor = self.ask("ranker", "score", self.place, state, request, candidates)
+        return scores
+
+
+@dataclass(frozen=True)
+class _Retriever:
+    """Stands for a retriever."""
+
+    ask: Ask
+    place: BundlePlace
+    window: int | None
+
+    def user_vectors(self, history: History) -> Tensor:
+        vectors: Tensor = self.ask("retriever", "user_vectors", self.place, history)
+        return vectors
+
+    def item_vectors(self) -> Tensor:
+        vectors: Tensor = self.ask("retriever", "item_vectors", self.place)
+        return vectors
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Stands for an index of `size` vectors."""
+
+    ask: Ask
+    place: BundlePlace
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def search(
+        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        found: tuple[NDArray[np.int32], NDArray[np.float32]] = self.ask(
+            "retriever", "nearest", self.place, vectors, k, allowed
+        )
+        return found
+
+
+class _Searcher(Searcher):
+    """Stands for a searcher."""
+
+    def __init__(self, ask: Ask, place: BundlePlace, bundle: Bundle, config: SearchConfig) -> None:
+        assert bundle.text is not None, "asked for only where there is text"
+        super().__init__(bundle.text, config)
+        self._ask = ask
+        self._place = place
+
+    def search(
+        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool = True
+    ) -> Searched:
+        found = self._ask("text", "find", self._place, query, _left(deadline), mode, rerank)
+        return Searched(**found, part=self.part, config=self.config)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], max_tokens: int, deadline: Deadline | None = None
+    ) -> Reranked:
+        found: Reranked = self._ask("text", "rerank", self._place, query, documents, max_tokens, _left(deadline))
+        return found
+
+
+def _left(deadline: Deadline | None) -> float | None:
+    return None if deadline is None else deadline.left

@@ -1,0 +1,201 @@
+"""The split topology: on a real Ray Serve it answers as one process does, also after a kill and a swap."""
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from serving_world import LATER, PATIENT, free_port
+from starlette.testclient import TestClient
+from text_world import PROVENANCE, catalogue, item_passages, snapshot, tiny_encoder
+
+from ranking.bundle import write_bundle
+from ranking.bundle_models import NamedModel
+from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
+from ranking.search_part import SearchContents
+from recsys.config import parse
+from recsys.errors import ConfigError, PartError
+from serving.app import Limits, create_app
+from serving.host import ServeConfig, start
+from serving.lineup import BundlePlace, Plan
+from serving.settings import load_into, load_plan, open_service
+from serving.split import PARTS, Elsewhere, PartHost, Refusal
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
+
+DEPLOYED = Path(__file__).parent.parent / "serving/deploy/serve.yaml"
+ASKED = [
+    ("/v1/recommend", {"user_id": "user-1", "k": 20, "at": LATER}),
+    ("/v1/recommend", {"user_id": "user-1", "k": 60, "at": LATER, "exclude_seen": True}),
+    ("/v1/recommend", {"user_id": "nobody", "k": 5, "at": LATER}),
+    ("/v1/recommend", {"user_id": "user-2", "k": 5, "at": LATER, "query": "red tea"}),
+    ("/v1/rank", {"user_id": "user-3", "item_ids": ["item-5", "?", "item-1"], "at": LATER}),
+    ("/v1/search", {"query": "green bread", "k": 5}),
+    ("/v1/search", {"query": "green bread", "k": 5, "user_id": "user-2", "at": LATER, "mode": "dense"}),
+    ("/v1/rerank", {"query": "black soap", "documents": ["white rice", "black soap and tea"]}),
+    ("/v1/items/item-3/similar?k=5", None),
+]
+
+
+def publish(directory: Path, seed: int) -> Path:
+    """Write a bundle with a ranker, a retriever and text."""
+    table, contents = catalogue()
+    torch.manual_seed(seed)
+    provenance = PROVENANCE.model_copy(update={"data_digest": f"digest {seed}"})  # so that versions differ
+    config = MqsaTedConfig(width=8)
+    text = SearchContents(item_passages(contents), tiny_encoder(), None, 0.3)
+    retriever = NamedModel("mqsa_ted", config, MqsaTed(config, table))
+    ranker = NamedModel("mqsa_ted", config, MqsaTed(config, table))
+    write_bundle(directory, replace(contents, ranker=ranker, retriever=retriever, text=text), provenance)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> ServeConfig:
+    place = tmp_path_factory.mktemp("split")
+    return ServeConfig(
+        publish(place / "bundle", 1),
+        snapshot(place / "snapshot"),
+        place / "state",
+        durability="os",
+        limits=Limits(deadlines=PATIENT),
+        topology="split",
+    )
+
+
+def told(content: bytes) -> dict:
+    """Give an answer without what differs from one asking to the next."""
+    answer = json.loads(content)
+    answer.get("meta", {}).pop("timings", None)
+    return {key: value for key, value in answer.items() if key not in ("timings", "id", "request_id")}
+
+
+def fused(world: ServeConfig, bundle: Path, state: Path) -> list[dict]:
+    service = open_service(replace(world, state=state))
+    load_into(service, bundle)
+    with TestClient(create_app(service, world.limits)) as client:
+        answers = [client.get(path) if body is None else client.post(path, json=body) for path, body in ASKED]
+    service.close()
+    assert {answer.status_code for answer in answers} == {200}
+    return [told(answer.content) for answer in answers]
+
+
+def over_http(address: str) -> list[dict]:
+    answers = []
+    for path, body in ASKED:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answers.append(told(response.read()))
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+def test_it_answers_as_fused_also_after_a_killed_model_and_a_swap(world, tmp_path):
+    other = publish(tmp_path / "other", 2)
+    before, after = fused(world, world.bundle, tmp_path / "a"), fused(world, other, tmp_path / "b")
+    assert before != after
+    with start(replace(world, port=free_port())) as running:
+        check_deployable()
+        assert over_http(running.address) == before
+        wrong = urllib.request.Request(
+            running.address + "/v1/search", b'{"query": "tea", "mode": "?"}', {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            urllib.request.urlopen(wrong, timeout=60)
+        models = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if any("ServeReplica:recsys:ranker" in word for word in process.cmdline())
+        ]
+        assert len(models) == 1
+        models[0].kill()
+        running.swap(other)
+        assert over_http(running.address) == after
+
+
+class Local:
+    """An `Ask` within this process; `out` do not answer."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.hosts = {part: PartHost(part, "cpu", config.search) for part in PARTS}
+        self.out: set[str] = set()
+
+    def __call__(self, part, stage, place, *arguments):
+        if part in self.out:
+            raise PartError(f"{part} is out")
+        answer = self.hosts[part].answer(stage, place, arguments)
+        assert not isinstance(answer, Refusal)
+        return answer
+
+
+def test_a_part_that_is_out_is_a_step_down_or_a_503(world, tmp_path):
+    expected = fused(world, world.bundle, tmp_path / "a")
+    service, ask = open_service(replace(world, state=tmp_path / "b")), Local(world)
+    load_plan(service, Plan(BundlePlace(world.bundle, "")), Elsewhere(ask))
+    with TestClient(create_app(service, world.limits)) as client:
+
+        def post(number: int):
+            path, body = ASKED[number]
+            return client.post(path, json=body)
+
+        assert told(post(0).content) == expected[0]
+        for part, stage in (("retriever", "retrieval"), ("ranker", "rank")):
+            ask.out = {part}
+            answer = post(0).json()
+            assert (answer["degraded"], len(answer["items"])) == ([stage], 20)
+            assert told(post(2).content) == expected[2]  # a user nothing is known of needs neither
+        ask.out = {"ranker"}
+        assert post(4).json()["degraded"] == ["rank"]
+        ask.out = {"text", "retriever"}
+        for answer in (post(5), post(3), client.get(ASKED[8][0])):
+            assert (answer.status_code, answer.json()["code"]) == (503, "part_unavailable")
+            assert "retry-after" in answer.headers
+        ask.out = set()
+        assert told(post(3).content) == expected[3]
+    service.close()
+
+
+def test_a_part_keeps_only_its_models_and_the_plan_before(world, tmp_path):
+    host = PartHost("ranker", "cpu", world.search)
+    first, second = BundlePlace(world.bundle, ""), BundlePlace(publish(tmp_path / "other", 2), "")
+    third = BundlePlace(publish(tmp_path / "third", 3), "")
+    versions = []
+    for place in (first, second, third):
+        host.follow(Plan(place))
+        versions.append(host.answer("holds", place, ()))
+    assert set(host._held) == set(versions[1:])
+    held = host._held[versions[2]].bundle
+    assert (held.retriever, held.index, held.text) == (None, None, None)
+
+
+def test_the_serve_yaml_serves_one_plan_everywhere():
+    application = yaml.safe_load(DEPLOYED.read_text())["applications"][0]
+    config = parse(ServeConfig, application["args"], "[serve]")
+    plans = [Plan.of(each["user_config"]) for each in application["deployments"]]
+    assert config.topology == "split"
+    assert {each["name"] for each in application["deployments"]} == {"recsys", *PARTS}
+    assert plans == [Plan(BundlePlace(config.bundle, ""))] * 4
+
+
+def check_deployable() -> None:
+    """Build the application of the shipped YAML as `serve deploy` does; only once Ray Serve's settings are made."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from serving.deployment import application
+
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(DEPLOYED.read_text())).applications[0]
+    assert deployed.import_path == "serving.deployment:application"
+    assert application(deployed.args) is not None
+
+
+@pytest.mark.parametrize(("key", "value"), [("rankers", 0), ("texts", 0), ("retrievers", 0), ("gpus", -1.0)])
+def test_a_size_out_of_range_is_named(world, key, value):
+    with pytest.raises(ConfigError, match=key):
+        parse(ServeConfig, {"bundle": "b", "snapshot": "s", "state": "t", "split": {key: value}}, "[serve]")
