@@ -1,10 +1,13 @@
 """A small published bundle and snapshot, and services over them, for the tests of `serving/`."""
 
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from fastapi import FastAPI
 
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
@@ -15,6 +18,8 @@ from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
 from ranking.snapshot import write_snapshot
+from serving.app import Limits, create_app
+from serving.security import ApiKeys
 from serving.service import Service
 from serving.settings import ServeConfig, load_into, open_service
 from worlds import DAY, START, make_world
@@ -23,6 +28,9 @@ USERS = 20
 ITEMS = 62
 PATIENT = Deadlines(**{each.name: 600.0 for each in fields(Deadlines)})
 """For tests whose answers must be whole however busy the machine is."""
+
+WAIT = 120.0
+"""Seconds to wait for what comes soon on any machine that is not very busy."""
 
 LATER = START + 1_000 * DAY
 """After all events of the world."""
@@ -72,6 +80,19 @@ def make_service(place: Place, state: Path, bundle: Path | None = None, **settin
     service = open_service(ServeConfig(bundle or place.bundle, place.snapshot, state, durability="os", **settings))
     load_into(service, bundle or place.bundle)
     return service
+
+
+def patient_app(service: Service, keys: ApiKeys | None = None, **limits) -> FastAPI:
+    """Give the application with deadlines that no busy machine misses."""
+    return create_app(service, Limits(**{"deadlines": PATIENT} | limits), keys=keys)
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether something comes to hold."""
+    deadline = time.monotonic() + WAIT
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return held
 
 
 def free_port() -> int:

@@ -3,14 +3,13 @@
 import dataclasses
 
 import pytest
-from serving_world import make_service, publish_world
+from serving_world import make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from ranking.availability import AvailabilityFile
 from ranking.recommender_config import Cap, RecommenderConfig
 from recsys.errors import BundleError
 from recsys.messages import ItemFilter
-from serving.app import create_app
 from serving.settings import ServeConfig, load_into, open_service
 
 
@@ -25,7 +24,7 @@ def test_what_cannot_be_had_is_not_recommended_by_any_replica(place, tmp_path):
     # A replica is another process over the same file; here it has a state of its own, which LMDB opens once.
     second.path = dataclasses.replace(second.path, availability=AvailabilityFile(state / "availability.json"))
     load_into(second, place.bundle)
-    with TestClient(create_app(first)) as client, TestClient(create_app(second)) as other:
+    with TestClient(patient_app(first)) as client, TestClient(patient_app(second)) as other:
         asked = {"user_id": "user-3", "k": 3}
         best = [item["item_id"] for item in other.post("/v1/recommend", json=asked).json()["items"]]
         change = {"available": {best[0]: False, best[2]: False, "item-61": True}}
@@ -56,7 +55,7 @@ def test_filters_of_requests_and_of_the_config(place, tmp_path):
     config = ServeConfig(place.bundle, place.snapshot, tmp_path / "state", durability="os", recommender=rules)
     service = open_service(config)
     load_into(service, place.bundle)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         asked = {"user_id": "user-3", "k": 10, "filters": [{"column": "item_id", "deny": ["item-2", "item-3"]}]}
         answer = client.post("/v1/recommend", json=asked).json()
         assert not {"item-1", "item-2", "item-3"} & {item["item_id"] for item in answer["items"]}

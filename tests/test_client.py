@@ -4,12 +4,11 @@ import inspect
 
 import httpx
 import pytest
-from serving_world import LATER, make_service, publish_world
+from serving_world import LATER, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import RequestError
 from recsys.messages import EventIn
-from serving.app import create_app
 from serving.client import Client
 from serving.security import ApiKeys
 
@@ -52,7 +51,7 @@ class Fragile(httpx.BaseTransport):
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     service = make_service(publish_world(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("state"))
-    with TestClient(create_app(service, keys=ApiKeys([KEY]))) as client:
+    with TestClient(patient_app(service, keys=ApiKeys([KEY]))) as client:
         yield client
     service.close()
 

@@ -208,7 +208,7 @@ def test_processes_that_write_the_same_ids_at_once_write_each_once(tmp_path):
     processes = [context.Process(target=_append_shared, args=(str(tmp_path), order, accepted)) for order in orders]
     for process in processes:
         process.start()
-    total = sum(accepted.get(timeout=60) for _ in processes)
+    total = sum(accepted.get(timeout=120) for _ in processes)
     for process in processes:
         process.join(60)
     found = [record.event_id for record in replayed(SegmentLog(tmp_path, "os"))]
@@ -234,7 +234,7 @@ def test_everything_acknowledged_survives_a_kill(tmp_path):
     acknowledged = [int(next(process.stdout)) for _ in range(300)]
     process.send_signal(signal.SIGKILL)
     acknowledged += [int(line) for line in process.stdout if line.endswith("\n")]
-    process.wait(10)
+    process.wait(120)
     found = [int(record.event_id) for record in replayed(SegmentLog(tmp_path))]
     assert found == list(range(len(found)))
     assert len(found) in (len(acknowledged), len(acknowledged) + 1)

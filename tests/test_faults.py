@@ -1,5 +1,6 @@
 """Parts that fail or lag under a service with users waiting: what is answered then, and what it is called."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import LATER, PATIENT, Place, free_port, make_service, publish_world
+from serving_world import LATER, PATIENT, WAIT, Place, eventually, free_port, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from ranking.ladder import Budget, Deadlines, Ladder, retriever_order
@@ -167,7 +167,7 @@ def test_a_degraded_answer_is_an_answer_and_is_counted(service, bundle):
     broken = dataclasses.replace(bundle, ranking_model=Faulty(bundle.ranker, "score"))
     service.swap(Served(broken, Recommender(broken, service.store)))
     try:
-        with TestClient(create_app(service, Limits(deadlines=PATIENT))) as client:
+        with TestClient(patient_app(service)) as client:
             answer = client.post("/v1/recommend", json={"user_id": "user-1", "at": LATER})
             assert (answer.status_code, answer.json()["degraded"]) == (200, ["rank"])
             assert 'recsys_degraded_total{stage="rank"} 1.0' in client.get("/metrics").text
@@ -188,7 +188,7 @@ def test_a_full_disk_takes_no_event_and_says_so(service, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     event = {"user_id": "full", "item_id": "item-1", "event_id": "full 1"}
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         with monkeypatch.context() as patch:
             patch.setattr("serving.event_log.os.write", full)
             refused = client.post("/v1/events", json={"events": [event]})
@@ -200,7 +200,7 @@ def test_a_full_disk_takes_no_event_and_says_so(service, monkeypatch):
 
 def test_events_stay_durable_while_the_store_is_out(service, monkeypatch):
     event = {"user_id": "hidden", "item_id": "item-1"}
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         with monkeypatch.context() as patch:
             patch.setattr(service.store, "follow", lambda *_: (_ for _ in ()).throw(StoreError("away")))
             assert client.post("/v1/events", json={"events": [event]}).json()["accepted"] == 1
@@ -210,17 +210,15 @@ def test_events_stay_durable_while_the_store_is_out(service, monkeypatch):
 
 def test_work_that_does_not_end_makes_the_process_unhealthy(service):
     go = threading.Event()
-    app = create_app(service, Limits(stuck_seconds=0.05))
+    app = patient_app(service, stuck_seconds=0.05)
     worker: Worker = app.state.worker
     with TestClient(app) as client:
-        assert client.get("/livez").status_code == 200
+        assert eventually(lambda: client.get("/livez").status_code == 200)  # its first check may be under way
         done = worker._thread.submit(worker._timed, go.wait, None)
-        deadline = time.monotonic() + 20
-        while client.get("/livez").status_code == 200 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert eventually(lambda: client.get("/livez").status_code != 200)
         stuck = client.get("/livez")
         go.set()
-        done.result(10)
+        done.result(WAIT)
         assert (stuck.status_code, stuck.json()["code"]) == (503, "stuck")
         assert client.get("/livez").status_code == 200
 
@@ -238,13 +236,14 @@ run_bare(ServeConfig(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), po
 
 def serve(place: Place, state: Path, port: int) -> subprocess.Popen[bytes]:
     server = subprocess.Popen([sys.executable, "-c", SERVER, place.bundle, place.snapshot, state, str(port)])
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200:
-                return server
-        except httpx.TransportError:
-            time.sleep(0.1)
+
+    def ready() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=WAIT).status_code == 200
+        return False
+
+    if eventually(lambda: server.poll() is not None or ready()) and server.poll() is None:
+        return server
     server.kill()
     raise AssertionError("the server did not come up")
 
@@ -255,7 +254,7 @@ def test_a_killed_service_has_every_acknowledged_event_when_it_starts_again(plac
     server = serve(place, tmp_path, port)
 
     def post() -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT) as client:
             while not ended.is_set():
                 number = len(acknowledged)
                 event = {"user_id": f"killed-{number % 7}", "item_id": "item-1", "event_id": f"killed {number}"}
@@ -268,19 +267,16 @@ def test_a_killed_service_has_every_acknowledged_event_when_it_starts_again(plac
     thread = threading.Thread(target=post)
     thread.start()
     try:
-        deadline = time.monotonic() + 60
-        while len(acknowledged) < 50 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert eventually(lambda: len(acknowledged) >= 50)
         server.send_signal(signal.SIGKILL)
-        server.wait(10)
-        thread.join(30)
+        server.wait(WAIT)
+        thread.join(WAIT)
         again = serve(place, tmp_path, port)
     finally:
         ended.set()
         server.kill()
     try:
-        assert len(acknowledged) >= 50
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT) as client:
             totals = [client.get(f"/v1/users/killed-{number}/history").json()["total"] for number in range(7)]
             assert len(acknowledged) <= sum(totals) <= len(acknowledged) + 1  # the last may be durable, unacknowledged
             repeated = client.post("/v1/events", json={"events": acknowledged[-40:]}).json()["verdicts"]

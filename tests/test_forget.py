@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_world import LATER, USERS, make_service, publish_world
+from serving_world import LATER, USERS, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.history import Events
 from recsys.stores import Encoder, Event, LogMark
-from serving.app import create_app
 from serving.event_log import SegmentLog
 from serving.history_store import LmdbHistoryStore
 from serving.settings import load_into
@@ -89,7 +88,7 @@ def place(tmp_path):
 
 def test_over_http(place, tmp_path):
     service = make_service(place, tmp_path / "state", place.smaller)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
 
         def get(path: str):
             return client.get(path).json()
@@ -127,6 +126,6 @@ def test_over_http(place, tmp_path):
         assert [event["item_id"] for event in get("/v1/users/user-1/history")["events"]] == ["item-2"]
     service.close()
     service = make_service(place, tmp_path / "state")
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         assert client.get("/v1/users/user-1/history").json()["total"] == 1
     service.close()

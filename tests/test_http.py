@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_world import LATER, PATIENT, USERS, Place, make_service, publish_world
+from serving_world import LATER, USERS, WAIT, Place, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import StoreError
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
-from serving.app import Limits, create_app
 from serving.event_log import SegmentLog
 from serving.settings import ServeConfig, load_into, open_service
 from serving.view import MAX_USER_BYTES
@@ -36,9 +35,7 @@ def service(place, tmp_path):
 
 @pytest.fixture
 def client(service):
-    with TestClient(
-        create_app(service, Limits(body_bytes=500_000, deadlines=PATIENT)), raise_server_exceptions=False
-    ) as client:
+    with TestClient(patient_app(service, body_bytes=500_000), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -202,7 +199,7 @@ def test_a_clock_that_steps_back_changes_no_order_unless_it_was_far_ahead(place,
     now = [LATER]
     service = make_service(place, tmp_path)
     service.state.clock = lambda: now[0]
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         for number, moment in enumerate([LATER, LATER - 5, LATER - 30_000_000, LATER - 120_000_000]):
             now[0] = moment
             post(client, {"user_id": "u", "item_id": f"item-{number}"})
@@ -228,7 +225,7 @@ def test_a_hundred_thousand_events_in_one_post_are_refused_at_once(client, servi
 
 def test_a_torn_tail_is_told_after_the_restart_that_cut_it_off(place, tmp_path):
     service = make_service(place, tmp_path)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         post(client, {"user_id": "u", "item_id": "item-1"})
     service.close()
     (path,) = (tmp_path / "log").glob("*.jsonl")
@@ -236,7 +233,7 @@ def test_a_torn_tail_is_told_after_the_restart_that_cut_it_off(place, tmp_path):
         file.write(b'0000abcd {"id":"half a rec')
     SegmentLog(tmp_path / "log", "os").close()  # not the process that is asked later
     service = make_service(place, tmp_path)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         told = client.get("/v1/models").json()["event_log"]
         assert (told["recovered_tails"], told["recovered_bytes"]) == (1, 26)
         assert "recsys_event_log_torn_bytes 26.0" in client.get("/metrics").text
@@ -246,7 +243,7 @@ def test_a_torn_tail_is_told_after_the_restart_that_cut_it_off(place, tmp_path):
 
 def test_a_store_that_is_gone_degrades_answers_and_catches_up(place, tmp_path, monkeypatch):
     service = make_service(place, tmp_path)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         inline = {"history": [{"item_id": "item-1", "timestamp": 1}]}
         with monkeypatch.context() as gone:
             for name in ("observe", "follow", "parts"):
@@ -269,14 +266,14 @@ def _gone(*_) -> None:
 
 def test_events_and_their_ids_survive_a_restart_and_a_death_between_log_and_view(place, tmp_path):
     service = make_service(place, tmp_path)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         post(client, {"user_id": "u", "item_id": "item-1", "event_id": "one"})
     service.close()
     log = SegmentLog(tmp_path / "log", "os")
     log.append([Event("two", "u", "item-2", LATER)])  # its writer died before the view heard of it
     log.close()
     service = make_service(place, tmp_path)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         assert history(client, "u")["total"] == 2
         assert post(client, {"user_id": "u", "item_id": "item-1", "event_id": "one"})["accepted"] == 0
     service.close()
@@ -284,7 +281,7 @@ def test_events_and_their_ids_survive_a_restart_and_a_death_between_log_and_view
 
 def test_a_new_bundle_gives_unknown_items_their_names(place, tmp_path):
     service = make_service(place, tmp_path, place.smaller)
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         new_item = {"user_id": "u", "item_id": "item-61"}
         assert post(client, new_item)["verdicts"][0]["verdict"] == "accepted_unknown_item"
         assert history(client, "u")["events"][0]["item_id"] is None
@@ -298,7 +295,7 @@ def test_a_swap_loses_no_request_and_mixes_no_bundles(place, tmp_path):
     service = make_service(place, tmp_path)
     versions = {service.version: 62}
     asked = {"user_id": "user-1", "k": 100, "at": LATER}
-    app = create_app(service, Limits(deadlines=PATIENT))
+    app = patient_app(service)
     with TestClient(app) as client, ThreadPoolExecutor(2) as clients:
         ended = threading.Event()
 
@@ -389,7 +386,7 @@ def test_a_body_that_is_not_declared_as_json_or_comes_in_chunks_beyond_the_bound
 
 def test_before_a_bundle_is_loaded_it_is_alive_but_not_ready(place, tmp_path):
     service = open_service(ServeConfig(place.bundle, place.snapshot, tmp_path))
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         assert client.get("/livez").status_code == 200
         for response in (client.get("/readyz"), client.post("/v1/recommend", json=USER)):
             assert (response.status_code, response.json()["code"]) == (503, "not_ready")
@@ -409,7 +406,7 @@ class Blocked:
 
     def recommend(self, request: RecommendRequest, now: int, budget=None):
         self.entered.release()
-        assert self.go.wait(30)
+        assert self.go.wait(WAIT)
         return self.inner.recommend(request, now)
 
     def rank(self, request: RankRequest, now: int, budget=None):
@@ -420,11 +417,11 @@ def test_overload_is_told_at_once_and_passes(service):
     blocked = Blocked(service.served.recommender)
     service.swap(dataclasses.replace(service.served, recommender=blocked))
     with (
-        TestClient(create_app(service, Limits(waiting=1, deadlines=PATIENT))) as client,
+        TestClient(patient_app(service, waiting=1)) as client,
         ThreadPoolExecutor(1) as clients,
     ):
         first = clients.submit(recommend, client, user_id="user-1")
-        assert blocked.entered.acquire(timeout=30)
+        assert blocked.entered.acquire(timeout=WAIT)
         refused = client.post("/v1/recommend", json=USER)
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
@@ -436,7 +433,7 @@ def test_overload_is_told_at_once_and_passes(service):
 
 def test_a_defect_is_told_without_its_details(service):
     service.swap(dataclasses.replace(service.served, recommender=Blocked(service.served.recommender)))
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+    with TestClient(patient_app(service), raise_server_exceptions=False) as client:
         response = client.post("/v1/rank", json=USER | {"item_ids": ["item-1"]})
         assert (response.status_code, response.json()["code"]) == (500, "internal")
         assert response.headers["x-request-id"]

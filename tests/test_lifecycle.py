@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from serving_world import LATER, Place, make_service, publish_world
+from serving_world import LATER, WAIT, Place, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from ranking.manifest import read_manifest
 from recsys.errors import BundleError, RecsysError
 from recsys.messages import RecommendRequest
-from serving.app import create_app
 from serving.lineup import BundlePlace, Lineup, Plan
 from serving.pairs import Aside, read_pairs
 from serving.settings import load_plan, load_served
@@ -135,9 +134,9 @@ def test_watching_ends_when_told(watcher, shelf, place):
     watcher._deploy = lambda _: seen.set()
     thread = threading.Thread(target=watcher.watch, args=(0.01, ended))
     thread.start()
-    assert seen.wait(30)
+    assert seen.wait(WAIT)
     ended.set()
-    thread.join(10)
+    thread.join(WAIT)
     assert not thread.is_alive()
 
 
@@ -196,7 +195,7 @@ def two(place, tmp_path):
 
 def test_each_user_is_answered_by_one_bundle_on_every_route(two, place):
     seen = Counter()
-    with TestClient(create_app(two)) as client:
+    with TestClient(patient_app(two)) as client:
         for user in [f"user-{number}" for number in range(20)]:
             body = {"user_id": user, "at": LATER}
             versions = {client.post("/v1/recommend", json=body).json()["model_version"] for _ in range(2)}
@@ -228,7 +227,7 @@ def test_a_shadow_that_fails_or_lags_harms_no_answer(two, place):
             raise ZeroDivisionError
 
     two.swap(two.served, shadow=replace(two.served, recommender=Broken()))
-    with TestClient(create_app(two)) as client:
+    with TestClient(patient_app(two)) as client:
         for _ in range(5):
             assert client.post("/v1/recommend", json={"user_id": "user-1", "at": LATER}).status_code == 200
         text = client.get("/metrics").text

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import LATER, make_service, publish_world
+from serving_world import LATER, eventually, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from ranking.drift import LEAST, Drift, ScoreReference, stability
 from ranking.golden import TOLERANCE
-from serving.app import Limits, create_app
 from serving.monitor import Monitor
 from serving.worker import Worker
 
@@ -103,16 +102,14 @@ def test_a_service_checks_itself_and_counts_what_it_gives(service):
     service.swap(
         dataclasses.replace(service.served, bundle=dataclasses.replace(service.served.bundle, reference=reference))
     )
-    with TestClient(create_app(service, Limits(check_seconds=0.02))) as client:
+    with TestClient(patient_app(service, check_seconds=0.02)) as client:
         for number in range(60):
             user = {"user_id": f"user-{number % 20}", "k": 10, "at": LATER}
             client.post("/v1/recommend", json=user).raise_for_status()
         client.post("/v1/recommend", json={"user_id": "user-1", "k": 1000}).raise_for_status()
         client.post("/v1/events", json={"events": [{"user_id": "u", "item_id": "item-1"}]}).raise_for_status()
-        for _ in range(500):
-            text = client.get("/metrics").text
-            if sample(text, "recsys_score_drift"):
-                break
+        assert eventually(lambda: sample(client.get("/metrics").text, "recsys_score_drift") != 0)
+        text = client.get("/metrics").text
     assert sample(text, "recsys_score_drift") > 0.25  # all scores lie in one of two bins
     assert sample(text, "recsys_golden_checks_total") >= 1
     assert sample(text, "recsys_bundle_created_seconds") == 1_767_225_600  # 2026-01-01

@@ -2,15 +2,13 @@
 
 import json
 import math
-import time
 
 import pytest
-from serving_world import make_service, publish_world
+from serving_world import eventually, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import DataError
 from recsys.stores import Event
-from serving.app import create_app
 from serving.event_log import SegmentLog
 from serving.lineup import BundlePlace, Plan
 from serving.online_comparison import compare_online, describe
@@ -78,15 +76,11 @@ def test_from_requests_to_the_commands_answer(tmp_path):
     place = publish_world(tmp_path / "world")
     service = make_service(place, tmp_path / "state")
     load_plan(service, Plan(BundlePlace(place.bundle, ""), shadow=BundlePlace(place.smaller, "")))
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         for number in range(10):
             client.post("/v1/recommend", json={"user_id": f"user-{number}", "k": 5}).raise_for_status()
             client.post("/v1/events", json={"events": [{"user_id": f"user-{number}", "item_id": "item-1"}]})
-            deadline = time.monotonic() + 20
-            while client.get("/metrics").text.count('outcome="dropped"') == 0 and time.monotonic() < deadline:
-                if len(list((tmp_path / "state").glob("pairs/*.jsonl"))) and _lines(tmp_path) > number:
-                    break
-                time.sleep(0.01)
+            assert eventually(lambda before=number: _lines(tmp_path) > before)
     service.close()
     done = CliRunner().invoke(
         app, ["compare-online", "--state", str(tmp_path / "state"), "--window-hours", "0", "--json"]

@@ -22,11 +22,10 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import USERS, Place, make_service, publish_world
+from serving_world import USERS, WAIT, Place, make_service, patient_app, publish_world
 from text_world import WordCount, publish_corpus, publish_search, snapshot
 
 from ranking.recommender import Recommender
-from serving.app import create_app
 from serving.name_search import NameSearch, fold
 from serving.page import read_page
 from serving.service import Served, Service
@@ -151,7 +150,7 @@ def served(app: FastAPI) -> Iterator[httpx.Client]:
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT) as client:
         yield client
     server.should_exit = True
     thread.join()
@@ -159,7 +158,7 @@ def served(app: FastAPI) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def client(service) -> Iterator[httpx.Client]:
-    with served(create_app(service)) as client:
+    with served(patient_app(service)) as client:
         yield client
 
 
@@ -168,7 +167,7 @@ def searching(bundle: Path, place: Path) -> Iterator[httpx.Client]:
     """A client of a service over a bundle that searches."""
     service = open_service(ServeConfig(bundle, snapshot(place / "snapshot"), place / "state", durability="os"))
     load_into(service, bundle)
-    with served(create_app(service)) as client:
+    with served(patient_app(service)) as client:
         yield client
     service.close()
 

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from serving_world import WAIT, patient_app
 from starlette.testclient import TestClient
 from text_world import (
     NAMES,
@@ -21,7 +22,6 @@ from text_world import (
 from ranking.bundle import Bundle, write_bundle
 from ranking.searcher import Searcher
 from recsys.search_messages import MAX_DOCUMENTS, MAX_QUERY
-from serving.app import Limits, create_app
 from serving.settings import ServeConfig, load_into, open_service
 
 LATER = 2**60
@@ -58,7 +58,7 @@ def opened(bundles, tmp_path_factory):
 
 
 def client_of(service) -> TestClient:
-    return TestClient(create_app(service, Limits(body_bytes=2_000_000)), raise_server_exceptions=False)
+    return TestClient(patient_app(service, body_bytes=2_000_000), raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ class Held(WordCount):
 
     def rerank(self, query, passages, report=None):
         self.entered.release()
-        assert self.go.wait(30)
+        assert self.go.wait(WAIT)
         return super().rerank(query, passages, report)
 
 
@@ -235,9 +235,9 @@ def test_no_request_without_text_waits_for_a_text_model(opened):
     try:
         with client_of(opened["search"]) as client, ThreadPoolExecutor(2) as clients:
             searching = clients.submit(search, client, query="red tea", budget_ms=60_000)
-            assert held.entered.acquire(timeout=30)
+            assert held.entered.acquire(timeout=WAIT)
             reranking = clients.submit(rerank, client, query="red", documents=["red tea"])
-            assert held.entered.acquire(timeout=30)
+            assert held.entered.acquire(timeout=WAIT)
             assert client.get("/livez").status_code == 200
             assert client.post("/v1/recommend", json={"user_id": "user-1"}).status_code == 200
             assert not searching.done()

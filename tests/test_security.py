@@ -6,11 +6,10 @@ import os
 
 import pytest
 from fuzzing import try_requests
-from serving_world import LATER, make_service, publish_world
+from serving_world import LATER, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import ConfigError
-from serving.app import create_app
 from serving.logs import LOGS, log_to
 from serving.security import KEYS, OPEN, ApiKeys, read_keys
 
@@ -26,7 +25,7 @@ def service(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guarded(service):
-    with TestClient(create_app(service, keys=ApiKeys([KEY, "another-key-of-16"]))) as client:
+    with TestClient(patient_app(service, keys=ApiKeys([KEY, "another-key-of-16"]))) as client:
         yield client
 
 
@@ -63,7 +62,7 @@ def test_a_key_is_accepted_whole_or_not_at_all(guarded, headers, status):
 
 def test_the_schema_says_that_a_key_is_needed(guarded, service):
     assert guarded.get("/openapi.json").json()["security"] == [{"key": []}]
-    with TestClient(create_app(service)) as free:
+    with TestClient(patient_app(service)) as free:
         assert "security" not in free.get("/openapi.json").json()
 
 
@@ -89,7 +88,7 @@ def test_keys_come_from_environment_and_file_and_weak_ones_are_refused(tmp_path)
 
 def test_logs_have_ids_and_routes_and_neither_keys_nor_names(service, tmp_path):
     log_to(tmp_path / LOGS, requests=True)
-    with TestClient(create_app(service, keys=ApiKeys([KEY])), raise_server_exceptions=False) as client:
+    with TestClient(patient_app(service, keys=ApiKeys([KEY])), raise_server_exceptions=False) as client:
         for path in ("/v1/users/secret-user/history", "/v1/items/secret-item/similar"):
             client.get(path, headers={"Authorization": f"Bearer {KEY}", "x-request-id": "mine"})
         service.swap, swap = (lambda *_: None), service.swap
@@ -117,7 +116,7 @@ def test_logs_have_ids_and_routes_and_neither_keys_nor_names(service, tmp_path):
 )
 def test_an_id_is_never_a_path(service, name, monkeypatch):
     opened = []
-    with TestClient(create_app(service)) as client:
+    with TestClient(patient_app(service)) as client:
         client.get("/livez")
         real = os.open
         monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(path) or real(path, *rest, **more))
@@ -135,7 +134,7 @@ def test_an_id_is_never_a_path(service, name, monkeypatch):
 
 
 def test_no_request_of_the_document_finds_a_defect(service):
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+    with TestClient(patient_app(service), raise_server_exceptions=False) as client:
         found = try_requests(client, examples=6)
     assert len({operation for operation, _ in found}) >= 10
     assert {200, 422} <= {status for _, status in found}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving_world import LATER, PATIENT, Place, make_service, publish_world
+from serving_world import LATER, PATIENT, WAIT, Place, make_service, publish_world
 
 from recsys.errors import BundleError, ConfigError, DataError
 from recsys.messages import EventIn, RankRequest, RecommendRequest
@@ -49,7 +49,7 @@ def running(place, tmp_path_factory):
 
 def call(running: Running, method: str, path: str, body=None, headers=None) -> tuple[int, dict[str, str], bytes]:
     """Give status, headers (names in lower case) and body of one request on a connection of its own."""
-    connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=WAIT)
     content = body if isinstance(body, bytes) or body is None else json.dumps(body)
     connection.request(method, path, content, {"Content-Type": "application/json"} | (headers or {}))
     response = connection.getresponse()
@@ -192,7 +192,7 @@ class TestServed:
 
     def test_a_swap_right_after_a_kill_is_taken_by_every_replica(self, running, place):
         old = json.loads(call(running, "GET", "/v1/models")[2])["version"]
-        with Client(running.address, timeout=60) as client:  # it sends again once
+        with Client(running.address, timeout=WAIT) as client:  # it sends again once
             replicas(running)[0].kill()
             new = running.swap(place.bundle if running.plan.champion.version == old else place.smaller)
             assert {client.recommend("user-1", at=LATER).model_version for _ in range(8)} == {new}
@@ -203,7 +203,7 @@ class TestServed:
         ended = threading.Event()
 
         def ask(number: int) -> None:
-            with Client(running.address, timeout=60) as client:  # it sends again once
+            with Client(running.address, timeout=WAIT) as client:  # it sends again once
                 for turn in range(100_000):
                     if ended.is_set():
                         return
@@ -225,6 +225,6 @@ class TestServed:
                 ended.set()
             for future in asking:
                 future.result()
-        with Client(running.address, timeout=60) as client:
+        with Client(running.address, timeout=WAIT) as client:
             verdicts = client.events(*acknowledged[-900:]).verdicts
         assert {verdict.verdict for verdict in verdicts} == {"duplicate"}

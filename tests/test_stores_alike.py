@@ -9,14 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_server import RedisServer, redis_server
-from serving_world import LATER, make_service, publish_world
+from serving_world import LATER, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import ConfigError, StoreError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.stores import Encoder, Event, LogMark
 from serving import view
-from serving.app import create_app
 from serving.event_log import SegmentLog
 from serving.history_store import LmdbHistoryStore
 from serving.redis_store import RedisHistoryStore
@@ -207,7 +206,7 @@ def test_a_service_over_redis_answers_without_it_and_with_it_again(tmp_path, mon
         monkeypatch.setenv("RECSYS_REDIS_URL", server.url)
         service = make_service(place, tmp_path / "state", history_store="redis")
         event = {"user_id": "u", "item_id": "item-1"}
-        with TestClient(create_app(service)) as client:
+        with TestClient(patient_app(service)) as client:
 
             def ask(path: str, **body) -> dict:
                 return client.post(f"/v1/{path}", json=body).json()
