@@ -40,7 +40,7 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.contrast import Against, Similarity, contrastive_loss, masked_view, others, some_of
 from ranking.embeddings import INIT_STD, Fields, FieldWidths, hide_items
 from ranking.items import ItemTable
-from ranking.layers import binary_cross_entropy, candidate_chunks, exact, masked_softmax
+from ranking.layers import binary_cross_entropy, by_requests, candidate_chunks, exact, masked_softmax
 from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import ConfigError
 
@@ -173,7 +173,7 @@ class AwMoe(nn.Module):
         """Give logits float32 [B, C]; cost O(C T D 32), by chunks of C."""
         h = self._inner(self.fields.semantic(candidates.item, self.items.embedding_row))  # [B, C, D]
         logits = []
-        for chunk in candidate_chunks(h.shape[1], state.mask.numel() * HIDDEN):
+        for chunk in candidate_chunks(h.shape[1], max(state.mask.numel(), state.mask.shape[1] * HIDDEN)):
             part = h[:, chunk]
             gate = state.gate[:, None, :] if self.config.gate == "none" else self._gate(state.event, state.mask, part)
             logits.append(self._mixed(state.event, state.mask, part, gate))
@@ -292,14 +292,19 @@ class ActivationUnit(nn.Module):
     def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
         """Give [B, C, T] for events [B, T, D] and contexts [B, C, D]; [B, 1, T] without contexts."""
         if context is None:
-            z = self.first(event).unsqueeze(2)  # [B, T, 1, 32]
-        else:
-            batch, count, width = context.shape
-            wh, wc, wp, wd = self.first.weight.view(-1, 4, width).unbind(1)  # [32, D] each
-            matrix = context[:, :, None, :] * wp + (wh + wd)  # [B, C, 32, D]
-            constant = F.linear(context, wc - wd, self.first.bias)  # [B, C, 32]
-            z = (event @ matrix.flatten(1, 2).mT).view(batch, -1, count, HIDDEN)  # [B, T, C, 32]
-            z = z + constant[:, None]
+            return self._weights(self.first(event).unsqueeze(2))
+        return by_requests(self._weights_of, event.shape[1] * context.shape[1] * HIDDEN, event, context)
+
+    def _weights_of(self, event: Tensor, context: Tensor) -> Tensor:
+        batch, count, width = context.shape
+        wh, wc, wp, wd = self.first.weight.view(-1, 4, width).unbind(1)  # [32, D] each
+        matrix = context[:, :, None, :] * wp + (wh + wd)  # [B, C, 32, D]
+        constant = F.linear(context, wc - wd, self.first.bias)  # [B, C, 32]
+        z = (event @ matrix.flatten(1, 2).mT).view(batch, -1, count, HIDDEN)  # [B, T, C, 32]
+        return self._weights(z + constant[:, None])
+
+    def _weights(self, z: Tensor) -> Tensor:
+        """Give [B, C, T] of the first layer's outputs [B, T, C, 32]."""
         weights: Tensor = self.last(self.middle(z)).squeeze(-1).mT
         return weights
 
@@ -322,8 +327,12 @@ class GateUnit(nn.Module):
         """Give [B, C, T, K] for events [B, T, D] and contexts [B, C, D]; [B, 1, T, K] without contexts."""
         width = event.shape[-1]
         z = F.linear(event, self.first.weight[:, :width], self.first.bias)[:, None]  # [B, 1, T, 32]
-        if context is not None:
-            z = z + F.linear(context, self.first.weight[:, width:])[:, :, None, :]  # [B, C, T, 32]
+        if context is None:
+            return self._unit(z)
+        c = F.linear(context, self.first.weight[:, width:])[:, :, None, :]  # [B, C, 1, 32]
+        return by_requests(lambda z, c: self._unit(z + c), z.shape[2] * c.shape[1] * HIDDEN, z, c)
+
+    def _unit(self, z: Tensor) -> Tensor:
         unit: Tensor = self.last(z.relu())
         return unit
 

@@ -116,7 +116,7 @@ class Din(nn.Module):
 
     def _score(self, state: DinState, candidates: Candidates, row_of: Tensor) -> Tensor:
         v = self.fields.candidate(candidates.item, row_of)  # [B, C, D]
-        elements = state.mask.numel() * self.config.hidden  # B * T * hidden for one candidate
+        elements = max(state.mask.numel(), state.mask.shape[1] * self.config.hidden)  # the network goes by requests
         pooled = [self._pool(state, v[:, chunk]) for chunk in candidate_chunks(v.shape[1], elements)]
         return score_real(self.head, interaction(v, torch.cat(pooled, 1)), candidates.mask)
 

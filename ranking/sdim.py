@@ -161,7 +161,7 @@ class Sdim(nn.Module):
         rows = bucket_rows(state.table.double() * GRID, state.size, self.config.norm)
         recent = state.log[:, -self.config.recent :]
         s, mask = self._events(recent, row_of), recent != PAD
-        each = max(recent.numel() * self.config.hidden, state.size.numel())  # numbers per candidate
+        each = max(recent.shape[1] * self.config.hidden, recent.numel(), state.size.numel())  # numbers per candidate
         features = []
         for chunk in candidate_chunks(item.shape[1], each):
             long = read(rows, state.size, code[:, chunk], self.config.norm)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ranking.layers import ScoringHead, binary_cross_entropy, exact, in_float64
+import ranking.layers
+from ranking.aw_moe import ActivationUnit, GateUnit
+from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, exact, in_float64
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,20 @@ def test_with_the_offset_logits_learn_log_p_whatever_draws_the_negatives(q):
 
     optimiser.step(loss)
     assert torch.allclose(logits.detach().log_softmax(0), p.log(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "candidates_first"),
+    [(AttentionNetwork(4, 6), True), (ActivationUnit(4, 4), False), (GateUnit(4, 4, 3), False)],
+)
+def test_runs_of_requests_change_nothing(network, candidates_first, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    candidates, events = (torch.randn(7, n, 4, generator=draws, requires_grad=True) for n in (3, 5))
+    inputs = (candidates, events) if candidates_first else (events, candidates)
+    found = []
+    for elements in (1 << 20, 2 * 3 * 5 * 32):  # all at once; two requests at a time
+        monkeypatch.setattr(ranking.layers, "CHUNK_ELEMENTS", elements)
+        result = network(*inputs)
+        found.append([result, *torch.autograd.grad(result.square().sum(), [*inputs, *network.parameters()])])
+    for whole, in_runs in zip(*found, strict=True):
+        torch.testing.assert_close(in_runs, whole, rtol=1e-5, atol=1e-6)
