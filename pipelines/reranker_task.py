@@ -1,6 +1,7 @@
 """Training the rerankers: short lists out of the first stage's pool, with a teacher's order.
 
 MVP and the cross-encoder see the same lists at the same steps with the same targets, so they differ in the model alone.
+With `train = "fusion"` the backbone is frozen and each pair is encoded once (`pipelines.pair_vectors`).
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipelines.pair_vectors import PairVectors
 from pipelines.text_corpus import Corpus, Queries
 from pipelines.text_measures import measure
 from pipelines.text_train import TextTrainConfig
@@ -18,7 +20,7 @@ from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import NONE, Ranking
 from ranking.mvp import Mvp, orthogonal_loss, rank_loss, targets
 from ranking.text_backbone import padded
-from recsys.errors import DataError
+from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator
 
 Reranker: TypeAlias = Mvp | CrossEncoder
@@ -39,7 +41,12 @@ class Pool:
 
 
 def rerank_pool(
-    model: Reranker, corpus: Corpus, pool: Pool, places: int, order: Sequence[int] | None = None
+    model: Reranker,
+    corpus: Corpus,
+    pool: Pool,
+    places: int,
+    order: Sequence[int] | None = None,
+    vectors: PairVectors | None = None,
 ) -> Ranking:
     """Rerank each query's first places; equal scores keep the first stage's order.
 
@@ -49,13 +56,18 @@ def rerank_pool(
         pool: what the first stage found.
         places: how many of them are read.
         order: in which order the candidates are handed over, for checks that it does not matter.
+        vectors: of the pairs, where they are kept; else the model reads them.
     """
     rows = pool.ranking.top(places).rows
     scores = np.full(rows.shape, -np.inf, np.float32)
     for query, found in enumerate(rows):
         present = [place for place in (order or range(len(found))) if found[place] != NONE]
         passages = [corpus.passages[found[place]] for place in present]
-        scores[query, present] = model.rerank(pool.queries.texts[query], passages)
+        text = pool.queries.texts[query]
+        if vectors is None:
+            scores[query, present] = model.rerank(text, passages)
+        elif present:
+            scores[query, present] = model.rank_vectors([vectors.get([text] * len(passages), passages)])[0]
     best = np.argsort(-scores, axis=1, kind="stable")
     return Ranking(np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1))
 
@@ -70,6 +82,7 @@ class RerankerTask:
         corpus: the passages.
         train: training queries with their pools; those without a positive are skipped.
         dev: dev queries with their pools.
+        vectors: of the pairs, for a frozen backbone; else the model reads them at every step.
     """
 
     config: TextTrainConfig
@@ -77,6 +90,7 @@ class RerankerTask:
     corpus: Corpus
     train: Pool
     dev: Pool
+    vectors: PairVectors | None = None
 
     def __post_init__(self) -> None:
         grades = self.train.queries.grades
@@ -85,6 +99,8 @@ class RerankerTask:
             raise DataError("0 training queries with a relevant passage; train on a split, keywords or spans")
         if self.config.train == "fusion":
             self.model.transformer.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError("train = 'fusion' leaves nothing of an encoder-decoder to train; set train = 'full'")
 
     @property
     def fresh(self) -> Sequence[nn.Parameter]:
@@ -103,7 +119,7 @@ class RerankerTask:
             pool = [int(row) for row in self.train.ranking.rows[place] if row != NONE]
             positives = [row for row, grade in known.items() if grade > 0]
             positives = draws.permutation(positives)[: min(POSITIVES, self.config.group - 1)].tolist()
-            negatives = [row for row in pool[1:] if row not in known]  # a grade of 0 is no hard negative either
+            negatives = [row for row in pool[1 : self.config.depth] if row not in known]  # a grade of 0 is no hard negative either
             most = self.config.group - len(positives)
             chosen = [*positives, *draws.permutation(negatives)[:most].tolist()]
             silver = {row: at for at, row in enumerate(pool)}
@@ -132,7 +148,8 @@ class RerankerTask:
 
     def validate(self) -> dict[str, float]:
         """Give nDCG@10 and MRR@10 of the reranked dev pools."""
-        values = measure(rerank_pool(self.model, self.corpus, self.dev, DEV_PLACES), self.dev.queries)
+        ranking = rerank_pool(self.model, self.corpus, self.dev, DEV_PLACES, vectors=self.vectors)
+        values = measure(ranking, self.dev.queries)
         return {name: float(values[name].mean()) for name in ("ndcg_at_10", "mrr_at_10")}
 
     def _grade(self, known: dict[int, int], row: int) -> int:
@@ -140,13 +157,14 @@ class RerankerTask:
 
     def _encoded(self, queries: Sequence[str], lists: Sequence[Sequence[int]]) -> Tensor:
         """Give vectors [B, n, m, d] of all pairs, zeros past the end of a list."""
-        rows = [
-            row
-            for query, passages in zip(queries, lists, strict=True)
-            for row in self.model.rows(query, [self.corpus.passages[passage] for passage in passages])
-        ]
-        ids, mask = padded(rows, self.model.tokenizer.pad)
-        encoded = list(torch.split(self.model.encode(ids, mask), [len(one) for one in lists]))
+        asked = [query for query, passages in zip(queries, lists, strict=True) for _ in passages]
+        read = [self.corpus.passages[passage] for passages in lists for passage in passages]
+        if self.vectors is not None:
+            flat = torch.from_numpy(self.vectors.get(asked, read))
+        else:
+            rows = [self.model.rows(query, [passage])[0] for query, passage in zip(asked, read, strict=True)]
+            flat = self.model.encode(*padded(rows, self.model.tokenizer.pad))
+        encoded = list(torch.split(flat, [len(one) for one in lists]))
         widest = encoded[0].new_zeros(self.config.group, *encoded[0].shape[1:])
         whole = nn.utils.rnn.pad_sequence([*encoded, widest], batch_first=True)
         return whole[:-1]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.first_stages import PLACES, FirstStages, dense_search
+from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Queries
@@ -138,8 +139,8 @@ def encoded(run: TextModelRun, stages: FirstStages) -> Any:
 
 
 def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) -> Ranking:
-    """Rerank the first places of a pool and keep the rest of it below them."""
-    head = rerank_pool(run.model, stages.corpus, pool, places)
+    """Rerank the first places of a pool, each pair read once and kept, and keep the rest of it below them."""
+    head = rerank_pool(run.model, stages.corpus, pool, places, vectors=PairVectors.of(run.model, stages.cache))
     tail = pool.ranking.rows[:, places:]
     low = np.full(tail.shape, -np.inf, np.float32)
     return Ranking(np.concatenate([head.rows, tail], axis=1), np.concatenate([head.scores, low], axis=1))

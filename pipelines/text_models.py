@@ -8,6 +8,7 @@ import torch
 
 from pipelines.encoder_task import EncoderTask
 from pipelines.first_stages import PLACES, FirstStages
+from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_pairs import PairSource, Split, sample, split_of
@@ -126,7 +127,8 @@ def train(
         queries, dev = training_queries(corpus, config.corpus, PairSource(corpus, made.tokenizer))
         if config.name == "lexsembridge":
             return EncoderTask(config, made, stages, queries, dev)
-        return RerankerTask(config, made, corpus, _pool(stages, queries), _pool(stages, dev))
+        vectors = PairVectors.of(made, cache) if config.train == "fusion" else None
+        return RerankerTask(config, made, corpus, _pool(stages, queries), _pool(stages, dev), vectors)
 
     inputs = {"passages": sha256_json(corpus.passages), "corpus": corpus.name}
     return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, report)

@@ -308,8 +308,10 @@ class TextTrainConfig:
     """queries or lists of a step"""
     group: int = 2
     """passages of a query: its positive and hard negatives (BM25 ranks 2 to 50), or the length of a list"""
+    depth: int = 100
+    """places of the first stage that a reranker's negatives are drawn from"""
     train: Literal["fusion", "full"] = "fusion"
-    """fusion freezes the backbone, so passages are encoded once and an index of them stays valid"""
+    """fusion freezes the backbone: passages, and pairs of a reranker, are encoded once, and an index stays valid"""
     temperature: float = 0.02
     orthogonal: float = 1.0
     """weight of MVP's orthogonal term"""
@@ -320,8 +322,10 @@ class TextTrainConfig:
     stop: TextStop = field(default_factory=TextStop)
 
     def __post_init__(self) -> None:
-        if self.group < 2 or self.rows < 1:
-            raise ConfigError(f"rows is {self.rows} and group {self.group}; expected at least 1 and 2")
+        if self.group < 2 or self.rows < 1 or self.depth < 2:
+            raise ConfigError(
+                f"rows is {self.rows}, group {self.group}, depth {self.depth}; expected at least 1, 2 and 2"
+            )
 
     def table(self) -> dict[str, Any]:
         """Give the config as nested values of JSON."""

@@ -62,6 +62,11 @@ class CrossEncoder(nn.Module):
         """Digest of weights and options; stale after further training."""
         return digest_of(self, self.config)
 
+    @property
+    def prompt(self) -> tuple[object, ...]:
+        """What beside the backbone's weights decides an encoding."""
+        return ("cross_encoder", self.config.max_query_len, self.config.max_len)
+
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
         """Give the token ids of every pair: the query capped first, then the passage alone cut to `max_len`."""
         return [row for row, _ in self._pairs(query, passages)]
@@ -84,6 +89,11 @@ class CrossEncoder(nn.Module):
         """Give scores [P] of pairs."""
         scores: Tensor = self.head(self.encode(ids, mask)[:, 0]).squeeze(-1)
         return scores
+
+    def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
+        """Give scores of lists of vectors [n, 1, d]."""
+        with torch.inference_mode():
+            return [self.head(torch.from_numpy(one[:, 0])).squeeze(-1).numpy() for one in lists]
 
     def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
         """Give float32 [n], higher is better."""

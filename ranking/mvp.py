@@ -156,13 +156,20 @@ class Mvp(nn.Module):
             return
         table = self.transformer.get_input_embeddings().weight  # type: ignore[operator]
         with torch.no_grad():
-            noise = torch.randn(len(self.view_ids), self.width) * 0.02
+            # The same for every seed: runs that leave the backbone as it is share their encodings.
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(len(self.view_ids), self.width, generator=generator) * 0.02
             table[self.view_ids] = table[self.tokenizer.prefix[0]] + noise
 
     @cached_property
     def digest(self) -> str:
         """Digest of weights and options; stale after further training."""
         return digest_of(self, self.config)
+
+    @property
+    def prompt(self) -> tuple[object, ...]:
+        """What beside the backbone's weights decides an encoding."""
+        return ("mvp", self.config.views, self.config.max_query_len, self.config.max_len)
 
     @property
     def scale(self) -> float:
