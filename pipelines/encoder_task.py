@@ -1,7 +1,7 @@
 """Training LexSemBridge: queries cut from the training documents (and natural ones), in-batch and BM25 hard negatives.
 
-With `train = "fusion"` the backbone is frozen: passage vectors come from the cache, and each query's hidden states are
-computed once and kept, so a step costs the fusion alone.
+With `train = "fusion"` the backbone is frozen: passage vectors come from the cache, and what the fusion needs of each
+query, training or dev, is computed once and kept, so a step and a validation cost the fusion alone.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from pipelines.text_pairs import normalised
 from pipelines.text_train import TextTrainConfig, contrastive_loss
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import padded
+from ranking.text_models import Vectors
 from recsys.errors import DataError
 from recsys.randomness import generator
 
@@ -28,8 +29,10 @@ HARD_RANKS = slice(1, 50)
 DISTRACTORS = 500
 """Other passages in the dev search of full training, which encodes its passages anew at every validation."""
 
-State = tuple[Tensor, Tensor, Tensor | None]
-"""hidden [L, d], pooled [d] and CLR's weights [V] of one query"""
+QUERIES_PER_PASS = 64
+
+State = tuple[Tensor | None, Tensor, Tensor | None]
+"""hidden [L, d] if the code's LLR needs it, pooled [d], and CLR's weights [V] of one query"""
 
 
 @dataclass
@@ -42,6 +45,7 @@ class EncoderTask:
         stages: first stages over the corpus, whose encoder is the model's plain backbone.
         train: training queries of each kind; a batch mixes the kinds evenly.
         dev: dev queries of each kind.
+        states: of the frozen backbone, by query; runs over one backbone and kind of weights may share them.
     """
 
     config: TextTrainConfig
@@ -49,8 +53,8 @@ class EncoderTask:
     stages: FirstStages
     train: dict[str, Queries]
     dev: dict[str, Queries]
+    states: dict[str, State] = field(default_factory=dict)
     _hard: dict[str, list[int]] = field(default_factory=dict)
-    _states: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not any(len(queries) for queries in self.train.values()):
@@ -140,10 +144,10 @@ class EncoderTask:
         """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
         found = {}
         for kind, queries in self.dev.items():
-            vectors = self.model.encode_queries(queries.texts)
             if self.frozen:
-                ranking, judged = dense_search(vectors, self.stages.passage_vectors), queries
+                ranking, judged = dense_search(self._dev_vectors(queries.texts), self.stages.passage_vectors), queries
             else:
+                vectors = self.model.encode_queries(queries.texts)
                 rows = self._dev_rows(queries)
                 place = {row: new for new, row in enumerate(rows)}
                 passages = self.model.encode_passages([self.stages.corpus.passages[row] for row in rows])
@@ -164,18 +168,34 @@ class EncoderTask:
         return self._hard[text]
 
     @torch.no_grad()
-    def _kept(self, texts: Sequence[str], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        missing = [place for place, text in enumerate(texts) if text not in self._states]
+    def _dev_vectors(self, texts: Sequence[str]) -> Vectors:
+        if not self.model.config.fusion_at_test:
+            return self.stages.query_vectors(texts)
+        parts = [
+            self.query_vectors(texts[first : first + QUERIES_PER_PASS])[1]
+            for first in range(0, len(texts), QUERIES_PER_PASS)
+        ]
+        vectors: Vectors = torch.cat(parts).numpy()
+        return vectors
+
+    @torch.no_grad()
+    def _kept(self, texts: Sequence[str], ids: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        missing = [place for place, text in enumerate(texts) if text not in self.states]
         if missing:
+            training = self.model.training
             self.model.eval()  # a frozen backbone drops nothing out
             hidden, raw = self.model.states(ids[missing], mask[missing])
             clr = self.model.contextual(ids[missing], mask[missing])
             for row, place in enumerate(missing):
-                length = int(mask[place].sum())
+                own = hidden[row, : int(mask[place].sum())].clone() if self.model.lexicon.reads_hidden else None
                 weights = None if clr is None else clr[row].to_sparse()
-                self._states[texts[place]] = (hidden[row, :length].clone(), raw[row].clone(), weights)
-            self.model.train()
-        states = [self._states[text] for text in texts]
-        hidden = nn.utils.rnn.pad_sequence([state[0] for state in states], batch_first=True)
+                self.states[texts[place]] = (own, raw[row].clone(), weights)
+            self.model.train(training)
+        states = [self.states[text] for text in texts]
+        own = [state[0] for state in states if state[0] is not None]
         sparse = [state[2].to_dense() for state in states if state[2] is not None]
-        return hidden, torch.stack([state[1] for state in states]), torch.stack(sparse) if sparse else None
+        return (
+            nn.utils.rnn.pad_sequence(own, batch_first=True) if own else None,
+            torch.stack([state[1] for state in states]),
+            torch.stack(sparse) if sparse else None,
+        )

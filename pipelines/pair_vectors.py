@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.text_cache import VectorCache
-from ranking.text_backbone import TextTokenizer, digest_of, in_passes
+from ranking.pair_prompt import PairPrompt
+from ranking.text_backbone import digest_of, in_passes
 from ranking.text_models import Report, Vectors
 
 BETWEEN = "\0"
@@ -26,16 +27,7 @@ class PairModel(Protocol):
     """What reads pairs: MVP and the cross-encoder do."""
 
     transformer: nn.Module
-    tokenizer: TextTokenizer
-
-    @property
-    def prompt(self) -> tuple[object, ...]:
-        """What beside the backbone's weights decides an encoding."""
-        ...
-
-    def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Give the token ids of every pair."""
-        ...
+    prompt: PairPrompt
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Give vectors [P, k, d] of pairs."""
@@ -61,7 +53,7 @@ class PairVectors:
     @staticmethod
     def of(model: PairModel, root: Path, encode: Callable[[Tensor, Tensor], Tensor] | None = None) -> "PairVectors":
         """Open the cache of a model under `root`; another `encode` than the model's must go with another root."""
-        digest = digest_of(model.transformer, model.prompt)
+        digest = digest_of(model.transformer, model.prompt.layout)
         return PairVectors(model, VectorCache(root / digest / "pairs"), encode or model.encode)
 
     def get(self, queries: Sequence[str], passages: Sequence[str], report: Report | None = None) -> Vectors:
@@ -70,7 +62,8 @@ class PairVectors:
         return self.cache.get(pairs, self._compute, report)[:, self.keep]
 
     def _compute(self, pairs: Sequence[str]) -> Vectors:
+        prompt = self.model.prompt
         split = [pair.split(BETWEEN, 1) for pair in pairs]
-        rows = [self.model.rows(query, [passage])[0] for query, passage in split]
+        rows = [prompt.rows(query, [passage])[0] for query, passage in split]
         self.model.transformer.eval()  # what is not trained drops nothing out
-        return in_passes(rows, self.model.tokenizer.pad, torch.device("cpu"), self.encode)
+        return in_passes(rows, prompt.tokenizer.pad, torch.device("cpu"), self.encode)

@@ -25,12 +25,11 @@ from pipelines.shipped import find_config
 from pipelines.steps import Step, forget_step, run_step
 from pipelines.train import Report, TrainConfig, Trained, load_config, train, trained_run
 from pipelines.workspace import Workspace
+from ranking.fusion import Mix
 from recsys import __version__
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json
-
-WORDS_WEIGHT = 0.3  # of words against vectors where search has both; chosen on Cranfield
 
 
 class Ui(Protocol):
@@ -206,7 +205,7 @@ class Job:
                     text_publish.item_passages(prepared),
                     text_publish.find_encoder(encoder, self.workspace.root / "runs"),
                     None,
-                    WORDS_WEIGHT,
+                    Mix(),
                     self.workspace.root / "text_cache",
                     lambda done, total: report(done, total, ""),
                 )

@@ -119,7 +119,9 @@ class RerankerTask:
             pool = [int(row) for row in self.train.ranking.rows[place] if row != NONE]
             positives = [row for row, grade in known.items() if grade > 0]
             positives = draws.permutation(positives)[: min(POSITIVES, self.config.group - 1)].tolist()
-            negatives = [row for row in pool[1 : self.config.depth] if row not in known]  # a grade of 0 is no hard negative either
+            negatives = [
+                row for row in pool[1 : self.config.depth] if row not in known
+            ]  # a grade of 0 is no hard negative either
             most = self.config.group - len(positives)
             chosen = [*positives, *draws.permutation(negatives)[:most].tolist()]
             silver = {row: at for at, row in enumerate(pool)}

@@ -20,7 +20,7 @@ from pipelines.text_measures import MEASURES, Comparison, best_possible, compare
 from pipelines.text_models import CATALOGUE
 from pipelines.text_train import finished_run
 from ranking.dense_encoder import DenseEncoder
-from ranking.fusion import Ranking, convex_fusion
+from ranking.fusion import POOL, Ranking
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_models import ENCODERS, TextEncoder, load_encoder, load_reranker, read_config
 from recsys.errors import ConfigError
@@ -101,7 +101,7 @@ def evaluate_text(
         runs: trained models.
         stages: over the corpus.
         tasks: queries by name of the task.
-        weight: of BM25 in the convex fusion, chosen on dev queries.
+        weight: of BM25 in the hybrid, chosen on natural dev queries.
         places: how many passages of the RRF pool a reranker reads.
         report: called with a system and how many queries are done.
     """
@@ -114,10 +114,10 @@ def evaluate_text(
             if report is not None:
                 report(f"{name}: {run.name}", len(results), len(tasks))
             if run.is_encoder:
-                dense = dense_search(run.model.encode_queries(queries.texts), encoded(run, stages))
-                rankings[run.name] = dense
-                rankings[f"{run.name} + bm25"] = convex_fusion(rankings["bm25"], dense, weight, PLACES)
-                baseline |= {run.name: "dense", f"{run.name} + bm25": "convex"}
+                dense = dense_search(run.model.encode_queries(queries.texts), encoded(run, stages), POOL)
+                rankings[run.name] = dense.top(PLACES)
+                rankings[f"{run.name} + bm25"] = stages.hybrid(queries.texts, weight, dense)
+                baseline |= {run.name: "dense", f"{run.name} + bm25": "hybrid"}
             else:
                 rankings[run.name] = reranked(run, stages, pool, places)
                 baseline[run.name] = "rrf"

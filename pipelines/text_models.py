@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipelines.encoder_task import EncoderTask
+from pipelines.encoder_task import EncoderTask, State
 from pipelines.first_stages import PLACES, FirstStages
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
@@ -102,6 +102,7 @@ def train(
     report: Report | None = None,
     encoder: Callable[[TextTrainConfig], DenseEncoder] = plain_encoder,
     model: Callable[[TextTrainConfig], Any] = build_model,
+    states: dict[str, State] | None = None,
 ) -> TextRun:
     """Train a text model, or go on with the run `directory` holds.
 
@@ -114,6 +115,7 @@ def train(
         report: called with passages encoded, then after every step.
         encoder: gives the first stage's encoder.
         model: gives the model with its initial weights.
+        states: what a frozen backbone made of queries in earlier runs with the same kind of weights; it is added to.
     """
     corpus = open_corpus(config.corpus.path, items)
 
@@ -126,7 +128,7 @@ def train(
         made = model(config)
         queries, dev = training_queries(corpus, config.corpus, PairSource(corpus, made.tokenizer))
         if config.name == "lexsembridge":
-            return EncoderTask(config, made, stages, queries, dev)
+            return EncoderTask(config, made, stages, queries, dev, {} if states is None else states)
         vectors = PairVectors.of(made, cache) if config.train == "fusion" else None
         return RerankerTask(config, made, corpus, _pool(stages, queries), _pool(stages, dev), vectors)
 

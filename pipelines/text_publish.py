@@ -16,6 +16,7 @@ from pipelines.tracking import git_commit
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.fusion import Mix
 from ranking.items import ItemTable
 from ranking.manifest import Provenance
 from ranking.passages import Passages
@@ -57,24 +58,26 @@ def find_reranker(name: str, runs: Path) -> TextReranker:
     return load_reranker(Path(name))
 
 
-def fusion_weight(text: str) -> float | None:
-    """Read how words and vectors are joined: a weight of the words, or `rrf` for reciprocal ranks (None)."""
+def mix_of(text: str) -> Mix:
+    """Read how words and vectors are joined: `by-query`, a fixed weight of the words, or `rrf` for reciprocal ranks."""
+    if text == "by-query":
+        return Mix()
     if text == "rrf":
-        return None
+        return Mix(weight=None)
     try:
         weight = float(text)
     except ValueError:
         weight = -1.0
     if not 0 <= weight <= 1:
-        raise ConfigError(f"--fusion is {text!r}; expected a weight of the words from 0 to 1, or rrf")
-    return weight
+        raise ConfigError(f"--fusion is {text!r}; expected by-query, rrf, or a weight of the words from 0 to 1")
+    return Mix(weight, covered=None)
 
 
 def search_contents(
     passages: Passages,
     encoder: TextEncoder | None,
     reranker: TextReranker | None,
-    weight: float | None,
+    mix: Mix,
     cache: Path,
     report: Report | None = None,
 ) -> SearchContents:
@@ -84,7 +87,7 @@ def search_contents(
         passages: what is to be found.
         encoder: None searches by words alone.
         reranker: of the head of a search, if there is one.
-        weight: of the words; None for reciprocal ranks.
+        mix: how words and vectors are joined.
         cache: directory of vectors, by the encoder's digest.
         report: told (encoded, in all).
     """
@@ -92,7 +95,7 @@ def search_contents(
     if encoder is not None:
         known = VectorCache(cache / encoder.digest / "passages")
         vectors = known.get(list(passages.texts), encoder.encode_passages, report)
-    return SearchContents(passages, encoder, reranker, weight, vectors)
+    return SearchContents(passages, encoder, reranker, mix, vectors)
 
 
 def item_passages(prepared: PreparedSet) -> Passages:

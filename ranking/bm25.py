@@ -56,6 +56,29 @@ class Bm25:
             np.concatenate([one.scores for one in rows] or [np.empty((0, width), np.float32)]),
         )
 
+    def coverage(self, queries: Sequence[str], found: Ranking) -> NDArray[np.float64]:
+        """Give [Q] the share of each query's words, weighed by idf, that the first passage found for it holds.
+
+        Words that no passage holds tell passages no better apart and count nothing; a query without any other gives 0.
+        """
+        import bm25s
+
+        words = bm25s.tokenize(list(queries), stopwords="en", show_progress=False, return_ids=False)
+        return np.array([self._covered(set(own), int(row)) for own, row in zip(words, found.rows[:, 0], strict=True)])
+
+    def _covered(self, words: set[str], passage: int) -> float:
+        postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]
+        total = held = 0.0
+        for word in words:
+            token = self.retriever.vocab_dict.get(word)
+            holders = [] if token is None else postings[starts[token] : starts[token + 1]]
+            if not len(holders):
+                continue
+            idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
+            total += idf
+            held += idf * bool((holders == passage).any())
+        return held / total if total else 0.0
+
     def save(self, directory: Path) -> None:
         """Write the index as arrays and JSON into a directory."""
         self.retriever.save(str(directory), show_progress=False, allow_pickle=False)

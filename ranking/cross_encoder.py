@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ranking.pair_prompt import PairPrompt
 from ranking.text_backbone import (
     TOKENS_PER_PASS,
     TextTokenizer,
@@ -49,6 +50,8 @@ class CrossEncoder(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.transformer = transformer
+        lengths = config.max_query_len, config.max_len
+        self.prompt = PairPrompt(tokenizer, tokenizer.prefix, tokenizer.suffix, tokenizer.suffix, *lengths)
         self.head = nn.Linear(int(transformer.config.hidden_size), 1)  # type: ignore[union-attr, arg-type]
         self.eval()
 
@@ -62,18 +65,13 @@ class CrossEncoder(nn.Module):
         """Digest of weights and options; stale after further training."""
         return digest_of(self, self.config)
 
-    @property
-    def prompt(self) -> tuple[object, ...]:
-        """What beside the backbone's weights decides an encoding."""
-        return ("cross_encoder", self.config.max_query_len, self.config.max_len)
-
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Give the token ids of every pair: the query capped first, then the passage alone cut to `max_len`."""
-        return [row for row, _ in self._pairs(query, passages)]
+        """Give the token ids of every pair."""
+        return self.prompt.rows(query, passages)
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
         """Tell bool [n] which passages are cut beside this query."""
-        return np.array([cut for _, cut in self._pairs(query, passages)], bool)
+        return self.prompt.truncated(query, passages)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Give the first position's state [P, 1, d] of pairs."""
@@ -122,10 +120,3 @@ class CrossEncoder(nn.Module):
         model = CrossEncoder(config, build_transformer(about["architecture"]), tokenizer)
         load_weights(directory, model)
         return model
-
-    def _pairs(self, query: str, passages: Sequence[str]) -> list[tuple[list[int], bool]]:
-        words = self.tokenizer.pieces([query])[0][: self.config.max_query_len]
-        tail = list(self.tokenizer.suffix)
-        head = [*self.tokenizer.prefix, *words, *tail]
-        room = max(self.config.max_len - len(head) - len(tail), 0)
-        return [([*head, *ids[:room], *tail], len(ids) > room) for ids in self.tokenizer.pieces(passages)]

@@ -23,8 +23,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import sparse
 from torch import Tensor, nn
 
 from ranking.dense_encoder import pool
@@ -36,6 +38,7 @@ from ranking.text_backbone import (
     in_passes,
     load_transformer,
     load_weights,
+    padded,
     save_model,
     saved_parts,
 )
@@ -121,13 +124,14 @@ class Lexicon(nn.Module):
         """Tell bool [B, L] which places hold a term that counts."""
         return (mask > 0) & ~torch.isin(ids, self.excluded)
 
-    def at_places(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
+    def at_places(self, ids: Tensor, mask: Tensor, hidden: Tensor | None) -> Tensor:
         """Give w at the first place of each term, 0 elsewhere: [B, L], for SLR and the code's LLR."""
         counted = self.counted(ids, mask)
         first = first_places(ids, counted)
         if self.config.weights == "slr":
             weight = self.a if self.config.variant == "code" else torch.log(torch.tensor(2.0, dtype=self.W.dtype))
             return first.to(self.W.dtype) * weight
+        assert hidden is not None, "the code's LLR reads every token's state"
         r = torch.relu(hidden.to(self.u.dtype) @ self.u + self.b).squeeze(-1)  # [B, L]
         same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & counted.unsqueeze(1)  # [B, L, L]
         highest = r.unsqueeze(1).masked_fill(~same, -torch.inf).amax(dim=2)  # [B, L]
@@ -140,7 +144,7 @@ class Lexicon(nn.Module):
         assert logits is not None
         return logits
 
-    def z(self, ids: Tensor, mask: Tensor, hidden: Tensor, raw: Tensor, clr: Tensor | None = None) -> Tensor:
+    def z(self, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None) -> Tensor:
         """Give z [B, d] in float32 or wider, whatever the precision of the body."""
         if self.config.weights == "c_only":
             return self.c.expand(len(ids), -1)
@@ -154,7 +158,14 @@ class Lexicon(nn.Module):
         """Whether w is non-zero at the query's own terms alone."""
         return self.config.weights == "slr" or (self.config.weights == "llr" and self.config.variant == "code")
 
-    def weights(self, ids: Tensor, mask: Tensor, hidden: Tensor, raw: Tensor, clr: Tensor | None = None) -> Tensor:
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the states of single tokens are needed."""
+        return self.config.weights == "llr" and self.config.variant == "code"
+
+    def weights(
+        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
+    ) -> Tensor:
         """Give w [B, V], for diagnostics and tests."""
         if not self.sparse:
             return self.over_vocabulary(raw, clr)
@@ -162,7 +173,7 @@ class Lexicon(nn.Module):
         return torch.zeros(len(ids), len(self.W), dtype=places.dtype).scatter_add(1, ids, places)
 
     def forward(
-        self, vectors: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor, raw: Tensor, clr: Tensor | None = None
+        self, vectors: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
     ) -> Tensor:
         """Give the enhanced vectors e' [B, d] of plain ones [B, d]."""
         if self.config.weights == "off":
@@ -247,6 +258,33 @@ class LexSemBridge(nn.Module):
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
         """Give float32 [N, D], plain unless `fusion_passages`."""
         return self._encode(texts, self.config.max_passage_len, self.config.fusion_passages, report)
+
+    # Diagnostics.
+
+    def weights(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """Give the terms' weights w of queries, float32 CSR [N, V]; all zero for the kinds without any."""
+        if not isinstance(getattr(self.lexicon, "W", None), nn.Parameter):
+            return sparse.csr_matrix((len(texts), len(self.tokenizer)), dtype=np.float32)
+        rows = [self._explained(text)[0] for text in texts]
+        return sparse.vstack([sparse.csr_matrix(row.numpy()) for row in rows], format="csr")
+
+    def enhancement(self, texts: Sequence[str]) -> Vectors:
+        """Give what the queries' vectors are multiplied by, v float32 [N, d], rows of sum 1.
+
+        Raises:
+            ConfigError: `off` and `linear_map` multiply nothing.
+        """
+        if not isinstance(getattr(self.lexicon, "c", None), nn.Parameter):
+            raise ConfigError(f"weights = {self.config.weights!r} has no enhancement; slr, llr, clr and c_only have")
+        return np.concatenate([self._explained(text)[1].numpy() for text in texts] or [np.empty((0, self.dim))])
+
+    @torch.no_grad()
+    def _explained(self, text: str) -> tuple[Tensor, Tensor]:
+        ids, mask = padded(self.tokenizer.encode([text], self.config.max_query_len), self.tokenizer.pad)
+        hidden, raw = self.states(ids, mask)
+        clr = self.contextual(ids, mask)
+        w = torch.zeros(1, 0) if self.config.weights == "c_only" else self.lexicon.weights(ids, mask, hidden, raw, clr)
+        return w.float(), torch.softmax(self.lexicon.z(ids, mask, hidden, raw, clr), dim=-1).float()
 
     def save(self, directory: Path) -> None:
         """Write backbone, masked-LM head if used, and every fusion parameter."""

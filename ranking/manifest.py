@@ -49,6 +49,7 @@ class TextEntry(Message):
     encoder: str | None = Field(description="kind of the encoder; null where search goes by words alone")
     reranker: str | None = Field(description="kind of the reranker, if there is one")
     weight: float | None = Field(description="of the words in the convex sum; null for reciprocal ranks")
+    covered: float | None = Field(default=None, description="of the words where one passage holds those of the query")
     index: list[str] = Field(description="files of the passage index's shards, in order")
 
 

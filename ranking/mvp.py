@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ranking.pair_prompt import PairPrompt
 from ranking.text_backbone import (
     TOKENS_PER_PASS,
     TextTokenizer,
@@ -112,7 +113,7 @@ def pooled_views(scores: Tensor, how: Literal["mean", "max", "logmeanexp"]) -> T
     return scores.mean(dim=-1)
 
 
-def view_scores(anchors: Tensor, vectors: Tensor) -> Tensor:
+def scores_by_view(anchors: Tensor, vectors: Tensor) -> Tensor:
     """Give s_ik [B, n, m] = a_k . e_ik of anchors [B, m, d] and vectors [B, n, m, d]."""
     return torch.einsum("bmd,bnmd->bnm", anchors, vectors)
 
@@ -134,6 +135,7 @@ class Mvp(nn.Module):
         self.t5 = bool(about.is_encoder_decoder)
         self.width = int(about.hidden_size)
         self.view_ids = _view_ids(tokenizer, config.views, self.t5)
+        self.prompt = _prompt(config, tokenizer, self.view_ids, self.t5)
         self.start_id = int(about.decoder_start_token_id or 0) if self.t5 else 0
         if not self.t5:
             if self.width % config.decoder_heads:
@@ -167,11 +169,6 @@ class Mvp(nn.Module):
         return digest_of(self, self.config)
 
     @property
-    def prompt(self) -> tuple[object, ...]:
-        """What beside the backbone's weights decides an encoding."""
-        return ("mvp", self.config.views, self.config.max_query_len, self.config.max_len)
-
-    @property
     def scale(self) -> float:
         """What scores are divided by."""
         return self.width**0.5 if self.config.score_scale == "sqrt_d" and not self.t5 else 1.0
@@ -179,23 +176,12 @@ class Mvp(nn.Module):
     # From texts to relevance vectors.
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Give the token ids of every pair: the query capped first, then the passage alone cut to `max_len`."""
-        return [row for row, _ in self._pairs(query, passages)]
+        """Give the token ids of every pair."""
+        return self.prompt.rows(query, passages)
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
         """Tell bool [n] which passages are cut beside this query."""
-        return np.array([cut for _, cut in self._pairs(query, passages)], bool)
-
-    def _pairs(self, query: str, passages: Sequence[str]) -> list[tuple[list[int], bool]]:
-        words = self.tokenizer.pieces([query])[0][: self.config.max_query_len]
-        if self.t5:
-            query_mark, context_mark = self.tokenizer.pieces(["Query:", "Context:"])
-            head, tail = [*self.view_ids, *query_mark, *words, *context_mark], list(self.tokenizer.suffix)
-        else:
-            separator = list(self.tokenizer.suffix)
-            head, tail = [*self.view_ids, *self.tokenizer.prefix, *words, *separator], separator
-        room = max(self.config.max_len - len(head) - len(tail), 0)
-        return [([*head, *ids[:room], *tail], len(ids) > room) for ids in self.tokenizer.pieces(passages)]
+        return self.prompt.truncated(query, passages)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Give relevance vectors [P, m, d] of pairs; every row must begin with the view tokens."""
@@ -216,7 +202,7 @@ class Mvp(nn.Module):
 
     # From relevance vectors to scores.
 
-    def anchors(self, vectors: Tensor, mask: Tensor) -> Tensor:
+    def decode(self, vectors: Tensor, mask: Tensor) -> Tensor:
         """Give anchors [B, m, d] of vectors [B, n, m, d] and mask bool [B, n]: one step, views in the batch."""
         B, n, m, d = vectors.shape
         per_view = vectors.transpose(1, 2).reshape(B * m, n, d)
@@ -238,8 +224,8 @@ class Mvp(nn.Module):
 
     def score(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Give scores [B, n], -inf where the list mask is off, and the anchors [B, m, d]."""
-        anchors = self.anchors(vectors, mask)
-        each = view_scores(anchors, vectors) / self.scale
+        anchors = self.decode(vectors, mask)
+        each = scores_by_view(anchors, vectors) / self.scale
         return pooled_views(each, self.config.view_pool).masked_fill(~mask, -torch.inf), anchors
 
     def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
@@ -268,6 +254,27 @@ class Mvp(nn.Module):
         vectors = self._encode_rows(rows, report)
         ends = np.cumsum([len(one) for one in lists])[:-1]
         return self.rank_vectors(np.split(vectors, ends)) if len(lists) else []
+
+    # Diagnostics.
+
+    def anchors(self, query: str, passages: Sequence[str]) -> Vectors:
+        """Give the anchor of each view over one list, float32 [m, d]."""
+        return self._explained(query, passages)[0]
+
+    def view_scores(self, query: str, passages: Sequence[str]) -> Vectors:
+        """Give float32 [n, m], what each view scores each passage; pooled over views they are what `rerank` gives."""
+        return self._explained(query, passages)[1]
+
+    def _explained(self, query: str, passages: Sequence[str]) -> tuple[Vectors, Vectors]:
+        if not len(passages):
+            m = self.config.views
+            return np.full((m, self.width), np.nan, np.float32), np.empty((0, m), np.float32)
+        device = next(self.parameters()).device
+        vectors = torch.from_numpy(self.encode_pairs(query, passages))[None].to(device)  # [1, n, m, d]
+        with torch.inference_mode():
+            anchors = self.decode(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=device))
+            each = scores_by_view(anchors, vectors) / self.scale
+        return anchors[0].float().cpu().numpy(), each[0].float().cpu().numpy()
 
     def save(self, directory: Path) -> None:
         """Write encoder, decoder, start vectors and view rows."""
@@ -301,6 +308,15 @@ def _view_ids(tokenizer: TextTokenizer, views: int, t5: bool) -> list[int]:
     if len(ids) < views:
         raise ConfigError(f"[model] views = {views}: the vocabulary has {len(ids)} view tokens like {names[0]}")
     return ids
+
+
+def _prompt(config: MvpConfig, tokenizer: TextTokenizer, view_ids: list[int], t5: bool) -> PairPrompt:
+    if t5:
+        query_mark, context_mark = tokenizer.pieces(["Query:", "Context:"])
+        lead, middle = (*view_ids, *query_mark), tuple(context_mark)
+    else:
+        lead, middle = (*view_ids, *tokenizer.prefix), tokenizer.suffix
+    return PairPrompt(tokenizer, lead, middle, tokenizer.suffix, config.max_query_len, config.max_len)
 
 
 # Targets and losses (section 3).

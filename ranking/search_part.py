@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ranking.bm25 import Bm25
+from ranking.fusion import Mix
 from ranking.index import Index, IndexConfig, build
 from ranking.manifest import TextEntry, listed
 from ranking.passages import Passages
@@ -42,6 +43,8 @@ TEXT = "text"
 TOKENS_PER_PASS = 512
 """Tokens of one forward pass of a reranker that serves: some 50 ms of a core for a small model."""
 
+BY_QUERY = Mix()
+
 SHIFT = 1
 """Passage p has row p + 1 in the index, whose row 0 means nothing found."""
 
@@ -57,7 +60,7 @@ class SearchPart:
         index: passage vectors under row + 1.
         reranker: orders the head of a first stage.
         tokenizer: of the reranker, or of the encoder where there is none: cuts documents sent along.
-        weight: of the words in the convex sum with the vectors; None for reciprocal ranks.
+        mix: how words and vectors are joined.
     """
 
     passages: Passages
@@ -66,7 +69,7 @@ class SearchPart:
     index: Index | None = None
     reranker: TextReranker | None = None
     tokenizer: TextTokenizer | None = None
-    weight: float | None = None
+    mix: Mix = BY_QUERY
     kinds: Mapping[str, str] | None = None
 
     @cached_property
@@ -84,7 +87,7 @@ class SearchContents:
         passages: what is to be found.
         encoder: encodes passages now and queries later; None indexes words alone.
         reranker: of the head of each search.
-        weight: of the words in the convex sum with the vectors; None for reciprocal ranks.
+        mix: how words and vectors are joined.
         vectors: float32 [P, D] of the passages, if somebody has encoded them already.
         index: how vectors are indexed.
         report: told (encoded, in all).
@@ -93,7 +96,7 @@ class SearchContents:
     passages: Passages
     encoder: TextEncoder | None = None
     reranker: TextReranker | None = None
-    weight: float | None = None
+    mix: Mix = BY_QUERY
     vectors: NDArray[np.float32] | None = None
     index: IndexConfig | None = None
     report: Report | None = None
@@ -124,7 +127,8 @@ def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
         documents=len(passages.document_ids),
         encoder=None if encoder is None else str(read_config(place / "encoder")["kind"]),
         reranker=None if contents.reranker is None else str(read_config(place / "reranker")["kind"]),
-        weight=contents.weight,
+        weight=contents.mix.weight,
+        covered=contents.mix.covered,
         index=[path.relative_to(directory).as_posix() for path in shards],
     )
 
@@ -169,7 +173,8 @@ def load_search_part(
         if isinstance(model, torch.nn.Module):
             model.requires_grad_(False).eval().to(device)
     kinds = {"encoder": entry.encoder or "", "reranker": entry.reranker or ""}
-    return SearchPart(passages, bm25, encoder, index, reranker, tokenizer, entry.weight, kinds)
+    mix = Mix(entry.weight, entry.covered)
+    return SearchPart(passages, bm25, encoder, index, reranker, tokenizer, mix, kinds)
 
 
 def _in_short_passes(model: object) -> None:

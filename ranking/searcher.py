@@ -2,7 +2,7 @@
 
     bm25     words of the query in the passages                     best `depth`
     dense    inner product of query and passage vectors             best `depth`
-    hybrid   both: convex sum with the weight chosen on development queries, or reciprocal ranks
+    hybrid   both: a convex sum whose weight depends on how much of the query one passage holds, or reciprocal ranks
     rerank   the reranker orders the best `rerank` anew; what lies below stays as it was
     blend    for a user: 1 / (60 + rank of the search) + personal_weight / (60 + rank by the ranker)
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.deadline import Deadline, OutOfTimeError
-from ranking.fusion import RRF_K, Ranking, convex_fusion, reciprocal_rank_fusion
+from ranking.fusion import POOL, RRF_K, Ranking
 from ranking.search_part import SHIFT, SearchPart
 from ranking.sources import Proposal, SourceQuery
 from ranking.text_backbone import TextTokenizer
@@ -284,12 +284,13 @@ class Searcher:
             degraded.append("dense")
             mode = "bm25"
         lexical = dense = None
+        places = max(depth, POOL) if mode == "hybrid" else depth
         if mode != "dense":
-            lexical = part.bm25.search([query], depth)
+            lexical = part.bm25.search([query], places)
             clock.lap("bm25")
         if mode != "bm25":
             try:
-                dense = self._dense(query, depth, clock)
+                dense = self._dense(query, places, clock)
             except Exception:
                 if deadline is None or lexical is None:
                     raise
@@ -299,11 +300,8 @@ class Searcher:
         if lexical is None or dense is None:
             found = lexical if dense is None else dense
             assert found is not None, "every mode has a first stage"
-            return found, mode
-        if part.weight is None:
-            found = reciprocal_rank_fusion([lexical, dense], depth)
-        else:
-            found = convex_fusion(lexical, dense, part.weight, depth)
+            return found.top(depth), mode
+        found = part.mix.fuse(lexical, dense, part.bm25.coverage([query], lexical), depth)
         clock.lap("fuse")
         return found, mode
 
@@ -313,7 +311,7 @@ class Searcher:
         assert index is not None
         vector = encoder.encode_queries([query])
         clock.lap("encode_query")
-        rows, scores = index.search(vector, depth)
+        rows, scores = index.search(vector, min(depth, len(index)))
         clock.lap("dense")
         return Ranking(rows - SHIFT, scores)
 

@@ -19,6 +19,7 @@ from ranking.lexsembridge import Lexicon, LexSemBridge, LexSemBridgeConfig, enha
 from ranking.splade import max_pooled
 from ranking.text_backbone import padded
 from ranking.text_models import load_encoder
+from recsys.errors import ConfigError
 
 TEXTS = ["wing flow heat wing", "shock", "", "layer plate cone speed mach drag lift jet skin wall tube gas gas"]
 KINDS = [("slr", "code"), ("slr", "paper"), ("llr", "code"), ("llr", "paper"), ("clr", "code")]
@@ -257,3 +258,27 @@ def test_a_splade_head_is_silent_at_the_first_position():
         ids, mask = padded(model.tokenizer.encode(["heat transfer on a slender cone"], 64), 0)
         found[how] = int((model.contextual(ids, mask) > 0).sum())
     assert found["max"] > 10 * found["cls"]
+
+
+@pytest.mark.parametrize(("kind", "variant"), [*KINDS, ("c_only", "code")])
+def test_diagnostics_are_what_encoding_multiplies(kind, variant):
+    model = build(kind, variant)
+    v, w = model.enhancement(TEXTS), model.weights(TEXTS)
+    plain = DenseEncoder(DenseConfig(max_query_len=64), bert(), tokenizer())
+    if kind != "clr":  # whose backbone here has a head
+        product = v * plain.encode_queries(TEXTS)
+        expected = product / np.linalg.norm(product, axis=1, keepdims=True)
+        np.testing.assert_allclose(model.encode_queries(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(v.sum(axis=1), 1, atol=1e-5)
+    assert w.shape == (4, len(model.tokenizer))
+    if (kind, variant) == ("slr", "code"):
+        counted = set(TEXTS[0].split())
+        names = [model.tokenizer.tokenizer.id_to_token(int(place)) for place in w[0].nonzero()[1]]
+        assert set(names) == counted | {"[SEP]"}
+    if kind == "c_only":
+        assert w.nnz == 0
+
+
+def test_what_multiplies_nothing_has_no_enhancement():
+    with pytest.raises(ConfigError, match="no enhancement"):
+        build("off").enhancement(TEXTS)

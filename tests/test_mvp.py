@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_text import WORDS, bert, t5, tokenizer
 
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
-from ranking.mvp import Mvp, MvpConfig, orthogonal_loss, ragged, rank_loss, targets, view_scores
+from ranking.mvp import Mvp, MvpConfig, orthogonal_loss, ragged, rank_loss, scores_by_view, targets
 from ranking.text_backbone import padded
 from ranking.text_models import load_reranker
 
@@ -117,7 +117,7 @@ def test_views_and_anchors(path):
     torch.testing.assert_close(scores[0], loop)
     changed = e.clone()
     changed[0, 0] += 1.0
-    cached = view_scores(anchors, changed).mean(dim=-1)[0] / model.scale
+    cached = scores_by_view(anchors, changed).mean(dim=-1)[0] / model.scale
     assert (score(model, changed)[0] - cached).abs().max() > 1e-3
     if path == "bert":
         swapped = build(path)
@@ -126,6 +126,17 @@ def test_views_and_anchors(path):
         with torch.no_grad():
             swapped.start.copy_(model.start[order])
         torch.testing.assert_close(score(swapped, e[:, :, order]), score(model, e))
+
+
+@both
+def test_diagnostics_are_what_reranking_pools(path):
+    model = build(path, torch.float32)
+    anchors, each = model.anchors(QUERY, PASSAGES), model.view_scores(QUERY, PASSAGES)
+    assert (anchors.shape, each.shape) == ((4, model.width), (9, 4))
+    np.testing.assert_allclose(each.mean(axis=1), model.rerank(QUERY, PASSAGES), atol=1e-5)
+    vectors = model.encode_pairs(QUERY, PASSAGES)
+    np.testing.assert_allclose(np.einsum("md,nmd->nm", anchors, vectors) / model.scale, each, atol=1e-5)
+    assert model.view_scores(QUERY, []).shape == (0, 4)
 
 
 def test_the_decoder_runs_once_at_length_one(monkeypatch):
@@ -143,7 +154,7 @@ def test_the_decoder_runs_once_at_length_one(monkeypatch):
 def toy_scores(e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     queries = torch.eye(2, dtype=e.dtype)
     anchors = torch.stack([torch.softmax(e[:, k] @ queries[k], dim=0) @ e[:, k] for k in range(2)])
-    return view_scores(anchors[None], e[None])[0].mean(dim=-1), anchors
+    return scores_by_view(anchors[None], e[None])[0].mean(dim=-1), anchors
 
 
 def test_worked_example():

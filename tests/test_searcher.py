@@ -12,7 +12,7 @@ from text_world import NAMES, WordCount, publish_corpus, publish_search, snapsho
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
 from ranking.deadline import Deadline
-from ranking.fusion import Ranking, convex_fusion
+from ranking.fusion import Mix, Ranking, convex_fusion
 from ranking.passages import NO_ITEM, Passages
 from ranking.recommender import Recommender
 from ranking.search_part import SHIFT
@@ -86,7 +86,7 @@ def test_a_bundle_gives_back_what_was_published(bundle):
     rows, found = part.index.search(part.encoder.encode_queries(["red tea"]), 30)
     assert np.allclose(scores[0][rows[0] - SHIFT], found[0], atol=1e-6)
     entry = bundle.manifest.text
-    assert (entry.encoder, entry.reranker, entry.weight) == ("dense", "word_count", 0.3)
+    assert (entry.encoder, entry.reranker, entry.weight, entry.covered) == ("dense", "word_count", 0.3, None)
 
 
 def damaged(directory, tmp_path, change):
@@ -151,12 +151,22 @@ def test_first_stages_alone_and_together(bundle):
     assert len(dense) == 30
     both = searcher.search("red tea", rerank=False)
     expected = convex_fusion(
-        Ranking(words.rows[None], words.scores[None]), Ranking(dense.rows[None], dense.scores[None]), part.weight
+        Ranking(words.rows[None], words.scores[None]), Ranking(dense.rows[None], dense.scores[None]), part.mix.weight
     )
     assert (both.mode, both.rows.tolist()) == ("hybrid", expected.rows[0][expected.rows[0] >= 0].tolist())
     assert searcher.search("unheard of", mode="bm25").rows.tolist() == []
-    ranks = Searcher(dataclasses.replace(part, weight=None)).search("red tea", rerank=False)
+    ranks = Searcher(dataclasses.replace(part, mix=Mix(weight=None))).search("red tea", rerank=False)
     assert set(ranks.rows.tolist()) == set(both.rows.tolist())
+
+
+def test_words_count_more_where_one_passage_holds_them_all(bundle):
+    part = dataclasses.replace(bundle.text, mix=Mix(weight=0.0, covered=1.0))
+    searcher = Searcher(part)
+    for query, mode in (("tea red", "bm25"), ("soap unheard of", "bm25"), ("red tea soap", "dense")):
+        alone = searcher.search(query, mode=mode, rerank=False)
+        both = searcher.search(query, rerank=False)
+        assert both.rows[:1].tolist() == alone.rows[:1].tolist()
+        assert float(both.scores[0]) == 1.0
 
 
 def test_the_reranker_orders_the_head_and_leaves_the_rest(bundle):

@@ -25,7 +25,7 @@ from pipelines.text_pairs import PairSource, split_of
 from ranking.bm25 import Bm25
 from ranking.cross_encoder import CrossEncoder
 from ranking.dense_encoder import DenseConfig, DenseEncoder
-from ranking.fusion import NONE, Ranking, best, convex_fusion, reciprocal_rank_fusion
+from ranking.fusion import NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.lexsembridge import LexSemBridge
 from ranking.mvp import Mvp
 from ranking.text_backbone import in_passes, locate, passes
@@ -155,6 +155,27 @@ def test_bm25_survives_save_and_load_and_odd_queries(tmp_path):
     assert not any(path.suffix in {".pkl", ".pickle"} for path in tmp_path.iterdir())
 
 
+def test_coverage_is_the_share_of_a_query_that_its_best_passage_holds():
+    index = Bm25.build(["wing flow heat", "heat shock", "flow", "jet"])
+    queries = ["heat wing flow", "wing shock", "unheard heat shock", "the of", "unheard"]
+    found = Ranking(np.array([[0], [0], [1], [NONE], [NONE]], np.int32), np.zeros((5, 1), np.float32))
+    wing = shock = np.log1p(3.5 / 1.5)
+    np.testing.assert_allclose(index.coverage(queries, found), [1, wing / (wing + shock), 1, 0, 0])
+
+
+@given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_a_mix_is_the_convex_fusion_of_each_query_by_its_own_weight(seed, weight, covered):
+    draws = np.random.default_rng(seed)
+    one, two = (best(draws.random((6, 30)), 20) for _ in range(2))
+    coverage = draws.choice([0.2, 1.0], 6)
+    mixed = Mix(weight, covered).fuse(one, two, coverage, 10)
+    for query in range(6):
+        share = max(weight, covered) if coverage[query] == 1 else weight
+        alone = convex_fusion(*(Ranking(r.rows[[query]], r.scores[[query]]) for r in (one, two)), share, 10)
+        np.testing.assert_array_equal(mixed.rows[query], alone.rows[0])
+
+
 # Queries cut from passages.
 
 
@@ -277,7 +298,7 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
     weight = stages.choose_weight({"natural": read_queries(folder, corpus, "train")})
     results = evaluate_text(runs, stages, {"natural": queries}, weight, places=10)
     report = write_text_report(results, {"corpus": corpus.name}, tmp_path / "report").read_text()
-    for system in ("bm25", "dense", "rrf", "convex", "lexsembridge", "lexsembridge + bm25", "mvp"):
+    for system in ("bm25", "dense", "rrf", "convex", "hybrid", "lexsembridge", "lexsembridge + bm25", "mvp"):
         assert f"| {system} |" in report
     table = json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]["natural"]
     assert table["n_queries"] == len(queries)

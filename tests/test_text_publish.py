@@ -5,8 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.text_publish import corpus_passages, fusion_weight
+from pipelines.text_publish import corpus_passages, mix_of
 from ranking.bundle import Bundle
+from ranking.fusion import Mix
 from ranking.searcher import Searcher
 from ranking.snapshot import SnapshotReader
 from recsys.cli import app
@@ -42,10 +43,10 @@ def test_documents_named_like_items_are_items(corpus):
 
 
 def test_what_cannot_be_meant_is_refused(corpus):
-    assert (fusion_weight("0.3"), fusion_weight("rrf")) == (0.3, None)
+    assert (mix_of("0.3"), mix_of("rrf").weight, mix_of("by-query")) == (Mix(0.3, covered=None), None, Mix())
     for wrong in ("1.1", "words", "nan"):
         with pytest.raises(ConfigError, match="rrf"):
-            fusion_weight(wrong)
+            mix_of(wrong)
     for arguments in (["publish"], ["publish", "--corpus", str(corpus)], ["publish", "--text-encoder", "none"]):
         done = CliRunner().invoke(app, arguments)
         assert isinstance(done.exception, ConfigError), done.output

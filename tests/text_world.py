@@ -15,6 +15,7 @@ from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.fusion import Mix
 from ranking.items import ItemTable
 from ranking.manifest import Provenance
 from ranking.passages import Passages
@@ -136,7 +137,9 @@ def empty_catalogue() -> Contents:
 def publish_search(directory: Path, encoder: bool = True, reranker: WordCount | None = None, weight=0.3) -> Path:
     """Write a bundle over the catalogue that searches its names."""
     _, contents = catalogue()
-    text = SearchContents(item_passages(contents), tiny_encoder() if encoder else None, reranker, weight)
+    text = SearchContents(
+        item_passages(contents), tiny_encoder() if encoder else None, reranker, Mix(weight, covered=None)
+    )
     write_bundle(directory, with_text(contents, text), PROVENANCE)
     return directory
 

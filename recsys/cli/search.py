@@ -32,10 +32,10 @@ def search_parts(
         raise ConfigError("without --ranker there are no items to search; name a --corpus")
     runs = place.root / "runs"
     order = text_publish.find_reranker(reranker, runs) if reranker else None
-    model, weight = text_publish.find_encoder(encoder, runs), text_publish.fusion_weight(fusion)
+    model, mix = text_publish.find_encoder(encoder, runs), text_publish.mix_of(fusion)
     with Terminal().bar("encode passages") as bar:
         return text_publish.search_contents(
-            passages, model, order, weight, place.root / "text_cache", lambda done, total: bar(done, total, "")
+            passages, model, order, mix, place.root / "text_cache", lambda done, total: bar(done, total, "")
         )
 
 
