@@ -192,10 +192,10 @@ class EncoderTask:
                 self.states[texts[place]] = (own, raw[row].clone(), weights)
             self.model.train(training)
         states = [self.states[text] for text in texts]
-        own = [state[0] for state in states if state[0] is not None]
+        tokens = [state[0] for state in states if state[0] is not None]
         sparse = [state[2].to_dense() for state in states if state[2] is not None]
         return (
-            nn.utils.rnn.pad_sequence(own, batch_first=True) if own else None,
+            nn.utils.rnn.pad_sequence(tokens, batch_first=True) if tokens else None,
             torch.stack([state[1] for state in states]),
             torch.stack(sparse) if sparse else None,
         )

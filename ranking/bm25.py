@@ -76,7 +76,7 @@ class Bm25:
                 continue
             idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
             total += idf
-            held += idf * bool((holders == passage).any())
+            held += idf * bool(np.isin(passage, holders))
         return held / total if total else 0.0
 
     def save(self, directory: Path) -> None:

@@ -39,6 +39,9 @@ class ModelsResponse(Message):
     models: list[ModelInfo]
     items: int
     passages: int | None = Field(default=None, description="distinct texts a search goes over; null without text")
+    rerank_depth: int | None = Field(
+        default=None, description="passages at the head of a search that are reranked, by this machine's measured speed"
+    )
     created: str = Field(description="ISO 8601, UTC")
     commit: str
     data_digest: str

@@ -257,13 +257,15 @@ class Service:
     def models(self) -> ModelsResponse:
         """Say what is being served."""
         lineup = self.lineup
-        bundle = lineup.champion.bundle
+        bundle, searcher = lineup.champion.bundle, lineup.champion.searcher
         manifest = bundle.manifest
+        reranks = searcher is not None and searcher.part.reranker is not None
         return ModelsResponse(
             version=bundle.version,
             models=_models(manifest),
             items=manifest.counts["items"],
             passages=None if manifest.text is None else manifest.text.passages,
+            rerank_depth=searcher.config.rerank if searcher is not None and reranks else None,
             created=manifest.provenance.created,
             commit=manifest.provenance.commit,
             data_digest=manifest.provenance.data_digest,

@@ -3,7 +3,7 @@
 import gc
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -190,16 +190,19 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
             an item column that a filter or rule names.
     """
     from ranking.bundle import Bundle
+    from ranking.rerank_depth import affordable_depth
     from ranking.searcher import Searcher
 
     bundle = Bundle.load(place.directory)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
+    config = service.search_config
+    if bundle.text is not None:
+        config = replace(config, rerank=affordable_depth(bundle.text, config))
     if elsewhere is not None:
         bundle = elsewhere.bundle(bundle)
     searcher = None
     if bundle.text is not None:
-        config = service.search_config
         searcher = Searcher(bundle.text, config) if elsewhere is None else elsewhere.searcher(bundle, config)
         for _ in range(WARM_REQUESTS):
             searcher.search(bundle.text.passages.text(0))

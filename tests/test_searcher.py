@@ -15,6 +15,7 @@ from ranking.deadline import Deadline
 from ranking.fusion import Mix, Ranking, convex_fusion
 from ranking.passages import NO_ITEM, Passages
 from ranking.recommender import Recommender
+from ranking.rerank_depth import affordable_depth
 from ranking.search_part import SHIFT
 from ranking.searcher import SearchConfig, Searcher, shortened
 from ranking.snapshot import SnapshotReader
@@ -321,3 +322,18 @@ def test_for_a_user_passages_are_ordered_by_both_ranks(bundle, scores, weight):
     for p, item in enumerate(personal.item.tolist()):
         assert scores[rows.tolist().index(item)] == best[p]
         assert searched.part.passages.text(searched.rows[p]) == bundle.names[item]
+
+
+# --- how much is reranked on this machine
+
+
+@pytest.mark.parametrize(
+    ("each", "budget", "depth"),
+    [(0.001, 1000, 20), (0.034, 1000, 20), (0.07, 1000, 10), (0.35, 1000, 2), (60.0, 1000, 2), (0.1, 200, 2)],
+)
+def test_a_search_reranks_what_this_machine_reads_in_its_budget(bundle, each, budget, depth):
+    reranker = WordCount()
+    part = dataclasses.replace(bundle.text, reranker=reranker)
+    config = SearchConfig(budget_ms=budget)
+    assert affordable_depth(part, config, lambda: reranker.scored * each) == depth
+    assert affordable_depth(dataclasses.replace(part, reranker=None), config, lambda: 0.0) == config.rerank
