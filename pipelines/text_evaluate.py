@@ -1,7 +1,7 @@
 """Evaluation of text models on a corpus: every system beside every first stage, on the same queries.
 
-Writes `metrics.json` and `report.md`: measures with intervals over queries, the paired difference to the first stage a
-model starts from, how many queries it won and lost, and which.
+Writes `metrics.json`, `report.html` and `report.md`: measures with intervals over queries, the paired difference to the
+first stage a model starts from, how many queries it won and lost, and which.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +16,18 @@ from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Queries
-from pipelines.text_measures import MEASURES, Comparison, best_possible, compare, mean_of, measure
+from pipelines.text_measures import Comparison, best_possible, compare, mean_of, measure
 from pipelines.text_models import CATALOGUE
+from pipelines.text_page import write_page
 from pipelines.text_train import finished_run
 from ranking.dense_encoder import DenseEncoder
 from ranking.fusion import POOL, Ranking
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_models import ENCODERS, TextEncoder, load_encoder, load_reranker, read_config
 from recsys.errors import ConfigError
-from recsys.files import read_json, whole_file, write_json
+from recsys.files import read_json, write_json
 from recsys.metrics import Floats
 
-SHOWN = 5
-"""Queries shown that a model won, and lost, by most."""
 RERANKED = 100
 
 Report = Callable[[str, int, int], None]
@@ -147,54 +146,9 @@ def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) ->
 
 
 def write_text_report(results: Sequence[TaskResult], about: Mapping[str, Any], directory: Path) -> Path:
-    """Write `metrics.json` and `report.md`; gives the path of the latter."""
+    """Write `metrics.json`, `report.html` and `report.md`; gives the path of the page."""
     write_json(directory / "metrics.json", {**about, "tasks": {result.name: result.table() for result in results}})
-    lines = [f"# Text models on {about['corpus']}", ""]
-    lines += [f"{key}: {value}  " for key, value in about.items() if key != "corpus"]
-    for result in results:
-        lines += ["", *_section(result)]
-    path = directory / "report.md"
-    with whole_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def _section(result: TaskResult) -> list[str]:
-    table = result.table()
-    lines = [
-        f"## {result.name} ({table['n_queries']} queries)",
-        "",
-        "Percent, 95 % intervals over queries. "
-        f"Best possible nDCG@10 of the RRF pool: {100 * result.best_possible:.1f}.",
-        "",
-        f"| system | {' | '.join(MEASURES)} | nDCG@10 against | won / lost / tied |",
-        f"|---|{'---|' * len(MEASURES)}---|---|",
-    ]
-    for name, values in table["systems"].items():
-        cells = [
-            f"{100 * one['value']:.1f} [{100 * one['ci_low']:.1f}, {100 * one['ci_high']:.1f}]"
-            for one in values.values()
-        ]
-        found = table["ndcg_at_10_against_baseline"].get(name)
-        against, counts = "", ""
-        if found:
-            interval = f"[{100 * found['ci_low']:+.1f}, {100 * found['ci_high']:+.1f}]"
-            against = f"{found['baseline']}: {100 * found['difference']:+.1f} {interval}"
-            counts = f"{found['won']} / {found['lost']} / {found['tied']}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {against} | {counts} |")
-    for name, base in result.baseline.items():
-        lines += ["", *_examples(result, name, base)]
-    return lines
-
-
-def _examples(result: TaskResult, name: str, base: str) -> list[str]:
-    gain = result.values[name]["ndcg_at_10"] - result.values[base]["ndcg_at_10"]
-    order = gain.argsort(kind="stable")
-    won = [place for place in order[::-1][:SHOWN] if gain[place] > 0]
-    lost = [place for place in order[:SHOWN] if gain[place] < 0]
-    lines = [f"Queries {name} won and lost against {base} by most (nDCG@10):", ""]
-    lines += [f"- {gain[place]:+.2f} {result.queries.texts[place][:120]}" for place in [*won, *lost]]
-    return lines if won or lost else [f"{name} changed no query against {base}."]
+    return write_page(results, about, directory)
 
 
 def require_corpus(path: str, split: str) -> None:

@@ -195,7 +195,9 @@ class TextLoop:
         ]
         self.groups = [group for group in groups if group["params"]]
         self.rates = [float(group["lr"]) for group in self.groups]  # type: ignore[arg-type]
-        self.optimiser = torch.optim.AdamW(self.groups, weight_decay=optimiser.weight_decay) if self.groups else None
+        self.optimiser: torch.optim.Optimizer | None = None
+        if self.groups:  # fused: a third of the time where W has a row per term of the vocabulary
+            self.optimiser = torch.optim.AdamW(self.groups, weight_decay=optimiser.weight_decay, fused=True)
         self.progress = Progress()
         self.best = self.learned()
         if path.exists():

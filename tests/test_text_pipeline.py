@@ -297,7 +297,14 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
     queries = read_queries(folder, corpus, "test")
     weight = stages.choose_weight({"natural": read_queries(folder, corpus, "train")})
     results = evaluate_text(runs, stages, {"natural": queries}, weight, places=10)
-    report = write_text_report(results, {"corpus": corpus.name}, tmp_path / "report").read_text()
+    page = write_text_report(results, {"corpus": corpus.name, "<b>": 1}, tmp_path / "report").read_text()
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "<script" not in page
+    assert "&lt;b&gt;" in page
+    for result in results:
+        gain = result.values["mvp"]["ndcg_at_10"] - result.values["rrf"]["ndcg_at_10"]
+        shown = [result.queries.texts[place] for place in (gain.argmax(), gain.argmin()) if gain[place]]
+        assert all(text in page and text in report for text in shown)
     for system in ("bm25", "dense", "rrf", "convex", "hybrid", "lexsembridge", "lexsembridge + bm25", "mvp"):
         assert f"| {system} |" in report
     table = json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]["natural"]

@@ -38,7 +38,7 @@ def train_text(
 
 
 def evaluate_text(runs: Sequence[str], place: "Workspace", corpus: str | None, split: str, as_json: bool) -> None:
-    """Rank test queries with trained text models and every first stage, and write metrics.json and report.md."""
+    """Rank test queries with trained text models and every first stage; write metrics.json and the report."""
     from pipelines.first_stages import FirstStages
     from pipelines.text_corpus import read_queries
     from pipelines.text_evaluate import TextModelRun, require_corpus, write_text_report

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from text_reranking import rerank_cost, reranking
 
+from pipelines.encoder_task import State
 from pipelines.first_stages import FirstStages, dense_search
-from pipelines.reranker_task import Pool, RerankerTask, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_measures import best_possible, compare, mean_of, measure
-from pipelines.text_models import build_model, load_text_config, train
-from pipelines.text_pairs import PairSource, sample, split_of
-from pipelines.text_train import TextLoop
+from pipelines.text_models import CATALOGUE, load_text_config, train
+from pipelines.text_pairs import PairSource, sample
 from ranking.dense_encoder import DenseEncoder
-from ranking.fusion import Ranking, convex_fusion
+from ranking.fusion import POOL, Ranking
 from ranking.splade import Splade
 from ranking.text_backbone import in_passes
 from ranking.text_models import load_encoder
@@ -40,7 +40,6 @@ LENGTHS = (16, 32, 64)
 MOST = 300  # queries of a cut task
 ROWS = ("off", "c_only", "linear_map", "slr", "llr", "clr")
 SEEDS = (0, 1, 2)
-FOLDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +49,29 @@ class Place:
     data: Path
     work: Path
 
+    @property
+    def items(self) -> Path:
+        return self.work / "log" / "items.parquet"
+
     def stages(self, name: str, splade: bool = False) -> FirstStages:
-        if name == "catalogue":
-            corpus = catalogue_corpus(self.work / "log" / "items.parquet")
-        else:
-            corpus = read_corpus(self.data / name)
+        corpus = catalogue_corpus(self.items) if name == CATALOGUE else read_corpus(self.data / name)
         report = lambda done, total: print(f"  {name}: {done}/{total} passages", flush=True)  # noqa: E731
         return FirstStages(
             corpus, DenseEncoder.of(), self.work / "cache", Splade.of() if splade else None, report=report
         )
+
+    def natural_dev(self, stages: FirstStages) -> dict[str, Queries]:
+        """Queries that people wrote and that no table is made of: SciFact alone has some."""
+        if stages.corpus.name != "scifact":
+            return {}
+        return {"natural": sample(read_queries(self.data / "scifact", stages.corpus, "train"), MOST, 0)}
 
     def tasks(self, stages: FirstStages, split: str = "test") -> dict[str, Queries]:
         """Natural queries (test only), and cut ones of one split, all lengths from the same documents."""
         corpus = stages.corpus
         source = PairSource(corpus, stages.encoder.tokenizer)  # type: ignore[attr-defined]
         rows = source.rows(split)  # type: ignore[arg-type]
-        if corpus.name == "catalogue":
+        if corpus.name == CATALOGUE:
             spans = {f"pop_{n}": source.part_of_passage(rows, n, "word") for n in (2, 4, 8)}
             cut = {"keyword": source.keyword(rows, 3), **spans}
             return {name: sample(queries, MOST, 0) for name, queries in cut.items() if len(queries)}
@@ -90,9 +96,9 @@ def figures(ranking: Ranking, queries: Queries, corpus: str = "") -> dict[str, A
 
 
 def first_stages(place: Place, name: str) -> dict[str, Any]:
-    """BM25, dense, SPLADE, RRF and the convex fusion on every task of a corpus."""
+    """BM25, dense, SPLADE, RRF, the convex fusion at one weight, and the shipped hybrid, on every task of a corpus."""
     stages = place.stages(name, splade=True)
-    weight = stages.choose_weight(place.tasks(stages, "dev"))
+    weight = stages.choose_weight(place.natural_dev(stages))
     out: dict[str, Any] = {"weight": weight, "tasks": {}}
     for task, queries in place.tasks(stages).items():
         rankings = stages.all(queries.texts, weight)
@@ -102,93 +108,46 @@ def first_stages(place: Place, name: str) -> dict[str, Any]:
     return out
 
 
+STATES: dict[tuple[str, str], dict[str, State]] = {}
+"""What the frozen backbone made of queries, by corpus and what is kept of it: runs in one process share it."""
+
+
 def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusion") -> dict[str, Any]:
     """One row of the main table: trained on the training documents, judged beside the plain encoder."""
     stages = place.stages(name)
-    sets = [f"model.weights={kind}", f"train={how}", f"seed={seed}", f"corpus.path={place.data / name}"]
-    sets += ["corpus.unit=token", "corpus.part_of_passage=[16, 32]", "corpus.terms=5", "group=8"]
+    path = CATALOGUE if name == CATALOGUE else str(place.data / name)
+    sets = [f"model.weights={kind}", f"train={how}", f"seed={seed}", f"corpus.path={path}", "group=8"]
+    sets += ["stop.steps=600", "stop.validate_every=100"]
+    if name != CATALOGUE:
+        sets += ["corpus.unit=token", "corpus.part_of_passage=[16, 32]", "corpus.terms=5"]
     if how == "full":
         sets += ["group=2", "stop.steps=150", "stop.validate_every=50", "rows=16"]
     if name == "scifact":
         sets += ["corpus.natural=train"]
     config = load_text_config(CONFIGS / "lexsembridge.toml", sets)
     directory = place.work / "runs" / f"{name}-{kind}-{how}-{seed}"
-    run = train(config, place.work, directory, place.work / "cache", f"sqlite:///{place.work.resolve()}/mlflow.db")
+    run = train(
+        config,
+        place.items,
+        directory,
+        place.work / "cache",
+        f"sqlite:///{place.work.resolve()}/mlflow.db",
+        states=STATES.setdefault((name, kind if kind in ("llr", "clr") else "pooled"), {}),
+    )
     model = load_encoder(run.model)
     passages = stages.passage_vectors if how == "fusion" else model.encode_passages(stages.corpus.passages)
-    weight = stages.choose_weight(place.tasks(stages, "dev"))
-    out: dict[str, Any] = {"train": run.table(), "weight": weight, "tasks": {}, "per_query": {}}
+    out: dict[str, Any] = {"train": run.table(), "tasks": {}, "per_query": {}}
     for task, queries in place.tasks(stages).items():
-        found = dense_search(model.encode_queries(queries.texts), passages)
-        plain = stages.dense(queries.texts)
-        hybrid = convex_fusion(stages.bm25.search(queries.texts), found, weight)
+        dense = dense_search(model.encode_queries(queries.texts), passages, POOL)
+        found, plain = dense.top(100), stages.dense(queries.texts)
         gain = {}
         for key in ("ndcg_at_10", "hit_at_1"):
             gain[key] = compare(measure(found, queries)[key], measure(plain, queries)[key]).table()
+        hybrid = stages.hybrid(queries.texts, dense=dense)
         systems = {"enhanced": figures(found, queries, name), "hybrid": figures(hybrid, queries, name)}
         out["tasks"][task] = {"n": len(queries), "systems": systems, "against_plain": gain}
         out["per_query"][task] = [round(float(value), 5) for value in measure(found, queries)["hit_at_1"]]
     return out
-
-
-def reranker(
-    place: Place, name: str, model: str, seed: int, backbone: str = "splade-tiny", **options: Any
-) -> dict[str, Any]:
-    """MVP or the cross-encoder over the RRF top 100: SciFact trained on its train split, Cranfield in five folds."""
-    stages = place.stages(name)
-    sets = [f"model.backbone={backbone}", f"seed={seed}", "stop.steps=400", "stop.validate_every=100"]
-    sets += ["optimiser.learning_rate=1e-4", "optimiser.learning_rate_fresh=5e-4"]
-    if model == "mvp":
-        sets += [f"model.views={options.get('views', 4)}", f"orthogonal={options.get('orthogonal', 1.0)}"]
-        sets += ["model.decoder_heads=4"] if backbone == "splade-tiny" else []
-    config = load_text_config(CONFIGS / f"{model}.toml", sets)
-    queries = read_queries(place.data / name, stages.corpus, "test")
-    folds = [[*range(len(queries))]]
-    if name == "cranfield":
-        folds = [list(range(fold, len(queries), FOLDS)) for fold in range(FOLDS)]
-    order = np.full((len(queries), 100), -1, np.int32)
-    seconds, identical = 0.0, True
-    for number, test in enumerate(folds):
-        built = build_model(config)
-        learn, dev = natural_pools(place, stages, name, queries, test)
-        task = RerankerTask(config, built, stages.corpus, learn, dev)
-        path = place.work / "runs" / f"{name}-{model}-{seed}-{number}-{json.dumps(options)}.safetensors"
-        loop = TextLoop(task, path, "study", config.optimiser, config.stop, seed)
-        loop.run_to_end(
-            lambda done, total, words: print(f"  {done}/{total} {words}", flush=True) if done % 50 == 0 else None
-        )
-        seconds += loop.progress.seconds
-        pool = make_pool(stages, queries.only(test))
-        order[test] = rerank_pool(built, stages.corpus, pool, 100).rows
-        few = Pool(pool.queries.only(range(10)), Ranking(pool.ranking.rows[:10], pool.ranking.scores[:10]))
-        shuffled = np.random.default_rng(seed).permutation(100).tolist()
-        identical &= bool((rerank_pool(built, stages.corpus, few, 100, shuffled).rows == order[test[:10]]).all())
-        path.unlink(missing_ok=True)
-    ranking = Ranking(order, np.zeros(order.shape, np.float32))
-    first = stages.all(queries.texts)["rrf"]
-    ours, theirs = measure(ranking, queries), measure(first, queries)
-    return {
-        "train_seconds": seconds,
-        "shuffled_order_identical": identical,
-        "reranked": figures(ranking, queries, name),
-        "first_stage": figures(first, queries, name),
-        "best_possible": best_possible(first, queries),
-        "against_first_stage": compare(ours["ndcg_at_10"], theirs["ndcg_at_10"]).table(),
-        "per_query": [round(float(value), 5) for value in ours["ndcg_at_10"]],
-    }
-
-
-def make_pool(stages: FirstStages, queries: Queries) -> Pool:
-    return Pool(queries, stages.all(queries.texts)["rrf"])
-
-
-def natural_pools(place: Place, stages: FirstStages, name: str, queries: Queries, test: list[int]) -> tuple[Pool, Pool]:
-    """Training and dev pools: SciFact's train split, or the queries of the other folds; a tenth is for dev."""
-    known = read_queries(place.data / name, stages.corpus, "train") if name == "scifact" else queries
-    held = set() if name == "scifact" else set(test)
-    free = [place_ for place_ in range(len(known)) if place_ not in held]
-    dev = [p for p in free if split_of(name, f"query/{known.ids[p]}") == "dev"][:60]
-    return make_pool(stages, known.only([p for p in free if p not in dev])), make_pool(stages, known.only(dev))
 
 
 def cost(place: Place) -> dict[str, Any]:
@@ -235,23 +194,20 @@ def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
         made[f"first_stages-{name}"] = lambda p, name=name: first_stages(p, name)
     for name in CORPORA:
         for kind in ROWS:
-            for seed in SEEDS:
+            for seed in SEEDS if kind != "off" else SEEDS[:1]:  # which trains nothing
                 key = f"lexsembridge-{name}-{kind}-fusion-{seed}"
                 made[key] = lambda p, name=name, kind=kind, seed=seed: lexsembridge(p, name, kind, seed)
         for kind in ("off", "slr"):
             key = f"lexsembridge-{name}-{kind}-full-0"
             made[key] = lambda p, name=name, kind=kind: lexsembridge(p, name, kind, 0, "full")
-    for name in ("scifact", "cranfield"):
-        for backbone in ("splade-tiny", "minilm"):
-            for model in ("mvp", "cross_encoder"):
-                for seed in SEEDS:
-                    key = f"{model}-{name}-{backbone}-{seed}"
-                    made[key] = lambda p, a=(name, model, seed, backbone): reranker(p, *a)
-        for views, orthogonal in ((1, 1.0), (2, 1.0), (4, 0.0)):
-            key = f"mvp-{name}-splade-tiny-views{views}-orthogonal{orthogonal}"
-            made[key] = lambda p, name=name, o={"views": views, "orthogonal": orthogonal}: reranker(
-                p, name, "mvp", 0, **o
-            )
+    for name in ("cranfield", "scifact"):
+        for seed in SEEDS:
+            made[f"reranking-{name}-{seed}"] = lambda p, a=(name, seed): reranking(p.data, p.stages(a[0]), *a)
+    made["reranking-cost"] = lambda p: rerank_cost(
+        read_corpus(p.data / "cranfield").passages, "what similarity laws must be obeyed by aeroelastic models"
+    )
+    for kind, seed in (("c_only", 0), ("slr", 0)):
+        made[f"lexsembridge-catalogue-{kind}-fusion-{seed}"] = lambda p, a=(kind, seed): lexsembridge(p, CATALOGUE, *a)
     made["first_stages-catalogue"] = lambda p: first_stages(p, "catalogue")
     return made
 
@@ -282,9 +238,16 @@ def lines_of(name: str) -> list[str]:
     if not path.exists():
         return [f"| {name} | not run | | |"]
     found = json.loads(path.read_text())
-    if "reranked" in found:
-        first, ours = (percent(found[key]["ndcg_at_10"]) for key in ("first_stage", "reranked"))
-        return [f"| {name} | {ours} | RRF {first} | {signed(found['against_first_stage'])} |"]
+    if "rows" in found:
+        first = found["first_stage"]["ndcg_at_10"]
+        return [
+            f"| {name} {row} | {100 * one['ndcg_at_10']:.1f}, RRF {100 * first:.1f} | {100 * one['hit_at_1']:.1f} "
+            f"| RRF {signed(one['against_first_stage'])}, cross-encoder {signed(one['against_cross_encoder'])} |"
+            for row, one in found["rows"].items()
+        ]
+    if "cpu_milliseconds" in found:
+        times = ", ".join(f"{key} {value} ms" for key, value in found["cpu_milliseconds"].items())
+        return [f"| {name} | {times} | {found['mvp_over_cross_encoder']:.2f} times the cross-encoder | |"]
     if "ratio" in found:
         speed = ", ".join(f"{key} {value:.1f}/s" for key, value in found["passages_per_second"].items())
         return [f"| {name} | {speed} | ratio {found['ratio']:.2f} | difference {found['largest_difference']:.1e} |"]
@@ -299,7 +262,7 @@ def lines_of(name: str) -> list[str]:
 
 def tables() -> str:
     """Every cell as lines; those that have not run say so."""
-    head = ["| cell | nDCG@10 | hit@1, of rerankers the first stage's nDCG@10 | difference |", "|---|---|---|---|"]
+    head = ["| cell | nDCG@10 | hit@1 | difference |", "|---|---|---|---|"]
     return "\n".join([*head, *(line for name in cells() for line in lines_of(name))])
 
 

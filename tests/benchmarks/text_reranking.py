@@ -1,0 +1,195 @@
+"""MVP beside a cross-encoder over one frozen backbone: same pairs, lists, steps and targets; cells of text_studies.py.
+
+MiniLM reads each (query, passage) pair once, in bfloat16: four view tokens, [CLS], the query, and as much of the
+passage as makes 128 tokens. MVP's decoder learns on the vectors of the view tokens, the cross-encoder's head on that of
+[CLS], out of the same pass; a model of one or two views takes the first of the four. Pools, folds, seeds, views and
+shuffled input then cost nothing but the decoder. The first stage is RRF of BM25 and dense; its best 20 are reranked.
+
+Cranfield: five folds over its queries. SciFact: trained on 400 of its training queries, their relevant passages and
+the best 9 of the first stage.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.first_stages import FirstStages
+from pipelines.pair_vectors import PairVectors
+from pipelines.reranker_task import Pool, RerankerTask, rerank_pool
+from pipelines.shipped import CONFIGS
+from pipelines.text_corpus import Queries, read_queries
+from pipelines.text_measures import best_possible, compare, measure
+from pipelines.text_models import load_text_config
+from pipelines.text_pairs import split_of
+from pipelines.text_train import TextLoop
+from ranking.cross_encoder import CrossEncoder
+from ranking.fusion import Ranking
+from ranking.mvp import Mvp, MvpConfig
+from ranking.text_models import Vectors
+
+PLACES = 20
+"""Passages of the first stage that are reranked."""
+LEARNED = {"cranfield": PLACES, "scifact": 9}
+"""Places of the first stage that training lists draw from."""
+QUERIES = 400
+"""Of SciFact's training queries, those that are used."""
+FOLDS = 5
+TOKENS = 128
+VIEWS = 4
+SHUFFLES = 5
+SETTINGS = ["train=fusion", "stop.steps=400", "stop.validate_every=50", "optimiser.learning_rate_fresh=5e-4"]
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "cross_encoder": ("cross_encoder", []),
+    "mvp, 4 views": ("mvp", []),
+    "mvp, 2 views": ("mvp", ["model.views=2"]),
+    "mvp, 1 view": ("mvp", ["model.views=1"]),
+    "mvp, 4 views, not orthogonal": ("mvp", ["orthogonal=0.0"]),
+}
+"""row -> model and what differs; those below the second are trained with one seed"""
+HEADLINE = 2
+PAIRS_TIMED, ROUNDS = 20, 5
+
+
+def reader(cache: Path) -> PairVectors:
+    """The frozen backbone and what it has read."""
+    torch.manual_seed(0)
+    model = Mvp.of(MvpConfig(views=VIEWS, max_len=TOKENS))
+    model.transformer.to(torch.bfloat16)
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = model.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden[:, : VIEWS + 1]
+
+    return PairVectors.of(model, cache / "views_and_cls", encode)
+
+
+def pools(data: Path, stages: FirstStages, name: str) -> tuple[Pool, list[tuple[Pool, Pool, list[int]]]]:
+    """The test pool, and per fold a training and a dev pool and the test queries they may be judged on."""
+    queries = read_queries(data / name, stages.corpus, "test")
+    test = pool(stages, queries, PLACES)
+    if name == "cranfield":
+        known, folds = queries, [list(range(fold, len(queries), FOLDS)) for fold in range(FOLDS)]
+    else:
+        known = read_queries(data / name, stages.corpus, "train").only(range(QUERIES))
+        folds = [list(range(len(queries)))]
+    made = []
+    for fold in folds:
+        held = set(fold) if name == "cranfield" else set()
+        free = [place for place in range(len(known)) if place not in held]
+        dev = {place for place in free if split_of(name, f"query/{known.ids[place]}") == "dev"}
+        learn = known.only([place for place in free if place not in dev])
+        depth = LEARNED[name]
+        made.append((pool(stages, learn, depth), pool(stages, known.only(sorted(dev)), depth), fold))
+    return test, made
+
+
+def pool(stages: FirstStages, queries: Queries, places: int) -> Pool:
+    return Pool(queries, stages.all(queries.texts)["rrf"].top(places))
+
+
+def prefetch(vectors: PairVectors, corpus_passages: list[str], pools: list[Pool], name: str) -> None:
+    """Read all pairs that training and tests will ask for, resumable, with what is missing counted aloud."""
+    queries, passages = [], []
+    for one in pools:
+        for place, text in enumerate(one.queries.texts):
+            judged = [row for row, grade in one.queries.grades[place].items() if grade > 0]
+            rows = dict.fromkeys([*(int(row) for row in one.ranking.rows[place] if row >= 0), *judged])
+            queries += [text] * len(rows)
+            passages += [corpus_passages[row] for row in rows]
+    vectors.get(queries, passages, lambda done, total: print(f"  {name}: {done}/{total} pairs", flush=True))
+
+
+def reranking(data: Path, stages: FirstStages, name: str, seed: int) -> dict[str, Any]:
+    """Every row of one seed on one corpus; beyond the first seed the headline rows alone."""
+    vectors = reader(stages.cache)
+    test, folds = pools(data, stages, name)
+    learned = [one for learn, dev, _ in folds for one in (learn, dev)] if name == "scifact" else []
+    prefetch(vectors, stages.corpus.passages, [test, *learned], name)
+    first = measure(test.ranking, test.queries)
+    out: dict[str, Any] = {
+        "places": PLACES,
+        "tokens": TOKENS,
+        "best_possible": best_possible(test.ranking, test.queries),
+    }
+    out["first_stage"] = {key: float(value.mean()) for key, value in first.items()}
+    found: dict[str, Any] = {}
+    for row, (kind, changes) in list(ROWS.items())[: None if seed == 0 else HEADLINE]:
+        found[row] = row_of(stages, vectors, test, folds, kind, [*changes, f"seed={seed}"])
+    control = found["cross_encoder"]["per_query"]
+    for values in found.values():
+        mine = np.array(values["per_query"])
+        values["against_first_stage"] = compare(mine, first["ndcg_at_10"]).table()
+        values["against_cross_encoder"] = compare(mine, np.array(control)).table()
+    return {**out, "rows": found}
+
+
+def row_of(
+    stages: FirstStages,
+    vectors: PairVectors,
+    test: Pool,
+    folds: list[tuple[Pool, Pool, list[int]]],
+    kind: str,
+    changes: list[str],
+) -> dict[str, Any]:
+    """Train one model per fold and rank that fold's queries."""
+    config = load_text_config(CONFIGS / f"{kind}.toml", [*SETTINGS, *changes])
+    rows = np.full((len(test.queries), PLACES), -1, np.int32)
+    seconds, moved = 0.0, 0
+    for number, (learn, dev, judged) in enumerate(folds):
+        torch.manual_seed(1000 * config.seed + number)
+        transformer, tokenizer = vectors.model.transformer, vectors.model.prompt.tokenizer
+        if kind == "mvp":
+            model: Mvp | CrossEncoder = Mvp(config.model, transformer, tokenizer)
+            kept = slice(0, config.model.views)
+        else:
+            model, kept = CrossEncoder(config.model, transformer, tokenizer), slice(VIEWS, VIEWS + 1)
+        own = dataclasses.replace(vectors, keep=kept)
+        task = RerankerTask(config, model, stages.corpus, learn, dev, own)
+        loop = TextLoop(task, stages.cache / "never.safetensors", "study", config.optimiser, config.stop, config.seed)
+        loop.run_to_end()
+        seconds += loop.progress.seconds
+        part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
+        rows[judged] = rerank_pool(model, stages.corpus, part, PLACES, vectors=own).rows
+        for shuffle in range(SHUFFLES):
+            order = np.random.default_rng(shuffle).permutation(PLACES).tolist()
+            again = rerank_pool(model, stages.corpus, part, PLACES, order, own).rows
+            moved += int((again != rows[judged]).sum())
+    measured = measure(Ranking(rows, np.zeros(rows.shape, np.float32)), test.queries)
+    return {
+        **{key: float(value.mean()) for key, value in measured.items() if key != "recall_at_100"},
+        "train_seconds": round(seconds, 1),
+        "places_moved_by_shuffling": moved,
+        "per_query": [round(float(value), 5) for value in measured["ndcg_at_10"]],
+    }
+
+
+def rerank_cost(passages: list[str], query: str) -> dict[str, Any]:
+    """Milliseconds of one rerank by MVP, by the cross-encoder, and of the backbone alone, in turn, in one run."""
+    torch.manual_seed(0)
+    mvp = Mvp.of(MvpConfig(views=VIEWS, max_len=TOKENS))
+    config = load_text_config(CONFIGS / "cross_encoder.toml", [f"model.max_len={TOKENS - VIEWS}"]).model
+    pointwise = CrossEncoder(config, mvp.transformer, mvp.tokenizer)
+    texts = passages[:PAIRS_TIMED]
+    calls: dict[str, Any] = {
+        "cross_encoder": lambda: pointwise.rerank(query, texts),
+        "mvp": lambda: mvp.rerank(query, texts),
+        "encoder alone": lambda: mvp.encode_pairs(query, texts),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            began = time.process_time()  # of this process: a busy machine counts less
+            result: Vectors = call()
+            times[name].append(time.process_time() - began)
+            assert len(result) == len(texts)
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    return {
+        "passages": len(texts),
+        "cpu_milliseconds": {name: round(1e3 * value, 1) for name, value in median.items()},
+        "mvp_over_cross_encoder": median["mvp"] / median["cross_encoder"],
+        "mvp_over_encoder_alone": median["mvp"] / median["encoder alone"],
+    }
