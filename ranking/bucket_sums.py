@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ranking.batch import PAD
@@ -130,6 +131,30 @@ def read(rows: Tensor, count: Tensor, code: Tensor, norm: Norm) -> Tensor:
     if norm == "ratio":
         return total / (hot @ count.to(hot.dtype).reshape(batch, -1, 1)).clamp_min(1)
     return total / groups
+
+
+def read_weights(table: Tensor, event: Tensor, candidate: Tensor, norm: Norm) -> Tensor:
+    """Give how much each event counts in what `read` gives, [B, C, T]; under `ratio` up to a factor per candidate.
+
+    Args:
+        table: [B, G, 2^tau, D], sums.
+        event: uint8 [B, T, G], buckets.
+        candidate: uint8 [B, C, G], buckets.
+        norm: the read-out.
+    """
+    same = event[:, None] == candidate[:, :, None]  # [B, C, T, G]
+    if norm != "l2":
+        return same.to(table.dtype).mean(-1)
+    length = table.norm(dim=-1).clamp_min(SHORTEST).reciprocal()  # [B, G, 2^tau]
+    own = length.gather(2, candidate.long().mT).mT  # [B, C, G]
+    weight: Tensor = (same * own[:, :, None]).mean(-1)
+    return weight
+
+
+def collision_chance(event: Tensor, candidate: Tensor, bits: int) -> Tensor:
+    """Give `collision` of events [B, T, D] and candidates [B, C, D], [B, C, T]; a zero vector is at a right angle."""
+    event, candidate = (F.normalize(x, dim=-1) for x in (event, candidate))
+    return collision(candidate @ event.mT, bits)
 
 
 def mean_row(table: Tensor, row: Tensor) -> Tensor:

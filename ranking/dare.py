@@ -33,6 +33,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ranking.attention import Attention, of_found
 from ranking.batch import UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
 from ranking.items import ItemTable
@@ -200,6 +201,13 @@ class Dare(nn.Module):
             mask,
             *(add_event(own, item, time) if self.config.own_counts else own),
         )
+
+    def attention_of(self, history: History, candidates: Candidates) -> Attention:
+        """Give the weights of the K found events, beside softmax attention over all of the window."""
+        state = self.encode(history)
+        state = state._replace(key=state.key.double())
+        scores = self.search_scores(state, self._attention.semantic(candidates.item, self.items.embedding_row))
+        return of_found(scores, state.mask, *search(scores, state.mask, self.config.retrieved), state.value)
 
     @property
     def _attention(self) -> Fields:

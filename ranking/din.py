@@ -22,6 +22,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ranking.attention import Attention
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
@@ -109,6 +110,13 @@ class Din(nn.Module):
         main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
 
+    def attention_of(self, history: History, candidates: Candidates) -> Attention:
+        """Give the weights of all events of the window; nothing is approximated."""
+        state = self.encode(history)
+        v = self.fields.candidate(candidates.item, self.items.embedding_row)
+        weight = self._weights(state, v)
+        return Attention(weight, weight, state.event.to(weight.dtype))
+
     def _encode(self, history: History, row_of: Tensor) -> DinState:
         padded = history.padded(self.config.window)
         position = positions(padded, self.config.pos_mode)
@@ -122,10 +130,13 @@ class Din(nn.Module):
 
     def _pool(self, state: DinState, v: Tensor) -> Tensor:
         """Give what each candidate [B, C, D] finds in the history, [B, C, D]."""
+        weight = self._weights(state, v)
+        return weight @ state.event.to(weight.dtype)
+
+    def _weights(self, state: DinState, v: Tensor) -> Tensor:
+        """Give the attention of candidates [B, C, D] to the events, [B, C, T]."""
         weight = exact(self.attention, v, state.event)  # [B, C, T]
         mask = state.mask[:, None, :]
         if self.config.weights == "softmax":
-            weight = masked_softmax(weight / v.shape[-1], mask.expand_as(weight))
-        else:
-            weight = weight.masked_fill(~mask, 0.0)
-        return weight @ state.event.to(weight.dtype)
+            return masked_softmax(weight / v.shape[-1], mask.expand_as(weight))
+        return weight.masked_fill(~mask, 0.0)

@@ -15,12 +15,14 @@ fields and head are DARE's, so that only the search differs; the paper has sever
 and a second, short history beside this one.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ranking.attention import Attention, of_found
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
@@ -123,6 +125,14 @@ class Eta(nn.Module):
         logits = score_real(self.head, interaction(v, h), batch.candidates.mask)
         main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
+
+    def attention_of(self, history: History, candidates: Candidates) -> Attention:
+        """Give the weights of the K nearest events, beside softmax attention over all of the window."""
+        state = self.encode(history)
+        v = self.fields.candidate(candidates.item, self.items.embedding_row)
+        index, found = search(nearness(state.code, self._code(v)), state.mask, self.config.retrieved)
+        scores = v.double() @ state.event.double().mT / math.sqrt(v.shape[-1])
+        return of_found(scores, state.mask, index, found, state.event)
 
     def _encode(self, history: History, row_of: Tensor) -> EtaState:
         padded = history.padded(self.config.window)

@@ -34,8 +34,19 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ranking.attention import Attention
 from ranking.batch import FIRST_ITEM, PAD, Batch, Candidates, History, Request
-from ranking.bucket_sums import Norm, bucket_rows, left_padded, mean_row, pool, read, signatures
+from ranking.bucket_sums import (
+    Norm,
+    bucket_rows,
+    collision_chance,
+    left_padded,
+    mean_row,
+    pool,
+    read,
+    read_weights,
+    signatures,
+)
 from ranking.embeddings import Fields, FieldWidths, hide_items
 from ranking.items import ItemTable
 from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, candidate_chunks, exact, score_real
@@ -156,7 +167,7 @@ class Sdim(nn.Module):
         """Give logits float32 [B, C]; cost O(C (G 2^tau D + M D hidden)), whatever the length of the history."""
         row_of = self.items.embedding_row
         item = candidates.item
-        code = self.item_signatures().index_select(0, item.flatten()).view(*item.shape, -1)  # [B, C, G]
+        code = self._codes(item)  # [B, C, G]
         q = self.fields.semantic(item, row_of).double()
         rows = bucket_rows(state.table.double() * GRID, state.size, self.config.norm)
         recent = state.log[:, -self.config.recent :]
@@ -167,6 +178,20 @@ class Sdim(nn.Module):
             long = read(rows, state.size, code[:, chunk], self.config.norm)
             features.append(self._features(q[:, chunk], long, s, mask))
         return score_real(self.head, torch.cat(features, 1), candidates.mask)
+
+    def attention_of(self, history: History, candidates: Candidates) -> Attention:
+        """Give each event's weight in `long`, beside its chance of a collision, which the hashes estimate."""
+        state, row_of = self.encode(history), self.items.embedding_row
+        s, q = (self.fields.semantic(item, row_of).double() for item in (state.log, candidates.item))
+        summed = state.log != PAD
+        if not self.config.long_includes_short:
+            summed = summed & (_ages(summed) > self.config.recent)
+        codes = self._codes(state.log), self._codes(candidates.item)
+        weight = read_weights(state.table.double() * GRID, *codes, self.config.norm)
+        shift = self._mean() if self.config.center else 0.0
+        chance = collision_chance(s - shift, q - shift, self.config.bits)
+        weight, chance = (each.masked_fill(~summed[:, None], 0.0) for each in (weight, chance))
+        return Attention(weight, chance, self._events(state.log, row_of).double())
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Give binary cross-entropy over the real candidates; items are hashed anew, as their vectors move."""
@@ -266,6 +291,10 @@ class Sdim(nn.Module):
             self._hashed = known
         return known[1]
 
+    def _codes(self, item: Tensor) -> Tensor:
+        """Give the buckets of item rows [B, N] in every group, uint8 [B, N, G]."""
+        return self.item_signatures().index_select(0, item.flatten()).view(*item.shape, -1)
+
     def _hash_items(self) -> Tensor:
         row_of = self.items.embedding_row
         row = torch.arange(len(row_of), dtype=torch.int32, device=row_of.device)
@@ -287,7 +316,7 @@ class Sdim(nn.Module):
 
     def _tabulate(self, log: Tensor) -> SdimState:
         """Sum item rows int32 [B, T], 0 = padding, into an exact table."""
-        code = self.item_signatures().index_select(0, log.flatten()).view(*log.shape, -1)  # [B, T, G]
+        code = self._codes(log)  # [B, T, G]
         fixed = (self._events(log, self.items.embedding_row).detach().double() / GRID).round()  # whole numbers
         table, count = pool(fixed, code, log != PAD, self.buckets)  # exact in float64, in any order
         return SdimState(table.int(), count.int(), log)

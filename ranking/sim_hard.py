@@ -14,12 +14,14 @@ A history is sorted by category once. What a candidate needs then lies side by s
 searches: O(C log T), whatever the length of the history.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ranking.attention import Attention, of_found
 from ranking.batch import Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions, take
 from ranking.items import ItemTable
@@ -107,10 +109,27 @@ class SimHard(nn.Module):
         main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
 
+    def attention_of(self, history: History, candidates: Candidates) -> Attention:
+        """Give the weights of the found events, beside softmax attention over all of the window, any category."""
+        row_of, padded = self.items.embedding_row, history.padded(self.config.window)
+        v = self.fields.candidate(candidates.item, row_of).double()
+        event = self.fields.history(padded, positions(padded, self.config.pos_mode), row_of).double()
+        ordered, order = self._by_category(padded)
+        place, found = newest_of(
+            ordered, take(self.items.column(self.config.category), candidates.item), self.config.retrieved
+        )
+        index = order[:, None, :].expand(-1, place.shape[1], -1).gather(2, place)
+        return of_found(v @ event.mT / math.sqrt(v.shape[-1]), padded.mask, index, found, event)
+
+    def _by_category(self, padded: Padded) -> tuple[Tensor, Tensor]:
+        """Give the categories of the events [B, T], ascending, and the slots they came from."""
+        found = take(self.items.column(self.config.category), padded.item).sort(dim=1, stable=True)
+        return found.values, found.indices
+
     def _encode(self, history: History, row_of: Tensor) -> SimHardState:
         padded = history.padded(self.config.window)
         position = positions(padded, self.config.pos_mode)
-        category, order = take(self.items.column(self.config.category), padded.item).sort(dim=1, stable=True)
+        category, order = self._by_category(padded)
         sorted_ = Padded(*(tensor.gather(1, order) for tensor in padded))
         return SimHardState(category, self.fields.history(sorted_, position.gather(1, order), row_of))
 
