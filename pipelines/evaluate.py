@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from pipelines.attention import measure_attention
+from pipelines.attention_record import AttentionFound
+from pipelines.calibration import Reliability, Shown, reliability_of
 from pipelines.cold_start import measure_cold_start
 from pipelines.evaluation import (
     ALL_ITEMS,
@@ -23,6 +26,7 @@ from pipelines.evaluation import (
     Evaluation,
     Metrics,
     TrainingSummary,
+    length_segments,
 )
 from pipelines.measures import (
     DEPTH,
@@ -36,7 +40,7 @@ from pipelines.measures import (
     segment_facts,
     share,
 )
-from pipelines.prepared import CandidateSets, PreparedSet, Split
+from pipelines.prepared import IMPRESSIONS, CandidateSets, PreparedSet, Split
 from pipelines.scoring import (
     Advance,
     Sample,
@@ -54,7 +58,7 @@ from pipelines.scoring import (
 from pipelines.segments import Segment, segments_of
 from ranking.batch import FIRST_ITEM
 from ranking.ranker import AnyRanker
-from recsys.bootstrap import Estimate, bootstrap
+from recsys.bootstrap import Estimate, Resampling, bootstrap
 from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, gauc, groups_of, mean, ndcg, rank, recall
 
@@ -120,6 +124,8 @@ def evaluate(
             {sampler: {name: one.sampled_ndcg[sampler] for name, one in found.items()} for sampler in pools},
             {name: one.full_ndcg for name, one in found.items()},
         ),
+        attention=_attention(models, task, found),
+        reliability={name: one.reliability for name, one in found.items() if one.reliability is not None},
         predictions={"requests": _requests_record(task), **{name: one.predictions for name, one in found.items()}},
     )
 
@@ -178,6 +184,7 @@ class _Judged:
     predictions: dict[str, Any]
     sampled_ndcg: dict[str, NDArray[np.float64]]  # by sampler: NDCG@10 of the requests all items are ranked for
     full_ndcg: NDArray[np.float64]  # of the same requests among all items
+    reliability: Reliability | None  # None without impressions
 
 
 def _champion(models: Mapping[str, AnyRanker], config: EvaluateConfig) -> str | None:
@@ -225,7 +232,35 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
     metrics = {
         sampler: named(config, estimates[sampler], result.counts, sampler) for sampler, result in results.items()
     }
-    return _Judged(metrics, estimates, cost, predictions, sampled, ndcg(ranking, 10))
+    reliability = _reliability(model, task, predictions[IMPRESSIONS]) if IMPRESSIONS in task.pools else None
+    return _Judged(metrics, estimates, cost, predictions, sampled, ndcg(ranking, 10), reliability)
+
+
+def _attention(models: Mapping[str, AnyRanker], task: _Task, found: Mapping[str, _Judged]) -> AttentionFound | None:
+    """Measure attention on some of the requests, with the first sampler's candidates."""
+    config, pool = task.config, task.pools[task.config.samplers[0]]
+    if not config.attention_requests:
+        return None
+    few = choose(len(task.chosen), config.attention_requests, config.seed, "evaluate/attention")
+    kept = np.isin(pool.request, few)
+    scores = {name: one.predictions[config.samplers[0]][kept] for name, one in found.items()}
+    return measure_attention(
+        models,
+        task.prepared,
+        task.chosen.take(few),
+        take_sets(pool.sets, few),
+        scores,
+        length_segments(config.history_edges),
+        Resampling(config.resamples, config.level, config.seed),
+    )
+
+
+def _reliability(model: AnyRanker, task: _Task, score: NDArray[np.float32]) -> Reliability:
+    config, pool = task.config, task.pools[IMPRESSIONS]
+    users, user = np.unique(task.chosen.requests.user, return_inverse=True)
+    shown = Shown(score, pool.sets.label > 0, user[pool.request], len(users))
+    resampling = Resampling(config.resamples, config.level, config.seed)
+    return reliability_of(model, task.prepared, shown, resampling, config.max_requests)
 
 
 def _pool(prepared: PreparedSet, chosen: Sample, split: Split, sampler: str) -> Pool:

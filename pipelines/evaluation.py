@@ -11,7 +11,9 @@
       "cost": {"dare": {...Cost...}},
       "cold_start": {...ColdStart...},                           null if no positive is without training events
       "segments": [{...SegmentFacts...}],                        parts told apart on the first sampler's candidates
-      "agreement": [{...Agreement...}]                           sampled against full ranking, by sampler
+      "agreement": [{...Agreement...}],                          sampled against full ranking, by sampler
+      "attention": {...AttentionFound...},                       null if no model looks at single events
+      "reliability": {"dare": {...Reliability...}}               probabilities against what was taken; {} if not defined
     }
 
 null stands for "not defined": log loss and calibration on sampled candidates, an interval of fewer than two users, the
@@ -29,6 +31,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from pipelines.attention_record import AttentionFound
+from pipelines.calibration import Reliability
 from pipelines.prepared import IMPRESSIONS
 from pipelines.segments import SegmentsConfig
 from ranking.content_vectors import ContentQuality
@@ -60,6 +64,7 @@ class EvaluateConfig:
         full_ranking_requests: requests (drawn from those) for which all items are ranked. At least one: metrics on
             sampled candidates are never given without the full ranking beside them.
         cold_requests: most requests on which finding items without training events is measured; 0 leaves it out.
+        attention_requests: most requests on which attention is measured; 0 leaves it out.
         funnel_requests: most requests put to the published bundle, if there is one of this data; 0 leaves it out.
         batch_requests: most requests of one batch.
         resamples: of the users, for the intervals; 0 gives none.
@@ -76,6 +81,7 @@ class EvaluateConfig:
     max_requests: int = 20_000
     full_ranking_requests: int = 200
     cold_requests: int = 200
+    attention_requests: int = 200
     funnel_requests: int = 200
     batch_requests: int = 256
     resamples: int = 1000
@@ -86,10 +92,10 @@ class EvaluateConfig:
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
 
     def __post_init__(self) -> None:
-        least = {"max_requests": 1, "full_ranking_requests": 1, "cold_requests": 0, "batch_requests": 1, "resamples": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {low}")
+        least = {"max_requests": 1, "full_ranking_requests": 1, "batch_requests": 1}
+        for name in (*least, "cold_requests", "attention_requests", "resamples"):
+            if getattr(self, name) < least.get(name, 0):
+                raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {least.get(name, 0)}")
         if not self.samplers:
             raise ConfigError("evaluate: samplers is empty; name at least one, e.g. uniform")
         shown = IMPRESSIONS in (self.split, *self.samplers)
@@ -293,6 +299,8 @@ class Evaluation:
     cold_start: ColdStart | None = None
     segments: list[SegmentFacts] = field(default_factory=list)
     agreement: list[Agreement] = field(default_factory=list)
+    attention: AttentionFound | None = None
+    reliability: dict[str, Reliability] = field(default_factory=dict)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -361,15 +369,14 @@ class Evaluation:
 
 def _reversed(found: Comparison) -> Comparison:
     """Give the same comparison read the other way round."""
-    return Comparison(
-        found.sampler,
-        found.metric,
-        found.other,
-        found.model,
-        -found.difference,
-        None if found.ci_high is None else -found.ci_high,
-        None if found.ci_low is None else -found.ci_low,
-        None if found.share_better is None else 1 - found.share_better,
+    return dataclasses.replace(
+        found,
+        model=found.other,
+        other=found.model,
+        difference=-found.difference,
+        ci_low=None if found.ci_high is None else -found.ci_high,
+        ci_high=None if found.ci_low is None else -found.ci_low,
+        share_better=None if found.share_better is None else 1 - found.share_better,
     )
 
 

@@ -60,6 +60,15 @@ class Curve:
     place: int
 
 
+@dataclass(frozen=True)
+class Reliable:
+    """A reliability curve: by bin, the mean probability and the share that happened."""
+
+    name: str
+    probability: Sequence[float]
+    share: Sequence[Point]
+
+
 def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[Series], zero: bool = False) -> str:
     """Give horizontal marks with intervals: one row per category (best first), one mark per series in it.
 
@@ -134,6 +143,28 @@ def curves(title: str, x_label: str, y_label: str, found: Sequence[Curve]) -> st
         _legend(axes, len(found))
 
     return _draw(title, 2.8, paint)
+
+
+def reliability(title: str, x_label: str, y_label: str, found: Sequence[Reliable]) -> str:
+    """Give shares against probabilities, with the line on which both are equal."""
+    ends = [end for one in found for point in one.share for end in (point.interval or ())]
+    values = [*(x for one in found for x in one.probability), *(p.value or 0.0 for one in found for p in one.share)]
+    top = 1.05 * max([*values, *ends], default=1.0)
+
+    def paint(axes: "Axes") -> None:
+        axes.plot([0, top], [0, top], color=INK, linewidth=0.6, alpha=0.5)
+        for index, one in enumerate(found):
+            y = [point.value or 0.0 for point in one.share]
+            arms = _arms(one.share)
+            axes.errorbar(one.probability, y, yerr=arms, **_mark(index, line=True), label=one.name)
+        axes.set_xlim(0, top)
+        axes.set_ylim(0, top)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        _legend(axes, len(found))
+
+    return _draw(title, 3.6, paint)
 
 
 def _draw(title: str, height: float, paint: Callable[["Axes"], None]) -> str:

@@ -9,7 +9,8 @@
     histories/                recsys.history.Histories over item keys
     requests/{train,valid,test}.safetensors            Requests
     candidates/{valid,test}_{sampler}.safetensors      CandidateSets, request by request
-    requests/impressions, candidates/impressions_impressions        what was shown (`pipelines.shown`), if the log says
+    requests/impressions, candidates/impressions_impressions        what was shown (`pipelines.shown`), if the log says;
+                              `valid_impressions` are those of the validation period
     growth/                   what `append` needs (`pipelines.growth`); outside the digest, nothing else reads it
 
 Everything is plain Parquet, npy, safetensors or JSON, but for the bare 64-bit words under growth/.
@@ -33,9 +34,11 @@ from recsys.errors import DataError
 from recsys.files import read_json, sha256_file, sha256_json
 from recsys.history import Histories
 
-Split = Literal["train", "valid", "test", "impressions"]
+Split = Literal["train", "valid", "test", "impressions", "valid_impressions"]
 IMPRESSIONS: Literal["impressions"] = "impressions"
 """The split of answers that were shown in the test period, and the name of its only candidates: what was shown."""
+VALID_IMPRESSIONS: Literal["valid_impressions"] = "valid_impressions"
+"""The split of those shown in the validation period: what calibrations are fitted on."""
 FORMAT = 1
 GROWTH = "growth"
 """folder of what `append` needs"""
@@ -180,9 +183,10 @@ class PreparedSet:
 
     def requests(self, split: Split) -> Requests:
         """Give the requests of a split; raises `DataError` for impressions in a set without."""
-        if split == IMPRESSIONS and IMPRESSIONS not in self.manifest["counts"]:
+        if split in (IMPRESSIONS, VALID_IMPRESSIONS) and split not in self.manifest["counts"]:
+            period = "test" if split == IMPRESSIONS else "validation"
             raise DataError(
-                f"{self.directory}: no impressions in its test period; ingest a log that has them "
+                f"{self.directory}: no impressions in its {period} period; ingest a log that has them "
                 "(`--from-serving`, or source.impressions of a mapping) and prepare it under the split `time`"
             )
         return Requests.load(self.directory / "requests" / f"{split}.safetensors")

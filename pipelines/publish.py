@@ -20,6 +20,7 @@ from pipelines.train import Trained
 from ranking.batch import FIRST_ITEM, assemble
 from ranking.bundle import Contents, write_bundle
 from ranking.bundle_models import NamedModel
+from ranking.calibration import Calibration
 from ranking.content import match_content
 from ranking.index import SAMPLE, IndexConfig
 from ranking.manifest import MANIFEST, Provenance, read_manifest
@@ -47,6 +48,7 @@ def publish(
     commit: str | None = None,
     logs: Sequence[LogMark] = (),
     text: SearchContents | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
     """Write the bundle and the user snapshot, each whole or not at all, and give the bundle's version.
 
@@ -65,6 +67,7 @@ def publish(
         commit: of the code; that of the running code if absent.
         logs: what the set contains of a service's event log (`pipelines.from_serving.contained`).
         text: what search needs; None publishes no search.
+        calibration: makes the ranker's scores probabilities in answers; None leaves them as they are.
 
     Raises:
         DataError: the set's catalogue does not fit its item table.
@@ -72,7 +75,9 @@ def publish(
     """
     contents = contents_of(prepared, ranker, retriever)
     features = features_of(prepared)
-    contents = replace(contents, content=match_content(features, prepared.items.count), text=text)
+    contents = replace(
+        contents, content=match_content(features, prepared.items.count), text=text, calibration=calibration
+    )
     if retriever is not None:
         vectors, told = vectors_of(retriever.model, features)
         contents = replace(contents, content_vectors=vectors)

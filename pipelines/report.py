@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import audit_record, findings, pages, plots, segment_tables, tables
+from pipelines import attention_page, audit_record, calibration_page, findings, pages, plots, segment_tables, tables
 from pipelines.audit_record import Audit
 from pipelines.evaluation import OUTSIDE, Evaluation, TrainingSummary
 from pipelines.findings import PRIMARY
@@ -81,6 +81,10 @@ class Page:
     by_target: list[Table]
     full_ranking: Table | None
     cold_start: Table | None
+    calibration: list[Table]
+    not_calibrated: str
+    exactness: list[Table]
+    looks: list[Table]
     by_length: list[Table]
     segments: list[Table]
     funnel: list[Table]
@@ -139,6 +143,10 @@ def build_page(
         by_target=[tables.by_target(evaluation, sampler) for sampler in samplers],
         full_ranking=tables.full_ranking(evaluation) if "all_items" in evaluation.candidates else None,
         cold_start=tables.cold_start(evaluation.cold_start, evaluation.split) if evaluation.cold_start else None,
+        calibration=[calibration_page.table(evaluation)] if evaluation.reliability else [],
+        not_calibrated=calibration_page.why_not(evaluation),
+        exactness=attention_page.distances(evaluation),
+        looks=attention_page.examples(evaluation),
         by_length=[tables.by_length(evaluation, sampler) for sampler in samplers],
         segments=segment_tables.segments(evaluation),
         funnel=funnel_tables(funnel) if funnel is not None else [],
@@ -183,6 +191,9 @@ def render_markdown(page: Page) -> str:
         ("Outside and in the history", page.by_target),
         ("All items", [page.full_ranking] if page.full_ranking else []),
         ("New items", [page.cold_start] if page.cold_start else []),
+        ("Calibration", page.calibration),
+        ("Distance to exact attention", page.exactness),
+        ("What models look at", page.looks),
         ("History length", page.by_length),
         ("Segments", page.segments),
         ("The published system", page.funnel),
@@ -196,6 +207,7 @@ def render_markdown(page: Page) -> str:
         for table in found:
             parts += [f"### {table.title}"] if table.title != title else []
             parts += [pages.markdown(table), *([table.note] if table.note else [])]
+    parts += ["## Calibration", page.not_calibrated] if page.not_calibrated else []
     parts += ["## How negatives were sampled", "\n".join(f"- {line}" for line in page.sampling)]
     parts += ["## Definitions", "\n".join(f"- **{name}**: {text}" for name, text in page.definitions)]
     return "\n\n".join(parts) + "\n"
@@ -224,6 +236,8 @@ def _plots(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> d
             svg = plots.lines(f"length {sampler}", "events before the request", "GAUC", lengths, series)
             caption = f"GAUC by events before the request, {sampler} negatives"
             found[f"length {sampler}"] = Plot(_caption(evaluation, caption), svg)
+    for name, (caption, svg) in calibration_page.figures(evaluation).items() if evaluation.reliability else ():
+        found[f"reliability {name}"] = Plot(_caption(evaluation, caption.removesuffix(".")), svg)
     first = evaluation.config.samplers[0]
     timed = [(name, one.p50_ms) for name, one in evaluation.cost.items() if one.p50_ms]
     if len(timed) > 1:

@@ -1,10 +1,12 @@
-"""The split `impressions`: answers shown in the test period, as requests whose candidates and labels are real.
+"""Answers that were shown, as requests whose candidates and labels are real.
+
+The split `impressions` holds those of the test period, `valid_impressions` those of the validation period.
 
 A request is one answer: its moment, the user's history strictly before it, the items that were shown, and whether each
 was taken. Nothing is sampled, so a model's scores can be held against the rate at which items were taken.
 
-Left out are users without any event and items that the catalogue lacks. Only under the split `time`: there the test
-period is one for all, and what was shown in it no model has trained on.
+Left out are users without any event and items that the catalogue lacks. Only under the split `time`: there the periods
+are the same for all, and what was shown in these two no model has trained on.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,8 @@ from pipelines.assembly import request_keys
 from pipelines.buckets import FIRST_ROW, USER_ROW
 from pipelines.mixing import mix
 from pipelines.parts import Part
-from pipelines.prepared import IMPRESSIONS, CandidateSets, Requests
-from pipelines.splits import Cuts
+from pipelines.prepared import IMPRESSIONS, VALID_IMPRESSIONS, CandidateSets, Requests, Split
+from pipelines.splits import NEVER, Cuts
 from recsys.columns import ITEM_ID, ITEM_KEY, LABEL, REQUEST_ID, TIMESTAMP, USER_ID
 from recsys.history import Histories
 from recsys.randomness import derive
@@ -50,8 +52,8 @@ def write_shown(
     at_most: int | None,
     hashes: NDArray[np.uint64],
     seed: int,
-) -> dict[str, int]:
-    """Write the requests and candidates of the answers since the test cut; give their counts, empty if there are none.
+) -> dict[Split, dict[str, int]]:
+    """Write the requests and candidates of the answers of each period; give the counts of those that have any.
 
     Args:
         out: the prepared set.
@@ -64,11 +66,32 @@ def write_shown(
         hashes: of each history row.
         seed: of the choice.
     """
-    rows = _numbered(shown, people, items, cuts)
-    if cuts.kind != "time" or not rows.height:
+    if cuts.kind != "time":
         return {}
-    first = rows["first"].to_numpy()
-    starts = np.flatnonzero(first)
+    rows = _numbered(shown, people, items)
+    periods: tuple[tuple[Split, int, int], ...] = (
+        (VALID_IMPRESSIONS, cuts.valid, cuts.test),
+        (IMPRESSIONS, cuts.test, NEVER),
+    )
+    found = {split: rows.filter(pl.col("at").is_between(start, end, closed="left")) for split, start, end in periods}
+    return {
+        split: _write(out, split, part, histories, at_most, hashes, seed)
+        for split, part in found.items()
+        if part.height
+    }
+
+
+def _write(
+    out: Path,
+    split: Split,
+    rows: pl.DataFrame,
+    histories: Histories,
+    at_most: int | None,
+    hashes: NDArray[np.uint64],
+    seed: int,
+) -> dict[str, int]:
+    """Write the answers of one period; give their counts."""
+    starts = np.flatnonzero(rows["first"].to_numpy())
     requests = _requests(rows, starts, histories)
     sets = CandidateSets(
         np.append(starts, rows.height), rows["row"].to_numpy().astype(np.int32), rows[LABEL].to_numpy().astype(np.uint8)
@@ -77,12 +100,12 @@ def write_shown(
         words = mix(request_keys(requests, hashes) ^ np.uint64(derive(seed, 0, "evaluated requests")))
         kept = np.sort(np.argsort(words, kind="stable")[:at_most])
         requests, sets = requests.take(kept), sets.take(kept)
-    requests.save(out / "requests" / f"{IMPRESSIONS}.safetensors")
-    sets.save(out / "candidates" / f"{IMPRESSIONS}_{IMPRESSIONS}.safetensors")
+    requests.save(out / "requests" / f"{split}.safetensors")
+    sets.save(out / "candidates" / f"{split}_{IMPRESSIONS}.safetensors")
     return {"requests": len(requests), "shown": len(sets.item), "taken": int(sets.label.sum())}
 
 
-def _numbered(shown: pl.DataFrame, people: pl.DataFrame, items: pl.DataFrame, cuts: Cuts) -> pl.DataFrame:
+def _numbered(shown: pl.DataFrame, people: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
     """Give user_row, at, row, label by request (at, user), what was taken first; `first` marks a request's first row.
 
     An item shown twice in one answer is one candidate.
@@ -95,7 +118,6 @@ def _numbered(shown: pl.DataFrame, people: pl.DataFrame, items: pl.DataFrame, cu
         .group_by(*answer, (pl.col(ITEM_KEY).cast(pl.Int32) + FIRST_ROW).alias("row"))
         .agg(pl.col(TIMESTAMP).min(), pl.col(LABEL).max())
         .with_columns(pl.col(TIMESTAMP).min().over(answer).alias("at"))
-        .filter(pl.col("at") >= cuts.test)
         .sort("at", *answer, LABEL, "row", descending=[False, False, False, True, False])
         .with_columns(first=(pl.struct(answer) != pl.struct(answer).shift(1)).fill_null(True))
         .collect()

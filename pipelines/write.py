@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipelines import assembly, catalogue, splits
 from pipelines.buckets import BUCKET, FIRST_ROW, USER_ROW, Rule, Sessions
 from pipelines.parts import Part, PartRecord, source_of
-from pipelines.prepared import FORMAT, IMPRESSIONS, PreparedSet, Requests
+from pipelines.prepared import FORMAT, PreparedSet, Requests, Split
 from pipelines.samplers import SAMPLERS
 from pipelines.settings import PrepareConfig
 from pipelines.shown import write_shown
@@ -122,7 +122,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
     table = catalogue.item_table(names.items, values, names.numeric, count, log.transitions)
     _write_tables(out, names, values, table)
     _write_evaluated(out, requests, names, table, log.histories, config, report)
-    shown: dict[str, int] = {}
+    shown: dict[Split, dict[str, int]] = {}
     if log.shown is not None:
         shown = write_shown(
             out,
@@ -155,7 +155,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
             "trained_items": int(table.trained.sum()),
             "users": names.people.height,
             "transitions": len(log.transitions.target),
-            **({IMPRESSIONS: shown} if shown else {}),
+            **shown,
         },
     }
 

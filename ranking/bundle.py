@@ -11,6 +11,7 @@
     content_vectors.safetensors   if content tells them: retriever's vectors of such items (ranking.content_vectors)
     golden.json               synthetic requests and what they were answered (ranking.golden)
     reference.json            how the scores of recommended items lay at publish, if that was told (ranking.drift)
+    calibration.json          scores as probabilities, if that was asked for (ranking.calibration)
     text/                     if it searches text: passages, indexes, text models (ranking.search_part)
 
 A bundle may have rankers, or text, or both; without rankers its catalogue may be empty.
@@ -35,6 +36,7 @@ from torch import nn
 
 from ranking.batch import FIRST_ITEM
 from ranking.bundle_models import NamedModel, load_model, write_models
+from ranking.calibration import Calibration
 from ranking.content import ContentMatch
 from ranking.content_vectors import ContentVectors, WithContent
 from ranking.drift import ScoreReference
@@ -67,6 +69,7 @@ from recsys.history import UNKNOWN_KEY
 from recsys.messages import Message
 
 REFERENCE = "reference.json"
+CALIBRATION = "calibration.json"
 
 M = TypeVar("M", bound=Message)
 
@@ -90,6 +93,7 @@ class Contents:
     content: ContentMatch | None = None
     content_vectors: ContentVectors | None = None
     text: SearchContents | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Bundle:
     device: torch.device
     golden: Golden | None  # None without rankers
     reference: ScoreReference | None
+    calibration: Calibration | None
 
     @property
     def ranker(self) -> AnyRanker:
@@ -282,6 +287,8 @@ def _write_catalogue(directory: Path, contents: Contents) -> None:
         contents.content.save(directory / "content.safetensors")
     if contents.content_vectors is not None:
         contents.content_vectors.save(directory / "content_vectors.safetensors")
+    if contents.calibration is not None:
+        write_json(directory / CALIBRATION, contents.calibration.model_dump())
 
 
 def _counts(contents: Contents, index: Index | None) -> dict[str, int]:
@@ -350,6 +357,7 @@ def _load_parts(
         device=device,
         golden=_message(Golden, listed(paths, "golden.json", directory)) if manifest.models else None,
         reference=_message(ScoreReference, paths[REFERENCE]) if REFERENCE in paths else None,
+        calibration=_message(Calibration, paths[CALIBRATION]) if CALIBRATION in paths else None,
     )
 
 

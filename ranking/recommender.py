@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ranking.attributes import Attributes
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
+from ranking.calibration import Calibration
 from ranking.filters import Availability, Filters, seen_rows
 from ranking.ladder import Budget, Ladder, retriever_order
 from ranking.ranker import NEGATIVE
@@ -144,7 +145,8 @@ class Recommender:
         asked = self._ask(request, now, clock, Ladder(budget), searched)
         found = self._search(asked, clock)
         places = found.chosen.places[: request.k]
-        scores = found.scores[places]
+        calibration = self._calibration(asked.encoded, asked.ladder) if searched is None else None
+        scores = _told(found.scores[places], calibration)
         items = [
             RecommendedItem(
                 item_id=self.bundle.item_ids[row],
@@ -162,6 +164,7 @@ class Recommender:
             user_known=asked.user.known,
             history_events=len(asked.user.events),
             candidates=len(found.pool),
+            calibrated=calibration is not None,
             model_version=self.bundle.version,
             degraded=[*(() if searched is None else searched.degraded), *asked.ladder.degraded],
             timings={},
@@ -211,7 +214,8 @@ class Recommender:
             clock.lap("encode")
         scores = self._ranked(user, encoded, rows, ladder)
         clock.lap("score")
-        given = iter(scores.tolist())
+        calibration = self._calibration(encoded, ladder)
+        given = iter(_told(scores, calibration).tolist())
         item_ids = self.bundle.item_ids
         ranked = dict.fromkeys(rows[_order(rows, scores)].tolist())
         unknown = [item for item, row in zip(request.item_ids, found, strict=True) if row is None]
@@ -222,10 +226,15 @@ class Recommender:
             unknown_item_ids=list(dict.fromkeys(unknown)),
             user_known=user.known,
             history_events=len(user.events),
+            calibrated=calibration is not None,
             model_version=self.bundle.version,
             degraded=ladder.degraded,
             timings=clock.seconds(),
         )
+
+    def _calibration(self, encoded: Encoded | None, ladder: Ladder) -> Calibration | None:
+        """Give what makes scores probabilities, where they are the ranker's own."""
+        return None if encoded is None or "rank" in ladder.degraded else self.bundle.calibration
 
     def _ranked(
         self, user: User, encoded: Encoded | None, rows: NDArray[np.int32], ladder: Ladder
@@ -353,6 +362,11 @@ def _proposal(source: Source, query: SourceQuery, limit: int, ladder: Ladder) ->
     if source.name != Retrieval.name:
         return source.propose(query, limit)
     return ladder.attempt("retrieval", lambda: source.propose(query, limit), Proposal.none())
+
+
+def _told(scores: NDArray[np.float32], calibration: Calibration | None) -> NDArray[np.float32]:
+    """Give the scores as an answer tells them; what is ordered is ordered before."""
+    return scores if calibration is None else calibration.of(scores).astype(np.float32)
 
 
 def _order(rows: NDArray[np.int32], scores: NDArray[np.float32]) -> NDArray[np.int64]:

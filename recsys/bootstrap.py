@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from recsys.metrics import Floats, ordered_bits
 from recsys.randomness import generator
 
+Value = tuple[float | None, float | None, float | None]
+"""A value and the ends of its interval; None where not defined."""
+
 CHUNK = 1 << 22
 """Most weights (resamples x users) held at once: 16 MiB."""
 
@@ -67,6 +70,13 @@ class Ratio:
         )
 
 
+def equal_bins(values: Floats, bins: int) -> NDArray[np.int64]:
+    """Give the bin of each value, 0..bins-1, int64 [N], of about equal size; equal values share one."""
+    ascending = np.sort(values)
+    edges = np.unique(ascending[[len(ascending) * number // bins for number in range(1, bins)]])
+    return np.searchsorted(edges, values, "right")
+
+
 @dataclass(frozen=True)
 class CalibrationError:
     """How far probabilities lie from what happened: the mean over candidates of |mean probability - rate| of their bin.
@@ -84,9 +94,7 @@ class CalibrationError:
         probability: Floats, label: NDArray[np.generic], user: NDArray[np.int64], users: int, bins: int = 15
     ) -> "CalibrationError":
         """Sort once; equal probabilities share a bin. Arguments are [N]; users are 0..users-1."""
-        ascending = np.sort(probability)
-        edges = np.unique(ascending[[len(ascending) * number // bins for number in range(1, bins)]])
-        place = user * bins + np.searchsorted(edges, probability, "right")
+        place = user * bins + equal_bins(probability, bins)
         gap = np.bincount(place, probability - label.astype(bool), users * bins).astype(np.float64)
         return CalibrationError(gap.reshape(users, bins), np.bincount(user, minlength=users).astype(np.float64))
 
@@ -180,10 +188,24 @@ class Estimate:
         low, high = np.percentile(known, [50 * (1 - level), 50 * (1 + level)])
         return float(low), float(high)
 
+    def told(self, level: float = 0.95) -> Value:
+        """Give the value with the ends of its interval, None in place of NaN: how they are written down."""
+        value, low, high = (None if np.isnan(one) else float(one) for one in (self.value, *self.interval(level)))
+        return value, low, high
+
     def minus(self, other: "Estimate") -> "Estimate":
         """Give the paired difference; both must come from the same users, seed and number of resamples."""
         users = min(self.users, other.users)
         return Estimate(self.value - other.value, self.resampled - other.resampled, users)
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made: resamples of the users, level, and the seed of the draws."""
+
+    resamples: int
+    level: float
+    seed: int
 
 
 def bootstrap(statistics: Mapping[str, Statistic], users: int, resamples: int, seed: int) -> dict[str, Estimate]:

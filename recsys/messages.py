@@ -126,6 +126,7 @@ class RecommendResponse(Message):
     user_known: bool = Field(description="false: nothing is known of the user and the answer is by popularity")
     history_events: int
     candidates: int = Field(default=0, description="items that were scored")
+    calibrated: bool = Field(default=False, description="scores are probabilities of being taken when shown")
     model_version: str
     degraded: list[str] = Field(description="stages that were skipped")
     timings: dict[str, float] = Field(description="seconds by stage")
@@ -149,6 +150,7 @@ class RankResponse(Message):
     unknown_item_ids: list[str]
     user_known: bool
     history_events: int
+    calibrated: bool = Field(default=False, description="scores are probabilities of being taken when shown")
     model_version: str
     degraded: list[str]
     timings: dict[str, float]

@@ -56,7 +56,10 @@ def personal_order(served: Served, searched: Searched, request: SearchRequest, n
     ranked = served.recommender.rank(ask, now)
     if not ranked.user_known or not ids:
         return UserOrder(ranked.user_known, None, time.perf_counter() - began)
-    scores = np.array([-np.inf if score is None else score for score in ranked.scores], np.float32)
+    order = {item: -place for place, item in enumerate(ranked.ranked)}
+    # Probabilities may be equal where the scores they were made of were not.
+    known = [order.get(item) for item in ids] if ranked.calibrated else ranked.scores
+    scores = np.array([-np.inf if score is None else score for score in known], np.float32)
     return UserOrder(True, searched.for_user(places, rows, scores), time.perf_counter() - began)
 
 

@@ -16,8 +16,9 @@ from recsys.terminal import Terminal, print_result
 if TYPE_CHECKING:
     from pipelines.evaluation import EvaluateConfig
     from pipelines.funnel import Funnel
-    from pipelines.train import Report
+    from pipelines.train import Report, Trained
     from pipelines.workspace import Workspace
+    from ranking.calibration import Calibration
     from ranking.ranker import AnyRanker
 
 
@@ -223,6 +224,10 @@ def publish(
     gates: Annotated[
         str | None, typer.Option(help="TOML of gates, or the name of a shipped one: exit 4 unless all are passed.")
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="isotonic or platt: scores of answers are probabilities, fitted on validation impressions."),
+    ] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     mlflow: UriOption = None,
 ) -> None:
@@ -243,6 +248,7 @@ def publish(
     if gates is not None:
         _pass_gates(gates, ranker, place)
     found = trained_run(place.require(place.run(retriever), "train"), place.prepared) if retriever else None
+    probabilities = _calibration(calibration, chosen, place) if calibration is not None else None
     # Last, since encoding takes minutes and everything else is refused in seconds.
     text = search_parts(text_encoder, reranker, corpus, fusion, place, items=True)
     bundle_version = run(
@@ -254,9 +260,21 @@ def publish(
         metrics=chosen.summary.table(),
         logs=contained(place.prepared, place.parts),
         text=text,
+        calibration=probabilities,
     )
     version = register(place.bundle, chosen.run_id, uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
+
+
+def _calibration(method: str, chosen: "Trained", place: "Workspace") -> "Calibration":
+    """Fit what makes the ranker's scores probabilities."""
+    from pipelines.calibration import METHODS, fit_calibration
+
+    if method not in METHODS:
+        raise ConfigError(f"--calibration {method}; expected one of {', '.join(METHODS)}")
+    found = fit_calibration(method, chosen.model, place.prepared)
+    Terminal().say(f"Calibration: {method}, fitted on {found.shown:,} items shown in {found.answers:,} answers.")
+    return found
 
 
 def _pass_gates(gates: str, ranker: str, place: "Workspace") -> None:
