@@ -5,6 +5,7 @@ Imported only by Ray's processes, through the path `serving.deployment:applicati
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,11 +15,11 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from recsys.config import parse
-from recsys.errors import RecsysError, RequestError
+from recsys.errors import PartError, RecsysError, RequestError
 from serving.app import create_app
 from serving.lineup import BundlePlace, Plan
 from serving.logs import LOGS, log_to
-from serving.parts import Parts
+from serving.parts import LOAD_SECONDS, Parts
 from serving.problems import RETRY_AFTER_SECONDS
 from serving.security import read_keys
 from serving.settings import ServeConfig, load_plan, open_service
@@ -119,8 +120,16 @@ class Replica:
             return
         if self._parts is None:
             self._parts = Parts(self._handles, loop, self._config.limits.deadlines.request)
-        with self._parts.patience():
-            load_plan(self._service, plan, Elsewhere(self._parts))
+        deadline = time.monotonic() + LOAD_SECONDS
+        while True:
+            try:
+                with self._parts.patience():
+                    load_plan(self._service, plan, Elsewhere(self._parts))
+                return
+            except PartError:  # Serve replaces it, with this very plan
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
 
 
 def application(table: dict[str, Any]) -> Application:

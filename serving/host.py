@@ -216,10 +216,8 @@ def _first_plan(config: ServeConfig) -> Plan:
 
 def _set_environment(directory: Path) -> None:
     """Make Ray Serve's settings, which it reads when it is first imported, in every process of the cluster."""
-    settings = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # HAProxy's files and ports are for the whole machine by default; two services would meet there.
+    files_and_ports = {
+        # HAProxy's are for the whole machine by default; two services would meet there.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
@@ -229,20 +227,17 @@ def _set_environment(directory: Path) -> None:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # A replica that dies before it has answered loses nobody's request: it goes to another. An event that was
-        # written and not acknowledged may be sent twice then; with an event_id the repeat is recognised.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        # On a busy machine HAProxy takes longer than Serve's 5 s to start, and is killed for it.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-        "RAY_worker_niceness": "0",  # by default Ray lets every other program of the machine go before its own
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
     }
-    os.environ.update(settings)
+    os.environ.update(node_settings() | files_and_ports)
+
+
+def node_settings() -> dict[str, str]:
+    """Give the environment that Ray needs on every node: what `deploy/ray.env` says."""
+    lines = (Path(__file__).parent / "deploy/ray.env").read_text().splitlines()
+    pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return {name: value.strip('"') for name, value in pairs}
 
 
 def _free_port() -> int:
@@ -264,7 +259,7 @@ def _start_ray(config: ServeConfig, directory: Path) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"THP_MEM_ALLOC_ENABLE": "1", MULTIPROCESS: str(counts)}},
+        runtime_env={"env_vars": {MULTIPROCESS: str(counts)}},
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:

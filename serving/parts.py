@@ -1,6 +1,7 @@
 """How the ingress of the split topology asks the other deployments, over Ray Serve's handles."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,24 +35,26 @@ class Parts:
         self._handles = dict(zip(PARTS, handles, strict=True))
         self._loop = loop
         self._seconds = seconds
-        self._patient = False
+        self._patient = threading.local()
         self._rests: dict[Part, float] = {}
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Wait for answers as long as loading a bundle may take."""
-        self._patient = True
+        """Let this thread wait for answers as long as loading a bundle may take."""
+        self._patient.now = True
         try:
             yield
         finally:
-            self._patient = False
+            self._patient.now = False
 
     def __call__(self, part: Part, stage: str, place: BundlePlace, *arguments: Any) -> Any:
         """Give the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
-        if not self._patient and time.monotonic() < self._rests.get(part, 0.0):
+        patient = getattr(self._patient, "now", False)
+        if not patient and time.monotonic() < self._rests.get(part, 0.0):
             raise PartError(f"the {part} was late a moment ago")
+        hop = self._hop(part, stage, place, arguments, LOAD_SECONDS if patient else self._seconds)
         try:
-            answer = asyncio.run_coroutine_threadsafe(self._hop(part, stage, place, arguments), self._loop).result()
+            answer = asyncio.run_coroutine_threadsafe(hop, self._loop).result()
         except TimeoutError:
             self._rests[part] = time.monotonic() + REST_SECONDS
             raise PartError(f"the {part} did not answer {stage!r} in time") from None
@@ -61,6 +64,5 @@ class Parts:
             raise RequestError(answer.status, answer.code, answer.message)
         return answer
 
-    async def _hop(self, part: Part, stage: str, place: BundlePlace, arguments: tuple[Any, ...]) -> Any:
-        limit = LOAD_SECONDS if self._patient else self._seconds
-        return await asyncio.wait_for(self._handles[part].answer.remote(stage, place, arguments), limit)
+    async def _hop(self, part: Part, stage: str, place: BundlePlace, arguments: tuple[Any, ...], seconds: float) -> Any:
+        return await asyncio.wait_for(self._handles[part].answer.remote(stage, place, arguments), seconds)

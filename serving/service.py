@@ -259,7 +259,7 @@ class Service:
         lineup = self.lineup
         bundle, searcher = lineup.champion.bundle, lineup.champion.searcher
         manifest = bundle.manifest
-        reranks = searcher is not None and searcher.part.reranker is not None
+        reranks = manifest.text is not None and manifest.text.reranker is not None
         return ModelsResponse(
             version=bundle.version,
             models=_models(manifest),

@@ -196,14 +196,14 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
     bundle = Bundle.load(place.directory)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
-    config = service.search_config
-    if bundle.text is not None:
-        config = replace(config, rerank=affordable_depth(bundle.text, config))
     if elsewhere is not None:
         bundle = elsewhere.bundle(bundle)
-    searcher = None
+    searcher, config = None, service.search_config
     if bundle.text is not None:
-        searcher = Searcher(bundle.text, config) if elsewhere is None else elsewhere.searcher(bundle, config)
+        if elsewhere is None:
+            searcher = Searcher(bundle.text, replace(config, rerank=affordable_depth(bundle.text, config)))
+        else:
+            searcher = elsewhere.searcher(bundle, config)
         for _ in range(WARM_REQUESTS):
             searcher.search(bundle.text.passages.text(0))
     if bundle.ranking_model is None:

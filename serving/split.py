@@ -29,6 +29,7 @@ from ranking.deadline import Deadline
 from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.ranker import Retriever
+from ranking.rerank_depth import affordable_depth
 from ranking.searcher import Reranked, SearchConfig, Searched, Searcher
 from recsys.errors import BundleError, ConfigError, RequestError
 from recsys.search_messages import Mode
@@ -143,7 +144,9 @@ class _Held:
 
     def __init__(self, bundle: Bundle, search: SearchConfig) -> None:
         self.bundle = bundle
-        self.searcher = None if bundle.text is None else Searcher(bundle.text, search)
+        self.searcher = None
+        if bundle.text is not None:
+            self.searcher = Searcher(bundle.text, replace(search, rerank=affordable_depth(bundle.text, search)))
 
 
 def _only(part: Part, bundle: Bundle) -> Bundle:
@@ -161,6 +164,10 @@ def _only(part: Part, bundle: Bundle) -> Bundle:
 
 def _holds(held: _Held) -> str:
     return held.bundle.version
+
+
+def _depth(held: _Held) -> int:
+    return _searcher(held).config.rerank
 
 
 def _score(held: _Held, history: History, request: Request, candidates: Candidates) -> Tensor:
@@ -198,6 +205,7 @@ FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded",
 
 STAGES: Mapping[str, Callable[..., Any]] = {
     "holds": _holds,
+    "depth": _depth,
     "score": _score,
     "user_vectors": _user_vectors,
     "item_vectors": _item_vectors,
@@ -252,7 +260,9 @@ class Elsewhere:
     def searcher(self, bundle: Bundle, config: SearchConfig) -> Searcher:
         """Give what searches the text of such a bundle."""
         assert bundle.text is not None, "asked for only where there is text"
-        return _Searcher(self.ask, BundlePlace(bundle.directory, bundle.version), bundle, config)
+        place = BundlePlace(bundle.directory, bundle.version)
+        depth: int = self.ask("text", "depth", place)  # its machine's speed decides
+        return _Searcher(self.ask, place, bundle, replace(config, rerank=depth))
 
 
 @dataclass(frozen=True)

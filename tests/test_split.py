@@ -1,16 +1,17 @@
 """The split topology: on a real Ray Serve it answers as one process does, also after a kill and a swap."""
 
 import json
+import subprocess
 import urllib.error
 import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from serving_world import LATER, PATIENT, WAIT, free_port
+from serving_world import LATER, PATIENT, WAIT, eventually, free_port
 from starlette.testclient import TestClient
 from text_world import PROVENANCE, catalogue, item_passages, snapshot, tiny_encoder
 
@@ -21,7 +22,7 @@ from ranking.search_part import SearchContents
 from recsys.config import parse
 from recsys.errors import ConfigError, PartError
 from serving.app import Limits, create_app
-from serving.host import ServeConfig, start
+from serving.host import ServeConfig, node_settings, start
 from serving.lineup import BundlePlace, Plan
 from serving.settings import load_into, load_plan, open_service
 from serving.split import PARTS, Elsewhere, PartHost, Refusal
@@ -48,7 +49,7 @@ def publish(directory: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     provenance = PROVENANCE.model_copy(update={"data_digest": f"digest {seed}"})  # so that versions differ
     config = MqsaTedConfig(width=8)
-    text = SearchContents(item_passages(contents), tiny_encoder(), None, 0.3)
+    text = SearchContents(item_passages(contents), tiny_encoder())
     retriever = NamedModel("mqsa_ted", config, MqsaTed(config, table))
     ranker = NamedModel("mqsa_ted", config, MqsaTed(config, table))
     write_bundle(directory, replace(contents, ranker=ranker, retriever=retriever, text=text), provenance)
@@ -97,12 +98,12 @@ def over_http(address: str) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.serve
+@pytest.mark.timeout(1200)  # a minute on a quiet machine
 def test_it_answers_as_fused_also_after_a_killed_model_and_a_swap(world, tmp_path):
     other = publish(tmp_path / "other", 2)
     before, after = fused(world, world.bundle, tmp_path / "a"), fused(world, other, tmp_path / "b")
     assert before != after
     with start(replace(world, port=free_port())) as running:
-        check_deployable()
         assert over_http(running.address) == before
         wrong = urllib.request.Request(
             running.address + "/v1/search", b'{"query": "tea", "mode": "?"}', {"Content-Type": "application/json"}
@@ -118,6 +119,31 @@ def test_it_answers_as_fused_also_after_a_killed_model_and_a_swap(world, tmp_pat
         models[0].kill()
         running.swap(other)
         assert over_http(running.address) == after
+        deploy_as_shipped(world, tmp_path)
+        assert over_http(running.address) == before
+
+
+def deploy_as_shipped(world: ServeConfig, directory: Path) -> None:
+    """Do what `serve deploy` does with the shipped YAML, its paths and the node's resource replaced."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    text = DEPLOYED.read_text()
+    for shipped, here in (("/srv/recsys/bundle", world.bundle), ("/srv/recsys/snapshot", world.snapshot)):
+        text = text.replace(shipped, str(here))
+    table = yaml.safe_load(text.replace("/var/lib/recsys", str(directory)))
+    (directory / "metrics").mkdir()
+    [application] = table["applications"]
+    assert application["deployments"][0]["ray_actor_options"].pop("resources") == {"recsys": 0.01}
+    application["args"]["limits"] = {"deadlines": asdict(PATIENT)}
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(table))
+
+    def deployed() -> bool:
+        application = serve.status().applications["recsys"]
+        return application.status == "RUNNING" and application.deployments["ranker"].replica_states == {"RUNNING": 2}
+
+    assert eventually(deployed)
 
 
 class Local:
@@ -185,15 +211,11 @@ def test_the_serve_yaml_serves_one_plan_everywhere():
     assert plans == [Plan(BundlePlace(config.bundle, ""))] * 4
 
 
-def check_deployable() -> None:
-    """Build the application of the shipped YAML as `serve deploy` does; only once Ray Serve's settings are made."""
-    from ray.serve.schema import ServeDeploySchema
-
-    from serving.deployment import application
-
-    deployed = ServeDeploySchema.model_validate(yaml.safe_load(DEPLOYED.read_text())).applications[0]
-    assert deployed.import_path == "serving.deployment:application"
-    assert application(deployed.args) is not None
+def test_a_shell_reads_the_environment_of_a_node_as_the_service_does():
+    script = f"env -i bash -c 'set -a; . {DEPLOYED.with_name('ray.env')}; env'"
+    told = dict(line.split("=", 1) for line in subprocess.check_output(script, shell=True, text=True).splitlines())
+    assert node_settings().items() <= told.items()
+    assert node_settings()["RAY_SERVE_HAPROXY_RETRY_ON"] == "conn-failure empty-response"
 
 
 @pytest.mark.parametrize(("key", "value"), [("rankers", 0), ("texts", 0), ("retrievers", 0), ("gpus", -1.0)])

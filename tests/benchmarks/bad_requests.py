@@ -34,7 +34,7 @@ def publish_whole(directory: Path) -> Path:
     """Write a bundle that can do everything, so that no operation is answered with 501."""
     table, contents = catalogue()
     config = MqsaTedConfig(width=8)
-    text = SearchContents(item_passages(contents), tiny_encoder(), WordCount(), 0.3)
+    text = SearchContents(item_passages(contents), tiny_encoder(), WordCount())
     retriever = NamedModel("mqsa_ted", config, MqsaTed(config, table))
     write_bundle(directory, replace(contents, retriever=retriever, text=text), PROVENANCE)
     return directory
