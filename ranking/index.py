@@ -102,10 +102,12 @@ class Index:
         found = [_search_shard(shard, vectors, k, allowed) for shard in (self._shards if on_cpu else self._placed)]
         return _merged(found, k)
 
-    def exact(self, vectors: NDArray[np.float32], k: int) -> NDArray[np.int32]:
+    def exact(
+        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int32]:
         """Give rows int32 [B, k] of an exhaustive search, as `search` gives them; costs all inner products."""
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        return _merged([_search_shard(shard, vectors, k, None, everything=True) for shard in self._shards], k)[0]
+        return _merged([_search_shard(shard, vectors, k, allowed, everything=True) for shard in self._shards], k)[0]
 
     def recall(self, queries: NDArray[np.float32], k: int = RECALL_AT) -> float:
         """Give the share of the exact best k of the queries float32 [B, D] that `search` finds."""

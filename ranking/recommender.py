@@ -27,6 +27,7 @@ from ranking.calibration import Calibration
 from ranking.filters import Availability, Filters, seen_rows
 from ranking.ladder import Budget, Ladder, retriever_order
 from ranking.ranker import NEGATIVE
+from ranking.recall_watch import RecallWatch
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.rules import Rules
 from ranking.scorer import Encoded, Scorer
@@ -88,6 +89,7 @@ class Recommender:
         availability: what cannot be had now; None if all can.
         more_sources: further sources, each with its quota.
         states: keeps the states of users with long histories; None encodes every history anew, with the same answers.
+        watch: looks at the recall of some searches.
 
     Raises:
         ConfigError: a filter or rule names a column that the bundle does not have.
@@ -101,6 +103,7 @@ class Recommender:
         availability: Availability | None = None,
         more_sources: Sequence[tuple[Source, int]] = (),
         states: StateCache | None = None,
+        watch: RecallWatch | None = None,
     ) -> None:
         self.bundle = bundle
         self.histories = histories
@@ -113,7 +116,7 @@ class Recommender:
         self._scorer = Scorer(bundle, states)
         popularity = Popularity(bundle.items)
         self._catalogue = Catalogue(bundle.items)
-        self._sources = [*_sources(bundle, config, popularity), *more_sources]
+        self._sources = [*_sources(bundle, config, popularity, watch), *more_sources]
         self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
 
     def recommend(
@@ -343,7 +346,9 @@ class Recommender:
         return response.model_copy(update={"items": items, "explanation": explanation})
 
 
-def _sources(bundle: Bundle, config: RecommenderConfig, popularity: Popularity) -> list[tuple[Source, int]]:
+def _sources(
+    bundle: Bundle, config: RecommenderConfig, popularity: Popularity, watch: RecallWatch | None
+) -> list[tuple[Source, int]]:
     """Give each source in use with its quota."""
     sources: list[tuple[Source, int]] = [
         (Repeats(config.half_life_days), config.repeats),
@@ -351,7 +356,7 @@ def _sources(bundle: Bundle, config: RecommenderConfig, popularity: Popularity) 
         (popularity, config.popularity),
     ]
     if bundle.index is not None:
-        sources.insert(0, (Retrieval(bundle.index), config.retrieval))
+        sources.insert(0, (Retrieval(bundle.index, watch), config.retrieval))
     if bundle.content is not None:
         sources.append((NewItems(bundle.content), config.new_items))
     return [(source, quota) for source, quota in sources if quota]

@@ -1,9 +1,10 @@
-"""What outlives a bundle in the request path: its settings, the live table of availability, cached states."""
+"""What outlives a bundle in the request path: its settings, the live table of availability, cached states, a watch."""
 
 from dataclasses import dataclass
 
 from ranking.availability import AvailabilityFile
 from ranking.bundle import Bundle
+from ranking.recall_watch import RecallWatch
 from ranking.recommender import Recommender
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.state_cache import StateCache
@@ -18,12 +19,14 @@ class RequestPath:
         config: quotas, limits, filters and rules.
         availability: what cannot be had now; None if all can.
         states: the states of users with long histories; a bundle with the same ranker goes on with them.
+        watch: looks at the recall of some searches of the champion's index.
     """
 
     config: RecommenderConfig = DEFAULTS
     availability: AvailabilityFile | None = None
     states: StateCache | None = None
+    watch: RecallWatch | None = None
 
     def recommender(self, bundle: Bundle, histories: HistoryReader) -> Recommender:
         """Give the recommender of a bundle; raises `ConfigError` if filters or rules name a column it lacks."""
-        return Recommender(bundle, histories, self.config, self.availability, states=self.states)
+        return Recommender(bundle, histories, self.config, self.availability, states=self.states, watch=self.watch)

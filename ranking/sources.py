@@ -22,6 +22,7 @@ from ranking.batch import FIRST_ITEM
 from ranking.content import ContentMatch
 from ranking.index import Index
 from ranking.items import ItemTable
+from ranking.recall_watch import RecallWatch
 
 DAY = 86_400_000_000  # microseconds
 
@@ -74,14 +75,17 @@ class Retrieval:
 
     name: ClassVar[str] = "retrieval"
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, watch: RecallWatch | None = None) -> None:
         self._index = index
+        self._watch = watch
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
         """Give the nearest rows by inner product; none without a vector."""
         if query.vector is None:
             return Proposal.none()
         found, scores = self._index.search(query.vector, min(limit, len(self._index)), query.allowed)
+        if self._watch is not None:
+            self._watch.searched(self._index, query.vector, query.allowed, found[0])
         real = found[0] >= FIRST_ITEM
         return Proposal(found[0][real], scores[0][real])
 

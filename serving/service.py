@@ -1,5 +1,6 @@
 """What the endpoint does, free of HTTP: answer, record, look up, and change the bundle under way."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -287,10 +288,21 @@ class Service:
             before = self._lineup
             self.state.follow(encoder, learn=before is not None and before.champion is not served)
             self._lineup = Lineup(served, challenger, shadow, self._share)
+            if before is None or before.champion is not served:
+                self._watch_recall(served.bundle)
             self.telemetry.swap()
+
+    def _watch_recall(self, bundle: Bundle) -> None:
+        """Watch the index of a new champion; until a search of it was looked at, what it had at publish is told."""
+        if self.path.watch is not None:
+            at_publish = bundle.manifest.index_recall
+            self.telemetry.recall_at_publish(math.nan if at_publish is None else at_publish.value)
+            self.path.watch.follow(bundle.index)
 
     def close(self) -> None:
         """Close log and store."""
+        if self.path.watch is not None:
+            self.path.watch.close()
         if self._requests is not None:
             self._requests.close()
         self.state.close()

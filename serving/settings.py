@@ -71,6 +71,8 @@ class ServeConfig:
     """where live histories are: in files that the replicas of this machine share, or in Redis, for several machines"""
     redis_url: str = field(default="", repr=False)
     """of the Redis store; the environment variable RECSYS_REDIS_URL if empty, where a password belongs"""
+    recall_share: float = 0.01
+    """of the searches of the index that are compared with an exact one, beside the requests; 0 compares none"""
     log_requests: bool = True
     """whether every request gets a line in `logs/` under the state directory"""
     api_keys: Path | None = None
@@ -88,8 +90,9 @@ class ServeConfig:
             raise ConfigError(f'[serve] history_store is "redis"; expected its URL in {REDIS_URL} or in redis_url')
         if not 1 <= self.port <= 65_535:
             raise ConfigError(f"[serve] port is {self.port}; expected 1 to 65535")
-        if not 0 <= self.challenger_share <= 1:
-            raise ConfigError(f"[serve] challenger_share is {self.challenger_share}; expected 0 to 1")
+        for name in ("challenger_share", "recall_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"[serve] {name} is {getattr(self, name)}; expected 0 to 1")
 
 
 def redis_url(config: ServeConfig) -> str:
@@ -107,6 +110,7 @@ def open_service(config: ServeConfig) -> Service:
 
     from ranking.availability import AvailabilityFile
     from ranking.index import use_threads
+    from ranking.recall_watch import RecallWatch
     from ranking.request_path import RequestPath
     from ranking.snapshot import SnapshotReader
     from ranking.state_cache import StateCache
@@ -119,7 +123,8 @@ def open_service(config: ServeConfig) -> Service:
     store, telemetry = _open_store(config, SnapshotReader(config.snapshot)), Telemetry()
     telemetry.recovered(*log.recovered())
     states = StateCache(config.recommender.states) if config.recommender.states.bytes else None
-    path = RequestPath(config.recommender, AvailabilityFile(config.state / "availability.json"), states)
+    watch = RecallWatch(config.recall_share, telemetry.recall) if config.recall_share else None
+    path = RequestPath(config.recommender, AvailabilityFile(config.state / "availability.json"), states, watch)
     return Service(
         log,
         store,

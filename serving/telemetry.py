@@ -113,6 +113,17 @@ class Telemetry:
             multiprocess_mode="mostrecent",
             registry=registry,
         )
+        self._recall = Gauge(
+            "recsys_index_recall",
+            "Share of the exact best items that the newest sampled searches found; before any, that of publish.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
+        self._recalls = Counter(
+            "recsys_index_recall_searches",
+            "Searches of the index that were compared with exact ones.",
+            registry=registry,
+        )
         self._drift = Gauge(
             "recsys_score_drift",
             "Population stability index of the newest scores against those at publish; above 0.25 they lie otherwise.",
@@ -176,6 +187,15 @@ class Telemetry:
     def created(self, seconds: float) -> None:
         """Tell when the champion was made, seconds since 1970."""
         self._created.set(seconds)
+
+    def recall_at_publish(self, share: float) -> None:
+        """Tell what share of the exact best the champion's index found when it was built; NaN if nobody measured."""
+        self._recall.set(share)
+
+    def recall(self, share: float) -> None:
+        """Tell what share of the exact best the newest sampled searches found, of which one is new."""
+        self._recall.set(share)
+        self._recalls.inc()
 
     def drift(self, index: float) -> None:
         """Tell how far scores have drifted from where they lay at publish."""

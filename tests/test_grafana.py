@@ -35,6 +35,7 @@ def labels() -> dict[str, set[str]]:
     telemetry.parity(0.0)
     telemetry.created(1.0)
     telemetry.drift(0.1)
+    telemetry.recall(0.99)
     families = text_string_to_metric_families(telemetry.scrape().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
