@@ -191,6 +191,11 @@ def _nearest(
     return held.bundle.index.search(vectors, k, allowed)
 
 
+def _exact(held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None) -> NDArray[np.int32]:
+    assert held.bundle.index is not None, "asked for only where there is one"
+    return held.bundle.index.exact(vectors, k, allowed)
+
+
 def _find(held: _Held, query: str, seconds: float | None, mode: Mode | None, rerank: bool) -> dict[str, Any]:
     found = _searcher(held).search(query, None if seconds is None else Deadline(seconds), mode, rerank)
     return {name: getattr(found, name) for name in FOUND}
@@ -210,6 +215,7 @@ STAGES: Mapping[str, Callable[..., Any]] = {
     "user_vectors": _user_vectors,
     "item_vectors": _item_vectors,
     "nearest": _nearest,
+    "exact": _exact,
     "find": _find,
     "rerank": _rerank,
 }
@@ -316,6 +322,12 @@ class _Index:
         found: tuple[NDArray[np.int32], NDArray[np.float32]] = self.ask(
             "retriever", "nearest", self.place, vectors, k, allowed
         )
+        return found
+
+    def exact(
+        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int32]:
+        found: NDArray[np.int32] = self.ask("retriever", "exact", self.place, vectors, k, allowed)
         return found
 
 

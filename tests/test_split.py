@@ -163,7 +163,7 @@ class Local:
 
 def test_a_part_that_is_out_is_a_step_down_or_a_503(world, tmp_path):
     expected = fused(world, world.bundle, tmp_path / "a")
-    service, ask = open_service(replace(world, state=tmp_path / "b")), Local(world)
+    service, ask = open_service(replace(world, state=tmp_path / "b", recall_share=1.0)), Local(world)
     load_plan(service, Plan(BundlePlace(world.bundle, "")), Elsewhere(ask))
     with TestClient(create_app(service, world.limits)) as client:
 
@@ -172,6 +172,8 @@ def test_a_part_that_is_out_is_a_step_down_or_a_503(world, tmp_path):
             return client.post(path, json=body)
 
         assert told(post(0).content) == expected[0]
+        while "recsys_index_recall_searches_total 1.0" not in client.get("/metrics").text:
+            pass  # the exact search beside it is the retriever's, too
         for part, stage in (("retriever", "retrieval"), ("ranker", "rank")):
             ask.out = {part}
             answer = post(0).json()
