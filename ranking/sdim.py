@@ -214,9 +214,25 @@ class Sdim(nn.Module):
     def append(self, state: SdimState, item: Tensor, time: Tensor) -> SdimState:
         """Give the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.
 
-        Equal bit for bit to encoding the longer history; cost O(G 2^tau D), whatever its length.
+        Equal bit for bit to encoding the longer history; cost O(G D), and one copy of the state.
         """
+        full = state.log.shape[1] == self.config.window and bool((state.log[:, 0] != PAD).all())
+        if full and self.config.long_includes_short and bool((item != PAD).all()):
+            return self._rolled(state, item)
         return self.merge(state, self._state(item[:, None]))
+
+    def _rolled(self, state: SdimState, item: Tensor) -> SdimState:
+        """Give the state of full windows after one more item each: it joins its buckets, the oldest leaves its own."""
+        moved = torch.stack([item, state.log[:, 0]], 1)  # [B, 2]
+        sign = torch.tensor([1, -1], dtype=torch.int32, device=item.device)[:, None]
+        each = (self._fixed(moved).int() * sign).repeat_interleave(self.config.groups, 1)  # [B, 2 G, D]
+        first = torch.arange(0, self.config.groups * self.buckets, self.buckets, device=item.device)
+        bucket = (self._codes(moved).long() + first).flatten(1)  # [B, 2 G]
+        table = state.table.flatten(1, 2).scatter_add(1, bucket.unsqueeze(-1).expand_as(each), each)
+        one = sign.expand(len(item), 2, self.config.groups).flatten(1)
+        size = state.size.flatten(1).scatter_add(1, bucket, one)
+        log = torch.cat([state.log[:, 1:], item[:, None]], 1)
+        return SdimState(table.view_as(state.table), size.view_as(state.size), log)
 
     def evict(self, state: SdimState, item: Tensor) -> SdimState:
         """Give the state without the oldest event of one item per request (int32 [B], 0 = none).
@@ -316,10 +332,12 @@ class Sdim(nn.Module):
 
     def _tabulate(self, log: Tensor) -> SdimState:
         """Sum item rows int32 [B, T], 0 = padding, into an exact table."""
-        code = self._codes(log)  # [B, T, G]
-        fixed = (self._events(log, self.items.embedding_row).detach().double() / GRID).round()  # whole numbers
-        table, count = pool(fixed, code, log != PAD, self.buckets)  # exact in float64, in any order
+        table, count = pool(self._fixed(log), self._codes(log), log != PAD, self.buckets)  # exact, in any order
         return SdimState(table.int(), count.int(), log)
+
+    def _fixed(self, item: Tensor) -> Tensor:
+        """Give the vectors of item rows [B, T] in steps of the grid: whole numbers in float64."""
+        return (self._events(item, self.items.embedding_row).detach().double() / GRID).round()
 
     def _events(self, item: Tensor, row_of: Tensor) -> Tensor:
         """Give the vectors of item rows [B, T], exactly zero at padding."""
