@@ -17,6 +17,7 @@ from ranking.ladder import Deadlines
 from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
+from ranking.searcher import SearchConfig
 from ranking.snapshot import write_snapshot
 from serving.app import Limits, create_app
 from serving.security import ApiKeys
@@ -28,6 +29,9 @@ USERS = 20
 ITEMS = 62
 PATIENT = Deadlines(**{each.name: 600.0 for each in fields(Deadlines)})
 """For tests whose answers must be whole however busy the machine is."""
+
+PATIENT_SEARCH = SearchConfig(budget_ms=60_000)
+"""The same for searches."""
 
 WAIT = 120.0
 """Seconds to wait for what comes soon on any machine that is not very busy."""

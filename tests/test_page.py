@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import USERS, WAIT, Place, make_service, patient_app, publish_world
+from serving_world import PATIENT_SEARCH, USERS, WAIT, Place, make_service, patient_app, publish_world
 from text_world import WordCount, publish_corpus, publish_search, snapshot
 
 from ranking.recommender import Recommender
@@ -165,7 +165,8 @@ def client(service) -> Iterator[httpx.Client]:
 @contextmanager
 def searching(bundle: Path, place: Path) -> Iterator[httpx.Client]:
     """A client of a service over a bundle that searches."""
-    service = open_service(ServeConfig(bundle, snapshot(place / "snapshot"), place / "state", durability="os"))
+    config = ServeConfig(bundle, snapshot(place / "snapshot"), place / "state", durability="os", search=PATIENT_SEARCH)
+    service = open_service(config)
     load_into(service, bundle)
     with served(patient_app(service)) as client:
         yield client

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from serving_world import LATER, PATIENT, WAIT, eventually, free_port
+from serving_world import LATER, PATIENT, PATIENT_SEARCH, WAIT, eventually, free_port
 from starlette.testclient import TestClient
 from text_world import PROVENANCE, catalogue, item_passages, snapshot, tiny_encoder
 
@@ -66,6 +66,7 @@ def world(tmp_path_factory) -> ServeConfig:
         durability="os",
         limits=Limits(deadlines=PATIENT),
         topology="split",
+        search=PATIENT_SEARCH,
     )
 
 
@@ -136,7 +137,7 @@ def deploy_as_shipped(world: ServeConfig, directory: Path) -> None:
     (directory / "metrics").mkdir()
     [application] = table["applications"]
     assert application["deployments"][0]["ray_actor_options"].pop("resources") == {"recsys": 0.01}
-    application["args"]["limits"] = {"deadlines": asdict(PATIENT)}
+    application["args"] |= {"limits": {"deadlines": asdict(PATIENT)}, "search": asdict(PATIENT_SEARCH)}
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(table))
 
     def deployed() -> bool:
