@@ -21,6 +21,9 @@ from ranking.ranker import NEGATIVE
 CHUNK_ELEMENTS = 1 << 20
 """Numbers in the largest temporary of a chunked loop: 4-8 MB, which stays in the last-level cache of one core."""
 
+HEAD_ROWS = 1024
+"""Rows a head scores at once."""
+
 GATHER_ABOVE = 16
 """History length, in multiples of K, from which fetching the K rows beats one product with all rows."""
 
@@ -176,7 +179,10 @@ def score_real(head: ScoringHead, features: Tensor, mask: Tensor) -> Tensor:
     if len(index) < len(rows):
         rows = rows.index_select(0, index)
     logits = torch.full((mask.numel(),), NEGATIVE, dtype=head.norm.weight.dtype, device=features.device)
-    return logits.index_copy(0, index, exact(head, rows).to(logits.dtype)).view(mask.shape)
+    # Rows meet only in the batch statistics of training; a thousand at a time stay in cache when a catalogue is ranked.
+    runs = (rows,) if head.training else torch.split(rows, HEAD_ROWS)
+    found = torch.cat([exact(head, run) for run in runs]).to(logits.dtype)
+    return logits.index_copy(0, index, found).view(mask.shape)
 
 
 def search(scores: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
