@@ -33,7 +33,7 @@ from pipelines.evaluation import (
 from pipelines.prepared import IMPRESSIONS, CandidateSets
 from pipelines.scoring import Sample
 from pipelines.segments import Segment
-from recsys.bootstrap import CalibrationError, Estimate, PooledAuc, Ratio, Statistic
+from recsys.bootstrap import CalibrationError, Estimate, Ratio, Statistic, pooled_auc
 from recsys.metrics import Floats, Ints, Ranking, auc, hit_rate, mean, mrr, ndcg, rank, recall
 
 CUTOFFS: dict[str, tuple[Callable[[Ranking, int], Floats], int]] = {
@@ -167,7 +167,7 @@ def _measure(
     by_user = rank(score, label, user[request], users)
     of_request, of_user = auc(by_request), auc(by_user)
     statistics: dict[str, Statistic] = {
-        "auc": PooledAuc.build(score, label, user[request]),
+        "auc": pooled_auc(score, label, user[request], users),
         "gauc": Ratio.of_groups(of_user, np.arange(users), users, by_user.candidates.astype(np.float64)),
         "auc_per_request": Ratio.of_groups(of_request, user, users),
     }

@@ -20,6 +20,11 @@ from recsys.randomness import generator
 Value = tuple[float | None, float | None, float | None]
 """A value and the ends of its interval; None where not defined."""
 
+EXACT = 1 << 20
+"""Most candidates whose pooled AUC is counted pair by pair at every resample."""
+
+LOW = np.uint64(0xFFFFFFFF)
+
 CHUNK = 1 << 22
 """Most weights (resamples x users) held at once: 16 MiB."""
 
@@ -123,18 +128,12 @@ class PooledAuc:
     @staticmethod
     def build(score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64]) -> "PooledAuc":
         """Sort once. Arguments are [N]; users are 0..U-1 below 2^31, labels positive above 0, scores without NaN."""
-        code = ordered_bits(score).astype(np.uint64) << np.uint64(32)
-        positive = label.astype(bool)
-        negative = code[~positive] | user[~positive].astype(np.uint64)
-        negative.sort()
-        ours = code[positive] | user[positive].astype(np.uint64)
-        ours.sort()  # neighbours look up neighbouring places: 3x faster than in the order of the file
-        low32 = np.uint64(0xFFFFFFFF)
+        negative, ours = _sorted_pairs(score, label, user)
         return PooledAuc(
-            negative_user=(negative & low32).astype(np.int32),
-            positive_user=(ours & low32).astype(np.int32),
-            low=np.searchsorted(negative, ours & ~low32, "left"),
-            high=np.searchsorted(negative, ours | low32, "right"),
+            negative_user=(negative & LOW).astype(np.int32),
+            positive_user=(ours & LOW).astype(np.int32),
+            low=np.searchsorted(negative, ours & ~LOW, "left"),
+            high=np.searchsorted(negative, ours | LOW, "right"),
         )
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
@@ -166,6 +165,82 @@ class PooledAuc:
     def users(self) -> int:
         """Count the users that have a candidate."""
         return len(np.unique(np.concatenate([np.unique(self.negative_user), np.unique(self.positive_user)])))
+
+
+@dataclass(frozen=True)
+class BinnedAuc:
+    """The AUC over all candidates of all users, for more of them than `PooledAuc` can go through at every resample.
+
+    Scores are cut into bins. Pairs across bins are counted exactly from each user's counts by bin, which is a matrix
+    product. What pairs within a bin d_ij (0.5 in order, -0.5 out of order, 0 tied) add to half of their number is
+    linear in how often its users were drawn, up to sum (w_i - 1)(w_j - 1) d_ij: the first-order term of their
+    U-statistic (Hoeffding 1948). What is left out is about 2e-7 at a million candidates and 2e-8 at ten million, where
+    the interval is 5,000 times as wide or more; nothing where every bin holds one score.
+    """
+
+    negatives: Floats  # [U, bins], ascending by score
+    positives: Floats  # [U, bins]
+    within: Floats  # [U], what a user's candidates add within their bins
+
+    @staticmethod
+    def build(
+        score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64], users: int, bins: int = 64
+    ) -> "BinnedAuc":
+        """Sort once, and look every candidate up among those of the other class. Arguments as of `PooledAuc`."""
+        negative, ours = _sorted_pairs(score, label, user)
+        quantiles = [len(negative) * number // bins for number in range(1, bins)] if len(negative) else []
+        edges = np.unique(negative[quantiles] & ~LOW)
+        within = np.zeros(users)
+        counts = []
+        starts = [np.r_[0, np.searchsorted(one, edges), len(one)] for one in (negative, ours)]
+        for one, other, start, end, sign in ((negative, ours, *starts, -1), (ours, negative, *starts[::-1], 1)):
+            low, high = np.searchsorted(other, one & ~LOW, "left"), np.searchsorted(other, one | LOW, "right")
+            place = np.repeat(np.arange(len(edges) + 1), np.diff(start))
+            # Of the other class within the bin: half of those below, less half of those above.
+            excess = 0.5 * (low + high - end[place] - end[place + 1])
+            owner = (one & LOW).astype(np.int64)
+            within += sign * np.bincount(owner, excess, users)
+            cells = np.bincount(owner * (len(edges) + 1) + place, minlength=users * (len(edges) + 1))
+            counts.append(cells.reshape(users, -1).astype(np.float64))
+        return BinnedAuc(counts[0], counts[1], within)
+
+    def of(self, weights: NDArray[np.int32]) -> Floats:
+        """Give the AUC per resample. Cost: two products of [R, U] with [U, bins]."""
+        drawn = weights.astype(np.float64)
+        negatives, positives = drawn @ self.negatives, drawn @ self.positives  # [R, bins]
+        below = np.cumsum(negatives, axis=1) - 0.5 * negatives
+        # Each pair within a bin is in two users' sums, its positive's and its negative's.
+        within = drawn @ self.within - 0.5 * self.within.sum()
+        above = (positives * below).sum(axis=1) + within
+        return _quotient(above, positives.sum(axis=1) * negatives.sum(axis=1))
+
+    def users(self) -> int:
+        """Count the users that have a candidate."""
+        return int(np.count_nonzero(self.negatives.any(axis=1) | self.positives.any(axis=1)))
+
+
+def pooled_auc(
+    score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64], users: int
+) -> Statistic:
+    """Give the pooled AUC of candidates [N]: exact at every resample up to `EXACT` of them, by bins above."""
+    if len(score) <= EXACT:
+        return PooledAuc.build(score, label, user)
+    return BinnedAuc.build(score, label, user, users)
+
+
+def _sorted_pairs(
+    score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Give (score, user) of the negatives and of the positives, each as ascending 64-bit numbers, the user below.
+
+    Sorted positives look up neighbouring places: 3x faster than in the order of the file.
+    """
+    pair = (ordered_bits(score).astype(np.uint64) << np.uint64(32)) | user.astype(np.uint64)
+    positive = label.astype(bool)
+    negative, ours = pair[~positive], pair[positive]
+    negative.sort()
+    ours.sort()
+    return negative, ours
 
 
 @dataclass(frozen=True)

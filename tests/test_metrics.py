@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import roc_auc_score
 
-from recsys.bootstrap import PooledAuc, Ratio, bootstrap
+from recsys.bootstrap import BinnedAuc, PooledAuc, Ratio, bootstrap, pooled_auc
 from recsys.errors import DataError
 from recsys.metrics import auc, gauc, groups_of, hit_rate, mean, mrr, ndcg, ordered_bits, rank, recall, weighted_mean
 
@@ -161,6 +161,38 @@ def test_a_resample_equals_the_metric_on_the_repeated_rows(seed):
     ratio = Ratio.of_groups(auc(found), np.arange(8), 8, found.candidates).of(weight[None])[0]
     drawn = np.repeat(np.arange(8), weight)
     assert ratio == pytest.approx(np.average(auc(found)[drawn], weights=found.candidates[drawn]), abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_the_auc_by_bins_is_the_exact_one_but_for_a_trace(ties):
+    rng = np.random.default_rng(3)
+    size, users = 40_000, 400
+    score = rng.standard_normal(size).round(1 if ties else 7).astype(np.float32)
+    label, user = rng.random(size) < 1 / (9 + np.exp(-score)), rng.integers(0, users, size)
+    exact, binned = PooledAuc.build(score, label, user), BinnedAuc.build(score, label, user, users)
+    ones = np.ones((1, users), np.int32)
+    assert binned.of(ones) == pytest.approx(exact.of(ones), abs=1e-12)
+    few = [bootstrap({"auc": one}, users, 60, seed=1)["auc"].resampled for one in (exact, binned)]
+    spread = few[0].std()
+    assert spread > 0.002
+    assert np.abs(few[1] - few[0]).max() < spread / 100
+    whole = rng.integers(0, 9, size).astype(np.float32)  # every bin holds one value: nothing is left out
+    exact, binned = PooledAuc.build(whole, label, user), BinnedAuc.build(whole, label, user, users)
+    few = [bootstrap({"auc": one}, users, 20, seed=1)["auc"].resampled for one in (exact, binned)]
+    np.testing.assert_allclose(few[1], few[0], atol=1e-12)
+    assert binned.users() == exact.users() == users
+
+
+def test_the_auc_goes_by_bins_where_candidates_are_many(monkeypatch):
+    score, label, user = np.arange(6, dtype=np.float32), np.array([0, 1, 0, 1, 1, 0]), np.array([0, 0, 1, 1, 2, 2])
+    assert isinstance(pooled_auc(score, label, user, 3), PooledAuc)
+    monkeypatch.setattr("recsys.bootstrap.EXACT", 5)
+    found = pooled_auc(score, label, user, 3)
+    assert isinstance(found, BinnedAuc)
+    weight = np.ones((1, 3), np.int32)
+    np.testing.assert_allclose(found.of(weight), PooledAuc.build(score, label, user).of(weight), atol=1e-12)
+    for one_class in (np.zeros(6), np.ones(6)):
+        assert np.isnan(pooled_auc(score, one_class, user, 3).of(weight)).all()
 
 
 def test_the_interval_of_a_mean_covers_as_often_as_it_says():
