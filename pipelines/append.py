@@ -13,7 +13,7 @@ requests that wait, and on the number of evaluated requests: their candidates ar
 have changed (`max_eval_requests` bounds them).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from pipelines import assembly, buckets, splits
 from pipelines.buckets import Sessions, SortedEvents
 from pipelines.catalogue import NEWEST
+from pipelines.edges import EdgeFiles, write_edges
 from pipelines.forgotten import NAME as FORGOTTEN
 from pipelines.forgotten import refuse_if_forgotten_since
-from pipelines.growth import PairRuns, load_pending, updated_edges
+from pipelines.growth import PairRuns, load_waiting, save_waiting, updated_edges
 from pipelines.merging import Merged, merge_histories
 from pipelines.parts import Part, PartRecord, keep_part, open_part
 from pipelines.prepare import finish
@@ -38,7 +39,6 @@ from pipelines.settings import PrepareConfig
 from pipelines.shown import shown_in
 from pipelines.transitions import Words, pair_words
 from pipelines.write import Log, Names, Progress, name_all, rule_of
-from ranking.items import Transitions
 from recsys.columns import USER_ID, USER_KEY
 from recsys.config import parse
 from recsys.errors import DataError
@@ -130,24 +130,16 @@ def _grow(
     report("keys", 1, 1)
     events = buckets.numbered(part, len(records), names.people, names.items, names.actions, rule_of(config)).collect()
     fresh = buckets.sort_events(events, 0)
-    before, after = (splits.cuts(config.split, last) for last in _newest_moments(records, part))
     shift = _Shift.of(earlier.histories, names.people, fresh)
-    waiting = shift.old(load_pending(earlier.directory / GROWTH))
-    _, training_end = splits.assign(before, len(shift.start), waiting.user, waiting.at, waiting.last)
-    found = Sessions.concatenate(waiting, shift.fresh(buckets.session_requests(fresh)))
-    order = np.argsort(found.user, kind="stable")
-    split, new_end = splits.assign(after, len(shift.start), found.user[order], found.at[order], found.last[order])
-    trained = found.take(order[split == splits.TRAIN])
-    old_train = earlier.requests("train")
-    old_train = Requests(
-        shift.row_of[old_train.user],
-        old_train.at,
-        shift.ends(old_train.user, old_train.end),
-        old_train.offsets,
-        old_train.positive,
+    divided = _divide(
+        shift.old(load_waiting(earlier.directory / GROWTH)),
+        shift.fresh(buckets.session_requests(fresh)),
+        [splits.cuts(config.split, last) for last in _newest_moments(records, part)],
+        names.people.height,
     )
+    old_train = shift.plain(earlier.requests("train"))
     (out / "requests").mkdir()
-    _write_training(old_train, trained, out / "requests" / "train.safetensors")
+    _write_training(old_train, divided.trained, out / "requests" / "train.safetensors")
     with ThreadPoolExecutor(1) as pool:
         # Copying waits for the disk, counting does not.
         merging = pool.submit(
@@ -155,22 +147,51 @@ def _grow(
             earlier.histories,
             fresh,
             shift.row_of,
-            (training_end, new_end),
+            divided.ends,
             names.items.height,
             out,
             lambda done, total: report("histories", done, total),
         )
-        transitions = _transitions(earlier, old_train, trained, work, names.rows, config.transitions_top_n)
+        transitions = _transitions(earlier, old_train, divided.trained, work, names.rows, config.transitions_top_n)
         merged = merging.result()
+    save_waiting([divided.waiting], work / GROWTH)
     log = Log(
         records=(*records, part.record),
         histories=Histories.load(out / "histories"),
-        pending=found.take(order[split != splits.TRAIN]),
-        tally=_tally(earlier, merged, trained, names.rows),
+        evaluated={split: (requests,) for split, requests in divided.evaluated.items()},
+        tally=_tally(earlier, merged, divided, names.rows),
         transitions=transitions,
         shown=shown_in([part], earlier.directory / GROWTH / f"{IMPRESSIONS}.parquet"),
     )
     return names, log
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """The requests that did not train before, by user unless said, as the new cuts divide them.
+
+    `trained` train now, `waiting` still do not, `evaluated` are those among them of each split by (at, user); `ends`
+    each user's training end before and after.
+    """
+
+    trained: Sessions
+    waiting: Sessions
+    evaluated: Mapping[str, Requests]
+    ends: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def _divide(waiting: Sessions, fresh: Sessions, cuts: Sequence[splits.Cuts], users: int) -> _Divided:
+    """Divide the requests that waited and those of the new events; `cuts` are those before and after."""
+    _, before = splits.assign(cuts[0], users, waiting.user, waiting.at, waiting.last)
+    found = Sessions.concatenate(waiting, fresh)
+    found = found.take(np.argsort(found.user, kind="stable"))
+    split, after = splits.assign(cuts[1], users, found.user, found.at, found.last)
+    evaluated = {}
+    for name, code in (("valid", splits.VALID), ("test", splits.TEST)):
+        index = np.flatnonzero(split == code)
+        evaluated[name] = _plain(found.take(index[np.argsort(found.at[index], kind="stable")]))
+    train = split == splits.TRAIN
+    return _Divided(found.take(np.flatnonzero(train)), found.take(np.flatnonzero(~train)), evaluated, (before, after))
 
 
 def _newest(earlier: PreparedSet) -> pl.DataFrame:
@@ -223,6 +244,11 @@ class _Shift:
         user, end = self.row_of[requests.user], self.ends(requests.user, requests.end)
         return Sessions(user, requests.at, requests.last, end, requests.offsets, requests.positive)
 
+    def plain(self, requests: Requests) -> Requests:
+        """Give old requests with new rows and ends."""
+        user, end = self.row_of[requests.user], self.ends(requests.user, requests.end)
+        return Requests(user, requests.at, end, requests.offsets, requests.positive)
+
     def fresh(self, requests: Sessions) -> Sessions:
         """Give requests among the new events with ends counted in all events."""
         user = requests.user
@@ -258,13 +284,13 @@ def _write_training(old: Requests, trained: Sessions, path: Path) -> None:
 
 def _transitions(
     earlier: PreparedSet, old: Requests, trained: Sessions, work: Path, rows: int, top_n: int
-) -> Transitions:
-    """Give the new matrix, and write the pairs of growth under `work`."""
+) -> EdgeFiles:
+    """Write the new matrix and the pairs of growth under `work`."""
     added, removed = changed_words(old, _plain(trained))
     folder = work / GROWTH / "pairs"
     folder.mkdir(parents=True)
     runs = PairRuns.open(earlier.directory / GROWTH / "pairs").grown(folder, added, removed, rows)
-    return assembly.join_transitions(updated_edges(runs, earlier.items.transitions, added, removed, rows, top_n))
+    return write_edges(updated_edges(runs, earlier.items.transitions, added, removed, rows, top_n), work / "edges")
 
 
 def changed_words(old: Requests, trained: Requests) -> tuple[Words, Words]:
@@ -291,7 +317,7 @@ def changed_words(old: Requests, trained: Requests) -> tuple[Words, Words]:
     return added, removed
 
 
-def _tally(earlier: PreparedSet, merged: Merged, trained: Sessions, rows: int) -> assembly.Tally:
+def _tally(earlier: PreparedSet, merged: Merged, divided: _Divided, rows: int) -> assembly.Tally:
     """Add what is new to what was counted."""
     counts = earlier.manifest["counts"]
     before = earlier.items.count.numpy()
@@ -301,7 +327,11 @@ def _tally(earlier: PreparedSet, merged: Merged, trained: Sessions, rows: int) -
     return assembly.Tally(
         events=counts["events"] + merged.events,
         user_items=counts["user_items"] + merged.user_items,
-        train=counts["requests"]["train"] + len(trained),
-        train_positives=counts["positives"]["train"] + len(trained.positive),
+        requests={
+            "train": counts["requests"]["train"] + len(divided.trained),
+            **{split: len(requests) for split, requests in divided.evaluated.items()},
+            buckets.WAITING: len(divided.waiting),
+        },
+        train_positives=counts["positives"]["train"] + len(divided.trained.positive),
         count=count,
     )

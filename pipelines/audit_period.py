@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import splits
-from pipelines.assembly import fixed_candidates, history_rows, request_keys
 from pipelines.audit_record import Check, counted, moment
 from pipelines.audit_requests import EVENTS_AT_ONCE, SPLITS, AllRequests, user_slices
 from pipelines.buckets import user_hashes
+from pipelines.candidates import fixed_candidates, history_rows, request_keys
 from pipelines.catalogue import TRAIN_COUNT
 from pipelines.prepared import PreparedSet, Requests
 from pipelines.samplers import SAMPLERS

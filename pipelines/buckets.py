@@ -6,7 +6,7 @@ a pure function from such a file to arrays, so that a pool of processes, or anyt
 by the largest bucket.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from pipelines.mixing import mix
 from pipelines.parts import Part
-from pipelines.splits import TRAIN, Cuts, assign
+from pipelines.splits import TEST, TRAIN, VALID, Cuts, assign
 from pipelines.transitions import PAIRS, pair_words
 from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, SESSION_ID, TIMESTAMP, USER_ID, VALUE
 from recsys.errors import DataError
@@ -27,6 +27,9 @@ from recsys.errors import DataError
 FIRST_ROW = 2
 """Model row of item key 0: `ranking.batch.FIRST_ITEM`, repeated so that a worker need not load torch."""
 BUCKET_FILE = "bucket.safetensors"
+WAITING = "waiting"
+KINDS = ("train", "valid", "test", WAITING)
+"""Requests by split, and all that do not train: those may do so later, when a cut has moved past their end."""
 USER_ROW, SESSION, POSITIVE, BUCKET = "user_row", "session", "positive", "bucket"
 ROW_GROUP = 16_384
 """Rows buffered per bucket while the log is partitioned: with polars' own 262,144 the whole log would be."""
@@ -59,14 +62,12 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class BucketSummary:
-    """What a bucket held: events, distinct (user, item) pairs; requests and their positives, training or pending."""
+    """What a bucket held: events, distinct (user, item) pairs, requests and their positives by the name of `KINDS`."""
 
     events: int
     user_items: int
-    train: int
-    train_positives: int
-    pending: int
-    pending_positives: int
+    requests: Mapping[str, int]
+    positives: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,9 @@ def _positive(part: Part, rule: Rule) -> pl.Expr:
 def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> BucketSummary:
     """Turn a bucket's events into arrays in `out` (an existing directory), the same whatever the order of the rows.
 
-    Writes bucket.safetensors: item, action, time; lengths (events per user); train_{array} for the training requests by
-    (at, user) and pending_{array} for all others by user, each with the arrays of `Sessions` but size for offsets, ends
-    counted from the bucket's first event; counted_row and counted (training events by model row). Writes pairs.bin
+    Writes bucket.safetensors: item, action, time; lengths (events per user); for each of `KINDS` {kind}_{array} with
+    the arrays of `Sessions` but size for offsets, ends counted from the bucket's first event, by (at, user) and those
+    that wait by user; counted_row and counted (training events by model row). Writes pairs.bin
     (`pipelines.transitions`).
 
     Cost: 1.5 million events take about 1 s on one core; memory is about 300 bytes per event of the bucket, half of it
@@ -211,7 +212,6 @@ def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> Bucket
     requests = session_requests(log)
     split, training_end = assign(plan.cuts, plan.users, requests.user, requests.at, requests.last)
     train = requests.take(np.flatnonzero(split == TRAIN))
-    pending = requests.take(np.flatnonzero(split != TRAIN))
     pair_words(train.user, train.offsets, train.positive).tofile(out / PAIRS)
     counted = np.bincount(log.item[log.time < training_end[log.user]])
     arrays: dict[str, NDArray[Any]] = {
@@ -222,7 +222,13 @@ def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> Bucket
         "counted_row": np.flatnonzero(counted) + FIRST_ROW,
         "counted": counted[counted > 0],
     }
-    for name, some in (("train", train.take(np.argsort(train.at, kind="stable"))), ("pending", pending)):
+    kinds = {
+        "train": _by_moment(requests, split == TRAIN),
+        "valid": _by_moment(requests, split == VALID),
+        "test": _by_moment(requests, split == TEST),
+        WAITING: requests.take(np.flatnonzero(split != TRAIN)),
+    }
+    for name, some in kinds.items():
         arrays |= {
             f"{name}_user": some.user + plan.first_user,
             f"{name}_at": some.at,
@@ -234,8 +240,16 @@ def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> Bucket
     save_file(arrays, out / BUCKET_FILE)
     pairs = distinct(log.user.astype(np.uint64) << np.uint64(32) | log.item)
     return BucketSummary(
-        len(log.item), len(pairs), len(train), len(train.positive), len(pending), len(pending.positive)
+        len(log.item),
+        len(pairs),
+        {name: len(some) for name, some in kinds.items()},
+        {name: len(some.positive) for name, some in kinds.items()},
     )
+
+
+def _by_moment(requests: Sessions, which: NDArray[np.bool_]) -> Sessions:
+    index = np.flatnonzero(which)
+    return requests.take(index[np.argsort(requests.at[index], kind="stable")])
 
 
 def sort_events(frame: pl.DataFrame, first_user: int) -> SortedEvents:

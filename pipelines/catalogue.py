@@ -16,7 +16,7 @@ from pipelines.buckets import BUCKET, USER_ROW, bucket_of, user_hashes
 from pipelines.parts import Part
 from pipelines.prepared import PreparedSet
 from ranking.batch import FIRST_ITEM, UNKNOWN
-from ranking.items import ItemTable, MultiValued, Transitions
+from ranking.items import ItemTable, MultiValued
 from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, TEXT, TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import DataError
 from recsys.history import UNKNOWN_KEY
@@ -232,9 +232,8 @@ def item_table(
     values: dict[str, list[str]],
     numeric: Sequence[str],
     count: torch.Tensor,
-    transitions: Transitions,
 ) -> ItemTable:
-    """Build the table models look items up in; `count` int64 [V] by model row, V = items + 2.
+    """Build the table models look items up in, without transitions; `count` int64 [V] by model row, V = items + 2.
 
     `values` are the vocabularies of the categorical and of the multi-valued columns. Numbers come as they are, as
     float32, in the order of `numeric`; 0 where a value is missing or not finite.
@@ -255,7 +254,7 @@ def item_table(
         dense[FIRST_ITEM:, place] = np.nan_to_num(number, nan=0, posinf=0, neginf=0)
     cardinality = [len(known) + CODES_OF_NO_VALUE for known in values.values()]
     return ItemTable(
-        list(values), torch.from_numpy(codes), cardinality, count, transitions, torch.from_numpy(dense), numeric, multi
+        list(values), torch.from_numpy(codes), cardinality, count, None, torch.from_numpy(dense), numeric, multi
     )
 
 

@@ -14,7 +14,7 @@ a new base. Nothing here belongs to the digest of the set: it is another form of
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,27 +22,34 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pipelines.buckets import Sessions, distinct
+from pipelines.streams import Kind, growing_safetensors, put
 from pipelines.transitions import ROW_BITS, SIZE_BITS, SOURCE, Edges, Words, base_name, heaviest_edges, steps, weight_of
 from ranking.items import Transitions
 
 RUNS = 16
 """Appends before the pairs are merged into a new base; each append reads the words of all since the base."""
+_WAITING = "pending.safetensors"
 _SIZES = np.uint64((1 << SIZE_BITS) - 1)
 
 
-def save_pending(pending: Sessions, folder: Path) -> None:
-    """Write the pending requests of a set."""
-    save_file(
-        {name: np.ascontiguousarray(values) for name, values in vars(pending).items()}, folder / "pending.safetensors"
-    )
+def save_waiting(waiting: Iterable[Sessions], folder: Path) -> None:
+    """Write the requests of a set that do not train yet, by user, piece by piece."""
+    kinds: dict[str, Kind] = {**dict.fromkeys(("user", "at", "last", "end", "offsets"), np.int64), "positive": np.int32}
+    with growing_safetensors(folder / _WAITING, kinds) as files:
+        put(files["offsets"], np.zeros(1, np.int64))
+        written = 0
+        for piece in waiting:
+            for name, file in files.items():
+                put(file, piece.offsets[1:] + written if name == "offsets" else getattr(piece, name))
+            written += len(piece.positive)
 
 
-def load_pending(folder: Path) -> Sessions:
-    """Read what `save_pending` wrote."""
-    return Sessions(**load_file(folder / "pending.safetensors"))
+def load_waiting(folder: Path) -> Sessions:
+    """Read what `save_waiting` wrote."""
+    return Sessions(**load_file(folder / _WAITING))
 
 
 @dataclass(frozen=True)

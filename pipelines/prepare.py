@@ -26,17 +26,20 @@ import polars as pl
 
 from pipelines import assembly, buckets, splits
 from pipelines.catalogue import USER_HASH
+from pipelines.edges import EdgeFiles, merge_pairs
 from pipelines.forgotten import record_in
-from pipelines.growth import save_pending
+from pipelines.growth import save_waiting
 from pipelines.parts import Part, open_part
 from pipelines.prepared import GROWTH, IMPRESSIONS, PreparedSet, contents, digest_of, file_digests
 from pipelines.samplers import SAMPLERS
 from pipelines.settings import MAX_BUCKETS, PrepareConfig
 from pipelines.shown import shown_in
+from pipelines.transitions import PAIRS
 from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
 from recsys.columns import TIMESTAMP
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
+from recsys.history import Histories
 
 __all__ = ["PrepareConfig", "Progress", "prepare"]
 
@@ -87,10 +90,9 @@ def prepare(
 
 
 def finish(out: Path, work: Path, names: Names, log: Log, config: PrepareConfig, report: Progress) -> None:
-    """Write what is left of a set, with the pairs of growth found in `work`, and its digest."""
+    """Write what is left of a set, with what is found of growth in `work`, and its digest."""
     if config.appendable:
         (work / GROWTH).rename(out / GROWTH)
-        save_pending(log.pending, out / GROWTH)
         np.save(out / GROWTH / "hashes.npy", names.people[USER_HASH].to_numpy())
         if log.shown is not None:
             log.shown.write_parquet(out / GROWTH / f"{IMPRESSIONS}.parquet")
@@ -118,27 +120,51 @@ def _read(
     names = name_all(parts, config, previous, number)
     report("keys", 1, 1)
     _partition(parts, work, names, config, report)
-    keep = None
-    if config.appendable:
-        keep = work / GROWTH / "pairs"
-        keep.mkdir(parents=True)
     with _pool(config.workers or (1 if total < SMALL_LOG else cpu_count() or 1)) as pool:
         plan = buckets.BucketPlan(0, 0, splits.cuts(config.split, newest))
         done = _run_buckets(pool, work, names.people, number, plan, report)
-        if not any(summary.train for _, summary in done):
+        if not any(summary.requests["train"] for _, summary in done):
             raise _no_training(parts, config)
-        merged = assembly.merge_transitions(
-            pool, done, names.rows, config.transitions_top_n, keep, lambda i, n: report("transitions", i, n)
+        histories, transitions = _join(pool, done, out, work, names.rows, config, report)
+    records = tuple(part.record for part in parts)
+    evaluated = {split: assembly.Pieces(split, done) for split in ("valid", "test")}
+    return names, Log(records, histories, evaluated, assembly.tally(done, names.rows), transitions, shown_in(parts))
+
+
+def _join(
+    pool: Executor | None,
+    done: assembly.Buckets,
+    out: Path,
+    work: Path,
+    rows: int,
+    config: PrepareConfig,
+    report: Progress,
+) -> tuple[Histories, EdgeFiles]:
+    """Write what the buckets hold: the pool merges transitions while this process joins the rest."""
+    keep, edges = None, work / "edges"
+    edges.mkdir()
+    if config.appendable:
+        keep = work / GROWTH / "pairs"
+        keep.mkdir(parents=True)
+    files = [folder / PAIRS for folder, _ in done]
+    with ThreadPoolExecutor(1) as beside:
+        merging = beside.submit(
+            merge_pairs,
+            pool,
+            files,
+            rows,
+            config.transitions_top_n,
+            keep,
+            edges,
+            lambda blocks, total: report("transitions", blocks, total),
         )
-        # The pool merges transitions while this process joins the rest.
         histories = assembly.join_histories(done, out)
         (out / "requests").mkdir()
-        assembly.join_training(done, out / "requests" / "train.safetensors")
-        pending = assembly.join_pending(done)
-        transitions = assembly.join_transitions(merged)
-    records = tuple(part.record for part in parts)
-    counted = assembly.tally(done, names.rows)
-    return names, Log(records, histories, pending, counted, transitions, shown_in(parts))
+        train = assembly.Pieces("train", done)
+        assembly.write_requests(out / "requests" / "train.safetensors", len(train), train.positives, train)
+        if config.appendable:
+            save_waiting(assembly.waiting(done), work / GROWTH)
+        return histories, merging.result()
 
 
 def _partition(parts: Sequence[Part], work: Path, names: Names, config: PrepareConfig, report: Progress) -> None:

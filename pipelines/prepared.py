@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -82,6 +82,11 @@ class Requests:
     offsets: NDArray[np.int64]
     positive: NDArray[np.int32]
 
+    KINDS: ClassVar[Mapping[str, type[np.generic]]] = MappingProxyType(
+        {**dict.fromkeys(("user", "at", "end", "offsets"), np.int64), "positive": np.int32}
+    )
+    """types of the arrays, in the order of a file"""
+
     def __len__(self) -> int:
         return len(self.user)
 
@@ -112,6 +117,11 @@ class CandidateSets:
     offsets: NDArray[np.int64]
     item: NDArray[np.int32]
     label: NDArray[np.uint8]
+
+    KINDS: ClassVar[Mapping[str, type[np.generic]]] = MappingProxyType(
+        {"offsets": np.int64, "item": np.int32, "label": np.uint8}
+    )
+    """types of the arrays, in the order of a file"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

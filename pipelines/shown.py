@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipelines.assembly import request_keys
 from pipelines.buckets import FIRST_ROW, USER_ROW
+from pipelines.candidates import request_keys
 from pipelines.mixing import mix
 from pipelines.parts import Part
 from pipelines.prepared import IMPRESSIONS, VALID_IMPRESSIONS, CandidateSets, Requests, Split

@@ -8,13 +8,17 @@ weights are summed as integers (steps of 2^-32, at most 8e-6 off relatively): an
 Buckets write their words sorted; blocks of source rows are merged one at a time.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipelines.streams import put
 
 ROW_BITS, SIZE_BITS = 24, 16
 MAX_ROWS = 1 << ROW_BITS
@@ -96,12 +100,15 @@ def _thin(offsets: NDArray[np.int64], rows: NDArray[np.int32]) -> tuple[NDArray[
 
 @dataclass(frozen=True)
 class Block:
-    """A range of source rows and where its words lie: file f holds words[start[f]] .. words[end[f]]."""
+    """A range of source rows and where its words lie: file f holds words[start[f]] .. words[end[f]], int64 [files]."""
 
     low: int
     high: int
-    start: tuple[int, ...]
-    end: tuple[int, ...]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int((self.end - self.start).sum())
 
 
 def blocks(files: Sequence[Path], rows: int) -> list[Block]:
@@ -112,15 +119,23 @@ def blocks(files: Sequence[Path], rows: int) -> list[Block]:
     inner = (largest[np.linspace(0, len(largest), parts + 1)[1:-1].astype(np.int64)] >> SOURCE).astype(np.int64)
     edges = np.unique(np.concatenate([[0, rows], inner]))
     # One file mapped at a time: the pages a search touches stay with the process for as long as the map does.
-    places = [np.searchsorted(_mapped(file), edges.astype(np.uint64) << SOURCE).tolist() for file in files]
+    places = np.stack([np.searchsorted(_mapped(file), edges.astype(np.uint64) << SOURCE) for file in files], axis=1)
     return [
-        Block(int(low), int(high), tuple(place[i] for place in places), tuple(place[i + 1] for place in places))
-        for i, (low, high) in enumerate(pairwise(edges))
+        Block(int(low), int(high), places[place], places[place + 1])
+        for place, (low, high) in enumerate(pairwise(edges))
     ]
 
 
-def _mapped(file: Path) -> Words:
-    return np.memmap(file, np.uint64, "r") if file.stat().st_size else np.empty(0, np.uint64)
+def free_from(files: Sequence[Path], block: Block) -> None:
+    """Cut the files off where a block begins: it and all blocks after it are merged and not needed any more."""
+    for file, start in zip(files, block.start.tolist(), strict=True):
+        os.truncate(file, 8 * start)
+
+
+def _mapped(file: Path, end: int | None = None) -> Words:
+    """Map a file's words, or those before `end`: what comes after them may be cut off at any time."""
+    words = file.stat().st_size // 8 if end is None else end
+    return np.memmap(file, np.uint64, "r", shape=(words,)) if words else np.empty(0, np.uint64)
 
 
 def block_edges(files: Sequence[Path], block: Block, top_n: int, keep: Path | None = None) -> Edges:
@@ -129,21 +144,48 @@ def block_edges(files: Sequence[Path], block: Block, top_n: int, keep: Path | No
     Equal weights (in float32) go to the smaller target row. `top_n` 0 keeps all edges. With `keep`, the block's words
     are also written, ascending, to the file of that folder named by `base_name`.
     """
-    words = np.concatenate(
-        [
-            np.fromfile(file, np.uint64, count=end - start, offset=8 * start)
-            for file, start, end in zip(files, block.start, block.end, strict=True)
-        ]
-    )
-    words.sort()
-    if keep is not None:
-        words.tofile(keep / base_name(block.low))
-    pair = words >> np.uint64(SIZE_BITS)
-    starts = np.flatnonzero(np.concatenate([[True], pair[1:] != pair[:-1]])) if len(pair) else np.empty(0, np.int64)
-    total = np.add.reduceat(steps(words), starts) if len(starts) else np.empty(0, np.int64)
-    pair = pair[starts]
+    pairs, totals = [], []
+    with ExitStack() as stack:
+        kept = None if keep is None else stack.enter_context((keep / base_name(block.low)).open("wb"))
+        for words in _sorted(files, block):
+            if kept is not None:
+                put(kept, words)
+            pair = words >> np.uint64(SIZE_BITS)
+            starts = np.flatnonzero(np.concatenate([[True], pair[1:] != pair[:-1]]))
+            pairs.append(pair[starts])
+            totals.append(np.add.reduceat(steps(words), starts))
+    pair = np.concatenate([np.empty(0, np.uint64), *pairs])
+    total = np.concatenate([np.empty(0, np.int64), *totals])
     source = (pair >> np.uint64(ROW_BITS)).astype(np.int64) - block.low
     return heaviest_edges(pair, weight_of(total), np.bincount(source, minlength=block.high - block.low), top_n)
+
+
+def _sorted(files: Sequence[Path], block: Block) -> Iterator[Words]:
+    """Give a block's words, ascending, in pieces that divide no pair: a block of one common item may be a large one."""
+    places = [block.start, block.end]
+    if len(block) > 2 * PAIRS_PER_BLOCK:
+        longest = int(np.argmax(block.end - block.start))
+        mine = _mapped(files[longest], int(block.end[longest]))[block.start[longest] :]
+        wanted = np.linspace(0, len(mine), -(-len(block) // PAIRS_PER_BLOCK) + 1)[1:-1].astype(np.int64)
+        limits = np.unique(mine[wanted] >> np.uint64(SIZE_BITS)) << np.uint64(SIZE_BITS)
+        inner = [
+            start + np.searchsorted(_mapped(file, end)[start:], limits)
+            for file, start, end in zip(files, block.start.tolist(), block.end.tolist(), strict=True)
+        ]
+        places[1:1] = list(np.stack(inner, axis=1))
+    for begin, stop in pairwise(places):
+        words = np.empty(int((stop - begin).sum()), np.uint64)
+        done = 0
+        # Into one array: hundreds of small ones beside it would leave holes in the heap that stay with the process.
+        for file, start, end in zip(files, begin.tolist(), stop.tolist(), strict=True):
+            if end > start:
+                with file.open("rb") as source:
+                    source.seek(8 * start)
+                    source.readinto(words[done : done + end - start].data)
+                done += end - start
+        words.sort()
+        if len(words):
+            yield words
 
 
 def base_name(low: int) -> str:

@@ -1,7 +1,8 @@
 """The last step of preparing and of appending alike: from what a log holds to the files of a prepared set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import assembly, catalogue, splits
-from pipelines.buckets import BUCKET, FIRST_ROW, USER_ROW, Rule, Sessions
+from pipelines.buckets import BUCKET, FIRST_ROW, USER_ROW, WAITING, Rule
+from pipelines.candidates import chosen, fixed_candidates, history_rows, request_keys, write_evaluated
+from pipelines.edges import EdgeFiles, write_items
 from pipelines.parts import Part, PartRecord, source_of
-from pipelines.prepared import FORMAT, PreparedSet, Requests, Split
-from pipelines.samplers import SAMPLERS
+from pipelines.prepared import FORMAT, CandidateSets, PreparedSet, Requests, Split
+from pipelines.samplers import SAMPLERS, Sampler
 from pipelines.settings import PrepareConfig
 from pipelines.shown import write_shown
 from pipelines.transitions import MAX_ROWS
-from ranking.items import ItemTable, Transitions, identity_rows
+from ranking.items import ItemTable, identity_rows
 from recsys.config import parse
 from recsys.errors import DataError
 from recsys.files import write_json
@@ -47,12 +50,12 @@ class Names:
 
 @dataclass(frozen=True)
 class Log:
-    """A log as sequences: what is left to do depends on the items and on the requests that do not train.
+    """A log as sequences: what is left to do depends on the items and on the requests that are evaluated.
 
     Attributes:
         records: the parts it came in.
         histories: all events, packed and on disk.
-        pending: the requests that do not train, by user.
+        evaluated: the validation and the test requests by (at, user), in pieces that can be gone through twice.
         tally: what was counted.
         transitions: of the training period.
         shown: its impressions (`pipelines.shown`); None if it has none.
@@ -60,9 +63,9 @@ class Log:
 
     records: tuple[PartRecord, ...]
     histories: Histories
-    pending: Sessions
+    evaluated: Mapping[str, Iterable[Requests]]
     tally: assembly.Tally
-    transitions: Transitions
+    transitions: EdgeFiles
     shown: pl.DataFrame | None = None
 
     @property
@@ -113,15 +116,11 @@ def rule_of(config: PrepareConfig) -> Rule:
 def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: Progress) -> dict[str, Any]:
     """Write all but the histories and the training requests, which are there; give the manifest without its digest."""
     cuts = splits.cuts(config.split, log.newest)
-    pending = log.pending
-    split, _ = splits.assign(cuts, names.people.height, pending.user, pending.at, pending.last)
     hashes = names.people[catalogue.USER_HASH].to_numpy()
-    requests = assembly.evaluated(pending, split, hashes, config.max_eval_requests, config.seed)
     values = catalogue.vocabulary(names.items, [*names.categorical, *names.multi])
-    count = torch.from_numpy(log.tally.count)
-    table = catalogue.item_table(names.items, values, names.numeric, count, log.transitions)
-    _write_tables(out, names, values, table)
-    _write_evaluated(out, requests, names, table, log.histories, config, report)
+    table = catalogue.item_table(names.items, values, names.numeric, torch.from_numpy(log.tally.count))
+    _write_tables(out, names, values, table, log.transitions)
+    kept = _write_evaluated(out, log, names, table, config, report)
     shown: dict[Split, dict[str, int]] = {}
     if log.shown is not None:
         shown = write_shown(
@@ -150,11 +149,11 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
         "cuts": {"valid": cuts.valid, "test": cuts.test} if config.split.kind == "time" else None,
         "history_length": {f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in (10, 25, 50, 75, 90, 100)},
         "counts": {
-            **assembly.counts(log.tally, split, requests),
+            **_counts(log.tally, kept),
             "items": names.items.height,
             "trained_items": int(table.trained.sum()),
             "users": names.people.height,
-            "transitions": len(log.transitions.target),
+            "transitions": len(log.transitions),
             **shown,
         },
     }
@@ -166,35 +165,51 @@ def lasting(config: PrepareConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("buckets", "workers")}
 
 
-def _write_tables(out: Path, names: Names, values: dict[str, list[str]], table: ItemTable) -> None:
+def _counts(found: assembly.Tally, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Give the manifest's counts: events, repeats, requests found and kept, positives.
+
+    `kept` are the numbers of evaluated requests and of their positives, by split.
+    """
+    requests = {name: number for name, number in found.requests.items() if name != WAITING}
+    return {
+        "events": found.events,
+        "user_items": found.user_items,
+        "repeated_share": 1 - found.user_items / found.events,
+        "requests": {"train": requests["train"], **{name: number for name, (number, _) in kept.items()}},
+        "requests_found": requests,
+        "requests_straddling": found.requests[WAITING] - requests["valid"] - requests["test"],
+        "positives": {"train": found.train_positives, **{name: number for name, (_, number) in kept.items()}},
+    }
+
+
+def _write_tables(
+    out: Path, names: Names, values: dict[str, list[str]], table: ItemTable, transitions: EdgeFiles
+) -> None:
     """Write catalogue, users, vocabulary, item table and the rows of the keys."""
     trained = pl.Series(catalogue.TRAIN_COUNT, table.count.numpy()[FIRST_ROW:])
     names.items.with_columns(trained).write_parquet(out / "catalogue.parquet")
     names.people.drop(USER_ROW, BUCKET, catalogue.USER_HASH).write_parquet(out / "users.parquet")
     write_json(out / "vocabulary.json", values)
-    table.save(out / "items.safetensors")
+    write_items(out / "items.safetensors", table, transitions)
     np.save(out / "key_to_row.npy", identity_rows(names.items.height))
 
 
 def _write_evaluated(
-    out: Path,
-    requests: dict[str, Requests],
-    names: Names,
-    table: ItemTable,
-    histories: Histories,
-    config: PrepareConfig,
-    report: Progress,
-) -> None:
-    """Write the validation and test requests, and the fixed candidates of each by sampler."""
+    out: Path, log: Log, names: Names, table: ItemTable, config: PrepareConfig, report: Progress
+) -> dict[str, tuple[int, int]]:
+    """Write the validation and test requests, and the fixed candidates of each by sampler; see `write_evaluated`."""
     (out / "candidates").mkdir()
     hashes = names.people[catalogue.USER_HASH].to_numpy()
-    look_up = assembly.history_rows(histories, identity_rows(names.items.height))
-    jobs = [(split, name) for split in requests for name in config.samplers]
-    for done, (split, name) in enumerate(jobs):
-        keys = assembly.request_keys(requests[split], hashes)
-        sampler = SAMPLERS[name](table)
-        sets = assembly.fixed_candidates(requests[split], keys, sampler, config.negatives, config.seed, look_up)
-        sets.save(out / "candidates" / f"{split}_{name}.safetensors")
-        report("candidates", done + 1, len(jobs))
-    for split, found in requests.items():
-        found.save(out / "requests" / f"{split}.safetensors")
+    look_up = history_rows(log.histories, identity_rows(names.items.height))
+
+    def drawn(sampler: Sampler, requests: Requests) -> CandidateSets:
+        keys = request_keys(requests, hashes)
+        return fixed_candidates(requests, keys, sampler, config.negatives, config.seed, look_up)
+
+    draw = {name: partial(drawn, SAMPLERS[name](table)) for name in config.samplers}
+    kept = {}
+    for done, (split, found) in enumerate(log.evaluated.items()):
+        requests = chosen(found, hashes, config.max_eval_requests, config.seed)
+        kept[split] = write_evaluated(requests, out, split, draw)
+        report("candidates", done + 1, len(log.evaluated))
+    return kept

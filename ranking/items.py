@@ -171,8 +171,8 @@ class ItemTable(nn.Module):
             raise ConfigError(f"no categorical item column {name!r}; there are {', '.join(self.columns) or 'none'}")
         return self.columns.index(name)
 
-    def save(self, path: Path) -> None:
-        """Write everything as one safetensors file."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what a file of the table holds, by name."""
         tensors = {
             "categorical": self.categorical,
             "cardinality": torch.tensor(self.cardinality, dtype=torch.int64),
@@ -182,18 +182,23 @@ class ItemTable(nn.Module):
             "transition_target": self.transition_target,
             "transition_weight": self.transition_weight,
         }
-        names = [self.columns, self.numeric]
         if self.multi_columns:
-            names.append(self.multi_columns)
             tensors["multi_cardinality"] = torch.tensor(self._multi_cardinality, dtype=torch.int64)
             for place, column in enumerate(map(self.multi, self.multi_columns)):
                 tensors |= {f"multi_offsets_{place}": column.offsets, f"multi_code_{place}": column.code}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            path,
-            # One entry, since several are not written in the same order twice; an empty line parts the lists.
-            metadata={"columns": "\n\n".join("\n".join(some) for some in names)},
-        )
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """Give what the file says of itself: the names of the columns by kind."""
+        names = [self.columns, self.numeric]
+        if self.multi_columns:
+            names.append(self.multi_columns)
+        # One entry, since several are not written in the same order twice; an empty line parts the lists.
+        return {"columns": "\n\n".join("\n".join(some) for some in names)}
+
+    def save(self, path: Path) -> None:
+        """Write everything as one safetensors file."""
+        save_file(self.tensors(), path, metadata=self.metadata())
 
     @staticmethod
     def load(path: Path) -> "ItemTable":

@@ -18,10 +18,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipelines.append import append
-from pipelines.assembly import fixed_candidates, history_rows, join_transitions, request_keys
 from pipelines.audit import Audit, Check, audit, refuse_failed
 from pipelines.audit_record import last_audit, text
 from pipelines.buckets import user_hashes
+from pipelines.candidates import fixed_candidates, history_rows, request_keys
 from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
@@ -300,7 +300,12 @@ def transitions_of(prepared: PreparedSet, requests: Requests, top_n: int) -> Tra
     with TemporaryDirectory() as name:
         file = Path(name) / "pairs.bin"
         pair_words(some.user, some.offsets, some.positive).tofile(file)
-        return join_transitions(block_edges([file], one, top_n) for one in blocks([file], len(prepared.items)))
+        edges = [block_edges([file], one, top_n) for one in blocks([file], len(prepared.items))]
+    degree, target, weight = (
+        np.concatenate([getattr(one, part) for one in edges]) for part in ("degree", "target", "weight")
+    )
+    offsets = np.concatenate([[0], np.cumsum(degree)])
+    return Transitions(torch.from_numpy(offsets), torch.from_numpy(target), torch.from_numpy(weight))
 
 
 def transitions_into_the_test_period(prepared: PreparedSet) -> None:

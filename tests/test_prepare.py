@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import Line, logs, raw, synthetic
 
-from pipelines import datasets
+import pipelines.prepare as prepare_module
+from pipelines import assembly, candidates, datasets, edges, transitions
 from pipelines.datasets import RawLog, completejourney
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.prepared import PreparedSet
+from pipelines.prepared import PreparedSet, contents
 from pipelines.splits import DAY, SplitConfig
 from recsys.errors import ConfigError, DataError
 from recsys.files import sha256_tree
@@ -212,6 +213,31 @@ def test_row_order_buckets_and_processes_change_no_byte(tmp_path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
         (path / "manifest.json").write_text(json.dumps({**manifest, "source": None, "parts": None}))
     assert sha256_tree(other.directory) == sha256_tree(one.directory)
+
+
+def test_how_much_is_taken_at_once_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few items, so that a block of one item's transitions must be divided too."""
+    lines = [replace(line, item=f"i{int(line.item[1:]) % 7}") for line in synthetic(3000)]
+    config = PrepareConfig(
+        transitions_top_n=3, negatives=10, samplers=("uniform", "never_so_far"), buckets=5, workers=1
+    )
+    for at_most in (None, 50):
+        config = replace(config, max_eval_requests=at_most)
+        whole = prepared(raw(lines), tmp_path / "whole", config)
+        with monkeypatch.context() as patch:
+            for module, name, value in (
+                (transitions, "PAIRS_PER_BLOCK", 100),
+                (edges, "FREED_EVERY", 2),
+                (assembly, "POSITIVES_AT_ONCE", 60),
+                (candidates, "SLICE", 7),
+                (prepare_module, "PARTITIONED_AT_ONCE", 500),
+            ):
+                patch.setattr(module, name, value)
+            pieces = prepared(raw(lines), tmp_path / "pieces", config)
+        assert len(list((pieces.directory / "growth" / "pairs").iterdir())) > 1
+        for path in contents(whole.directory):
+            name = path.relative_to(whole.directory)
+            assert path.read_bytes() == (pieces.directory / name).read_bytes(), name
 
 
 def test_top_transitions_are_the_heaviest(tmp_path: Path) -> None:
