@@ -212,13 +212,18 @@ class _Worker:
 
 
 def _recommendations(recommender: Recommender, asked: BatchRequest, user_ids: Sequence[str]) -> pl.DataFrame:
-    rows: list[tuple[object, ...]] = []
-    for user_id in user_ids:
-        request = RecommendRequest(user_id=user_id, k=asked.k, at=asked.at, exclude_seen=asked.exclude_seen)
-        answer = recommender.recommend(request, asked.at)
+    requests = [
+        RecommendRequest(user_id=user_id, k=asked.k, at=asked.at, exclude_seen=asked.exclude_seen)
+        for user_id in user_ids
+    ]
+    item_ids, rows = recommender.bundle.item_ids, []
+    for user_id, (known, found) in zip(user_ids, recommender.trace_many(requests, asked.at), strict=True):
+        places = found.chosen.places[: asked.k]
+        scores = recommender.told(found.scores[places], known)
+        chosen = zip(places.tolist(), found.pool.rows[places].tolist(), scores.tolist(), strict=True)
         rows += [
-            (user_id, item.item_id, place, item.score, item.sources, answer.user_known)
-            for place, item in enumerate(answer.items, start=1)
+            (user_id, item_ids[row], rank, score, found.sources_of(place), known)
+            for rank, (place, row, score) in enumerate(chosen, start=1)
         ]
     return pl.DataFrame(rows, schema=RECOMMENDATIONS, orient="row")
 

@@ -9,42 +9,29 @@ A Serve replica, the batch job and offline evaluation are thin hosts of this one
 item's score depends on the user's history, the moment and the item, never on which other items are scored with it;
 equal scores are ordered by ascending row.
 
-Filters come before the sources, so that every source proposes allowed items only (`ranking.filters`). Where rules leave
-fewer than k, or the sources have no more, the search goes deeper among what is neither scored yet nor full, until there
-are k or nothing is left: a `shortfall` means that no further item may be recommended, or was found for the query.
+Filters come before the sources, so that every source proposes allowed items only (`ranking.filters`), and the search
+goes deeper (`ranking.candidate_search`) until there are k items or nothing is left: a `shortfall` means that no further
+item may be recommended, or was found for the query.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ranking.attributes import Attributes
-from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
 from ranking.calibration import Calibration
+from ranking.candidate_search import Asked, CandidateSearch, by_score, sources_in_use
 from ranking.filters import Availability, Filters, seen_rows
-from ranking.ladder import Budget, Ladder, retriever_order
-from ranking.ranker import NEGATIVE
+from ranking.ladder import Budget, Ladder
 from ranking.recall_watch import RecallWatch
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.rules import Rules
 from ranking.scorer import Encoded, Scorer
 from ranking.searcher import Searched
-from ranking.sources import (
-    Catalogue,
-    Followers,
-    NewItems,
-    Pool,
-    Popularity,
-    Proposal,
-    Repeats,
-    Retrieval,
-    Source,
-    SourceQuery,
-    merge,
-)
+from ranking.sources import Popularity, Source, SourceQuery
 from ranking.state_cache import StateCache
 from ranking.trace import Clock, Found, explain, stages_of
 from ranking.users import LATEST, User, Users
@@ -61,22 +48,8 @@ from recsys.stores import HistoryReader
 
 __all__ = ["LATEST", "Recommender", "RecommenderConfig"]
 
-DEEPER = 4
-"""How many times more each further round of a search asks of every source."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request and what the first stages made of it."""
-
-    request: RecommendRequest
-    user: User
-    seen: NDArray[np.int32]
-    encoded: Encoded | None  # None where nothing is known of the user
-    query: SourceQuery
-    sources: Sequence[tuple[Source, int]]
-    ladder: Ladder
-    searched: Searched | None  # what was found for the request's text
+GROUP = 16
+"""Users encoded and scored at once: 16 cost least per user with DARE on two cores, a single one twice as much."""
 
 
 class Recommender:
@@ -112,11 +85,10 @@ class Recommender:
         attributes = Attributes(bundle)
         self._users = Users(bundle, histories, config.history_limit)
         self._filters = Filters(attributes, len(bundle.items), config.filters, availability)
-        self._rules = Rules(attributes, config.rules)
         self._scorer = Scorer(bundle, states)
+        self._search = CandidateSearch(bundle, self._scorer, Rules(attributes, config.rules))
         popularity = Popularity(bundle.items)
-        self._catalogue = Catalogue(bundle.items)
-        self._sources = [*_sources(bundle, config, popularity, watch), *more_sources]
+        self._sources = [*sources_in_use(bundle, config, popularity, watch), *more_sources]
         self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
 
     def recommend(
@@ -145,8 +117,9 @@ class Recommender:
                 "not_supported",
                 f"bundle {self.bundle.version} searches no text; leave out `query`, or publish with `--text-encoder`",
             )
-        asked = self._ask(request, now, clock, Ladder(budget), searched)
-        found = self._search(asked, clock)
+        ladder = Ladder(budget)
+        asked = self._ask(request, self._user(request, now, clock, ladder), clock, ladder, searched)
+        found = self._search.one(asked, clock)
         places = found.chosen.places[: request.k]
         calibration = self._calibration(asked.encoded, asked.ladder) if searched is None else None
         scores = _told(found.scores[places], calibration)
@@ -182,8 +155,28 @@ class Recommender:
 
         `recommend` answers from the very same search.
         """
-        clock = Clock()
-        return self._search(self._ask(request, now, clock, Ladder(None), None), clock)
+        clock, ladder = Clock(), Ladder(None)
+        return self._search.one(self._ask(request, self._user(request, now, clock, ladder), clock, ladder, None), clock)
+
+    def trace_many(self, requests: Sequence[RecommendRequest], now: int) -> list[tuple[bool, Found]]:
+        """Give, for each request, whether anything is known of its user, and what `trace` gives.
+
+        `GROUP` users of about the same length of history are encoded, searched for and scored at once, for about half
+        of what one by one costs. Scores may differ from those of `trace` in their last float32 digit, and with them the
+        order of items whose scores are as close as that.
+        """
+        clock, ladder = Clock(), Ladder(None)
+        users = [self._user(request, now, clock, ladder) for request in requests]
+        found: dict[int, Found] = {}
+        known = [place for place, user in enumerate(users) if user.known]
+        for place in set(range(len(users))).difference(known):
+            found[place] = self._search.one(self._ask(requests[place], users[place], clock, ladder, None), clock)
+        known.sort(key=lambda place: len(users[place].events))
+        for begin in range(0, len(known), GROUP):
+            places = known[begin : begin + GROUP]
+            asked = [self._ask(requests[place], users[place], clock, ladder, None, encode=False) for place in places]
+            found |= zip(places, self._search.many(asked, clock), strict=True)
+        return [(user.known, found[place]) for place, user in enumerate(users)]
 
     def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
         """Give the scores of items in the order of the request, and the ranked list.
@@ -220,7 +213,7 @@ class Recommender:
         calibration = self._calibration(encoded, ladder)
         given = iter(_told(scores, calibration).tolist())
         item_ids = self.bundle.item_ids
-        ranked = dict.fromkeys(rows[_order(rows, scores)].tolist())
+        ranked = dict.fromkeys(rows[by_score(rows, scores)].tolist())
         unknown = [item for item, row in zip(request.item_ids, found, strict=True) if row is None]
         clock.lap("top_k")
         return RankResponse(
@@ -234,6 +227,10 @@ class Recommender:
             degraded=ladder.degraded,
             timings=clock.seconds(),
         )
+
+    def told(self, scores: NDArray[np.float32], known: bool) -> NDArray[np.float32]:
+        """Give the scores of `trace_many` as an answer tells them: of a known user calibrated, if the bundle is."""
+        return _told(scores, self.bundle.calibration if known else None)
 
     def _calibration(self, encoded: Encoded | None, ladder: Ladder) -> Calibration | None:
         """Give what makes scores probabilities, where they are the ranker's own."""
@@ -250,87 +247,38 @@ class Recommender:
             scores = ladder.attempt("retrieval", lambda: self._scorer.by_retriever(user, rows), None)
         return self._scorer.score(None, rows) if scores is None else scores
 
-    def _ask(
-        self, request: RecommendRequest, now: int, clock: Clock, ladder: Ladder, searched: Searched | None
-    ) -> _Asked:
-        """Read the user, join the filters, encode."""
+    def _user(self, request: RecommendRequest, now: int, clock: Clock, ladder: Ladder) -> User:
         user = self._users.read(request.user_id, request.history, request.at, now, ladder)
         clock.lap("history")
+        return user
+
+    def _ask(
+        self,
+        request: RecommendRequest,
+        user: User,
+        clock: Clock,
+        ladder: Ladder,
+        searched: Searched | None,
+        encode: bool = True,
+    ) -> Asked:
+        """Join the filters, encode."""
         seen = seen_rows(request, user, self.config.exclude_seen_days)
         mask, blocked = self._filters.allowed(request, seen)
         clock.lap("filter")
         encoded, sources = None, self._sources_without_user
         if user.known:
-            encoded, sources = self._scorer.encode(user, ladder), self._sources
-            clock.lap("encode")
+            sources = self._sources
+            if encode:
+                encoded = self._scorer.encode(user, ladder)
+                clock.lap("encode")
         if searched is not None:
             sources = [(searched, len(searched))]
         vector = None if encoded is None else encoded.vector
         query = SourceQuery(user.rows, user.events.time, user.at, vector, mask, blocked, request.query)
-        return _Asked(request, user, seen, encoded, query, sources, ladder, searched)
-
-    def _search(self, asked: _Asked, clock: Clock) -> Found:
-        """Propose, score and choose, in further rounds until there are k or no item is left that may be taken."""
-        k, query, rounds = asked.request.k, asked.query, 0
-        pool = merge([Proposal.none()] * (len(asked.sources) + 1))
-        scores = np.empty(0, np.float32)
-        unscored = np.empty(0, np.int32)
-        while True:
-            rounds += 1
-            fresh = self._proposed(asked.sources, query, k, rounds, asked.ladder)
-            clock.lap("sources")
-            new = self._scores(asked, fresh, scores)
-            scorable = new > NEGATIVE
-            if asked.searched is not None:
-                new = np.where(scorable, asked.searched.blended(fresh.rows, new, asked.user.known), new)
-            unscored = np.concatenate([unscored, fresh.rows[~scorable]])
-            pool, scores = pool.joined(fresh.take(scorable)), np.concatenate([scores, new[scorable]])
-            order = _order(pool.rows, scores)
-            pool, scores = pool.take(order), scores[order]
-            clock.lap("score")
-            chosen = self._rules.select(pool.rows, k)
-            if len(chosen.places) < k:
-                query = self._narrowed(query, np.concatenate([pool.rows, unscored]), chosen.full)
-            clock.lap("rules")
-            ended = len(chosen.places) >= k or query.blocked == len(self.bundle.items) or asked.searched is not None
-            if ended or asked.ladder.late("search"):
-                names = [*(source.name for source, _ in asked.sources), self._catalogue.name]
-                return Found(names, pool, scores, chosen, unscored, rounds)
-
-    def _scores(self, asked: _Asked, fresh: Pool, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give the ranker's scores, else scores below those before that keep the retriever's order."""
-        if asked.encoded is None:
-            return self._scorer.score(None, fresh.rows)
-        scores = asked.ladder.attempt("rank", lambda: self._scorer.score(asked.encoded, fresh.rows), None)
-        if scores is not None:
-            return scores
-        names = [source.name for source, _ in asked.sources]
-        retrieval = names.index(Retrieval.name) if Retrieval.name in names else None
-        return retriever_order(fresh, retrieval, float(before.min(initial=0.0)))
-
-    def _proposed(
-        self, sources: Sequence[tuple[Source, int]], query: SourceQuery, k: int, rounds: int, ladder: Ladder
-    ) -> Pool:
-        """Give what the sources propose; from the second round on the whole catalogue is one of them."""
-        deeper = DEEPER ** (rounds - 1)
-        proposals = [_proposal(source, query, max(quota, k) * deeper, ladder) for source, quota in sources]
-        proposals.append(Proposal.none() if rounds == 1 else self._catalogue.propose(query, k * deeper))
-        pool = merge(proposals)
-        keep = pool.rows >= FIRST_ITEM
-        if query.allowed is not None:
-            keep &= query.allowed[pool.rows]  # a source that did not keep to it must not pass either
-        return pool if keep.all() else pool.take(keep)
-
-    def _narrowed(self, query: SourceQuery, scored: NDArray[np.int32], full: Sequence[tuple[int, int]]) -> SourceQuery:
-        """Give the query for what is neither scored yet nor full."""
-        allowed = np.ones(len(self.bundle.items), bool) if query.allowed is None else query.allowed.copy()
-        allowed[:FIRST_ITEM] = False
-        allowed[scored] = False
-        self._rules.without(allowed, full)
-        return replace(query, allowed=allowed, blocked=len(allowed) - int(np.count_nonzero(allowed)))
+        return Asked(request, user, seen, encoded, query, sources, ladder, searched)
 
     def _explained(
-        self, response: RecommendResponse, asked: _Asked, found: Found, places: NDArray[np.int64]
+        self, response: RecommendResponse, asked: Asked, found: Found, places: NDArray[np.int64]
     ) -> RecommendResponse:
         """Add where every item stood, and why what the sources would propose without filters is not in the answer."""
         request = asked.request
@@ -339,42 +287,13 @@ class Recommender:
             for item, place in zip(response.items, places.tolist(), strict=True)
         ]
         free = replace(asked.query, allowed=None, blocked=0)
-        rows = self._proposed(asked.sources, free, request.k, 1, asked.ladder).rows
+        rows = self._search.proposed(asked, free, 1).rows
         reasons = self._filters.reasons(request, asked.seen, rows)
         filtered = [(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason is not None]
         explanation = explain(found, places, filtered, self.bundle.item_ids)
         return response.model_copy(update={"items": items, "explanation": explanation})
 
 
-def _sources(
-    bundle: Bundle, config: RecommenderConfig, popularity: Popularity, watch: RecallWatch | None
-) -> list[tuple[Source, int]]:
-    """Give each source in use with its quota."""
-    sources: list[tuple[Source, int]] = [
-        (Repeats(config.half_life_days), config.repeats),
-        (Followers(bundle.items, config.recent_items, config.edges_per_item), config.transitions),
-        (popularity, config.popularity),
-    ]
-    if bundle.index is not None:
-        sources.insert(0, (Retrieval(bundle.index, watch), config.retrieval))
-    if bundle.content is not None:
-        sources.append((NewItems(bundle.content), config.new_items))
-    return [(source, quota) for source, quota in sources if quota]
-
-
-def _proposal(source: Source, query: SourceQuery, limit: int, ladder: Ladder) -> Proposal:
-    """Give what a source proposes; nothing of a retriever that is out, whose index may be in another process."""
-    if source.name != Retrieval.name:
-        return source.propose(query, limit)
-    return ladder.attempt("retrieval", lambda: source.propose(query, limit), Proposal.none())
-
-
 def _told(scores: NDArray[np.float32], calibration: Calibration | None) -> NDArray[np.float32]:
     """Give the scores as an answer tells them; what is ordered is ordered before."""
     return scores if calibration is None else calibration.of(scores).astype(np.float32)
-
-
-def _order(rows: NDArray[np.int32], scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Best first, equal scores by ascending row."""
-    order: NDArray[np.int64] = np.lexsort((rows, -scores))
-    return order

@@ -1,5 +1,6 @@
 """The model's part of a request: history -> state and vector, then scores of candidates."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranking.batch import FIRST_ITEM, Batch, Candidates, Request, assemble
+from ranking.batch import FIRST_ITEM, PAD, Batch, Candidates, Request, assemble
 from ranking.bundle import Bundle
 from ranking.ladder import Ladder
 from ranking.state_cache import StateCache, States
@@ -24,6 +25,14 @@ class Encoded(NamedTuple):
     request: Request
     state: object
     vector: NDArray[np.float32] | None
+
+
+class EncodedMany(NamedTuple):
+    """B users encoded together: as `Encoded`, with B in place of 1."""
+
+    request: Request
+    state: object
+    vectors: NDArray[np.float32] | None
 
 
 class Scorer:
@@ -45,8 +54,16 @@ class Scorer:
         """Give the ranker's state and, if there is a retriever, its vector."""
         with torch.inference_mode():
             request, state = self._encode(user, ladder)
-            vector = ladder.attempt("retrieval", lambda: self._vector(user, state), None)
+            vector = ladder.attempt("retrieval", lambda: self._vectors([user], state), None)
         return Encoded(request, state, vector)
+
+    def encode_many(self, users: Sequence[User]) -> EncodedMany:
+        """Give what `encode` gives, for several users in one padded batch; best for histories of about one length."""
+        at = torch.tensor([user.at for user in users], device=self._bundle.device)
+        with torch.inference_mode():
+            state = self._bundle.ranker.encode(self._assemble(users, self._bundle.ranker.window).history)
+            vectors = self._vectors(users, state)
+        return EncodedMany(Request(at), state, vectors)
 
     def encode_ranker(self, user: User, ladder: Ladder) -> Encoded:
         """Give the ranker's state alone."""
@@ -64,7 +81,7 @@ class Scorer:
         with torch.inference_mode():
             if self._item_vectors is None:
                 self._item_vectors = self._bundle.retriever.item_vectors().float().cpu().numpy()
-            vector = self._vector(user, None)
+            vector = self._vectors([user], None)
         assert vector is not None
         products: NDArray[np.float32] = self._item_vectors[rows] @ vector[0]
         return products
@@ -85,35 +102,54 @@ class Scorer:
             scores: NDArray[np.float32] = logits.float().cpu().numpy()
             return scores
 
+    def score_many(self, encoded: EncodedMany, rows: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Give what `score` gives for each user's rows, computed in one padded batch.
+
+        A sum over more numbers may be rounded otherwise: a score may differ in its last float32 digit.
+        """
+        longest = max(len(some) for some in rows)
+        if not longest:
+            return [np.empty(0, np.float32) for _ in rows]
+        item = np.full((len(rows), longest), PAD, np.int32)
+        for place, some in enumerate(rows):
+            item[place, : len(some)] = some
+        with torch.inference_mode():
+            candidates = Candidates(torch.from_numpy(item).to(self._bundle.device))
+            logits = self._bundle.ranker.score(encoded.state, encoded.request, candidates)
+            scores: NDArray[np.float32] = logits.float().cpu().numpy()
+        return [scores[place, : len(some)] for place, some in enumerate(rows)]
+
     def _encode(self, user: User, ladder: Ladder) -> tuple[Request, object]:
         ranker = self._bundle.ranker
 
         def build() -> object:
-            return ranker.encode(self._assemble(user.events, user.at, ranker.window).history)
+            return ranker.encode(self._assemble([user], ranker.window).history)
 
         states = self._states
         state = ladder.attempt("rank", build if states is None else lambda: states.of(user, build), None)
         return Request(torch.tensor([user.at], device=self._bundle.device)), state
 
-    def _vector(self, user: User, state: object) -> NDArray[np.float32] | None:
+    def _vectors(self, users: Sequence[User], state: object) -> NDArray[np.float32] | None:
         retriever = self._bundle.retriever
         if retriever is None:
             return None
         if self._shares_encode and isinstance(state, Tensor):
             vector = state
         else:
-            window = self._bundle.retriever_window
-            vector = retriever.user_vectors(self._assemble(user.events, user.at, window).history)
+            vector = retriever.user_vectors(self._assemble(users, self._bundle.retriever_window).history)
         found: NDArray[np.float32] = vector.float().cpu().numpy()
         return found
 
-    def _assemble(self, events: Events, at: int, window: int | None) -> Batch:
+    def _assemble(self, users: Sequence[User], window: int | None) -> Batch:
+        """Give the histories of users as a batch without candidates."""
+        events = users[0].events if len(users) == 1 else Events.packed([user.events for user in users])
+        ends = np.cumsum([len(user.events) for user in users])
         batch = assemble(
             events,
-            np.zeros(1, np.int64),
-            np.array([len(events)], np.int64),
-            np.array([at], np.int64),
-            np.empty((1, 0), np.int32),
+            np.append(0, ends[:-1]),
+            ends,
+            np.array([user.at for user in users], np.int64),
+            np.empty((len(users), 0), np.int32),
             self._bundle.key_to_row,
             window=window,
         )
@@ -127,6 +163,7 @@ class Scorer:
         known = np.flatnonzero(self._bundle.key_to_row >= FIRST_ITEM)[:3].astype(np.uint32)
         events = Events(known, np.zeros(len(known), np.uint8), np.arange(len(known), dtype=np.int64))
         with torch.inference_mode():
-            history = self._assemble(events, len(known), self._bundle.ranker.window).history
+            user = User(events, self._bundle.key_to_row[known], len(known), None)
+            history = self._assemble([user], self._bundle.ranker.window).history
             state = self._bundle.ranker.encode(history)
             return isinstance(state, Tensor) and torch.equal(state, retriever.user_vectors(history))

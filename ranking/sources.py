@@ -83,11 +83,25 @@ class Retrieval:
         """Give the nearest rows by inner product; none without a vector."""
         if query.vector is None:
             return Proposal.none()
-        found, scores = self._index.search(query.vector, min(limit, len(self._index)), query.allowed)
-        if self._watch is not None:
-            self._watch.searched(self._index, query.vector, query.allowed, found[0])
-        real = found[0] >= FIRST_ITEM
-        return Proposal(found[0][real], scores[0][real])
+        return self.propose_many([query], [limit])[0]
+
+    def propose_many(self, queries: Sequence[SourceQuery], limits: Sequence[int]) -> list[Proposal]:
+        """Give what `propose` gives for each query; those with the same mask and limit are searched for at once."""
+        found = [Proposal.none()] * len(queries)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, (query, limit) in enumerate(zip(queries, limits, strict=True)):
+            if query.vector is not None:
+                alike.setdefault((id(query.allowed), limit), []).append(place)
+        for (_, limit), places in alike.items():
+            vectors = np.concatenate([vector for place in places if (vector := queries[place].vector) is not None])
+            allowed = queries[places[0]].allowed
+            rows, scores = self._index.search(vectors, min(limit, len(self._index)), allowed)
+            for place, vector, row, score in zip(places, vectors, rows, scores, strict=True):
+                if self._watch is not None:
+                    self._watch.searched(self._index, vector[None], allowed, row)
+                real = row >= FIRST_ITEM
+                found[place] = Proposal(row[real], score[real])
+        return found
 
 
 class NewItems:

@@ -4,6 +4,7 @@ All users' events lie in three flat arrays, user after user, oldest first; `offs
 disk they are plain `.npy` files, memory-mapped when read: 13 bytes an event, never a padded copy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,19 @@ class Events:
         return Events(np.empty(0, np.uint32), np.empty(0, np.uint8), np.empty(0, np.int64))
 
     @staticmethod
+    def packed(parts: Sequence["Events"]) -> "Events":
+        """Put runs of events one after the other, as the events of several users lie."""
+        return Events(
+            np.concatenate([part.item for part in parts]),
+            np.concatenate([part.action for part in parts]),
+            np.concatenate([part.time for part in parts]),
+        )
+
+    @staticmethod
     def concatenate(*parts: "Events") -> "Events":
         """Join runs of events and put them in order of time (stable: earlier parts first at equal times)."""
-        item = np.concatenate([part.item for part in parts])
-        action = np.concatenate([part.action for part in parts])
-        time = np.concatenate([part.time for part in parts])
+        joined = Events.packed(parts)
+        item, action, time = joined.item, joined.action, joined.time
         if np.all(time[:-1] <= time[1:]):
             return Events(item, action, time)
         order = np.argsort(time, kind="stable")

@@ -28,6 +28,7 @@ from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.popularity import Popularity, PopularityConfig
 from ranking.recommender import Recommender, RecommenderConfig
 from ranking.scorer import Scorer
+from ranking.users import User
 from recsys.errors import ConfigError
 from recsys.history import Events
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
@@ -280,9 +281,8 @@ def test_a_bundle_carries_them_into_index_sources_and_scores(tmp_path, retriever
     rank = Recommender(bundle, Nobody()).rank(RankRequest(history=HISTORY, item_ids=["i30", "i31"], at=asked.at), 0)
     with torch.inference_mode():
         rows = np.array([[30, 31]], np.int32) + FIRST_ITEM
-        batch = Scorer(bundle)._assemble(
-            Events(np.array([1, 4, 9], np.uint32), np.zeros(3, np.uint8), np.arange(3, dtype=np.int64)), 10, 10
-        )
+        events = Events(np.array([1, 4, 9], np.uint32), np.zeros(3, np.uint8), np.arange(3, dtype=np.int64))
+        batch = Scorer(bundle)._assemble([User(events, bundle.key_to_row[events.item], 10, None)], 10)
         wanted = bundle.ranker.score(
             bundle.ranker.encode(batch.history), batch.request, Candidates(torch.from_numpy(rows))
         )[0]

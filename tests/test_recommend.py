@@ -1,7 +1,9 @@
 """The batch job: the same rows from one process and from several, and the first event of a new user counts at once."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +11,9 @@ from typer.testing import CliRunner
 import pipelines.recommend as batch_job
 from pipelines.recommend import BatchRequest, recommend_on_workers, recommend_users
 from ranking.bundle import Bundle
+from ranking.calibration import Calibration
 from ranking.recommender import Recommender
+from ranking.recommender_config import Cap, RecommenderConfig
 from ranking.snapshot import SnapshotReader
 from recsys.cli import app
 from recsys.errors import BundleError, ConfigError, RecsysError
@@ -123,3 +127,40 @@ def test_a_file_without_users_is_refused(tmp_path: Path, name):
     (table.write_csv if name.endswith("csv") else table.write_parquet)(tmp_path / name)
     with pytest.raises(DataError, match=r"no column 'user_id'; found customer"):
         read_user_ids(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("asking", "cap"), [({}, 12), ({"exclude_seen": True}, 12), ({"k": 40}, 3)], ids=["plain", "unseen", "more rounds"]
+)
+def test_many_users_at_once_are_answered_as_one_by_one(bundle, snapshot, later, asking, cap):
+    """The same items in the same order from the same sources; scores but for the last float32 digit."""
+    recommender = Recommender(bundle, snapshot, RecommenderConfig(rules=(Cap("department", cap),)))
+    users = ["a user nobody knows", *snapshot.users(40), "nor this one"]
+    asked = {"k": 12, "at": later, **asking}
+    requests = [RecommendRequest(user_id=user, **asked) for user in users]
+    known, found = zip(*recommender.trace_many(requests, 0), strict=True)
+    assert known == (False, *[True] * 40, False)
+    rounds = set()
+    for request, many in zip(requests, found, strict=True):
+        one = recommender.trace(request, 0)
+        assert many.pool.rows.tolist() == one.pool.rows.tolist()
+        assert many.pool.rank.tolist() == one.pool.rank.tolist()
+        assert many.chosen.places.tolist() == one.chosen.places.tolist()
+        np.testing.assert_allclose(many.scores, one.scores, rtol=2e-7)
+        rounds.add(many.rounds)
+    assert (max(rounds) > 1) == (cap == 3)
+
+
+def test_the_job_tells_what_the_service_tells_calibrated_scores_too(bundle, snapshot, later, tmp_path):
+    calibrated = replace(bundle, calibration=Calibration(method="platt", slope=0.5, intercept=-1, answers=1, shown=1))
+    users = ["a user nobody knows", *snapshot.users(5)]
+    recommend_users(calibrated, snapshot, users, 7, later, tmp_path / "recs.parquet")
+    rows = pl.read_parquet(tmp_path / "recs.parquet").partition_by("user_id", maintain_order=True)
+    service = Recommender(calibrated, snapshot)
+    for user, told in zip(users, rows, strict=True):
+        answer = service.recommend(RecommendRequest(user_id=user, k=7, at=later), 0)
+        assert told["user_known"].unique().to_list() == [answer.user_known] == [answer.calibrated]
+        assert told["rank"].to_list() == list(range(1, 8))
+        assert told["item_id"].to_list() == [item.item_id for item in answer.items]
+        assert told["sources"].to_list() == [item.sources for item in answer.items]
+        np.testing.assert_allclose(told["score"], [item.score for item in answer.items], rtol=2e-7)
