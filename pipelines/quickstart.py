@@ -122,6 +122,8 @@ class Job:
         ]:
             forget_step("prepare", self.workspace.root / "steps")
         later = f" The log has {len(parts) - 1} later part{'s' * (len(parts) > 2)}." if parts[1:] else ""
+        if (prepared.directory / "manifest.json").exists() and any(part != log for part in self.workspace.left_out):
+            later += " The addition of one was interrupted: all parts are prepared anew."
         self._step(
             "prepare",
             f"Packing histories, splitting by time and sampling the candidates to evaluate on.{later}",

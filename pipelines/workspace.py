@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.parts import open_part
 from pipelines.prepared import PreparedSet
 from pipelines.tracking import default_uri
 from recsys.errors import DataError
@@ -33,6 +34,13 @@ class Workspace:
     def prepared(self) -> PreparedSet:
         """The prepared set."""
         return PreparedSet(self.root / "prepared")
+
+    @property
+    def left_out(self) -> list[Path]:
+        """Parts of the log that the prepared set lacks: an addition was interrupted, or they were ingested since."""
+        known = {record["digest"] for record in self.prepared.manifest.get("parts", ())}
+        there = [part for part in self.parts if part.exists()] if known else []
+        return [part for part in there if open_part(part).record.digest not in known]
 
     @property
     def audit(self) -> Path:

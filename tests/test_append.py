@@ -245,6 +245,40 @@ def test_the_quickstart_goes_on_with_the_grown_set_and_never_drops_a_later_part(
     assert prepared(PrepareConfig(negatives=3)) == (other.digest, 2)
     prepare(place.log, place.prepared.directory)  # as if the addition had stopped half-way
     assert prepared(plain) == (grown, 2)
+    assert ui.said[-1].endswith("The addition of one was interrupted: all parts are prepared anew.")
+
+
+def test_train_and_evaluate_say_that_an_addition_was_interrupted_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, second) = ingested(divided(synthetic(3000), [0.95], 0), tmp_path, [True, True])
+    place = Workspace(tmp_path / "workspace")
+    copytree(first, place.log)
+    options = ["--workspace", str(place.root)]
+    train, evaluate = ["train", "--config", "popularity", *options], ["evaluate", "popularity", *options]
+
+    def said(arguments: list[str]) -> str:
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.stderr
+
+    said(["prepare", *options, "--set", "negatives=3"])
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.append.append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add_part(second, place.parts, place.later_parts, place.prepared.directory)
+    words = f"prepared lacks {place.root / 'later' / '0001'}: an addition was interrupted"
+    go_on = f"recsys prepare {' '.join(options)} --add {place.root / 'later' / '0001'}"
+    for verb in (train, evaluate):
+        assert words in (found := said(verb))
+        assert f"`{go_on}` appends what is missing" in found
+    said(go_on.split()[1:])
+    assert len(Workspace(place.root).prepared.manifest["parts"]) == 2
+    assert "lacks" not in said([*train, "--name", "again"])
+
+
+def interrupted(*_: object) -> PreparedSet:
+    raise KeyboardInterrupt
 
 
 def test_only_values_of_the_minimum_are_positives(tmp_path: Path) -> None:

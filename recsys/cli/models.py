@@ -16,6 +16,7 @@ from recsys.terminal import Terminal, print_result
 if TYPE_CHECKING:
     from pipelines.evaluation import EvaluateConfig
     from pipelines.funnel import Funnel
+    from pipelines.prepared import PreparedSet
     from pipelines.train import Report, Trained
     from pipelines.workspace import Workspace
     from ranking.calibration import Calibration
@@ -41,7 +42,7 @@ def train(
     if is_text_config(path):
         train_text(path, place, name, mlflow, assignments or (), as_json)
         return
-    place.require(place.prepared.directory, "prepare")
+    prepared = _prepared(place)
     options = load_config(path, assignments or ())
     directory = place.run(name or Path(config).stem)
     uri = mlflow or place.tracking_uri
@@ -49,10 +50,10 @@ def train(
         from pipelines.distributed import train_on_workers
 
         Terminal().say(f"Training {options.name} on {workers} workers.")
-        trained = train_on_workers(options, place.prepared, directory, uri, workers)
+        trained = train_on_workers(options, prepared, directory, uri, workers)
     else:
         with Terminal().bar(f"train {options.name}") as bar:
-            trained = run(options, place.prepared, directory, uri, bar)
+            trained = run(options, prepared, directory, uri, bar)
     print_result({"run_id": trained.run_id, **trained.summary.table()}, as_json)
 
 
@@ -72,10 +73,10 @@ def sweep(
 
     place = Workspace(workspace)
     options = load_sweep(find_config(config), assignments or ())
-    place.require(place.prepared.directory, "prepare")
+    prepared = _prepared(place)
     directory = place.run(name or Path(config).stem)
     with Terminal().bar("sweep") as bar:
-        swept = run(options, place.prepared, directory, mlflow or place.tracking_uri, bar)
+        swept = run(options, prepared, directory, mlflow or place.tracking_uri, bar)
     typer.echo(json.dumps(swept.table(), indent=2, sort_keys=True) if as_json else swept.markdown())
     Terminal().say(f"Runs, sweep.json and sweep.md: {directory.resolve()}")
 
@@ -114,24 +115,39 @@ def evaluate(
         raise ConfigError(
             f"runs must differ in their last part, which names them in the report; found {' '.join(runs)}"
         )
-    trained = {Path(run).name: trained_run(place.require(place.run(run), "train"), place.prepared) for run in runs}
+    prepared = _prepared(place)
+    trained = {Path(run).name: trained_run(place.require(place.run(run), "train"), prepared) for run in runs}
     models = {name: one.model for name, one in trained.items()}
     if options.protocol == "leave_one_out":
         _leave_one_out(models, place, options, as_json)
         return
     with Terminal().bar("evaluate") as bar:
-        evaluation = run(models, place.prepared, options, lambda words, done, total: bar(done, total, words))
+        evaluation = run(models, prepared, options, lambda words, done, total: bar(done, total, words))
         funnel = _funnel(place, options, bar)
     summaries = {name: one.summary for name, one in trained.items()}
     evaluation.save(place.evaluation)
     if funnel is not None:
         funnel.save(place.evaluation / "funnel.json")
-    write_report(evaluation, summaries, place.prepared.manifest, place.evaluation, last_audit(place.audit), funnel)
+    write_report(evaluation, summaries, prepared.manifest, place.evaluation, last_audit(place.audit), funnel)
     run_ids = {name: one.run_id for name, one in trained.items()}
     log_evaluation(evaluation, place.evaluation, run_ids, mlflow or place.tracking_uri)
     Terminal().say(f"Report: {(place.evaluation / 'report.html').resolve()}")
     if as_json:
         typer.echo((place.evaluation / "metrics.json").read_text())
+
+
+def _prepared(place: "Workspace") -> "PreparedSet":
+    """Give the prepared set, and say so if the log has parts that it lacks."""
+    place.require(place.prepared.directory, "prepare")
+    if missing := place.left_out:
+        added = " ".join(f"--add {part}" for part in missing if part != place.log)
+        go_on = f"`recsys prepare --workspace {place.root} {added}` appends what is missing; " if added else ""
+        Terminal().say(
+            f"{place.prepared.directory} lacks {', '.join(map(str, missing))}: an addition was interrupted, or the log "
+            f"was ingested since. This goes on with the set as it is. {go_on}"
+            f"`recsys prepare --workspace {place.root}` prepares the whole log anew."
+        )
+    return place.prepared
 
 
 def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Report") -> "Funnel | None":
@@ -197,10 +213,10 @@ def compare(
     from recsys.config import parse, read_toml
 
     place, path = Workspace(workspace), find_config(config)
-    place.require(place.prepared.directory, "prepare")
+    prepared = _prepared(place)
     options = parse(CompareFile, read_toml(path, assignments or ()), str(path))
     with subjects(runs, place, mlflow or place.tracking_uri) as found, Terminal().bar("compare") as bar:
-        compared = run(found, place.prepared, options, lambda words, done, total: bar(done, total, words))
+        compared = run(found, prepared, options, lambda words, done, total: bar(done, total, words))
     compared.save(place.comparison)
     write_page(compared, place.comparison)
     text = render_markdown(build_page(compared)).partition("## Exploratory")[0].replace("`", "")
