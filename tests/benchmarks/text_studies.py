@@ -1,4 +1,4 @@
-"""The text studies: first stages, LexSemBridge beside its controls, MVP beside the cross-encoder, and what they cost.
+"""The text studies: first stages, LexSemBridge beside its controls, MVP beside a cross-encoder, and what it costs.
 
     python tests/benchmarks/text_studies.py run [CELL ...] --data $RECSYS_DATA --work DIR     resumable; cells below
     python tests/benchmarks/text_studies.py table                                           the tables of what has run
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from text_reranking import rerank_cost, reranking
 
@@ -30,7 +29,6 @@ from pipelines.text_pairs import PairSource, sample
 from ranking.dense_encoder import DenseEncoder
 from ranking.fusion import POOL, Ranking
 from ranking.splade import Splade
-from ranking.text_backbone import in_passes
 from ranking.text_models import load_encoder
 from recsys.files import write_json
 
@@ -150,46 +148,9 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
     return out
 
 
-def cost(place: Place) -> dict[str, Any]:
-    """Passages per second of a fixed-length loop and of length-batched encoding, at equal vectors, in one run."""
-    encoder = DenseEncoder.of()
-    texts = read_corpus(place.data / "cranfield").passages[:200]
-    rows = encoder.tokenizer.encode(texts, 256)
-    fixed = [row + [encoder.tokenizer.pad] * (256 - len(row)) for row in rows]
-    pad = encoder.tokenizer.pad
-
-    def plain() -> np.ndarray:
-        out = []
-        for first in range(0, len(fixed), 16):
-            with torch.inference_mode():
-                ids = torch.tensor(fixed[first : first + 16])
-                mask = torch.tensor([[1] * len(r) + [0] * (256 - len(r)) for r in rows[first : first + 16]])
-                out.append(encoder(ids, mask).numpy())
-        return np.concatenate(out)
-
-    def batched() -> np.ndarray:
-        return in_passes(rows, pad, torch.device("cpu"), encoder)
-
-    seconds: dict[str, list[float]] = {"fixed_length": [], "by_length": []}
-    vectors = {}
-    for _ in range(3):
-        for name, run in (("fixed_length", plain), ("by_length", batched)):
-            started = time.perf_counter()
-            vectors[name] = run()
-            seconds[name].append(time.perf_counter() - started)
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
-    return {
-        "passages": len(texts),
-        "median_tokens": float(np.median([len(row) for row in rows])),
-        "passages_per_second": {name: len(texts) / value for name, value in median.items()},
-        "ratio": median["fixed_length"] / median["by_length"],
-        "largest_difference": float(np.abs(vectors["fixed_length"] - vectors["by_length"]).max()),
-    }
-
-
 def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
     """Every cell by name, the quick ones first."""
-    made: dict[str, Callable[[Place], dict[str, Any]]] = {"cost": cost}
+    made: dict[str, Callable[[Place], dict[str, Any]]] = {}
     for name in CORPORA:
         made[f"first_stages-{name}"] = lambda p, name=name: first_stages(p, name)
     for name in CORPORA:
@@ -248,9 +209,6 @@ def lines_of(name: str) -> list[str]:
     if "cpu_milliseconds" in found:
         times = ", ".join(f"{key} {value} ms" for key, value in found["cpu_milliseconds"].items())
         return [f"| {name} | {times} | {found['mvp_over_cross_encoder']:.2f} times the cross-encoder | |"]
-    if "ratio" in found:
-        speed = ", ".join(f"{key} {value:.1f}/s" for key, value in found["passages_per_second"].items())
-        return [f"| {name} | {speed} | ratio {found['ratio']:.2f} | difference {found['largest_difference']:.1e} |"]
     lines = []
     for task, values in found["tasks"].items():
         for system, measures in values["systems"].items():
