@@ -59,7 +59,12 @@ def find_reranker(name: str, runs: Path) -> TextReranker:
 
 
 def mix_of(text: str) -> Mix:
-    """Read how words and vectors are joined: `by-query`, a fixed weight of the words, or `rrf` for reciprocal ranks."""
+    """Read how words and vectors are joined.
+
+    Args:
+        text: `by-query`; another weight of the words where no passage holds those of the query, as `recsys evaluate`
+            chooses one; or `rrf` for reciprocal ranks.
+    """
     if text == "by-query":
         return Mix()
     if text == "rrf":
@@ -70,7 +75,7 @@ def mix_of(text: str) -> Mix:
         weight = -1.0
     if not 0 <= weight <= 1:
         raise ConfigError(f"--fusion is {text!r}; expected by-query, rrf, or a weight of the words from 0 to 1")
-    return Mix(weight, covered=None)
+    return Mix(weight)
 
 
 def search_contents(

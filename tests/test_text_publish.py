@@ -43,7 +43,7 @@ def test_documents_named_like_items_are_items(corpus):
 
 
 def test_what_cannot_be_meant_is_refused(corpus):
-    assert (mix_of("0.3"), mix_of("rrf").weight, mix_of("by-query")) == (Mix(0.3, covered=None), None, Mix())
+    assert (mix_of("0.3"), mix_of("rrf").weight, mix_of("by-query")) == (Mix(0.3), None, Mix())
     for wrong in ("1.1", "words", "nan"):
         with pytest.raises(ConfigError, match="rrf"):
             mix_of(wrong)
