@@ -22,13 +22,20 @@ def log_evaluation(evaluation: Evaluation, directory: Path, run_ids: Mapping[str
     Raises:
         ConfigError: MLflow does not know a run, or cannot be reached.
     """
+    log_report({name: evaluation.flat(name) for name in run_ids}, directory, run_ids, uri)
+
+
+def log_report(
+    metrics: Mapping[str, Mapping[str, float]], directory: Path, run_ids: Mapping[str, str], uri: str
+) -> None:
+    """Log each model's metrics by name, and the report in `directory`, to its run; raises as `log_evaluation` does."""
     from mlflow.exceptions import MlflowException
 
     client = tracking_client(uri)
     for name, run_id in run_ids.items():
         run = Run(run_id, uri, client)
         try:
-            run.metrics(evaluation.flat(name), 0)
+            run.metrics(metrics[name], 0)
             for file in FILES:
                 run.artifacts(directory / file)
         except MlflowException as error:

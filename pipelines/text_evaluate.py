@@ -67,6 +67,10 @@ class TaskResult:
         values = {name: value["ndcg_at_10"] for name, value in self.values.items()}
         return {name: compare(values[name], values[base]) for name, base in self.baseline.items()}
 
+    def flat(self, name: str) -> dict[str, float]:
+        """Give a model's measures as `test/<task>/<measure>`, ready to be logged."""
+        return {f"test/{self.name}/{key}": float(value.mean()) for key, value in self.values[name].items()}
+
     def table(self) -> dict[str, Any]:
         """Give everything as JSON values."""
         systems: dict[str, dict[str, dict[str, float]]] = {}

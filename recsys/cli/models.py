@@ -108,7 +108,7 @@ def evaluate(
 
     place, path = Workspace(workspace), find_config(config)
     if all_text(place, runs):
-        evaluate_text(runs, place, corpus, split, as_json)
+        evaluate_text(runs, place, corpus, split, mlflow, as_json)
         return
     options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
     if len({Path(name).name for name in runs}) < len(runs):

@@ -37,9 +37,12 @@ def train_text(
     print_result(trained.table(), as_json)
 
 
-def evaluate_text(runs: Sequence[str], place: "Workspace", corpus: str | None, split: str, as_json: bool) -> None:
-    """Rank test queries with trained text models and every first stage; write metrics.json and the report."""
+def evaluate_text(
+    runs: Sequence[str], place: "Workspace", corpus: str | None, split: str, mlflow: str | None, as_json: bool
+) -> None:
+    """Rank test queries with text models and every first stage; write and log metrics.json and the report."""
     from pipelines.first_stages import FirstStages
+    from pipelines.logged import log_report
     from pipelines.text_corpus import read_queries
     from pipelines.text_evaluate import TextModelRun, require_corpus, write_text_report
     from pipelines.text_evaluate import evaluate_text as run
@@ -71,6 +74,9 @@ def evaluate_text(runs: Sequence[str], place: "Workspace", corpus: str | None, s
     facts = {"corpus": opened.name, "passages": len(opened), "bm25 weight chosen on dev": weight}
     directory = place.evaluation / "text"
     report = write_text_report(results, facts, directory)
+    run_ids = {name: read_json(place.run(name) / "run.json")["run_id"] for name in runs}
+    measured = {name: {key: value for one in results for key, value in one.flat(name).items()} for name in runs}
+    log_report(measured, directory, run_ids, mlflow or place.tracking_uri)
     Terminal().say(f"Report: {report.resolve()}")
     if as_json:
         typer.echo((directory / "metrics.json").read_text())

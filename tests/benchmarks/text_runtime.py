@@ -12,7 +12,6 @@ they are not among the dependencies, because it gains nothing on passages.
 import argparse
 import copy
 import importlib.util
-import json
 import os
 import platform
 import tempfile
@@ -28,6 +27,7 @@ from pipelines.text_corpus import read_corpus
 from ranking.dense_encoder import DenseEncoder
 from ranking.text_backbone import in_passes, padded
 from ranking.text_models import Vectors
+from recsys.files import write_json
 
 LONGEST = 256
 BATCH = 16
@@ -130,7 +130,7 @@ def main() -> None:
                 print(f"  {row['runtime']:<28}{speed}{row['largest_difference']:>10.1e}")
     if given.out:
         about = {"processor": platform.processor() or platform.machine(), "threads": 1}
-        given.out.write_text(json.dumps({**about, **found}, indent=2) + "\n")
+        write_json(given.out, {**about, **found})
 
 
 if __name__ == "__main__":
