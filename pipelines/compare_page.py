@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from pipelines import pages, plots
 from pipelines.compare import Compared
-from pipelines.findings import NAMES, number, percent, signed
+from pipelines.findings import NAMES, listed, number, percent, signed
 from pipelines.plots import Point, Series
 from pipelines.tables import Cell, Table
 from pipelines.verdicts import Verdict
 from recsys.files import whole_file
 
 HEADER = ("Model", "against", "Verdict", "Difference", "Users it would take")
-MOST_PAIRS = 8
-"""Pairs the summary speaks of; the table holds all."""
+MOST_PAIRS = 12
+"""Pairs that are drawn, those of the best model first; the table holds all."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def build_page(found: Compared) -> ComparePage:
         _table(name, list(part)) for name, part in groupby(found.exploratory, lambda verdict: verdict.segment)
     ]
     return ComparePage(
-        f"Comparison of {_names(list(found.values))}".replace("`", ""),
+        f"Comparison of {listed(list(found.values))}",
         summary(found, metric),
         _plot(found, metric),
         decisive,
@@ -53,27 +55,72 @@ def build_page(found: Compared) -> ComparePage:
 
 
 def summary(found: Compared, metric: str) -> list[str]:
-    """Give the verdicts in sentences; `backticks` mark names."""
+    """Give what to know in a minute, the verdict first; `backticks` mark names."""
     config = found.config
     lines = [
+        conclusion(found, metric),
         f"On {found.requests:,} `{config.split}` requests of {found.users:,} users, against `{config.sampler}` "
-        f"negatives, paired by user; {metric} over all requests decides."
+        f"negatives, paired by user; {metric} over all requests decides.",
     ]
-    lines += [sentence(verdict, metric) for verdict in found.primary[:MOST_PAIRS]]
-    if len(found.primary) > MOST_PAIRS:
-        lines.append(f"The table below has all {len(found.primary)} pairs.")
-    turned = [verdict for verdict in found.segments if verdict.word in ("better", "worse")]
-    lines += [f"In `{v.segment}`: {sentence(v, 'GAUC')}" for v in turned]
+    if found.config.segments and found.primary:
+        lines.append(f"Of the {len(found.config.segments)} segments named beforehand, {_in_segments(found)}.")
     if found.agrees is not None:
         lines.append(f"Of {len(found.twins)} pairs of twins {percent(found.agrees)} come out cannot tell.")
     if found.not_defined:
-        lines.append(f"Without a positive, so not defined: {_names(found.not_defined)}.")
+        lines.append(f"Without a positive, so not defined: {listed([f'`{name}`' for name in found.not_defined])}.")
     lines.append(
         f"Each verdict errs in {100 * (1 - config.level):.3g} % of cases where nothing differs; {len(found.primary)} "
         "pairs were looked at. A verdict on two files does not cover the luck of a training seed; one on methods does. "
         f"{len({v.segment for v in found.exploratory})} further segments are exploratory: they decide nothing."
     )
     return lines
+
+
+def conclusion(found: Compared, metric: str) -> str:
+    """Give the verdict on the best model in one sentence, of two models with its numbers."""
+    if not found.primary:
+        return "All runs are seeds of one method: there is nothing to decide."
+    if len(found.primary) == 1:
+        return sentence(_from_best(found, found.primary[0]), metric)
+    name = _best(found)
+    ours = [_from_best(found, one) for one in found.primary if name in (one.model, one.other)]
+    parts = []
+    words = {"better": "is better than", "worse": "is worse than", "cannot tell": "cannot be told from"}
+    for word, text in words.items():
+        others = [one for one in ours if one.word == word]
+        if others:
+            parts.append(f"{text} {listed([f'`{one.other}`' for one in others])}{_needed(others)}")
+    what = " as a method" if ours[0].kind == "methods" else ""
+    value = number(found.values[name][found.config.metric])
+    return f"`{name}` has the highest {metric}, {value}; it {', and '.join(parts) or 'is compared with none'}{what}."
+
+
+def _in_segments(found: Compared) -> str:
+    """Say in which segments named beforehand another model is better than the best."""
+    name = _best(found)
+    ours = [_from_best(found, one) for one in found.segments if name in (one.model, one.other)]
+    lost = [one for one in ours if one.word == "worse"]
+    if not lost:
+        return f"in none a model is better than `{name}`"
+    few = "; ".join(f"in `{one.segment}` `{one.other}` is better by {_difference(one.turned)}" for one in lost[:2])
+    return few + (f", and so are {len(lost) - 2} more" if len(lost) > 2 else "")
+
+
+def _best(found: Compared) -> str:
+    names = dict.fromkeys(name for one in found.primary for name in (one.model, one.other))
+    values = {name: found.values[name][found.config.metric] for name in names}
+    return max(values, key=lambda name: -np.inf if values[name] is None else (values[name] or 0.0))
+
+
+def _from_best(found: Compared, one: Verdict) -> Verdict:
+    """Give a verdict read from the side of the best model, if it is about that."""
+    return one.turned if one.other == _best(found) else one
+
+
+def _needed(others: Sequence[Verdict]) -> str:
+    """Say how many users would tell each of some models apart."""
+    needed = [one.users_needed for one in others if one.users_needed]
+    return f" (it would take about {max(needed):,} users)" if needed else ""
 
 
 def sentence(verdict: Verdict, metric: str) -> str:
@@ -143,9 +190,11 @@ def _table(title: str, verdicts: Sequence[Verdict], note: str = "", segment: boo
 
 def _plot(found: Compared, metric: str) -> str:
     """Draw the differences of the primary metric with their intervals."""
-    known = [verdict for verdict in found.primary if verdict.difference is not None][:20]
+    known = [_from_best(found, one) for one in found.primary if one.difference is not None]
     if not known:
         return ""
+    best = _best(found)
+    known = sorted(known, key=lambda one: one.model != best)[:MOST_PAIRS]
     points = [
         Point(v.difference, None if v.ci_low is None or v.ci_high is None else (v.ci_low, v.ci_high)) for v in known
     ]
@@ -168,8 +217,3 @@ def _bounds(verdict: Verdict) -> str:
     if verdict.ci_low is None or verdict.ci_high is None:
         return ""
     return f"{signed(verdict.ci_low)} to {signed(verdict.ci_high)}"
-
-
-def _names(names: Sequence[str]) -> str:
-    quoted = [f"`{name}`" for name in names]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

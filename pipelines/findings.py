@@ -169,8 +169,8 @@ def _standing(evaluation: Evaluation, sampler: str, metric: str, name: str) -> s
     if not near and not beaten:
         return "but no interval was computed: how sure that is is not known"
     if not near:
-        return f"and beats {_list(beaten)}"
-    return f"but cannot be told from {_list(near)}" + (f"; it beats {_list(beaten)}" if beaten else "")
+        return f"and beats {listed(beaten)}"
+    return f"but cannot be told from {listed(near)}" + (f"; it beats {listed(beaten)}" if beaten else "")
 
 
 def caution(evaluation: Evaluation) -> str:
@@ -214,7 +214,7 @@ def _resamples(evaluation: Evaluation, found: Comparison) -> str:
     return f"{word} in {percent(share)} of {total:,} resamples of the users"
 
 
-def _list(words: list[str]) -> str:
+def listed(words: list[str]) -> str:
     """Join names; more than four are counted."""
     if len(words) > 4:
         words = [*words[:3], f"{len(words) - 3} others"]

@@ -14,9 +14,9 @@ method, so that a difference within it is "cannot tell".
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,13 @@ class Verdict:
     users: int
     users_needed: int | None
     why: str = ""
+
+    @property
+    def turned(self) -> "Verdict":
+        """The same verdict, read from the other's side."""
+        word = cast(Word, {"better": "worse", "worse": "better"}.get(self.word, self.word))
+        low, high, value = (None if x is None else -x for x in (self.ci_high, self.ci_low, self.difference))
+        return replace(self, model=self.other, other=self.model, word=word, difference=value, ci_low=low, ci_high=high)
 
 
 @dataclass(frozen=True)

@@ -167,8 +167,17 @@ def test_a_copy_is_never_told_from_itself_and_noise_is_worse(prepared):
     }  # fmt: skip
     assert {v.segment for v in found.segments} <= {"target_in_history", "item_age_unseen"}
     assert "target_outside_history" in {v.segment for v in found.exploratory}
-    text = render_markdown(build_page(found))
-    assert "`good` is better than `noise`: GAUC +" in text
+    page = build_page(found)
+    text = render_markdown(page)
+    value = f"{found.values['good']['gauc']:.4f}"
+    assert page.summary[0] == (
+        f"`good` has the highest GAUC, {value}; it is better than `noise`, and cannot be told from `copy`."
+    )
+    assert len(page.summary) <= 5
+    two = replace(found, primary=[verdict for verdict in found.primary if "good" not in (verdict.model, verdict.other)])
+    one, other = (build_page(replace(two, primary=[verdict])) for verdict in (two.primary[0], two.primary[0].turned))
+    assert one.summary[0] == other.summary[0]  # whichever way round it was asked
+    assert one.summary[0].startswith("`copy` is better than `noise`: GAUC +")
     for segment in found.not_defined:
         assert f"`{segment}`" in text
     with pytest.raises(ConfigError, match=r"no segment 'gold_users'; there are .*target_in_history"):
