@@ -6,7 +6,9 @@ asked which of the positives it still holds:
     <source>      recall of what each candidate source proposes, up to its quota
     union         of all of them together: no later stage can find more
     ranked        the first 10 and 50 after the ranker: recall, NDCG
-    answer        the same after the rules, as users get it; a text stage is only in it for requests with a query
+    answer        the same after the rules, as users get it
+
+Requests with a query go another way, through a search: `pipelines.funnel_search`.
 
 Beside it what the lists are like: coverage (share of the trained items that anybody is shown among the first k),
 novelty (mean of -log2 of an item's share of training events, in bits), diversity (share of pairs in a list of different
@@ -14,7 +16,7 @@ categories), popularity bias (mean training events of what is shown over that of
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,10 @@ class Lists:
 
 @dataclass(frozen=True)
 class Funnel:
-    """The funnel of one bundle on some requests of a split."""
+    """The funnel of one bundle on some requests of a split.
+
+    `searched` are the stages of `searches` requests with a query (`pipelines.funnel_search`), if the bundle searches.
+    """
 
     bundle: str
     split: str
@@ -78,13 +83,15 @@ class Funnel:
     users: int
     stages: list[Stage]
     lists: Lists
+    searches: int = 0
+    searched: list[Stage] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         write_json(path, asdict(self))
 
 
-class _Prepared:
+class PreparedHistories:
     """Histories of a prepared set by outside user id; a `recsys.stores.HistoryReader`."""
 
     def __init__(self, prepared: PreparedSet) -> None:
@@ -93,6 +100,7 @@ class _Prepared:
         self._row = {user: row for row, user in enumerate(self.ids)}
 
     def read(self, user_id: str) -> Events | None:
+        """Give the user's whole history, None for one the set does not know."""
         row = self._row.get(user_id)
         return None if row is None else self._prepared.histories.of(row)
 
@@ -124,7 +132,7 @@ def measure_funnel(
         raise DataError(f"{prepared.directory}: split {split!r} has no requests; prepare a longer period")
     found = _follow(bundle, prepared, sample, say)
     users, user = np.unique(sample.requests.user, return_inverse=True)
-    ranked, answer = (_ranking(sample, rows) for rows in (found.ranked, found.answers))
+    ranked, answer = (ranking_of(sample, rows) for rows in (found.ranked, found.answers))
     values = {name: _held(sample, rows) for name, rows in found.proposed.items()}
     values |= {"ranked": recall(ranked, DEEP), "answer": recall(answer, DEEP)}
     statistics: dict[str, Statistic] = {name: Ratio.of_groups(held, user, len(users)) for name, held in values.items()}
@@ -174,16 +182,11 @@ def lists_are(prepared: PreparedSet, lists: Sequence[NDArray[np.int32]], sample:
 
 def tables(funnel: Funnel) -> list[Table]:
     """Give the funnel and what the lists are like, as tables of the report."""
-    rows = []
-    for stage in funnel.stages:
-        bounds = "" if stage.ci_low is None or stage.ci_high is None else f"{stage.ci_low:.4f}–{stage.ci_high:.4f}"
-        cells = [Cell(stage.name), Cell(f"{stage.candidates:,.1f}"), Cell(_number(stage.recall), bounds)]
-        rows.append((*cells, Cell(_number(stage.recall_at_10)), Cell(_number(stage.ndcg_at_10))))
+    rows = [_row(stage) for stage in funnel.stages]
     note = (
         f"Bundle `{funnel.bundle}` on {funnel.requests:,} `{funnel.split}` requests of {funnel.users:,} users, all "
         "items of the catalogue being candidates. Recall of sources and their union is over all they propose, that of "
-        f"`ranked` and `answer` (after filters and rules) over the first {DEEP}, the k asked for. No request here "
-        "has a query, so the text stage plays no part."
+        f"`ranked` and `answer` (after filters and rules) over the first {DEEP}, the k asked for."
     )
     told = funnel.lists
     bias = "–" if told.popularity_bias is None else f"{told.popularity_bias:.2f}"
@@ -194,8 +197,15 @@ def tables(funnel: Funnel) -> list[Table]:
         ("Popularity over that of what was taken", bias),
     )
     header = ("Stage", "Candidates", "Recall", f"Recall@{K}", f"NDCG@{K}")
+    searched = (
+        f"{funnel.searches:,} of these requests with a query: two neighbouring words of the name of an item that was "
+        f"taken; to be found is what was taken and holds them. Recall over the first {DEEP}. `search` is the first "
+        "stage's order, `answer` blends it with the ranker's for this user."
+    )
+    more = [Table("With a query", header, tuple(_row(stage) for stage in funnel.searched), searched)]
     return [
         Table("Where positives are lost", header, tuple(rows), note),
+        *(more if funnel.searched else []),
         Table(
             f"The first {told.k} of the answers", ("", ""), tuple((Cell(name), Cell(value)) for name, value in facts)
         ),
@@ -214,7 +224,7 @@ class _Followed:
 def _follow(
     bundle: Bundle, prepared: PreparedSet, sample: Sample, say: Callable[[str, int, int], None] | None
 ) -> _Followed:
-    reader = _Prepared(prepared)
+    reader = PreparedHistories(prepared)
     recommender = Recommender(bundle, reader)
     proposed: dict[str, list[NDArray[np.int32]]] = {}
     ranked, answers = [], []
@@ -246,7 +256,7 @@ def _held(sample: Sample, lists: Sequence[NDArray[np.int32]]) -> Floats:
     )
 
 
-def _ranking(sample: Sample, lists: Sequence[NDArray[np.int32]]) -> Ranking:
+def ranking_of(sample: Sample, lists: Sequence[NDArray[np.int32]]) -> Ranking:
     """Rank lists in order; positives that are not in a list stand behind it, so that they count as not found."""
     offsets, positive = sample.requests.offsets, sample.requests.positive
     score, label, group = [], [], []
@@ -264,6 +274,12 @@ def _different(category: NDArray[np.int32]) -> float:
     pairs = len(category) * (len(category) - 1) / 2
     same = sum(n * (n - 1) / 2 for n in np.unique(category, return_counts=True)[1].tolist())
     return float(1 - same / pairs)
+
+
+def _row(stage: Stage) -> tuple[Cell, ...]:
+    bounds = "" if stage.ci_low is None or stage.ci_high is None else f"{stage.ci_low:.4f}–{stage.ci_high:.4f}"
+    cells = [Cell(stage.name), Cell(f"{stage.candidates:,.1f}"), Cell(_number(stage.recall), bounds)]
+    return (*cells, Cell(_number(stage.recall_at_10)), Cell(_number(stage.ndcg_at_10)))
 
 
 def _number(value: float | None) -> str:

@@ -1,15 +1,23 @@
 """The funnel: every stage holds what plain counting over the recommender's own answers says it holds."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from text_world import WordCount
 
 from pipelines.funnel import DEEP, lists_are, measure_funnel, tables
+from pipelines.funnel_search import measure_search, with_queries
 from pipelines.publish import publish
 from pipelines.scoring import draw_requests
 from pipelines.shipped import find_config
+from pipelines.text_publish import item_passages
 from pipelines.train import load_config, train
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender
+from ranking.search_part import SearchContents
+from ranking.searcher import Searcher
 from recsys.errors import DataError
 from recsys.messages import RecommendRequest
 
@@ -34,7 +42,40 @@ def test_recall_only_falls_from_the_union_to_the_answer(prepared, bundle):
     assert all(stage.ci_low <= stage.recall <= stage.ci_high for stage in funnel.stages)
     assert 0 < funnel.lists.coverage < 1
     assert 0 <= funnel.lists.diversity <= 1
-    assert "text stage plays no part" in tables(funnel)[0].note
+    assert [table.title for table in tables(funnel)] == ["Where positives are lost", "The first 10 of the answers"]
+    assert measure_search(bundle, prepared, requests=REQUESTS) == (0, [])  # it searches no text
+
+
+def test_with_a_query_each_stage_is_what_search_and_service_give(prepared, mlflow_uri, tmp_path):
+    chosen = train(load_config(find_config("personal_frequency")), prepared, tmp_path / "run", mlflow_uri)
+    text = SearchContents(item_passages(prepared), None, WordCount(reads=3))
+    publish(prepared, chosen, None, tmp_path / "bundle", tmp_path / "snapshot", {}, text=text)
+    bundle = Bundle.load(tmp_path / "bundle")
+    searches, stages = measure_search(bundle, prepared, requests=REQUESTS, resamples=50)
+    assert [stage.name for stage in stages] == ["search", "reranked", "answer"]
+    asked, queries = with_queries(draw_requests(prepared, "test", REQUESTS, 2023), bundle.names, 2023)
+    assert searches == len(queries) == len(asked) > 0
+    users = prepared.users["user_id"].cast(str).to_list()
+    recommender, searcher = Recommender(bundle, _Histories(prepared, users)), Searcher(bundle.text)
+    found = {name: [] for name in ("search", "reranked", "answer")}
+    for r, query in enumerate(queries):
+        own = asked.requests.positive[asked.requests.offsets[r] : asked.requests.offsets[r + 1]]
+        assert all(query in " ".join(re.findall(r"\w+", bundle.names[row].lower())) for row in own.tolist())
+        plain, reranked = searcher.search(query, rerank=False), searcher.search(query)
+        user, at = users[asked.requests.user[r]], int(asked.requests.at[r])
+        answer = recommender.recommend(
+            RecommendRequest(user_id=user, k=DEEP, at=at, query=query), at, searched=reranked
+        )
+        rows = {"search": plain.items()[0][:DEEP], "reranked": reranked.items()[0][:DEEP]}
+        rows["answer"] = [bundle.row_of[item.item_id] for item in answer.items]
+        for name, some in rows.items():
+            found[name].append(np.isin(own, some).mean())
+    for stage in stages:
+        assert stage.recall == pytest.approx(np.mean(found[stage.name]))
+        assert 0 < stage.recall <= 1
+    whole = replace(measure_funnel(bundle, prepared, requests=2, resamples=50), searches=searches, searched=stages)
+    table = tables(whole)[1]
+    assert (table.title, [row[0].text for row in table.rows]) == ("With a query", ["search", "reranked", "answer"])
 
 
 def test_the_answer_is_what_the_service_answers(prepared, bundle):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -153,6 +154,7 @@ def _prepared(place: "Workspace") -> "PreparedSet":
 def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Report") -> "Funnel | None":
     """Measure the published bundle, if there is one of this data."""
     from pipelines.funnel import measure_funnel
+    from pipelines.funnel_search import measure_search
     from ranking.bundle import Bundle
     from ranking.manifest import MANIFEST, read_manifest
 
@@ -161,15 +163,13 @@ def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Report") -> "Fu
     if read_manifest(place.bundle)[0].provenance.data_digest != place.prepared.digest:
         Terminal().say("The published bundle is of other data; its funnel is left out.")
         return None
-    return measure_funnel(
-        Bundle.load(place.bundle),
-        place.prepared,
-        options.split,
-        options.funnel_requests,
-        options.resamples,
-        options.seed,
-        lambda words, done, total: bar(done, total, words),
-    )
+    bundle = Bundle.load(place.bundle)
+    if bundle.ranking_model is None:
+        return None
+    asked = (place.prepared, options.split, options.funnel_requests, options.resamples, options.seed)
+    funnel = measure_funnel(bundle, *asked, lambda words, done, total: bar(done, total, words))
+    searches, searched = measure_search(bundle, *asked, lambda words, done, total: bar(done, total, words))
+    return replace(funnel, searches=searches, searched=searched)
 
 
 def _leave_one_out(
