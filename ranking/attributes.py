@@ -1,6 +1,7 @@
 """Item attributes by column name, as filters and rules ask for them: values as text, numbers by row."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,37 @@ from recsys.errors import ConfigError
 ITEM_ID = "item_id"
 FIRST_CODE = 2
 """Codes 0 and 1 of a categorical column are padding and missing."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """A column of values, one or several per item: row v has code[first[v]..first[v + 1]], at least one.
+
+    Attributes:
+        code: int32 [entries]; below `FIRST_CODE` is no value.
+        first: int64 [V + 1].
+        count: number of codes there are.
+    """
+
+    code: NDArray[np.int32]
+    first: NDArray[np.int64]
+    count: int
+
+    def of(self, rows: NDArray[np.int32]) -> list[list[int]]:
+        """Give the codes of some rows; an item without a value has none."""
+        starts, ends = self.first[rows].tolist(), self.first[rows + 1].tolist()
+        codes = (self.code[start:end].tolist() for start, end in zip(starts, ends, strict=True))
+        return [[code for code in some if code >= FIRST_CODE] for some in codes]
+
+    def having(self, codes: Sequence[int]) -> NDArray[np.bool_]:
+        """Give bool [V], True at rows with one of the codes."""
+        wanted = np.zeros(self.count, bool)
+        wanted[list(codes)] = True
+        found = wanted[self.code]
+        if len(found) == len(self.first) - 1:
+            return found
+        either: NDArray[np.bool_] = np.logical_or.reduceat(found, self.first[:-1])
+        return either
 
 
 class Attributes:
@@ -43,16 +75,8 @@ class Attributes:
             found = np.zeros(len(self._bundle.items), bool)
             found[[row for value in values if (row := self._bundle.row_of.get(value)) is not None]] = True
             return found
-        items = self._bundle.items
-        several = items.multi(column) if column in items.multi_columns else None
-        codes = self.codes(column) if several is None else several.code.cpu().numpy()
-        known = self._code_of(column)
-        wanted = np.zeros(items.codes(column), bool)
-        wanted[[code for value in values if (code := known.get(value)) is not None]] = True
-        if several is None:
-            return wanted[codes]
-        matches: NDArray[np.bool_] = np.logical_or.reduceat(wanted[codes], several.offsets[:-1].cpu().numpy())
-        return matches
+        column_values, known = self.values(column), self._code_of(column)
+        return column_values.having([code for value in values if (code := known.get(value)) is not None])
 
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
         """Give bool [V], True at rows whose number is in [least, most]; None leaves that side open.
@@ -72,16 +96,20 @@ class Attributes:
         found[:FIRST_ITEM] = False
         return found
 
-    def codes(self, column: str) -> NDArray[np.int32]:
-        """Give a categorical column, int32 [V] codes; below `FIRST_CODE` is no value. Raises `ConfigError` if none."""
+    def values(self, column: str) -> Values:
+        """Give a column of values, one or several per item. Raises `ConfigError` if there is none of that name."""
         items = self._bundle.items
+        if column in items.multi_columns:
+            several = items.multi(column)
+            return Values(several.code.cpu().numpy(), several.offsets.cpu().numpy(), items.codes(column))
         if column not in items.columns:
+            known = ", ".join([ITEM_ID, *items.columns, *items.multi_columns])
             raise ConfigError(
-                f"no item column of values {column!r}; there are {', '.join([ITEM_ID, *items.columns])}"
+                f"no item column of values {column!r}; there are {known}"
                 + ("; its numbers are filtered with at_least and at_most" if column in items.numeric else "")
             )
         codes: NDArray[np.int32] = np.ascontiguousarray(items.column(column).cpu().numpy())
-        return codes
+        return Values(codes, np.arange(len(codes) + 1), items.codes(column))
 
     def value(self, column: str, code: int) -> str:
         """Give the text behind a code."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ranking.attributes import FIRST_CODE, Attributes
+from ranking.attributes import Attributes
 from ranking.recommender_config import Cap
 
 
@@ -28,8 +28,9 @@ class Selection(NamedTuple):
 class Rules:
     """Picks the best items of an order such that no cap is passed.
 
-    Items are taken best first, and an item is passed over if one of its values is full. With one cap no other choice
-    holds more items or a better one at any place; with several the order of scores decides.
+    Items are taken best first, and an item is passed over if one of its values is full; an item of several values in
+    a column counts for each of them. With one cap of a column of single values no other choice holds more items or a
+    better one at any place; otherwise the order of scores decides.
 
     Args:
         attributes: item columns.
@@ -42,7 +43,7 @@ class Rules:
     def __init__(self, attributes: Attributes, caps: Sequence[Cap]) -> None:
         self._caps = tuple(caps)
         self._attributes = attributes
-        self._codes = [attributes.codes(cap.column) for cap in caps]
+        self._values = [attributes.values(cap.column) for cap in caps]
 
     def __len__(self) -> int:
         return len(self._caps)
@@ -51,14 +52,14 @@ class Rules:
         """Give up to k of the rows int32 [C], which stand best first."""
         if not self._caps:
             return Selection(np.arange(min(k, len(rows))), {}, [])
-        codes = np.stack([codes[rows] for codes in self._codes], axis=1).tolist()  # [C, rules]
+        codes = zip(*(values.of(rows) for values in self._values), strict=True)
         taken: Counter[tuple[int, int]] = Counter()
         places: list[int] = []
         passed_over: dict[int, str] = {}
-        for place, values in enumerate(codes):
+        for place, by_rule in enumerate(codes):
             if len(places) == k:
                 break
-            counted = [(number, code) for number, code in enumerate(values) if code >= FIRST_CODE]
+            counted = [(number, code) for number, some in enumerate(by_rule) for code in some]
             full = next((one for one in counted if taken[one] >= self._caps[one[0]].at_most), None)
             if full is None:
                 places.append(place)
@@ -70,10 +71,10 @@ class Rules:
 
     def without(self, allowed: NDArray[np.bool_], full: Sequence[tuple[int, int]]) -> None:
         """Clear, in bool [V], the rows that have a full value."""
-        for number, codes in enumerate(self._codes):
-            values = [code for rule, code in full if rule == number]
-            if values:
-                allowed &= ~np.isin(codes, values)
+        for number, values in enumerate(self._values):
+            codes = [code for rule, code in full if rule == number]
+            if codes:
+                allowed &= ~values.having(codes)
 
     def _text(self, number: int, code: int) -> str:
         cap = self._caps[number]

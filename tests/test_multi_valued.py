@@ -1,10 +1,12 @@
 """Columns of several values per item: from lists in the catalogue to codes, embeddings, content and back from disk."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -21,6 +23,8 @@ from ranking.bundle import Bundle
 from ranking.content import content_features
 from ranking.embeddings import Fields, FieldWidths
 from ranking.items import ItemTable, MultiValued
+from ranking.recommender_config import Cap
+from ranking.rules import Rules
 from ranking.sim_hard import SimHard, SimHardConfig
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json
@@ -153,3 +157,27 @@ def test_a_filter_finds_an_item_by_any_of_its_values(done: PreparedSet) -> None:
             for row in range(len(done.items))
         ]
         assert attributes.having("genres", asked).tolist() == wanted
+
+
+@given(codes=lists, at_most=st.integers(1, 3), k=st.integers(1, 8), seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_a_cap_counts_every_value_of_an_item(codes: list[list[int]], at_most: int, k: int, seed: int) -> None:
+    items = table_of(codes)
+    vocabulary = {"genres": [f"g{code}" for code in range(2, 7)]}
+    bundle = cast(Bundle, SimpleNamespace(items=items, vocabulary=vocabulary, row_of={}))
+    rules = Rules(Attributes(bundle), (Cap("genres", at_most),))
+    rows = np.random.default_rng(seed).permutation(np.arange(2, len(items))).astype(np.int32)
+    chosen = rules.select(rows, k)
+    taken: Counter[int] = Counter()
+    places = []
+    for place, row in enumerate(rows.tolist()):  # by the definition
+        known = [code for code in codes[row - 2] if code > 1]
+        if len(places) < k and all(taken[code] < at_most for code in known):
+            places.append(place)
+            taken.update(known)
+    assert chosen.places.tolist() == places
+    full = {code for code, count in taken.items() if count >= at_most}
+    assert {code for _, code in chosen.full} == full
+    allowed = np.ones(len(items), bool)
+    rules.without(allowed, chosen.full)
+    assert allowed[2:].tolist() == [not full & set(some) for some in codes]
