@@ -1,12 +1,10 @@
 """Maximum inner product search over item vectors: FAISS behind one class, on a GPU where there is one.
 
 An index is a list of shards that never change; a search asks each of them and merges. Up to `IndexConfig.exact_below`
-rows a shard is exact, above it an inverted file over full vectors, which reads the fewest lists that find
-`IndexConfig.recall` of the best 100 of sample queries. All lists are exact, so that this is always to be had; what it
-costs depends on how the vectors lie (`tests/benchmarks/index_choice.py`). Measured on one core at width 64, best 100 of
-200,000 clustered vectors: exact 1.5 ms, inverted file (8 of 446 lists) 0.08 ms at recall .999, and product
-quantisation with fast scan and refinement 0.06 ms at recall .999; at 68,000 exact 0.34 ms. Full vectors are kept
-because refinement would store them anyway, a GPU can take them, and they can be filtered.
+rows a shard is exact. Above it, it is an inverted file of codes, four bits a number, scanned fast, with the full
+vectors beside: a query reads some lists, and the best by their codes are compared by full vector. As many lists are
+read, and as many vectors compared, as it takes to find `IndexConfig.recall` of the best 100 of sample queries; with all
+of both a search is exact, so that this is always to be had.
 """
 
 import itertools
@@ -30,6 +28,14 @@ RECALL_AT = 100
 SAMPLE = 256
 """Queries on which recall is measured where none are given: item vectors, spread evenly."""
 
+LEAST_LISTED = 1_024
+"""A shard of fewer rows is exact whatever the config says: codes can't be learned from so few."""
+
+TRAINED_ON = 64
+"""Vectors per list that the centres are learned from; with `ROUNDS`, 2 s of a core for a million rows. More of both
+does not help."""
+ROUNDS = 10
+
 GPU_MAX_K = 2048
 """Most neighbours FAISS gives from a GPU; searches for more run on the CPU shards."""
 
@@ -44,12 +50,14 @@ class IndexConfig:
     lists: int = 0
     """inverted lists of an approximate shard; 0 = the square root of its rows"""
     probes: int = 0
-    """lists read per query; 0 = the fewest that reach `recall` on the sample queries"""
+    """lists read per query; 0 = as many as it takes to reach `recall` on the sample queries"""
+    compared: int = 0
+    """full vectors compared per query, times k or 100, whichever is more: the best by code; 0 = as many as it takes"""
     recall: float = 0.99
     """least share of the exact best 100 that is found; a bundle below it is not written"""
 
     def __post_init__(self) -> None:
-        for name, least in (("exact_below", 0), ("rows_per_shard", 1), ("lists", 0), ("probes", 0)):
+        for name, least in (("exact_below", 0), ("rows_per_shard", 1), ("lists", 0), ("probes", 0), ("compared", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"[index] {name} is {getattr(self, name)}; expected at least {least}")
         if not 0 <= self.recall <= 1:
@@ -165,10 +173,18 @@ def sample_of(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def on_best_device(shard: Any) -> Any:
-    """Give the shard on the first GPU if this machine has one, else the shard itself."""
-    if faiss.get_num_gpus() > 0:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, shard)
-    return shard
+    """Give the shard on the first GPU if this machine has one, else the shard itself.
+
+    Only full vectors go there: a GPU compares them all faster than it would read lists.
+    """
+    if faiss.get_num_gpus() == 0:
+        return shard
+    refined = _refined(shard)
+    if refined is not None:
+        vectors, ids = faiss.downcast_index(refined.refine_index), _ids_of(shard)
+        shard = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.d))
+        shard.add_with_ids(vectors.reconstruct_n(0, vectors.ntotal), ids)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, shard)
 
 
 def use_threads(count: int) -> None:
@@ -180,31 +196,43 @@ def _build_shard(
     vectors: NDArray[np.float32], ids: NDArray[np.int64], config: IndexConfig, queries: NDArray[np.float32]
 ) -> Any:
     width = vectors.shape[1]
-    if len(ids) < config.exact_below:
+    if len(ids) < max(config.exact_below, LEAST_LISTED):
         shard = faiss.IndexIDMap(faiss.IndexFlatIP(width))
-    else:
-        lists = min(config.lists or int(len(ids) ** 0.5), len(ids))
-        quantizer = faiss.IndexFlatIP(width)
-        shard = faiss.IndexIVFFlat(quantizer, width, lists, faiss.METRIC_INNER_PRODUCT)
-        shard.nprobe = min(config.probes, lists)
-        shard.train(vectors)
+        shard.add_with_ids(vectors, ids)
+        return shard
+    lists = min(config.lists or int(len(ids) ** 0.5), len(ids))
+    refined = faiss.index_factory(width, f"IVF{lists},PQ{width}x4fs,RFlat", faiss.METRIC_INNER_PRODUCT)
+    clustering = faiss.extract_index_ivf(refined).cp
+    clustering.max_points_per_centroid, clustering.niter = TRAINED_ON, ROUNDS
+    refined.train(vectors)
+    shard = faiss.IndexIDMap(refined)
     shard.add_with_ids(vectors, ids)
-    if isinstance(shard, faiss.IndexIVF) and not config.probes:
-        shard.nprobe = _fewest_probes(shard, queries, config.recall)
+    _settle(shard, refined, config, queries)
     return shard
 
 
-def _fewest_probes(shard: Any, queries: NDArray[np.float32], recall: float) -> int:
-    """Give a number of lists, doubling from 4, whose search finds the share `recall` of the best 100."""
-    k = min(RECALL_AT, shard.ntotal)
+def _settle(shard: Any, refined: Any, config: IndexConfig, queries: NDArray[np.float32]) -> None:
+    """Read more lists, or compare more vectors, whichever finds more, until the recall is reached."""
+    inverted, k = faiss.extract_index_ivf(refined), min(RECALL_AT, shard.ntotal)
     truth = _search_shard(shard, queries, k, None, everything=True)[1]
-    shard.nprobe = min(4, shard.nlist)
-    while shard.nprobe < shard.nlist:
-        found = shard.search(queries, k)[1]
-        if np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) >= recall * k:
+
+    def found(probes: int, factor: float) -> float:
+        inverted.nprobe, refined.k_factor = probes, factor
+        rows = _search_shard(shard, queries, k, None)[1]
+        return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(rows, truth, strict=True)]))
+
+    now = min(config.probes or 4, inverted.nlist), float(config.compared or 2)
+    share = found(*now)
+    while share < config.recall:
+        deeper = []
+        if not config.probes and now[0] < inverted.nlist:
+            deeper.append((min(now[0] + now[0] // 2, inverted.nlist), now[1]))
+        if not config.compared and now[1] * k < shard.ntotal:
+            deeper.append((now[0], now[1] * 1.5))
+        if not deeper:
             break
-        shard.nprobe = min(2 * shard.nprobe, shard.nlist)
-    return int(shard.nprobe)
+        share, now = max((found(*one), one) for one in deeper)
+    inverted.nprobe, refined.k_factor = now
 
 
 def _merged(
@@ -223,18 +251,46 @@ def _merged(
 def _search_shard(
     shard: Any, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None, everything: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Give scores [B, k] and ids [B, k], -1 where there are no more; `everything` reads all lists."""
+    """Give scores [B, k] and ids [B, k], -1 where there are no more; `everything` compares all full vectors."""
     selector = None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-    if not isinstance(shard, faiss.IndexIVF):
-        if selector is None:
-            scores, ids = shard.search(vectors, k)
-        else:
-            scores, ids = shard.search(vectors, k, params=faiss.SearchParameters(sel=selector))
-        return scores, ids
-    whole = faiss.SearchParametersIVF(nprobe=shard.nlist, sel=selector)
-    some = whole if everything else faiss.SearchParametersIVF(nprobe=shard.nprobe, sel=selector)
-    scores, ids = shard.search(vectors, k, params=some)
-    short = (ids < 0).any(axis=1)
-    if short.any() and some.nprobe < shard.nlist:
-        scores[short], ids[short] = shard.search(vectors[short], k, params=whole)
+    refined = _refined(shard)
+    if refined is not None:
+        return _search_refined(shard, refined, vectors, k, selector, everything)
+    scores, ids = shard.search(vectors, k, params=_only(selector))
     return scores, ids
+
+
+def _search_refined(
+    shard: Any, refined: Any, vectors: NDArray[np.float32], k: int, selector: Any, everything: bool
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Give the same of an inverted file. Inside it an item goes by its place, not by its id."""
+    if selector is not None:
+        selector = faiss.IDSelectorTranslated(shard.id_map, selector)
+    whole = faiss.downcast_index(refined.refine_index)
+    if everything:
+        scores, places = whole.search(vectors, k, params=_only(selector))
+    else:
+        lists = faiss.SearchParametersIVF(nprobe=faiss.extract_index_ivf(refined).nprobe, sel=selector)
+        compared = min(refined.k_factor * max(k, RECALL_AT), shard.ntotal)
+        some = faiss.IndexRefineSearchParameters(k_factor=max(compared / k, 1.0), base_index_params=lists)
+        scores, places = refined.search(vectors, k, params=some)
+        short = (places < 0).any(axis=1)
+        if short.any():
+            scores[short], places[short] = whole.search(vectors[short], k, params=_only(selector))
+    return scores, np.where(places < 0, -1, _ids_of(shard)[places])
+
+
+def _only(selector: Any) -> Any:
+    return None if selector is None else faiss.SearchParameters(sel=selector)
+
+
+def _refined(shard: Any) -> Any:
+    """Give the inverted file and full vectors of an approximate shard, None for an exact one."""
+    inner = faiss.downcast_index(shard.index) if isinstance(shard, faiss.IndexIDMap) else None
+    return inner if isinstance(inner, faiss.IndexRefine) else None
+
+
+def _ids_of(shard: Any) -> NDArray[np.int64]:
+    """Give the ids of a shard by place, int64 [n], as a view."""
+    ids: NDArray[np.int64] = faiss.rev_swig_ptr(shard.id_map.data(), shard.ntotal)
+    return ids

@@ -139,8 +139,8 @@ def test_without_a_retriever_there_is_no_index(tmp_path):
     assert bundle.index is None
 
 
-def test_several_approximate_shards(tmp_path):
-    config = IndexConfig(exact_below=0, rows_per_shard=10, lists=3, probes=3)
+def test_several_shards(tmp_path):
+    config = IndexConfig(rows_per_shard=10)
     write_bundle(tmp_path / "bundle", contents(named("dare"), named("mqsa_ted")), PROVENANCE, config)
     assert len(Bundle.load(tmp_path / "bundle").manifest.index) == 3
 
@@ -311,7 +311,7 @@ def test_string_tables_round_trip(strings):
 def test_an_index_below_its_recall_is_not_written(tmp_path, monkeypatch):
     parts = contents(named("dare"), named("mqsa_ted"))
     users = np.random.default_rng(0).normal(size=(7, SMALL["mqsa_ted"]["width"])).astype(np.float32)
-    write_bundle(tmp_path / "bundle", parts, PROVENANCE, IndexConfig(exact_below=0, lists=10), queries=users)
+    write_bundle(tmp_path / "bundle", parts, PROVENANCE, queries=users)
     told = Bundle.load(tmp_path / "bundle").manifest.index_recall
     assert (told.value >= 0.99, told.queries, told.of) == (True, 7, "users")
     monkeypatch.setattr(Index, "recall", lambda self, queries: 0.7 if len(queries) == 7 else 1.0)

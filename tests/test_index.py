@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranking import index as module
-from ranking.index import NONE, Index, IndexConfig, build, on_best_device
+from ranking.index import LEAST_LISTED, NONE, Index, IndexConfig, build, on_best_device
 from recsys.errors import BundleError, ConfigError
 
 WIDTH = 4
@@ -28,17 +28,19 @@ def brute_force(vectors, rows, queries, k, allowed):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("approximate", [False, True], ids=["flat", "inverted lists, all probed"])
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("approximate", [False, True], ids=["flat", "inverted lists, everything compared"])
+@settings(max_examples=12, deadline=None)
 @given(n=st.integers(5, 60), k=st.integers(1, 70), seed=st.integers(0, 10_000), filtered=st.booleans())
 def test_search_is_brute_force(tmp_path_factory, shards, approximate, n, k, seed, filtered):
     rng = np.random.default_rng(seed)
+    n += shards * LEAST_LISTED if approximate else 0
     vectors = rng.normal(size=(n, WIDTH)).astype(np.float32)
     rows = rng.permutation(np.arange(2, n + 20))[:n]
     queries = rng.normal(size=(3, WIDTH)).astype(np.float32)
-    allowed = rng.random(n + 20) < 0.4 if filtered else None
-    config = IndexConfig(exact_below=0 if approximate else 10**6, rows_per_shard=-(-n // shards), lists=2, probes=10**6)
+    allowed = rng.random(n + 20) < min(0.4, 40 / n) if filtered else None
+    config = IndexConfig(0 if approximate else 10**6, -(-n // shards), lists=2, probes=10**6, compared=10**6)
     index = build(vectors, rows, config)
+    assert all(isinstance(faiss.downcast_index(s.index), faiss.IndexRefine) == approximate for s in index._shards)
     expected_rows, expected_scores = brute_force(vectors, rows, queries, k, allowed)
     directory = tmp_path_factory.mktemp("index")
     assert len(index.save(directory)) == shards
@@ -70,7 +72,7 @@ def test_inverted_lists_miss_nothing_that_is_needed():
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_as_many_lists_are_read_as_the_recall_takes(shards):
+def test_as_much_is_read_and_compared_as_the_recall_takes(shards):
     """On vectors without any structure few lists find little, and what was chosen finds the share asked for."""
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(6_000, 16)).astype(np.float32)
@@ -87,7 +89,8 @@ def test_as_many_lists_are_read_as_the_recall_takes(shards):
         )
         assert index.recall(queries) >= wanted
         np.testing.assert_array_equal(index.exact(queries, 50), truth)
-        chosen[wanted] = index._shards[0].nprobe
+        refined = faiss.downcast_index(index._shards[0].index)
+        chosen[wanted] = faiss.extract_index_ivf(refined).nprobe * refined.k_factor
     assert chosen[0.5] < chosen[0.9] < chosen[1.0]
     few = build(vectors, rows, IndexConfig(0, 6_000 // shards, lists=6, probes=1), queries)
     assert few.recall(queries) < 0.5
@@ -148,3 +151,16 @@ def test_bad_input_is_named(tmp_path: Path):
     broken.write_bytes(b"not an index")
     with pytest.raises(BundleError, match=r"shard_000\.faiss: not a FAISS index"):
         Index.load([broken])
+
+
+def test_a_gpu_compares_all_full_vectors(monkeypatch):
+    """Codes and lists stay on the CPU; here the "GPU" keeps what it is given."""
+    given = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _, __, shard: given.append(shard) or shard, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    vectors = np.random.default_rng(0).normal(size=(2_000, WIDTH)).astype(np.float32)
+    rows = np.arange(2_001, 1, -1)
+    index = build(vectors, rows, IndexConfig(exact_below=0, probes=1))
+    assert isinstance(faiss.downcast_index(given[0].index), faiss.IndexFlatIP)
+    np.testing.assert_array_equal(index.search(vectors[:5], 20)[0], build(vectors, rows).search(vectors[:5], 20)[0])
