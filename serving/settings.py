@@ -10,6 +10,7 @@ from typing import Literal
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.searcher import SearchConfig
 from recsys.errors import BundleError, ConfigError
+from recsys.memory import keep_freed_memory
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits
 from serving.event_log import WINDOW, Durability, SegmentLog
@@ -101,7 +102,7 @@ def redis_url(config: ServeConfig) -> str:
 
 
 def open_service(config: ServeConfig) -> Service:
-    """Open log and histories and give a service that still needs its bundle; sets the threads of this process.
+    """Open log and histories and give a service that still needs its bundle; sets threads and memory of this process.
 
     Raises:
         DataError: the snapshot or the log is damaged.
@@ -115,6 +116,7 @@ def open_service(config: ServeConfig) -> Service:
     from ranking.snapshot import SnapshotReader
     from ranking.state_cache import StateCache
 
+    keep_freed_memory()
     torch.set_num_threads(config.cores)
     use_threads(config.cores)
     log = SegmentLog(config.state / "log", config.durability, config.window)

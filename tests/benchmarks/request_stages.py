@@ -29,6 +29,7 @@ from ranking.recommender import Recommender
 from ranking.recommender_config import RecommenderConfig, StatesConfig
 from ranking.state_cache import StateCache
 from recsys.history import Events
+from recsys.memory import keep_freed_memory
 from recsys.messages import RecommendRequest
 
 DAY = 86_400_000_000
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the hosts do
     now = 1_735_689_600_000_000
     results: dict[str, object] = {"items": options.items, "events": options.events}
     for name in options.models:
