@@ -1,7 +1,9 @@
 """Bundles under their aliases: what the watcher does with each kind of change, and who answers whom."""
 
+import gc
 import shutil
 import threading
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +11,14 @@ from pathlib import Path
 import pytest
 from serving_world import LATER, WAIT, Place, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
+from text_world import publish_search
 
 from ranking.manifest import read_manifest
 from recsys.errors import BundleError, RecsysError
 from recsys.messages import RecommendRequest
 from serving.lineup import BundlePlace, Lineup, Plan
 from serving.pairs import Aside, read_pairs
-from serving.settings import load_plan, load_served
+from serving.settings import load_into, load_plan, load_served
 from serving.watcher import BUNDLES, MlflowRegistry, Registered, Watcher, adopt, last_plan
 
 
@@ -252,3 +255,20 @@ def test_a_refused_challenger_leaves_the_champion_and_a_refused_champion_leaves_
     assert two.version == version(place.bundle)
     with pytest.raises(BundleError, match="expected another"):
         load_served(two, BundlePlace(place.bundle, "another"))
+
+
+def test_a_bundle_that_is_replaced_is_freed_without_the_collector(place, tmp_path):
+    searching = publish_search(tmp_path / "searching")
+    service = make_service(place, tmp_path / "state", searching)
+    service.recommend(RecommendRequest(user_id="user-1", k=5), LATER)
+    before = service.served
+    parts = (before, before.recommender, before.bundle, before.searcher, before.bundle.text.encoder, before.names)
+    gone = [weakref.ref(part) for part in parts]
+    del before, parts
+    gc.disable()
+    try:
+        load_into(service, place.bundle)
+        assert [reference() for reference in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
+    service.close()
