@@ -33,6 +33,7 @@ __all__ = ["Running", "ServeConfig", "run_bare", "start"]
 APPLICATION = "recsys"
 READY_SECONDS = 300.0
 WATCHER_SECONDS = 30.0
+RAY_TRIES = 3
 RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
 
@@ -252,20 +253,27 @@ def _start_ray(config: ServeConfig, directory: Path) -> None:
 
     counts = directory / "metrics"
     counts.mkdir()
-    ray.init(
-        address="local",
-        num_cpus=max(config.replicas, 2),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {MULTIPROCESS: str(counts)}},
-    )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        serve.start(http_options={"host": config.host, "port": config.port})
-    except ray.exceptions.RayError as error:
-        raise RecsysError(f"Ray Serve did not start: {_last_line(str(error))}; details in {RAY_LOGS}") from error
+    for tries_left in reversed(range(RAY_TRIES)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(config.replicas, 2),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {MULTIPROCESS: str(counts)}},
+            )
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            serve.start(http_options={"host": config.host, "port": config.port})
+            return
+        except (
+            Exception
+        ) as error:  # Ray raises bare ones if its processes do not start within 30 s, as on a busy machine
+            ray.shutdown()
+            if not tries_left:
+                reason = _last_line(str(error) or repr(error))
+                raise RecsysError(f"Ray did not start: {reason}; details in {RAY_LOGS}") from error
 
 
 def _redeploy(config: ServeConfig, held: Plan, answering: Plan) -> None:
