@@ -4,9 +4,10 @@
     python tests/benchmarks/serving_latency.py --ranker sdim --ranker dare --clients 1 8 32 --swaps
 
 The second form makes a world of 1 M items x 64, 1,000-event histories, and answers from about 200 candidates; `--swaps`
-measures Ray Serve once more while a bundle is swapped again and again.
+measures Ray Serve once more while a bundle is swapped again and again. `--hosts bare serve split` adds the split
+topology, whose models run in deployments of their own.
 
-Both hosts run the same application over the same bundle, one after the other, each in processes of its own. Clients
+All hosts run the same application over the same bundle, one after the other, each in processes of its own. Clients
 are threads of this process with one connection each, so client and server share the machine's cores.
 """
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--swaps", action="store_true", help="measure Ray Serve during swaps too (large worlds)")
     parser.add_argument("--requests", type=int, default=1000, help="per measurement")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--hosts", nargs="+", choices=["bare", "serve"], default=["bare", "serve"])
+    parser.add_argument("--hosts", nargs="+", choices=["bare", "serve", "split"], default=["bare", "serve"])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for both hosts
@@ -76,13 +77,12 @@ def main() -> None:
             for name in arguments.hosts:
                 state = Path(directory) / f"state-{ranker}-{name}"
                 config = ServeConfig(bundle, snapshot, state, port=_free_port())
-                with {"bare": _bare, "serve": _serve}[name](config) as running:
-                    found = _measured(name, ranker, config.port, bodies, arguments.clients, arguments.requests)
-                    rows += found
+                with {"bare": _bare, "serve": _serve, "split": _split}[name](config) as running:
+                    asked = (ranker, config.port, bodies, arguments.clients, arguments.requests)
+                    rows += _measured(name, *asked)
                     if arguments.swaps and running is not None and twin is not None:
                         with _swapping(running, [twin, bundle]):
-                            again = ("serve+swaps", ranker, config.port, bodies, arguments.clients, arguments.requests)
-                            rows += _measured(*again)
+                            rows += _measured(f"{name}+swaps", *asked)
     _compare(rows)
     if arguments.out:
         arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
@@ -178,6 +178,12 @@ def _serve(config: ServeConfig) -> Iterator[Running | None]:
 
 
 @contextmanager
+def _split(config: ServeConfig) -> Iterator[Running | None]:
+    with start(dataclasses.replace(config, topology="split")) as running:
+        yield running
+
+
+@contextmanager
 def _bare(config: ServeConfig) -> Iterator[Running | None]:
     process = multiprocessing.get_context("spawn").Process(target=run_bare, args=(config,), daemon=True)
     process.start()
@@ -218,9 +224,9 @@ def _compare(rows: list[Row]) -> None:
     for row in rows:
         found.setdefault((row.ranker, row.route, row.clients), {})[row.host] = row
     for (ranker, route, clients), by_host in found.items():
-        for host in ("serve", "serve+swaps"):
-            if "bare" in by_host and host in by_host:
-                bare, row = by_host["bare"], by_host[host]
+        for host, row in by_host.items():
+            if "bare" in by_host and host != "bare":
+                bare = by_host["bare"]
                 print(
                     f"{host} / bare  {ranker:<6} {route:<14} {clients:>3} clients  "
                     f"p50 x {row.p50_ms / bare.p50_ms:.2f} "
