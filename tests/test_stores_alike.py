@@ -235,3 +235,29 @@ def test_a_store_without_its_url_is_a_setting_that_is_missing(tmp_path, monkeypa
         ServeConfig(tmp_path, tmp_path, tmp_path, history_store="redis")
     config = ServeConfig(tmp_path, tmp_path, tmp_path, history_store="redis", redis_url="redis://:secret@host")
     assert "secret" not in repr(config)
+
+
+def test_what_is_applied_while_a_history_is_read_does_not_tear_it(server, tmp_path, monkeypatch):
+    """Redis may let another process's script in between the commands of a read."""
+    log, store = SegmentLog(tmp_path / "log", "os"), RedisHistoryStore(server.url, Snapshot())
+    store._client.flushall()
+    log.append([Event("", "snapshot", "1", 50)])
+    store.follow(log, encoder(ALL))
+    at_once, reads = store._at_once, []
+
+    def let_in(user_id, transaction):
+        reads.append(transaction)
+        first = at_once(user_id, transaction)
+        if transaction:
+            return first
+        log.forget("snapshot")
+        log.append([Event("", "snapshot", "2", 60)])
+        store.follow(log, encoder(ALL))
+        return first[:2] + at_once(user_id, transaction)[2:]
+
+    monkeypatch.setattr(store, "_at_once", let_in)
+    seen = store.observe("snapshot")
+    assert reads == [False, True]
+    assert (rows(seen.events), seen.position) == ([(60, 2, 0)], log.end)
+    store.close()
+    log.close()
