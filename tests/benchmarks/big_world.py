@@ -12,6 +12,7 @@ import torch
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
 from ranking.bundle_models import NamedModel
+from ranking.index import IndexConfig
 from ranking.items import ItemTable
 from ranking.manifest import MANIFEST, Provenance
 from ranking.models import RANKERS
@@ -22,6 +23,8 @@ from recsys.randomness import generator
 
 CATEGORIES = 1_000
 WIDTH = 64
+LISTED = IndexConfig(probes=64, compared=8, recall=0)
+"""What finds .99 of a million trained vectors; not searched for here, as users of an untrained model lie nowhere."""
 START = 1_700_000_000_000_000  # microseconds
 
 
@@ -32,6 +35,13 @@ class BigWorld:
     snapshot: Path
     bundle: Path
     twin: Path
+
+
+def lay_in_clusters(vectors: torch.Tensor) -> None:
+    """Overwrite vectors [n, D] with ones around 5,000 centres, as trained ones lie: an index has to do with neither."""
+    centre = torch.randn(5_000, vectors.shape[1])
+    with torch.no_grad():
+        vectors.copy_(centre[torch.randint(len(centre), (len(vectors),))] + 0.3 * torch.randn_like(vectors))
 
 
 def write_big_world(directory: Path, ranker: str, items: int, users: int, length: int, seed: int = 0) -> BigWorld:
@@ -55,6 +65,8 @@ def write_big_world(directory: Path, ranker: str, items: int, users: int, length
         config = replace(config, window=length)
     model: Any = RANKERS[ranker][1](config, table)  # type: ignore[call-arg]
     retriever = MqsaTedConfig(width=WIDTH)
+    finder = MqsaTed(retriever, table)
+    lay_in_clusters(finder.item)
     contents = Contents(
         items=table,
         item_ids=["", "", *(f"item-{number}" for number in range(items))],
@@ -63,9 +75,10 @@ def write_big_world(directory: Path, ranker: str, items: int, users: int, length
         vocabulary={},
         actions=["", "purchase"],
         ranker=NamedModel(ranker, config, model),
-        retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)),
+        retriever=NamedModel("mqsa_ted", retriever, finder),
     )
-    write_bundle(world.bundle, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="big"))
+    provenance = Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="big")
+    write_bundle(world.bundle, contents, provenance, LISTED)
     shutil.copytree(world.bundle, world.twin)
     manifest = json.loads((world.twin / MANIFEST).read_text())
     manifest["provenance"]["created"] = "2026-01-02T00:00:00Z"

@@ -10,18 +10,21 @@ history anew, `miss` does so and keeps the state, `hit` finds it, `event` brings
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import numpy as np
 import torch
+from big_world import LISTED, lay_in_clusters
 
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.content import content_features, match_content
-from ranking.index import IndexConfig
 from ranking.items import ItemTable, identity_rows
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
@@ -86,10 +89,7 @@ def make_bundle(name: str, items: int, length: int, folder: Path) -> Bundle:
     finder_config, finder_class = RANKERS["mqsa_ted"]
     wide = finder_config(width=64)
     finder = finder_class(wide, table)
-    with torch.no_grad():
-        weight = finder.item
-        centre = torch.randn(5_000, weight.shape[1])
-        weight.copy_(centre[torch.randint(len(centre), (len(weight),))] + 0.3 * torch.randn_like(weight))
+    lay_in_clusters(finder.item)
     ids = ["", "", *(str(number) for number in range(items))]
     contents = Contents(
         table,
@@ -102,8 +102,7 @@ def make_bundle(name: str, items: int, length: int, folder: Path) -> Bundle:
         NamedModel("mqsa_ted", wide, finder),
         match_content(content_features(table, texts), table.count),
     )
-    index = IndexConfig(probes=16, recall=0)
-    write_bundle(folder, contents, Provenance(created="", commit="", data_digest=""), index)
+    write_bundle(folder, contents, Provenance(created="", commit="", data_digest=""), LISTED)
     return Bundle.load(folder)
 
 

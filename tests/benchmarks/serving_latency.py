@@ -1,11 +1,11 @@
 """Latency of `/v1/recommend` and `/v1/rank` (200 candidates) under Ray Serve, beside a bare uvicorn process.
 
     python tests/benchmarks/serving_latency.py --bundle BUNDLE --snapshot SNAPSHOT --out latency.json
-    python tests/benchmarks/serving_latency.py --ranker sdim --ranker dare --clients 1 8 32 --swaps
+    python tests/benchmarks/serving_latency.py --ranker sdim --clients 1 8 32 --swaps --requests 500  # 5 min, 6 GiB
 
-The second form makes a world of 1 M items x 64, 1,000-event histories, and answers from about 200 candidates; `--swaps`
-measures Ray Serve once more while a bundle is swapped again and again. `--hosts bare serve split` adds the split
-topology, whose models run in deployments of their own.
+The second form makes a world of 1 M items x 64, 1,000-event histories, and answers from 200 candidates; `--ranker` may
+be repeated, and `--swaps` measures Ray Serve once more while a bundle is swapped again and again. `--hosts bare serve
+split` adds the split topology, whose models run in deployments of their own.
 
 All hosts run the same application over the same bundle, one after the other, each in processes of its own. Clients
 are threads of this process with one connection each, so client and server share the machine's cores.
@@ -31,11 +31,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from big_world import write_big_world
 
+from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from serving.host import Running, ServeConfig, run_bare, start
 
-WARM_UP = 100
+WARM_UP = 50
 CANDIDATES = 200
 USERS = 200
+QUOTAS = RecommenderConfig(retrieval=100, repeats=75, transitions=0, popularity=25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--snapshot", type=Path)
-    parser.add_argument("--ranker", action="append", default=[], help="make a large world for it; may be repeated")
+    parser.add_argument("--ranker", action="append", default=[], help="make a large world for it")
     parser.add_argument("--items", type=int, default=1_000_000, help="of a large world")
     parser.add_argument("--length", type=int, default=1_000, help="events of a history of a large world")
     parser.add_argument("--swaps", action="store_true", help="measure Ray Serve during swaps too (large worlds)")
@@ -76,7 +78,8 @@ def main() -> None:
             bodies = _bodies(bundle, snapshot)
             for name in arguments.hosts:
                 state = Path(directory) / f"state-{ranker}-{name}"
-                config = ServeConfig(bundle, snapshot, state, port=_free_port())
+                quotas = QUOTAS if twin else DEFAULTS
+                config = ServeConfig(bundle, snapshot, state, port=_free_port(), recommender=quotas)
                 with {"bare": _bare, "serve": _serve, "split": _split}[name](config) as running:
                     asked = (ranker, config.port, bodies, arguments.clients, arguments.requests)
                     rows += _measured(name, *asked)
