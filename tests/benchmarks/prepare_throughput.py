@@ -3,13 +3,15 @@
     python tests/benchmarks/prepare_throughput.py                      both, 20 million synthetic events
     python tests/benchmarks/prepare_throughput.py --events 2000000     a smaller synthetic log
     python tests/benchmarks/prepare_throughput.py --events 0           the real log only
+    python tests/benchmarks/prepare_throughput.py --events 200000000   needs 30 GB of disk
     python tests/benchmarks/prepare_throughput.py --append             one day appended to 90, against all 91 anew
 
 The synthetic log has the shape of the real one where it matters for cost: baskets of nine lines at one stamp, a hundred
 events per user (log-normal), items by a power law (one per hundred events, but 200,000 at most: a catalogue does not
 grow as its log does), ids as strings. Each step runs in a process of its own; memory is the resident memory of that
 process and all its children, summed, sampled every 20 ms, so shared pages count more than once. CPU seconds stand by
-wall seconds: on a busy machine only the former can be compared. Both begin when the modules are loaded.
+wall seconds: on a busy machine only the former can be compared. Both begin when the modules are loaded. `--append`
+repeats both steps side by side and gives the ratio of their CPU and wall seconds, the median of the repeats.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import polars as pl
@@ -101,7 +104,7 @@ def measured(log: str, step: str, work: Callable[..., int], *arguments: object) 
             raise SystemExit(f"{log}, {step}: the process ended with code {process.exitcode}")
     events, seconds, cpu = receiver.recv()
     process.join()
-    return Row(log, step, events, round(seconds, 2), round(cpu, 1), round(events / seconds), round(peak / 2**30, 2))
+    return Row(log, step, events, round(seconds, 2), round(cpu, 2), round(events / seconds), round(peak / 2**30, 2))
 
 
 def _timed(sender: Connection, work: Callable[..., int], *arguments: object) -> None:
@@ -154,22 +157,33 @@ def run_append(folder: Path) -> int:
     return int(append(folder / "day", folder / "before", folder / "grown").manifest["counts"]["events"])
 
 
-def measure_append(events: int, folder: Path, workers: int | None) -> list[Row]:
-    """Measure 90 days at once, one day appended to them, and all 91 at once."""
+def measure_append(events: int, folder: Path, workers: int | None, repeats: int) -> tuple[list[Row], dict[str, float]]:
+    """Measure 90 days at once; then, `repeats` times, a day appended to them and all 91 at once, and their ratios."""
     config = PrepareConfig(workers=workers, max_eval_requests=EVALUATED)
     (folder / "raw").mkdir()
     write_synthetic(events, folder / "raw", APPENDED_TO + 1)
     rows = [
         measured("90 days", "ingest", run_ingest_days, folder, 0, APPENDED_TO, "days"),
         measured("1 day", "ingest", run_ingest_days, folder, APPENDED_TO, APPENDED_TO + 1, "day"),
-        measured("90 days", "prepare", run_prepare, folder, config, ("days",)),
     ]
+    shutil.rmtree(folder / "raw")
+    rows.append(measured("90 days", "prepare", run_prepare, folder, config, ("days",)))
     (folder / "set").rename(folder / "before")
-    rows.append(measured("90 + 1 days", "append", run_append, folder))
-    rows.append(measured("91 days", "prepare", run_prepare, folder, config, ("days", "day")))
-    if PreparedSet(folder / "set").digest != PreparedSet(folder / "grown").digest:
-        raise SystemExit("the appended set is not the set prepared anew")
-    return rows
+    pairs = []
+    for _ in range(repeats):
+        pairs.append(
+            (
+                measured("90 + 1 days", "append", run_append, folder),
+                measured("91 days", "prepare", run_prepare, folder, config, ("days", "day")),
+            )
+        )
+        if PreparedSet(folder / "set").digest != PreparedSet(folder / "grown").digest:
+            raise SystemExit("the appended set is not the set prepared anew")
+    ratios = {
+        "cpu": median(one.cpu_seconds / other.cpu_seconds for one, other in pairs),
+        "wall": median(one.seconds / other.seconds for one, other in pairs),
+    }
+    return [*rows, *(row for pair in pairs for row in pair)], ratios
 
 
 def measure_logs(events: int, parent: Path | None, workers: int | None) -> list[Row]:
@@ -190,25 +204,32 @@ def measure_logs(events: int, parent: Path | None, workers: int | None) -> list[
 
 
 def main() -> None:
-    """Measure, print a table, then the same as JSON."""
+    """Measure, print a table, and write it as JSON."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--events", type=int, default=20_000_000, help="synthetic events; 0 leaves them out")
     options.add_argument("--append", action="store_true", help="measure appending a day instead")
     options.add_argument("--workers", type=int, default=None, help="processes of prepare; one per core if absent")
     options.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder if absent")
+    options.add_argument("--repeats", type=int, default=3, help="of --append")
+    options.add_argument("--out", type=Path, default=None, help="JSON file for the rows")
     given = options.parse_args()
+    ratios: dict[str, float] = {}
     if given.append:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
-            rows = measure_append(given.events, Path(name), given.workers)
+            rows, ratios = measure_append(given.events, Path(name), given.workers, given.repeats)
     else:
         rows = measure_logs(given.events, given.folder, given.workers)
     print(f"{'log':<16}{'step':<9}{'events':>12}{'seconds':>9}{'CPU s':>8}{'events/s':>12}{'peak GiB':>10}")
     for row in rows:
         print(
-            f"{row.log:<16}{row.step:<9}{row.events:>12,}{row.seconds:>9.2f}{row.cpu_seconds:>8.1f}"
+            f"{row.log:<16}{row.step:<9}{row.events:>12,}{row.seconds:>9.2f}{row.cpu_seconds:>8.2f}"
             f"{row.events_per_second:>12,}{row.peak_gib:>10.2f}"
         )
-    print(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
+    for name, ratio in ratios.items():
+        print(f"appending a day takes {ratio:.1%} of the {name} seconds of preparing all days anew")
+    if given.out:
+        table = {"cores": os.cpu_count(), "rows": [asdict(row) for row in rows], "append_over_prepare": ratios}
+        given.out.write_text(json.dumps(table, indent=2))
 
 
 if __name__ == "__main__":
