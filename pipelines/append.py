@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from pipelines import assembly, buckets, splits
 from pipelines.buckets import Sessions, SortedEvents
-from pipelines.catalogue import NEWEST
+from pipelines.candidates import may_be_chosen
+from pipelines.catalogue import NEWEST, USER_HASH
 from pipelines.edges import EdgeFiles, write_edges
 from pipelines.forgotten import NAME as FORGOTTEN
 from pipelines.forgotten import refuse_if_forgotten_since
@@ -135,7 +136,8 @@ def _grow(
         shift.old(load_waiting(earlier.directory / GROWTH)),
         shift.fresh(buckets.session_requests(fresh)),
         [splits.cuts(config.split, last) for last in _newest_moments(records, part)],
-        names.people.height,
+        names.people[USER_HASH].to_numpy(),
+        config,
     )
     old_train = shift.plain(earlier.requests("train"))
     (out / "requests").mkdir()
@@ -168,30 +170,41 @@ def _grow(
 
 @dataclass(frozen=True)
 class _Divided:
-    """The requests that did not train before, by user unless said, as the new cuts divide them.
+    """The requests that did not train before, as the new cuts divide them.
 
-    `trained` train now, `waiting` still do not, `evaluated` are those among them of each split by (at, user); `ends`
-    each user's training end before and after.
+    Attributes:
+        trained: those that train now, by user.
+        waiting: those that still do not, by user.
+        found: number of requests by the name of `pipelines.buckets.KINDS`; of training requests the new ones.
+        evaluated: of each split those that may be chosen, by (at, user).
+        ends: each user's training end before and after.
     """
 
     trained: Sessions
     waiting: Sessions
+    found: Mapping[str, int]
     evaluated: Mapping[str, Requests]
     ends: tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def _divide(waiting: Sessions, fresh: Sessions, cuts: Sequence[splits.Cuts], users: int) -> _Divided:
+def _divide(
+    waiting: Sessions, fresh: Sessions, cuts: Sequence[splits.Cuts], hashes: NDArray[np.uint64], config: PrepareConfig
+) -> _Divided:
     """Divide the requests that waited and those of the new events; `cuts` are those before and after."""
-    _, before = splits.assign(cuts[0], users, waiting.user, waiting.at, waiting.last)
-    found = Sessions.concatenate(waiting, fresh)
-    found = found.take(np.argsort(found.user, kind="stable"))
-    split, after = splits.assign(cuts[1], users, found.user, found.at, found.last)
+    _, before = splits.assign(cuts[0], len(hashes), waiting.user, waiting.at, waiting.last)
+    both = Sessions.concatenate(waiting, fresh)
+    order = np.argsort(both.user, kind="stable")
+    user, at = both.user[order], both.at[order]
+    split, after = splits.assign(cuts[1], len(hashes), user, at, both.last[order])
+    trained = both.take(order[split == splits.TRAIN])
+    found = {"train": len(trained), buckets.WAITING: len(order) - len(trained)}
     evaluated = {}
     for name, code in (("valid", splits.VALID), ("test", splits.TEST)):
         index = np.flatnonzero(split == code)
-        evaluated[name] = _plain(found.take(index[np.argsort(found.at[index], kind="stable")]))
-    train = split == splits.TRAIN
-    return _Divided(found.take(np.flatnonzero(train)), found.take(np.flatnonzero(~train)), evaluated, (before, after))
+        found[name] = len(index)
+        index = index[may_be_chosen(user[index], at[index], hashes, config.max_eval_requests, config.seed)]
+        evaluated[name] = _plain(both.take(order[index[np.argsort(at[index], kind="stable")]]))
+    return _Divided(trained, both.take(order[split != splits.TRAIN]), found, evaluated, (before, after))
 
 
 def _newest(earlier: PreparedSet) -> pl.DataFrame:
@@ -327,11 +340,7 @@ def _tally(earlier: PreparedSet, merged: Merged, divided: _Divided, rows: int) -
     return assembly.Tally(
         events=counts["events"] + merged.events,
         user_items=counts["user_items"] + merged.user_items,
-        requests={
-            "train": counts["requests"]["train"] + len(divided.trained),
-            **{split: len(requests) for split, requests in divided.evaluated.items()},
-            buckets.WAITING: len(divided.waiting),
-        },
+        requests={**divided.found, "train": counts["requests"]["train"] + divided.found["train"]},
         train_positives=counts["positives"]["train"] + len(divided.trained.positive),
         count=count,
     )

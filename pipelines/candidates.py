@@ -30,8 +30,11 @@ LookUp = Callable[[Requests], Ragged]
 
 def request_keys(requests: Requests, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Give a 64-bit name to each request that depends on its user id and moment only."""
-    keys: NDArray[np.uint64] = mix(hashes[requests.user] ^ mix(requests.at.view(np.uint64)))
-    return keys
+    return _keys(requests.user, requests.at, hashes)
+
+
+def _keys(user: NDArray[np.int64], at: NDArray[np.int64], hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    return mix(hashes[user] ^ mix(at.view(np.uint64)))
 
 
 def chosen(
@@ -51,10 +54,9 @@ def chosen(
     if at_most is None:
         yield from pieces
         return
-    salt = np.uint64(derive(seed, 0, "evaluated requests"))
     smallest = np.empty(0, np.uint64)
     for piece in pieces:
-        smallest = np.concatenate([smallest, mix(request_keys(piece, hashes) ^ salt)])
+        smallest = np.concatenate([smallest, _lots(piece.user, piece.at, hashes, seed)])
         if len(smallest) > at_most:
             smallest = np.partition(smallest, at_most - 1)[:at_most]
     if not len(smallest):
@@ -62,10 +64,25 @@ def chosen(
     limit = smallest.max()
     ties = int(np.count_nonzero(smallest == limit))
     for piece in pieces:
-        words = mix(request_keys(piece, hashes) ^ salt)
+        words = _lots(piece.user, piece.at, hashes, seed)
         last = np.flatnonzero(words == limit)[:ties]
         ties -= len(last)
         yield piece.take(np.sort(np.concatenate([np.flatnonzero(words < limit), last])))
+
+
+def may_be_chosen(
+    user: NDArray[np.int64], at: NDArray[np.int64], hashes: NDArray[np.uint64], at_most: int | None, seed: int
+) -> NDArray[np.bool_]:
+    """Mark the requests among which `chosen` finds all it gives: about `at_most`, so that the rest need not be read."""
+    if at_most is None or len(user) <= at_most:
+        return np.ones(len(user), np.bool_)
+    words = _lots(user, at, hashes, seed)
+    marked: NDArray[np.bool_] = words <= np.partition(words, at_most - 1)[at_most - 1]
+    return marked
+
+
+def _lots(user: NDArray[np.int64], at: NDArray[np.int64], hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    return mix(_keys(user, at, hashes) ^ np.uint64(derive(seed, 0, "evaluated requests")))
 
 
 def write_evaluated(

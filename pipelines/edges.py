@@ -1,6 +1,7 @@
 """The transition matrix while a set is written: edges lie in files, of which only the degrees are in memory.
 
-200,000 items have 25 million edges out of 20 million events: in memory they would be the largest thing there is.
+200,000 items have 34 million edges out of 20 million events: in memory they would be the largest thing there is.
+Without torch, so that the processes of a pool need not load it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.streams import put, put_file, safetensors_file
+from pipelines.streams import put
 from pipelines.transitions import Block, Edges, block_edges, blocks, free_from
-from ranking.items import ItemTable
 
 FREED_EVERY = 16
 """Blocks merged before their words are cut off the buckets' files."""
-_OFFSETS, _TARGET, _WEIGHT = "transition_offsets", "transition_target", "transition_weight"
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,3 @@ def merge_pairs(
 
 def _write_block(files: Sequence[Path], block: Block, top_n: int, keep: Path | None, out: Path) -> EdgeFiles:
     return write_edges([block_edges(files, block, top_n, keep)], out / f"edges-{block.low:08}")
-
-
-def write_items(path: Path, table: ItemTable, edges: EdgeFiles) -> None:
-    """Write an item table with other transitions than its own, as `ItemTable.load` reads it."""
-    arrays = {name: tensor.numpy() for name, tensor in table.tensors().items()}
-    arrays[_OFFSETS] = np.concatenate([[0], np.cumsum(edges.degree)]).astype(np.int64)
-    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # the widest first
-    layout = {name: (arrays[name].dtype.type, arrays[name].shape) for name in names}
-    for name in (_TARGET, _WEIGHT):
-        layout[name] = (layout[name][0], (len(edges),))
-    with safetensors_file(path, layout, table.metadata()) as files:
-        for name in names:
-            if name not in (_TARGET, _WEIGHT):
-                put(files[name], arrays[name])
-        for piece in edges.pieces:
-            put_file(files[_TARGET], piece.with_suffix(".target"))
-            put_file(files[_WEIGHT], piece.with_suffix(".weight"))

@@ -9,7 +9,8 @@
 
 The result depends on the log and the configuration only: not on the order of the log's rows, nor on the number of
 buckets or workers, nor on whether a log in parts (`pipelines.parts`) was prepared at once or part by part
-(`pipelines.append`). Memory is bounded by the buckets in work, the users, the items and the requests that do not train.
+(`pipelines.append`). Memory is bounded by the buckets in work, the users, the items and, where there are any, the
+impressions: not by the events.
 """
 
 from collections.abc import Iterator, Sequence

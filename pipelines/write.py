@@ -14,18 +14,21 @@ from numpy.typing import NDArray
 from pipelines import assembly, catalogue, splits
 from pipelines.buckets import BUCKET, FIRST_ROW, USER_ROW, WAITING, Rule
 from pipelines.candidates import chosen, fixed_candidates, history_rows, request_keys, write_evaluated
-from pipelines.edges import EdgeFiles, write_items
+from pipelines.edges import EdgeFiles
 from pipelines.parts import Part, PartRecord, source_of
 from pipelines.prepared import FORMAT, CandidateSets, PreparedSet, Requests, Split
 from pipelines.samplers import SAMPLERS, Sampler
 from pipelines.settings import PrepareConfig
 from pipelines.shown import write_shown
+from pipelines.streams import put, put_file, safetensors_file
 from pipelines.transitions import MAX_ROWS
 from ranking.items import ItemTable, identity_rows
 from recsys.config import parse
 from recsys.errors import DataError
 from recsys.files import write_json
 from recsys.history import Histories
+
+_OFFSETS, _TARGET, _WEIGHT = "transition_offsets", "transition_target", "transition_weight"
 
 Progress = Callable[[str, int, int], None]
 """(step, done, total)"""
@@ -190,8 +193,25 @@ def _write_tables(
     names.items.with_columns(trained).write_parquet(out / "catalogue.parquet")
     names.people.drop(USER_ROW, BUCKET, catalogue.USER_HASH).write_parquet(out / "users.parquet")
     write_json(out / "vocabulary.json", values)
-    write_items(out / "items.safetensors", table, transitions)
+    _write_items(out / "items.safetensors", table, transitions)
     np.save(out / "key_to_row.npy", identity_rows(names.items.height))
+
+
+def _write_items(path: Path, table: ItemTable, edges: EdgeFiles) -> None:
+    """Write an item table with other transitions than its own, as `ItemTable.load` reads it."""
+    arrays = {name: tensor.numpy() for name, tensor in table.tensors().items()}
+    arrays[_OFFSETS] = np.concatenate([[0], np.cumsum(edges.degree)]).astype(np.int64)
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # the widest first
+    layout = {name: (arrays[name].dtype.type, arrays[name].shape) for name in names}
+    for name in (_TARGET, _WEIGHT):
+        layout[name] = (layout[name][0], (len(edges),))
+    with safetensors_file(path, layout, table.metadata()) as files:
+        for name in names:
+            if name not in (_TARGET, _WEIGHT):
+                put(files[name], arrays[name])
+        for piece in edges.pieces:
+            put_file(files[_TARGET], piece.with_suffix(".target"))
+            put_file(files[_WEIGHT], piece.with_suffix(".weight"))
 
 
 def _write_evaluated(

@@ -1,6 +1,8 @@
 """Prepare against a reference written with plain loops, over random logs; and what it must not depend on."""
 
 import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -238,6 +240,12 @@ def test_how_much_is_taken_at_once_changes_no_byte(tmp_path: Path, monkeypatch: 
         for path in contents(whole.directory):
             name = path.relative_to(whole.directory)
             assert path.read_bytes() == (pieces.directory / name).read_bytes(), name
+
+
+def test_the_processes_of_a_pool_load_no_torch() -> None:
+    """It would be most of their memory: 200 MB each."""
+    code = "import sys, pipelines.buckets, pipelines.edges; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_top_transitions_are_the_heaviest(tmp_path: Path) -> None:
