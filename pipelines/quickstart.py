@@ -208,7 +208,7 @@ class Job:
                     text_publish.find_encoder(encoder, self.workspace.root / "runs"),
                     None,
                     Mix(),
-                    self.workspace.root / "text_cache",
+                    self.workspace.text_vectors,
                     lambda done, total: report(done, total, ""),
                 )
             publish(

@@ -8,9 +8,11 @@ import polars as pl
 import torch
 
 from pipelines.cold_start import item_names
+from pipelines.first_stages import NATURAL, FirstStages
 from pipelines.prepared import PreparedSet
 from pipelines.text_cache import VectorCache
-from pipelines.text_corpus import read_corpus
+from pipelines.text_corpus import read_corpus, read_queries
+from pipelines.text_pairs import sample
 from pipelines.text_train import finished_run
 from pipelines.tracking import git_commit
 from ranking.batch import FIRST_ITEM
@@ -27,6 +29,12 @@ from recsys.columns import ITEM_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import sha256_file
 from recsys.history import Events, Histories
+
+BY_QUERY = "by-query"
+"""How much words count is decided by the query (`ranking.fusion.Mix`)."""
+TUNED_ON = ("dev", "train")
+"""Splits of a corpus whose queries choose the weight of the words: never test."""
+TUNING_QUERIES = 200
 
 WORDS_ALONE = "none"
 """In place of an encoder: search by words, without vectors."""
@@ -65,7 +73,7 @@ def mix_of(text: str) -> Mix:
         text: `by-query`; another weight of the words where no passage holds those of the query, as `recsys evaluate`
             chooses one; or `rrf` for reciprocal ranks.
     """
-    if text == "by-query":
+    if text == BY_QUERY:
         return Mix()
     if text == "rrf":
         return Mix(weight=None)
@@ -76,6 +84,22 @@ def mix_of(text: str) -> Mix:
     if not 0 <= weight <= 1:
         raise ConfigError(f"--fusion is {text!r}; expected by-query, rrf, or a weight of the words from 0 to 1")
     return Mix(weight)
+
+
+def chosen_mix(corpus: Path, encoder: TextEncoder, cache: Path) -> Mix:
+    """Choose the weight of the words on a corpus' own judged queries, of its dev split or else its train split.
+
+    Args:
+        corpus: a folder in BEIR's layout; without such a split the shipped weight stays.
+        encoder: of queries and passages, whose vectors are in the cache by now.
+        cache: directory of vectors.
+    """
+    split = next((name for name in TUNED_ON if (corpus / "qrels" / f"{name}.tsv").is_file()), None)
+    if split is None:
+        return Mix()
+    opened = read_corpus(corpus)
+    queries = sample(read_queries(corpus, opened, split), TUNING_QUERIES, 0)
+    return Mix(FirstStages(opened, encoder, cache).choose_weight({NATURAL: queries}))
 
 
 def search_contents(

@@ -72,6 +72,11 @@ class Workspace:
         return self.root / "snapshot"
 
     @property
+    def text_vectors(self) -> Path:
+        """Vectors of texts by model and content, for training, evaluation and publishing alike."""
+        return self.root / "text-vectors"
+
+    @property
     def state(self) -> Path:
         """What the service writes: event log and live histories."""
         return self.root / "state"

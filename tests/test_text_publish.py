@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import tiny_text
 from typer.testing import CliRunner
 
-from pipelines.text_publish import corpus_passages, mix_of
+from pipelines.first_stages import FirstStages
+from pipelines.text_corpus import read_corpus, read_queries
+from pipelines.text_measures import measure
+from pipelines.text_publish import chosen_mix, corpus_passages, mix_of
 from ranking.bundle import Bundle
+from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import Mix
 from ranking.searcher import Searcher
 from ranking.snapshot import SnapshotReader
@@ -40,6 +45,20 @@ def test_a_corpus_becomes_a_bundle_that_answers(corpus, tmp_path):
 def test_documents_named_like_items_are_items(corpus):
     passages = corpus_passages(corpus, {"d3": 7, "x": 8})
     assert passages.items.tolist() == [0, 0, 7]
+
+
+def test_the_weight_of_words_is_chosen_on_judged_queries_that_are_no_test(tmp_path):
+    folder = tiny_text.beir(tmp_path / "tiny")
+    encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    chosen = chosen_mix(folder, encoder, tmp_path / "cache")
+    stages = FirstStages(read_corpus(folder), encoder, tmp_path / "cache")
+    queries = read_queries(folder, stages.corpus, "train")
+    found = {
+        w: measure(stages.hybrid(queries.texts, w), queries)["ndcg_at_10"].mean() for w in (0.1, chosen.weight, 0.9)
+    }
+    assert max(found, key=lambda weight: found[weight]) == chosen.weight or len(set(found.values())) < 3
+    (folder / "qrels" / "train.tsv").unlink()
+    assert chosen_mix(folder, encoder, tmp_path / "cache") == Mix()
 
 
 def test_what_cannot_be_meant_is_refused(corpus):

@@ -235,7 +235,7 @@ def publish(
     corpus: Annotated[
         Path | None, typer.Option(help="BEIR folder to search; the texts of the items if absent.")
     ] = None,
-    fusion: Annotated[str, typer.Option(help="Words and vectors: by-query, another weight, or rrf.")] = "by-query",
+    fusion: Annotated[str, typer.Option(help="Words and vectors: by-query, a weight, or rrf.")] = "by-query",
     alias: Annotated[str, typer.Option(help="MLflow alias of the new version.")] = "champion",
     gates: Annotated[
         str | None, typer.Option(help="TOML of gates, or the name of a shipped one: exit 4 unless all are passed.")

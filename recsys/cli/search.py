@@ -1,5 +1,6 @@
 """What `publish` does for text search."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,12 @@ def search_parts(
     order = text_publish.find_reranker(reranker, runs) if reranker else None
     model, mix = text_publish.find_encoder(encoder, runs), text_publish.mix_of(fusion)
     with Terminal().bar("encode passages") as bar:
-        return text_publish.search_contents(
-            passages, model, order, mix, place.root / "text_cache", lambda done, total: bar(done, total, "")
+        contents = text_publish.search_contents(
+            passages, model, order, mix, place.text_vectors, lambda done, total: bar(done, total, "")
         )
+    if corpus is None or model is None or fusion != text_publish.BY_QUERY:
+        return contents
+    return replace(contents, mix=text_publish.chosen_mix(corpus, model, place.text_vectors))
 
 
 def publish_search(

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 TEXT_MODELS = ("lexsembridge", "mvp", "cross_encoder")
 """of `pipelines.text_models`, which is imported only for one of them"""
 ITEMS = "items.parquet"
-CACHE = "text-vectors"
 
 
 def train_text(
@@ -32,7 +31,7 @@ def train_text(
     directory = place.run(name or path.stem)
     with Terminal().bar(f"train {options.name}") as bar:
         trained = run(
-            options, place.log / ITEMS, directory, place.root / CACHE, mlflow or place.tracking_uri, report=bar
+            options, place.log / ITEMS, directory, place.text_vectors, mlflow or place.tracking_uri, report=bar
         )
     print_result(trained.table(), as_json)
 
@@ -61,7 +60,7 @@ def evaluate_text(
     encoder = DenseEncoder.of()
     with Terminal().bar("evaluate") as bar:
         stages = FirstStages(
-            opened, encoder, place.root / CACHE, report=lambda done, total: bar(done, total, "passages encoded")
+            opened, encoder, place.text_vectors, report=lambda done, total: bar(done, total, "passages encoded")
         )
         source = PairSource(opened, encoder.tokenizer)
         _, dev = training_queries(opened, options, source)
