@@ -1,7 +1,7 @@
 """The offline batch job: the answers of the service for many users, written as Parquet by the very same recommender.
 
-Users are answered chunk by chunk. With several workers the chunks go to Ray actors, each of which has loaded the bundle
-once; they are written in the order of the users, so the table is the same whoever did the work.
+Users are answered sixteen at a time and chunk by chunk. With several workers the chunks go to Ray actors, each of which
+has loaded the bundle once; they are written in the order of the users, so the table is the same whoever did the work.
 """
 
 import tempfile
@@ -113,7 +113,9 @@ def recommend_users(
     Raises:
         ValidationError: k out of the range that the service takes.
 
-    Cost: one request of the service per user; memory is bounded by `CHUNK` users.
+    Cost: about half of a request of the service per user, since users are encoded, searched for and scored sixteen at a
+    time (`tests/benchmarks/batch_recommend.py`); half of what is left are the ranker's scores. Memory is bounded by
+    `CHUNK` users. A score may differ from the service's in its last float32 digit.
     """
     asked = BatchRequest(k, at, exclude_seen, config or RecommenderConfig())
     recommender = Recommender(bundle, histories, asked.config)

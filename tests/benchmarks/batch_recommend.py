@@ -6,7 +6,8 @@
 A workspace with a published bundle is needed. Each count of workers runs the verb in a process of its own, once over a
 single user and once over all: the difference leaves out the start, Ray's and the loading of the bundle, which is shown
 beside it. Users come in turn from the snapshot, again and again until there are enough. The tables of all runs must
-have the same bytes.
+have the same bytes. Before that, some users are answered in this process one by one, as the service does, and sixteen
+at a time, as the job does, in turns: CPU milliseconds per user of both, on one thread.
 """
 
 import argparse
@@ -19,11 +20,16 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 
 import polars as pl
+import torch
 
+from ranking.bundle import Bundle
+from ranking.recommender import Recommender
 from ranking.snapshot import SnapshotReader
 from recsys.files import sha256_file
+from recsys.messages import RecommendRequest
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,46 @@ class Row:
     users_per_second: float
 
 
+@dataclass(frozen=True)
+class Ways:
+    """CPU milliseconds per user, the median of the turns."""
+
+    one_by_one: float
+    many: float
+
+
+def compare_ways(workspace: Path, count: int, turns: int = 3) -> Ways:
+    """Answer users both ways, in turns."""
+    torch.set_num_threads(1)
+    reader = SnapshotReader(workspace / "snapshot")
+    users = reader.users(count)
+    at = newest(reader, users)
+    recommender = Recommender(Bundle.load(workspace / "bundle"), reader)
+    requests = [RecommendRequest(user_id=user, k=10, at=at) for user in users]
+    spent: dict[str, list[float]] = {"one": [], "many": []}
+    for _ in range(turns + 1):
+        for way, work in (
+            ("one", lambda: [recommender.trace(request, at) for request in requests]),
+            ("many", lambda: recommender.trace_many(requests, at)),
+        ):
+            start = time.process_time()
+            work()
+            spent[way].append((time.process_time() - start) / len(users) * 1e3)
+    return Ways(*(round(median(spent[way][1:]), 2) for way in ("one", "many")))  # the first turn warms up
+
+
+def newest(reader: SnapshotReader, users: list[str]) -> int:
+    """Give a moment after all of their events, microseconds UTC."""
+    histories = [reader.read(user) for user in users]
+    return max(int(events.time[-1]) for events in histories if events is not None and len(events)) + 1
+
+
 def write_users(snapshot: Path, count: int, path: Path) -> int:
     """Write the ids of `count` users of a snapshot; gives a moment after all of their events, microseconds UTC."""
     reader = SnapshotReader(snapshot)
     known = reader.users(count)
     pl.DataFrame({"user_id": list(islice(cycle(known), count))}).write_parquet(path)
-    histories = [reader.read(user) for user in known]
-    return max(int(events.time[-1]) for events in histories if events is not None and len(events)) + 1
+    return newest(reader, known)
 
 
 def timed(workspace: Path, users: Path, at: int, workers: int, out: Path) -> float:
@@ -83,17 +122,27 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--workspace", type=Path, default=Path("workspace"))
     options.add_argument("--users", type=int, default=4000)
-    options.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="none: leave the verb out")
     options.add_argument("--out", type=Path, default=None, help="JSON file for the rows")
     given = options.parse_args()
-    rows = measure(given.workspace, given.users, given.workers)
+    ways = compare_ways(given.workspace, min(given.users, 250))
+    print(
+        f"CPU ms per user: {ways.one_by_one} one by one, {ways.many} sixteen at a time, "
+        f"{ways.one_by_one / ways.many:.2f} times"
+    )
+    rows = measure(given.workspace, given.users, given.workers) if given.workers else []
     print(f"{'workers':>7}{'users':>9}{'start s':>9}{'whole s':>9}{'users/s':>9}")
     for row in rows:
         print(
             f"{row.workers:>7}{row.users:>9,}{row.start_seconds:>9.2f}{row.seconds:>9.2f}{row.users_per_second:>9.1f}"
         )
     if given.out:
-        given.out.write_text(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}, indent=2))
+        given.out.write_text(
+            json.dumps(
+                {"cores": os.cpu_count(), "cpu_ms_per_user": asdict(ways), "rows": [asdict(row) for row in rows]},
+                indent=2,
+            )
+        )
 
 
 if __name__ == "__main__":
