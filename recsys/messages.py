@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_CANDIDATES = 10_000
 """Most items one `rank` request may ask for; more is answered with 413."""
@@ -11,6 +11,12 @@ MAX_CANDIDATES = 10_000
 
 Id = Annotated[str, Field(max_length=512)]
 """An outside id. The bound also makes half of a surrogate pair, which no UTF-8 can carry, an error of its field."""
+
+MAX_QUERY = 4096
+"""Longest query in characters. Models read some 64 tokens of it, BM25 all of it."""
+
+Query = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY, pattern=r"\S")]
+"""A text to search for; not blank."""
 
 
 class Message(BaseModel):
@@ -75,9 +81,8 @@ class RecommendRequest(Message):
     filters: list[ItemFilter] = Field(
         default=[], max_length=MAX_FILTERS, description="an item must pass all of them, and those of the config"
     )
-    query: str | None = Field(
+    query: Query | None = Field(
         default=None,
-        max_length=4096,
         description="recommend of what a search for this text finds, in an order that blends search and ranker",
     )
     explain: bool = Field(default=False, description="say how each item came in, and why others did not")

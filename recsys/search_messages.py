@@ -4,14 +4,11 @@ Reranking takes and gives what version 2 of Cohere's API does, so that its clien
 and named as such.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
-from recsys.messages import Id, InlineEvent, Message
-
-MAX_QUERY = 4096
-"""Longest query in characters. Models read some 64 tokens of it, BM25 all of it."""
+from recsys.messages import Id, InlineEvent, Message, Query
 
 MAX_DOCUMENTS = 1000
 """Most documents of one `rerank` request; more is answered with 413. Cohere advises no more either."""
@@ -20,7 +17,6 @@ MAX_BUDGET = 60_000
 """Longest time a request may ask for, milliseconds."""
 
 Mode = Literal["hybrid", "bm25", "dense"]
-Query = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY, pattern=r"\S")]
 
 
 class SearchRequest(Message):

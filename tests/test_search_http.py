@@ -20,7 +20,8 @@ from text_world import (
 
 from ranking.bundle import Bundle, write_bundle
 from ranking.searcher import Searcher
-from recsys.search_messages import MAX_DOCUMENTS, MAX_QUERY
+from recsys.messages import MAX_QUERY
+from recsys.search_messages import MAX_DOCUMENTS
 from serving.settings import ServeConfig, load_into, open_service
 
 LATER = 2**60
@@ -251,6 +252,8 @@ def test_no_request_without_text_waits_for_a_text_model(opened):
 
 WRONG = {
     "a query of 100,000 characters": ("search", {"query": "a" * 100_000}, 422, "validation", str(MAX_QUERY)),
+    "items for no words": ("recommend", {"user_id": "user-1", "query": ""}, 422, "validation", "query"),
+    "items for a blank query": ("recommend", {"user_id": "user-1", "query": " "}, 422, "validation", "query"),
     "a blank query": ("search", {"query": " \n"}, 422, "validation", "query"),
     "no query": ("search", {}, 422, "validation", "query"),
     "a query that is a list": ("search", {"query": ["tea"]}, 422, "validation", "query"),

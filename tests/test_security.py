@@ -8,6 +8,7 @@ import pytest
 from fuzzing import try_requests
 from serving_world import LATER, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
+from text_world import publish_whole
 
 from recsys.errors import ConfigError
 from serving.logs import LOGS, log_to
@@ -133,8 +134,11 @@ def test_an_id_is_never_a_path(service, name, monkeypatch):
 # --- the whole document, by machine
 
 
-def test_no_request_of_the_document_finds_a_defect(service):
+def test_no_request_of_the_document_finds_a_defect(tmp_path):
+    place = publish_world(tmp_path / "world")
+    service = make_service(place, tmp_path / "state", publish_whole(tmp_path / "whole"))
     with TestClient(patient_app(service), raise_server_exceptions=False) as client:
         found = try_requests(client, examples=6)
     assert len({operation for operation, _ in found}) >= 10
     assert {200, 422} <= {status for _, status in found}
+    service.close()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import Mix
 from ranking.items import ItemTable
 from ranking.manifest import Provenance
+from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.passages import Passages
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
 from ranking.search_part import SearchContents
@@ -144,6 +145,16 @@ def publish_search(directory: Path, encoder: bool = True, reranker: WordCount | 
     return directory
 
 
+def publish_whole(directory: Path) -> Path:
+    """Write a bundle that can do everything: no operation is answered with 501."""
+    table, contents = catalogue()
+    config = MqsaTedConfig(width=8)
+    text = SearchContents(item_passages(contents), tiny_encoder(), WordCount())
+    retriever = NamedModel("mqsa_ted", config, MqsaTed(config, table))
+    write_bundle(directory, with_text(replace(contents, retriever=retriever), text), PROVENANCE)
+    return directory
+
+
 def publish_corpus(directory: Path, texts: Sequence[str], **parts) -> Path:
     """Write a bundle without items and rankers that searches documents d0, d1, ..."""
     passages = Passages.of([f"d{number}" for number in range(len(texts))], list(texts))
@@ -152,8 +163,6 @@ def publish_corpus(directory: Path, texts: Sequence[str], **parts) -> Path:
 
 
 def with_text(contents: Contents, text: SearchContents) -> Contents:
-    from dataclasses import replace
-
     return replace(contents, text=text)
 
 

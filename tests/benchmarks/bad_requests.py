@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,23 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fuzzing import try_requests
 from serving_world import patient_app, publish_world
 from starlette.testclient import TestClient
-from text_world import PROVENANCE, WordCount, catalogue, item_passages, tiny_encoder
+from text_world import publish_whole
 
-from ranking.bundle import write_bundle
-from ranking.bundle_models import NamedModel
-from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
-from ranking.search_part import SearchContents
 from serving.settings import ServeConfig, load_into, open_service
-
-
-def publish_whole(directory: Path) -> Path:
-    """Write a bundle that can do everything, so that no operation is answered with 501."""
-    table, contents = catalogue()
-    config = MqsaTedConfig(width=8)
-    text = SearchContents(item_passages(contents), tiny_encoder(), WordCount())
-    retriever = NamedModel("mqsa_ted", config, MqsaTed(config, table))
-    write_bundle(directory, replace(contents, retriever=retriever, text=text), PROVENANCE)
-    return directory
 
 
 def main() -> None:
