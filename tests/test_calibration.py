@@ -11,17 +11,21 @@ from pydantic import ValidationError
 from test_bundle import PROVENANCE, contents, named
 from test_evaluate import Fake
 from test_shown import CONFIG, EVALUATE, ingested
+from typer.testing import CliRunner
 
 from pipelines.calibration import METHODS, fit_calibration, fit_scores
 from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare
 from pipelines.prepared import IMPRESSIONS, VALID_IMPRESSIONS
 from pipelines.report import build_page, render_html, render_markdown
+from pipelines.shipped import find_config
 from pipelines.splits import DAY
+from pipelines.train import load_config, train
 from ranking.bundle import Bundle, write_bundle
 from ranking.calibration import Calibration
 from ranking.recommender import Recommender
-from recsys.errors import DataError
+from recsys.cli import app
+from recsys.errors import ConfigError, DataError
 from recsys.history import Events
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 
@@ -143,6 +147,27 @@ def test_without_answers_in_the_validation_period_the_report_says_why(prepared, 
     assert "wants 20 of each" in told.why
     with pytest.raises(DataError, match="wants 20 of each"):
         fit_calibration("platt", model, done, most=5)
+
+
+def test_publish_puts_the_map_that_was_asked_for_into_the_bundle(prepared, mlflow_uri, tmp_path):
+    done, _ = prepared
+    workspace = tmp_path / "shop"
+    workspace.mkdir()
+    (workspace / "prepared").symlink_to(done.directory)
+    trained = train(load_config(find_config("popularity")), done, workspace / "runs" / "popular", mlflow_uri)
+
+    def publish(method: str):
+        options = ["--ranker", "popular", "--text-encoder", "none", "--calibration", method, "--mlflow", mlflow_uri]
+        return CliRunner().invoke(app, ["publish", *options, "--workspace", str(workspace)])
+
+    wrong = publish("softmax")
+    assert isinstance(wrong.exception, ConfigError)
+    assert "isotonic, platt" in str(wrong.exception)
+    right = publish("isotonic")
+    assert right.exit_code == 0, right.output
+    expected = fit_calibration("isotonic", trained.model, done)
+    assert Bundle.load(workspace / "bundle").calibration == expected
+    assert expected.answers == len(done.requests(VALID_IMPRESSIONS))
 
 
 class Nobody:
