@@ -39,7 +39,8 @@ def examples(evaluation: Evaluation) -> list[Table]:
     if tables:
         note = (
             "An item that was taken, its rank among the request's candidates, and the items of the history with the "
-            "largest share of that candidate's attention. An item's events are summed."
+            "largest share of that candidate's attention: over how many of its events, and how many days (or events) "
+            "before the request the newest of them was."
         )
         tables[-1] = _with_note(tables[-1], note)
     return tables
@@ -68,14 +69,9 @@ def _cell(found: Distance | None, distance: str) -> Cell:
 
 
 def _where(looked: Looked) -> str:
-    """Say how much attention an item has, in how many events, and how long ago the newest was."""
-    when = f"{looked.back:,} back" if looked.days is None else _ago(looked.days)
-    times = "" if looked.events == 1 else f"{looked.events:,} events, newest "
-    return f"{percent(looked.share)}, {times}{when}"
-
-
-def _ago(days: float) -> str:
-    return f"{days:,.0f} days before" if days >= 1.5 else f"{24 * days:,.0f} hours before"
+    """Say how much attention an item has, in how many events, and how long ago the newest was, short for a phone."""
+    when = f"{looked.back:,} back" if looked.days is None else f"{looked.days:,.0f} d"
+    return f"{percent(looked.share)}, {looked.events:,}×, {when}"
 
 
 def _with_note(table: Table, note: str) -> Table:

@@ -62,7 +62,7 @@ class Reliability:
     Attributes:
         readings: `none` (scores as logits), then by method.
         answers: of the validation period that maps were fitted on; 0 if none could be.
-        why: why there is no map; empty if there is one.
+        why: why a map is missing; empty if none is.
     """
 
     readings: dict[str, Reading]
@@ -137,14 +137,20 @@ def reliability_of(
     """
     logit = shown.score.astype(np.float64)
     probabilities = {"none": np.exp(-np.logaddexp(0.0, -logit))}
+    maps: dict[str, Calibration] = {}
+    answers, whys = 0, []
     try:
         score, label, answers = _validation(model, prepared, most, resampling.seed)
-        maps = {method: fit_scores(method, score, label, answers) for method in METHODS}
     except DataError as error:
-        return Reliability({"none": _reading(probabilities["none"], shown, resampling)}, why=str(error))
+        whys.append(str(error))
+    for method in METHODS if answers else ():
+        try:
+            maps[method] = fit_scores(method, score, label, answers)
+        except DataError as error:
+            whys.append(str(error))
     probabilities |= {method: one.of(shown.score) for method, one in maps.items()}
     readings = {name: _reading(probability, shown, resampling) for name, probability in probabilities.items()}
-    return Reliability(readings, answers)
+    return Reliability(readings, answers if maps else 0, "; ".join(dict.fromkeys(whys)))
 
 
 def _validation(

@@ -75,7 +75,7 @@ def _note(evaluation: Evaluation) -> str:
     if fitted:
         note += (
             f"The maps were fitted on {max(fitted):,} answers of the validation period and are judged on the test "
-            "period; `recsys publish --calibration` puts one into the bundle."
+            "period; `recsys publish --calibration` puts one into the bundle. "
         )
-    whys = {one.why: name for name, one in evaluation.reliability.items() if one.why}
-    return note + " ".join(f"No map for `{name}`: {why}." for why, name in whys.items())
+    whys = [f"`{name}`: {one.why}." for name, one in evaluation.reliability.items() if one.why]
+    return (note + (f"Missing maps: {' '.join(dict.fromkeys(whys))}" if whys else "")).strip()
