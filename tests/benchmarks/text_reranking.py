@@ -43,7 +43,7 @@ VIEWS = 4
 SHUFFLES = 5
 SETTINGS = [
     *("train=fusion", "rows=16", "group=10", "optimiser.learning_rate_fresh=5e-4"),
-    *("stop.steps=300", "stop.validate_every=50", "stop.patience=6"),
+    *("stop.steps=120", "stop.validate_every=20", "stop.patience=6", "stop.checkpoint_every=1000"),
 ]
 ROWS: dict[str, tuple[str, list[str]]] = {
     "cross_encoder": ("cross_encoder", []),
@@ -148,7 +148,7 @@ def row_of(
             model, kept = CrossEncoder(config.model, transformer, tokenizer), slice(VIEWS, VIEWS + 1)
         own = dataclasses.replace(vectors, keep=kept)
         task = RerankerTask(config, model, stages.corpus, learn, dev, own)
-        loop = TextLoop(task, stages.cache / "never.safetensors", "study", config.optimiser, config.stop, config.seed)
+        loop = TextLoop(task, Path("no checkpoint"), "study", config.optimiser, config.stop, config.seed)
         loop.run_to_end()
         seconds += loop.progress.seconds
         part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
