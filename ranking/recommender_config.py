@@ -35,7 +35,7 @@ class StatesConfig:
     seconds: float = 3_600.0
     """a state that is not used for so long is dropped"""
     least_events: int = 200
-    """of a history whose state is kept; shorter ones are encoded as fast as they are looked up"""
+    """of a history whose ranker's state is kept; shorter ones are encoded as fast as they are looked up"""
 
     def __post_init__(self) -> None:
         for name in ("bytes", "seconds", "least_events"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ranking.batch import FIRST_ITEM, PAD, Batch, Candidates, Request, assemble
 from ranking.bundle import Bundle
 from ranking.ladder import Ladder
-from ranking.state_cache import StateCache, States
+from ranking.state_cache import StateCache, States, Vectors
 from ranking.users import User
 from recsys.history import Events
 
@@ -40,12 +40,13 @@ class Scorer:
 
     Args:
         bundle: the models.
-        states: keeps states of long histories; None encodes every history anew.
+        states: keeps states and vectors of long histories; None encodes every history anew.
     """
 
     def __init__(self, bundle: Bundle, states: StateCache | None = None) -> None:
         self._bundle = bundle
         self._states = None if states is None else States(bundle, states)
+        self._kept_vectors = None if states is None or bundle.retriever is None else Vectors(bundle, states)
         self._count = bundle.items.count.cpu().numpy()
         self._shares_encode = self._state_is_vector()
         self._item_vectors: NDArray[np.float32] | None = None
@@ -136,7 +137,12 @@ class Scorer:
         if self._shares_encode and isinstance(state, Tensor):
             vector = state
         else:
-            vector = retriever.user_vectors(self._assemble(users, self._bundle.retriever_window).history)
+
+            def build() -> Tensor:
+                return retriever.user_vectors(self._assemble(users, self._bundle.retriever_window).history)
+
+            kept = self._kept_vectors if len(users) == 1 else None
+            vector = build() if kept is None else kept.of(users[0], build)
         found: NDArray[np.float32] = vector.float().cpu().numpy()
         return found
 

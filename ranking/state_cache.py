@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranking.bundle import Bundle
+from ranking.manifest import Role
 from ranking.recommender_config import StatesConfig
 from ranking.users import User
 from recsys.files import sha256_json
@@ -63,7 +64,7 @@ class Entry:
 
 @dataclass
 class Counts:
-    """What a cache has done, and what it holds now."""
+    """What a cache has done with states, and what it holds now, vectors too."""
 
     hits: int = 0
     updates: int = 0
@@ -135,6 +136,35 @@ class StateCache:
             self.counts.entries -= 1
 
 
+class Vectors:
+    """Gives the user vectors of one bundle's retriever: kept as they are, for as long as the history is the very same.
+
+    They are small, so those of short histories are kept, too.
+
+    Args:
+        bundle: the retriever.
+        cache: where vectors are kept.
+    """
+
+    def __init__(self, bundle: Bundle, cache: StateCache) -> None:
+        self._window = bundle.retriever_window
+        self._cache = cache
+        self._model = model_digest(bundle, "retriever")
+
+    def of(self, user: User, encode: Callable[[], Tensor]) -> Tensor:
+        """Give the vector of a user, float32 [1, D], equal bit for bit to what `encode` gives."""
+        rows, times = _newest(user, self._window)
+        if user.user_id is None:
+            return encode()
+        entry = self._cache.get(user.user_id, self._model)
+        if entry is not None and np.array_equal(entry.times, times) and np.array_equal(entry.rows, rows):
+            vector: Tensor = entry.state
+            return vector
+        vector = encode()
+        self._cache.put(user.user_id, self._model, Entry(rows.copy(), times.copy(), _owned(vector)))
+        return vector
+
+
 class States:
     """Gives the states of one bundle's ranker.
 
@@ -147,7 +177,7 @@ class States:
         self._ranker = bundle.ranker
         self._device = bundle.device
         self._cache = cache
-        self._model = model_digest(bundle)
+        self._model = model_digest(bundle, "ranker")
 
     def of(self, user: User, encode: Callable[[], object]) -> object:
         """Give the state of a user, equal bit for bit to what `encode` gives.
@@ -159,8 +189,7 @@ class States:
         Cost: of a kept state one comparison of its events; of each event more or less one append or evict.
         """
         window = self._ranker.window
-        used = slice(-window if window is not None else None, None)
-        rows, times = user.rows[used], user.events.time[used]
+        rows, times = _newest(user, window)
         if user.user_id is None or not isinstance(self._ranker, Appends) or len(rows) < self._cache.config.least_events:
             return encode()
         counts = self._cache.counts
@@ -196,10 +225,16 @@ class States:
         return torch.from_numpy(values.copy()).to(self._device)
 
 
-def model_digest(bundle: Bundle) -> str:
-    """Give what a state depends on besides the history: the ranker with its settings and weights, and the items."""
+def _newest(user: User, window: int | None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Give rows and times of a user's newest events, all of them without a window."""
+    used = slice(-window if window is not None else None, None)
+    return user.rows[used], user.events.time[used]
+
+
+def model_digest(bundle: Bundle, role: Role) -> str:
+    """Give what a state depends on besides the history: a model with its settings and weights, and the items."""
     manifest = bundle.manifest
-    entry = manifest.models["ranker"]
+    entry = manifest.models[role]
     files = [manifest.files[name].sha256 for name in (entry.weights, "items.safetensors")]
     return sha256_json([entry.name, entry.config, *files])
 

@@ -16,7 +16,7 @@ from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender
 from ranking.recommender_config import StatesConfig
-from ranking.state_cache import StateCache, States, model_digest
+from ranking.state_cache import StateCache, States, Vectors, model_digest
 from ranking.users import Users
 from recsys.errors import ConfigError
 from recsys.history import Events
@@ -124,6 +124,10 @@ def test_any_order_of_events_equals_a_rebuild(bundles, name, steps, room):
             plain = Recommender(bundle, store)._scorer
             rebuilt = plain.encode_ranker(found, Ladder(None)).state
             kept = States(bundle, cache).of(found, lambda rebuilt=rebuilt: rebuilt)
+            vector = plain.encode(found, Ladder(None)).vector
+            assert np.array_equal(
+                Vectors(bundle, cache).of(found, lambda v=vector: torch.from_numpy(v)).numpy(), vector
+            )
         for mine, theirs in zip(tensors(kept), tensors(rebuilt), strict=True):
             assert torch.equal(mine, theirs)
         assert cache.counts.bytes == sum(entry.bytes for entry, _ in cache._entries.values()) <= config.bytes
@@ -141,7 +145,7 @@ def test_any_order_of_events_equals_a_rebuild(bundles, name, steps, room):
 def test_one_more_event_is_appended_and_not_encoded_again(bundles, name, monkeypatch):
     store, cache = Store(), StateCache(StatesConfig(least_events=3))
     first, other, same = bundles[name]
-    assert model_digest(first) == model_digest(same) != model_digest(other)
+    assert model_digest(first, "ranker") == model_digest(same, "ranker") != model_digest(other, "ranker")
     for number in range(9):
         store.add("a", number, worlds.START + number)
     encoded = []
@@ -162,7 +166,10 @@ def test_one_more_event_is_appended_and_not_encoded_again(bundles, name, monkeyp
     assert (len(encoded), cache.counts.updates, cache.counts.hits) == (1, 1, 3)
     short = RecommendRequest(history=[InlineEvent(item_id=ITEMS[0], timestamp=1)] * 5, k=3, at=NOW)
     recommender.recommend(short, NOW)
-    assert (len(encoded), cache.counts.entries) == (2, 1)  # what is sent along is nobody's, and not kept
+    assert (len(encoded), cache.counts.entries) == (
+        2,
+        3,
+    )  # a state, and a vector of each retriever; what is sent along is nobody's, and not kept
 
 
 def test_a_bounded_store_makes_sdim_evict_and_not_encode(bundles):
@@ -177,9 +184,30 @@ def test_a_bounded_store_makes_sdim_evict_and_not_encode(bundles):
 
 
 def test_an_entry_larger_than_the_room_is_not_kept_and_bounds_are_checked(bundles):
-    store, cache = Store(), StateCache(StatesConfig(bytes=100, least_events=0))
+    store, cache = Store(), StateCache(StatesConfig(bytes=40, least_events=0))
     store.add("a", 1, worlds.START)
     Recommender(bundles["dare"][0], store, states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
     assert (cache.counts.entries, cache.counts.bytes, cache.counts.misses) == (0, 0, 1)
     with pytest.raises(ConfigError, match=r"\[recommender.states\] seconds is -1"):
         StatesConfig(seconds=-1)
+
+
+def test_a_vector_is_made_again_only_for_another_history_or_retriever(bundles, monkeypatch):
+    first, other, same = bundles["dare"]
+    made = []
+    for bundle in (first, other, same):
+        vectors = bundle.retriever.user_vectors
+        monkeypatch.setattr(
+            bundle.retriever, "user_vectors", lambda history, vectors=vectors: made.append(1) or vectors(history)
+        )
+    store, cache = Store(), StateCache(StatesConfig(least_events=3))
+    for number in range(9):
+        store.add("a", number, worlds.START + number)
+    counts = []
+    for bundle in (first, first, other, same):  # `other` has the first's retriever
+        Recommender(bundle, store, states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
+        counts.append(len(made))
+    store.add("a", 9, worlds.START + 20)
+    for _ in range(2):
+        Recommender(first, store, states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
+    assert [*counts, len(made)] == [1, 1, 1, 2, 3]

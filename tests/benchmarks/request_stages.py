@@ -107,7 +107,7 @@ def make_bundle(name: str, items: int, length: int, folder: Path) -> Bundle:
 
 
 def measure(name: str, bundle: Bundle, histories: Histories, now: int) -> tuple[list[Row], float]:
-    """Ask for every user plainly, cold, warm and after one more event; gives the times and the bytes of a state."""
+    """Ask for every user plainly, cold, warm and after one more event; gives the times and the bytes kept of a user."""
     cache = StateCache(StatesConfig(bytes=2**31))
     plain, kept = Recommender(bundle, histories, QUOTAS), Recommender(bundle, histories, QUOTAS, states=cache)
     asked = [RecommendRequest(user_id=user, k=20, at=now + 2) for user in histories.events]
@@ -124,7 +124,7 @@ def measure(name: str, bundle: Bundle, histories: Histories, now: int) -> tuple[
             rows.append(Row(name, states, stage, float(np.quantile(times, 0.5)), float(np.quantile(times, 0.99))))
     counts = cache.counts
     assert (counts.misses, counts.hits, counts.updates) == (len(asked), len(asked), len(asked))
-    return rows, counts.bytes / counts.entries
+    return rows, counts.bytes / len(asked)
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def main() -> None:
             bundle = make_bundle(name, options.items, options.events, Path(folder) / "bundle")
             histories = make_histories(options.users, options.events, options.items - NEW, now)
             rows, size = measure(name, bundle, histories, now)
-        print(f"\n{name}, {options.items:,} items, {options.events:,} events; {size:,.0f} bytes of state per user\n")
+        print(f"\n{name}, {options.items:,} items, {options.events:,} events; {size:,.0f} bytes kept per user\n")
         print("| stage, p50 / p99 ms | plain | miss | hit | one more event |\n|---|---|---|---|---|")
         for stage in dict.fromkeys(row.stage for row in rows):
             cells = [f"{row.p50_ms:.2f} / {row.p99_ms:.2f}" for row in rows if row.stage == stage]
