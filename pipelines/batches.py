@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.own_negatives import OwnItems
 from pipelines.prepared import PreparedSet, Requests
 from pipelines.samplers import SAMPLERS, Ragged, Sampler, log_density
 from ranking.batch import Batch, assemble, rows_of
@@ -27,6 +28,7 @@ class BatchConfig:
     rows: int = 256  # requests (or user sequences) per step
     negatives: int = 2  # sampled per positive; rows of `sequences` models have none
     samplers: tuple[str, ...] = ("uniform", "popularity")  # negatives are shared out evenly among them
+    own_negatives: int = 0  # more of them per positive, from what the user chose before
     correct: bool = True  # learn how likely an item is, not how much likelier than the samplers draw it
     max_positives: int = 8  # of one request, a seeded choice among more
     max_requests: int | None = None  # use only a seeded sample of the training requests
@@ -39,6 +41,8 @@ class BatchConfig:
                 f"[batches] rows, negatives and max_positives must be at least 1, found {self.rows}, "
                 f"{self.negatives} and {self.max_positives}"
             )
+        if self.own_negatives < 0:
+            raise ConfigError(f"[batches] own_negatives must not be negative, found {self.own_negatives}")
         unknown = [name for name in self.samplers if name not in SAMPLERS]
         if unknown or not self.samplers:
             raise ConfigError(f"[batches] samplers must be some of {', '.join(SAMPLERS)}, found {self.samplers}")
@@ -114,13 +118,17 @@ class TrainingBatches:
         items, labels, offset = positives, (positives > 0).astype(np.float32), None
         if self.trains_on == "requests":
             negatives = self._negatives(requests, positives, draws)
+            own = self._own_items(requests) if self.config.own_negatives else None
+            if own is not None:
+                negatives = np.concatenate([negatives, self._own_negatives(own, requests, positives, step)], axis=1)
             items = np.concatenate([positives, negatives], axis=1)
             labels = np.concatenate([labels, np.zeros(negatives.shape, np.float32)], axis=1)
+            if self.config.correct:
+                offset = self._offset[items] if own is None else self._offset_with(own, items)
         if size > 1:
             mine = np.arange(rank, len(requests), size)
             requests, items, labels = requests.take(mine), items[mine], labels[mine]
-        if self.trains_on == "requests" and self.config.correct:
-            offset = self._offset[items]
+            offset = None if offset is None else offset[mine]
         histories = self.prepared.histories
         return assemble(
             histories.events,
@@ -150,9 +158,26 @@ class TrainingBatches:
         # A request with fewer positives than the widest gets fewer negatives: the ratio is per positive. Interleaving
         # the samplers first keeps their shares equal in what is left.
         order = np.argsort(np.concatenate([np.linspace(0, 1, share) for share in shares if share]), kind="stable")
-        negatives = negatives[:, order]
-        kept = np.arange(wanted)[None, :] < self.config.negatives * (positives > 0).sum(1, keepdims=True)
-        return np.where(kept, negatives, 0).astype(np.int32)
+        return _per_positive(negatives[:, order], positives, self.config.negatives)
+
+    def _own_items(self, requests: Requests) -> OwnItems:
+        return OwnItems.of(self._histories(requests), len(self.prepared.items))
+
+    def _own_negatives(
+        self, own: OwnItems, requests: Requests, positives: NDArray[np.int32], step: int
+    ) -> NDArray[np.int32]:
+        each, draws = self.config.own_negatives, generator(self.seed, step, "own candidates")
+        drawn = own.draw(draws, Ragged(requests.offsets, requests.positive), each * positives.shape[1])
+        return _per_positive(drawn, positives, each)
+
+    def _offset_with(self, own: OwnItems, items: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Give log of how often each item is drawn by the samplers and from the user's own together, float32 [B, C].
+
+        In the units of `log_density`: as a multiple of the samplers' average over the trained items.
+        """
+        trained, share = int(self.prepared.items.trained.sum()), self.config.own_negatives / self.config.negatives
+        drawn = np.exp(self._offset[items].astype(np.float64)) + share * trained * own.density(items)
+        return np.log(drawn).astype(np.float32)
 
     def _histories(self, requests: Requests) -> Ragged:
         """Give the item rows of each request's whole history so far."""
@@ -185,6 +210,12 @@ class TrainingBatches:
             block = block[np.argsort(lengths[start : start + BLOCK * size], kind="stable")]
             batches += [block[i : i + size] for i in range(0, len(block), size)]
         return [batches[i] for i in draws.permutation(len(batches))]
+
+
+def _per_positive(drawn: NDArray[np.int32], positives: NDArray[np.int32], each: int) -> NDArray[np.int32]:
+    """Keep `each` of the draws for every positive a request has; 0 for the rest."""
+    kept = np.arange(drawn.shape[1])[None, :] < each * (positives > 0).sum(1, keepdims=True)
+    return np.where(kept, drawn, 0).astype(np.int32)
 
 
 def _some_positives(requests: Requests, limit: int, draws: np.random.Generator) -> NDArray[np.int32]:

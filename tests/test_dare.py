@@ -528,10 +528,13 @@ def test_own_counts_tell_the_head_what_the_window_does_not_hold() -> None:
     found = model._with_counts(nothing, state, Request(torch.tensor([20 * day])), candidates, model.items.embedding_row)
     mine = [0.25 + 0.5, 2**-0.1, 0, 0]
     assert found[0, :, 0].tolist() == pytest.approx([math.log(count + 1e-3) for count in mine])
-    assert found[0, :, 1].tolist() == pytest.approx([math.log(2), math.log(2), math.log(2), 0])
+    assert found[0, :, 1].tolist() == pytest.approx(
+        [math.log(1 + days) for days in (10, 1, 100, 100)]
+    )  # never: 10 half-lives
+    assert found[0, :, 2].tolist() == pytest.approx([math.log(2), math.log(2), math.log(2), 0])
     hidden = model.items.embedding_row.masked_fill(torch.arange(ROWS) == 7, UNKNOWN)
     found = model._with_counts(nothing, state, Request(torch.tensor([20 * day])), candidates, hidden)
-    assert found[0, :, 1].tolist() == pytest.approx([0, math.log(2), math.log(2), 0])
+    assert found[0, :, 2].tolist() == pytest.approx([0, math.log(2), math.log(2), 0])
     assert model.window is None
 
 

@@ -1,5 +1,6 @@
 """The training loop: resumable bit for bit, logged, and stopped by a loss that is no number."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,25 @@ class TestBatches:
                 assert torch.equal((real.sum(1) - positives).long(), (2 * positives).long())
             else:
                 assert torch.equal(real.sum(1), positives.long())
+
+    def test_own_negatives_come_on_top_and_are_corrected_for(self, prepared):
+        plain = TrainingBatches(prepared, BatchConfig(rows=64), "requests", None, 7)
+        with_own = TrainingBatches(prepared, BatchConfig(rows=64, own_negatives=3), "requests", None, 7)
+        for step in range(3):
+            before, after = plain.batch(step), with_own.batch(step)
+            width = before.candidates.item.shape[1]
+            assert torch.equal(after.candidates.item[:, :width], before.candidates.item)
+            assert (after.label[:, width:] == 0).all()
+            offsets = before.history.offsets.tolist()
+            for row, (start, end) in enumerate(itertools.pairwise(offsets)):
+                mine = set(before.history.item[start:end].tolist())
+                added = after.candidates.item[row, width:].tolist()
+                assert set(added) <= mine | {0}
+                assert sum(item > 0 for item in added) in (0, 3 * int(before.label[row].sum()))
+                owned = torch.tensor([item in mine for item in before.candidates.item[row].tolist()])
+                gap = after.offset[row, :width] - before.offset[row]
+                assert (gap[owned] > 0).all()
+                assert gap[~owned] == pytest.approx(0, abs=1e-6)
 
     def test_negatives_are_no_positives_of_their_request(self, prepared):
         batches = TrainingBatches(prepared, BatchConfig(rows=64), "requests", 20, 7)
