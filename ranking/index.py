@@ -5,6 +5,11 @@ rows a shard is exact. Above it, it is an inverted file of codes, four bits a nu
 vectors beside: a query reads some lists, and the best by their codes are compared by full vector. As many lists are
 read, and as many vectors compared, as it takes to find `IndexConfig.recall` of the best 100 of sample queries; with all
 of both a search is exact, so that this is always to be had.
+
+CPU time of one core per query, best 100 of clustered vectors of width 64 (`tests/benchmarks/index_choice.py`), in
+batches of 64, single queries in brackets: of 30,000 exact 0.11 ms (0.22) and by codes 0.19 (0.25); of 100,000 exact
+0.29 (0.91) and by codes 0.26 (0.73); of 1,000,000 exact 2.6 (9.1), by codes 0.40 (0.91) at recall .992. Codes and lists
+take 8 s of a core to build there, and 47 MiB beside the vectors' 244.
 """
 
 import itertools
