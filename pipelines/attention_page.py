@@ -1,5 +1,7 @@
 """What the report says of attention: distances from the exact one by history length, and examples by item name."""
 
+from dataclasses import replace
+
 from pipelines.attention_record import AttentionFound, Distance, Looked
 from pipelines.evaluation import Evaluation, length_segments
 from pipelines.findings import interval, number, percent
@@ -35,7 +37,7 @@ def examples(evaluation: Evaluation) -> list[Table]:
             cells += [Cell("–")] * (most - len(cells))
             rows.append((Cell(view.model), Cell(f"{view.rank:,}"), *cells))
         header = ("Model", f"Rank of {one.candidates:,}", *("looks at", "then at", "then at")[:most])
-        tables.append(Table(f"{one.item}, after {one.events:,} events", header, tuple(rows)))
+        tables.append(Table(f"{one.item}, after {one.events:,} events", header, tuple(rows), words=True))
     if tables:
         note = (
             "An item that was taken, its rank among the request's candidates, and the items of the history with the "
@@ -75,4 +77,4 @@ def _where(looked: Looked) -> str:
 
 
 def _with_note(table: Table, note: str) -> Table:
-    return Table(table.title, table.header, table.rows, note)
+    return replace(table, note=note)

@@ -197,7 +197,8 @@ class PreparedSet:
             period = "test" if split == IMPRESSIONS else "validation"
             raise DataError(
                 f"{self.directory}: no impressions in its {period} period; ingest a log that has them "
-                "(`--from-serving`, or source.impressions of a mapping) and prepare it under the split `time`"
+                "(`--from-serving`, or source.impressions of a mapping) and prepare it under the split `time`, with "
+                "split.valid_days and split.test_days such that they lie in both periods"
             )
         return Requests.load(self.directory / "requests" / f"{split}.safetensors")
 

@@ -38,12 +38,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading and a note; the first column names the row. `backticks` in the note mark names."""
+    """A table with its heading and a note; the first column names the row. `backticks` in the note mark names.
+
+    `words` says that cells hold names, which may be broken over lines, not numbers.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    words: bool = False
 
 
 def quality(evaluation: Evaluation, sampler: str) -> Table:
