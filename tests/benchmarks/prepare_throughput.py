@@ -3,15 +3,16 @@
     python tests/benchmarks/prepare_throughput.py                      both, 20 million synthetic events
     python tests/benchmarks/prepare_throughput.py --events 2000000     a smaller synthetic log
     python tests/benchmarks/prepare_throughput.py --events 0           the real log only
-    python tests/benchmarks/prepare_throughput.py --events 200000000   needs 30 GB of disk
+    python tests/benchmarks/prepare_throughput.py --events 200000000   needs 25 GB of disk
     python tests/benchmarks/prepare_throughput.py --append             one day appended to 90, against all 91 anew
 
 The synthetic log has the shape of the real one where it matters for cost: baskets of nine lines at one stamp, a hundred
 events per user (log-normal), items by a power law (one per hundred events, but 200,000 at most: a catalogue does not
 grow as its log does), ids as strings. Each step runs in a process of its own; memory is the resident memory of that
 process and all its children, summed, sampled every 20 ms, so shared pages count more than once. CPU seconds stand by
-wall seconds: on a busy machine only the former can be compared. Both begin when the modules are loaded. `--append`
-repeats both steps side by side and gives the ratio of their CPU and wall seconds, the median of the repeats.
+wall seconds: on a busy machine only the former can be compared. Both begin when the modules are loaded: in that process
+alone, since the processes of `prepare` read this file too and would carry them. `--append` repeats both steps side by
+side and gives the ratio of their CPU and wall seconds, the median of the repeats.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,11 +34,7 @@ import numpy as np
 import polars as pl
 import psutil
 
-from pipelines.append import append
-from pipelines.datasets import RawLog, completejourney
-from pipelines.ingest import ingest
-from pipelines.prepare import PrepareConfig, prepare
-from pipelines.prepared import PreparedSet
+from pipelines.settings import PrepareConfig
 
 LINES_PER_BASKET, EVENTS_PER_USER, EVENTS_PER_ITEM, MOST_ITEMS = 9, 100, 100, 200_000
 DAY, YEAR, START = 86_400, 365, 1_483_228_800
@@ -108,6 +106,8 @@ def measured(log: str, step: str, work: Callable[..., int], *arguments: object) 
 
 
 def _timed(sender: Connection, work: Callable[..., int], *arguments: object) -> None:
+    for name in ("pipelines.append", "pipelines.ingest"):
+        import_module(name)
     start, used = time.perf_counter(), _cpu()
     events = work(*arguments)
     sender.send((events, time.perf_counter() - start, _cpu() - used))
@@ -131,6 +131,9 @@ def _resident(pid: int | None) -> int:
 
 def run_ingest(folder: Path) -> int:
     """Ingest the synthetic log under `folder`, or the real one if there is none."""
+    from pipelines.datasets import RawLog, completejourney
+    from pipelines.ingest import ingest
+
     raw = completejourney()
     if (folder / "raw").exists():
         events = pl.scan_parquet(folder / "raw" / "events*.parquet")
@@ -140,6 +143,9 @@ def run_ingest(folder: Path) -> int:
 
 def run_ingest_days(folder: Path, first: int, end: int, out: str) -> int:
     """Ingest the days first..end of the synthetic log."""
+    from pipelines.datasets import RawLog
+    from pipelines.ingest import ingest
+
     low, high = ((START + day * DAY) * 1_000_000 for day in (first, end))
     events = pl.scan_parquet(folder / "raw" / "events*.parquet")
     events = events.filter((pl.col("timestamp") >= low) & (pl.col("timestamp") < high))
@@ -148,17 +154,23 @@ def run_ingest_days(folder: Path, first: int, end: int, out: str) -> int:
 
 def run_prepare(folder: Path, config: PrepareConfig, sources: tuple[str, ...] = ("source",)) -> int:
     """Prepare what was ingested."""
+    from pipelines.prepare import prepare
+
     done = prepare([folder / source for source in sources], folder / "set", config)
     return int(done.manifest["counts"]["events"])
 
 
 def run_append(folder: Path) -> int:
     """Append the last day; what it gives must be what preparing all days gave."""
+    from pipelines.append import append
+
     return int(append(folder / "day", folder / "before", folder / "grown").manifest["counts"]["events"])
 
 
 def measure_append(events: int, folder: Path, workers: int | None, repeats: int) -> tuple[list[Row], dict[str, float]]:
     """Measure 90 days at once; then, `repeats` times, a day appended to them and all 91 at once, and their ratios."""
+    from pipelines.prepared import PreparedSet
+
     config = PrepareConfig(workers=workers, max_eval_requests=EVALUATED)
     (folder / "raw").mkdir()
     write_synthetic(events, folder / "raw", APPENDED_TO + 1)
