@@ -32,7 +32,6 @@ from ranking.items import Transitions
 RUNS = 16
 """Appends before the pairs are merged into a new base; each append reads the words of all since the base."""
 _WAITING = "pending.safetensors"
-_SIZES = np.uint64((1 << SIZE_BITS) - 1)
 
 
 def save_waiting(waiting: Iterable[Sessions], folder: Path) -> None:
@@ -192,12 +191,13 @@ def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
     total = np.zeros(len(pair), np.int64)
     if not len(words):
         return total
-    low = np.searchsorted(words, pair << np.uint64(SIZE_BITS))
-    found = np.flatnonzero(words[np.minimum(low, len(words) - 1)] >> np.uint64(SIZE_BITS) == pair)
+    # Both ends of a pair's words in one search: the second lies in the cache lines that the first has just read.
+    ends = (np.stack([pair, pair + np.uint64(1)], axis=1) << np.uint64(SIZE_BITS)).ravel()
+    low, high = np.searchsorted(words, ends).reshape(-1, 2).T
+    found = np.flatnonzero(high > low)
     if not len(found):
         return total
-    low = low[found]
-    size = np.searchsorted(words, pair[found] << np.uint64(SIZE_BITS) | _SIZES, side="right") - low
+    low, size = low[found], (high - low)[found]
     starts = np.cumsum(size) - size
     index = np.arange(size.sum()) + np.repeat(low - starts, size)
     total[found] = np.add.reduceat(steps(np.asarray(words[index])), starts)
