@@ -117,7 +117,6 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
     stages = place.stages(name)
     path = CATALOGUE if name == CATALOGUE else str(place.data / name)
     sets = [f"model.weights={kind}", f"train={how}", f"seed={seed}", f"corpus.path={path}", "group=8"]
-    sets += ["stop.steps=600", "stop.validate_every=100"]
     if name != CATALOGUE:
         sets += ["corpus.unit=token", "corpus.part_of_passage=[16, 32]", "corpus.terms=5"]
     if how == "full":
