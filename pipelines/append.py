@@ -60,9 +60,9 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
             the set was prepared without `appendable`.
 
-    Cost: a day of 220,000 events on 90 days of 19.8 million took 6.1 CPU seconds and all 91 days anew 55, one after the
-    other on a machine that had other work (`tests/benchmarks/prepare_throughput.py --append`). About half of it is the
-    transitions of 200,000 items, whose 25 million edges are written anew.
+    Cost: a day of 55,000 events on 90 of 5 million took 1.3 CPU seconds and all 91 days anew 12, one after the other on
+    a machine that had other work (`tests/benchmarks/prepare_throughput.py --append`). A third of it is the transitions,
+    whose edges are copied and digested whole.
     """
     report = progress or (lambda *_: None)
     earlier, part = PreparedSet(previous), open_part(source)

@@ -46,7 +46,7 @@ __all__ = ["PrepareConfig", "Progress", "prepare"]
 
 EVENTS_PER_BUCKET = 250_000
 """Small, because the allocator reuses small arrays but maps large ones anew, and fresh pages are what costs."""
-PARTITIONED_AT_ONCE = 10_000_000
+PARTITIONED_AT_ONCE = 5_000_000
 """Events: the memory of one streaming pass grows with its length."""
 SMALL_LOG = 3_000_000
 """Events below which starting worker processes costs more than it saves."""
@@ -73,8 +73,8 @@ def prepare(
         DataError: a missing file or column, an action nobody did, a part with events older than those of the parts
             before it, or a split without training requests.
 
-    Cost: 20 million events take 30 CPU seconds over two processes and 1.5 GiB in all, 40 million 1.65 GiB; 1.47 million
-    take 3.9 CPU seconds and 0.5 GiB (`tests/benchmarks/prepare_throughput.py`).
+    Cost: 20 million events take about 1 GiB over all processes, 1.47 million 0.5 GiB
+    (`tests/benchmarks/prepare_throughput.py`). Ten times as many buckets, as of a log ten times as long, take 6 % more.
     """
     config = config or PrepareConfig()
     report = progress or (lambda *_: None)
