@@ -329,7 +329,7 @@ def test_for_a_user_passages_are_ordered_by_both_ranks(bundle, scores, weight):
 
 @pytest.mark.parametrize(
     ("each", "budget", "depth"),
-    [(0.001, 1000, 20), (0.034, 1000, 20), (0.07, 1000, 10), (0.35, 1000, 2), (60.0, 1000, 2), (0.1, 200, 2)],
+    [(0.001, 1000, 20), (0.034, 1000, 20), (0.069, 1000, 10), (0.35, 1000, 2), (60.0, 1000, 2), (0.1, 200, 2)],
 )
 def test_a_search_reranks_what_this_machine_reads_in_its_budget(bundle, each, budget, depth):
     reranker = WordCount()
