@@ -80,3 +80,25 @@ def test_the_main_jobs_name_models_that_load(name):
     job = load_quickstart(name)
     assert {job.training(model).name for model in job.models} <= set(RANKERS)
     assert job.retriever in job.models
+
+
+def test_a_terminated_verb_cleans_up(tmp_path: Path):
+    verb = """
+import tempfile, time
+import recsys.cli
+
+def work():
+    with tempfile.TemporaryDirectory(dir=".") as half_written:
+        print("begun", flush=True)
+        time.sleep(600)
+
+recsys.cli.app = work
+recsys.cli.main()
+"""
+    with subprocess.Popen([sys.executable, "-c", verb], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+        assert process.wait(120) == 128 + 15
+    assert not list(tmp_path.iterdir())

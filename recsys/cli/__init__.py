@@ -4,7 +4,9 @@ Everything heavy is imported inside the verb that needs it, so that `recsys --he
 """
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -44,7 +46,11 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """Run the command line; every error raised on purpose becomes one line on stderr and its exit code."""
+    """Run the command line; every error raised on purpose becomes one line on stderr and its exit code.
+
+    A verb that is terminated ends its processes and removes what it had half written, as an interrupted one does.
+    """
+    signal.signal(signal.SIGTERM, _end)
     # torch reads this once, at import: big temporaries are then mapped in huge pages (4x faster embedding look-ups).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
@@ -52,6 +58,10 @@ def main() -> None:
     except RecsysError as error:
         sys.stderr.write(f"recsys: {error}\n")
         sys.exit(error.exit_code)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _version(value: bool) -> None:
