@@ -6,13 +6,14 @@
     python tests/benchmarks/prepare_throughput.py --events 200000000   needs 25 GB of disk
     python tests/benchmarks/prepare_throughput.py --append             one day appended to 90, against all 91 anew
 
-The synthetic log has the shape of the real one where it matters for cost: baskets of nine lines at one stamp, a hundred
-events per user (log-normal), items by a power law (one per hundred events, but 200,000 at most: a catalogue does not
-grow as its log does), ids as strings. Each step runs in a process of its own; memory is the resident memory of that
-process and all its children, summed, sampled every 20 ms, so shared pages count more than once. CPU seconds stand by
-wall seconds: on a busy machine only the former can be compared. Both begin when the modules are loaded: in that process
-alone, since the processes of `prepare` read this file too and would carry them. `--append` repeats both steps side by
-side and gives the ratio of their CPU and wall seconds, the median of the repeats.
+The synthetic log has the shape of the real one where it matters for cost: baskets of nine lines at one stamp, a
+hundred events per user (log-normal), items by a power law (one per hundred events, but 200,000 at most: a catalogue
+does not grow as its log does), ids as strings. Each step runs in a process of its own; memory is the resident memory
+of that process and all its children, summed, sampled every 20 ms, so shared pages count more than once. `private`
+leaves out pages of files, which Linux counts as resident while they are mapped and drops when memory is wanted. CPU
+seconds stand by wall seconds: on a busy machine only the former can be compared. Both begin when the modules are
+loaded: in that process alone, since the processes of `prepare` read this file too and would carry them. `--append`
+repeats both steps side by side and gives the ratio of their CPU and wall seconds, the median of the repeats.
 """
 
 import argparse
@@ -56,6 +57,7 @@ class Row:
     cpu_seconds: float
     events_per_second: float
     peak_gib: float
+    private_gib: float
 
 
 def write_synthetic(events: int, folder: Path, days: int = YEAR, seed: int = 0) -> None:
@@ -95,14 +97,16 @@ def measured(log: str, step: str, work: Callable[..., int], *arguments: object) 
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_timed, args=(sender, work, *arguments))
     process.start()
-    peak = 0
+    peak = private = 0
     while not receiver.poll(0.02):
-        peak = max(peak, _resident(process.pid))
+        resident, own = _memory(process.pid)
+        peak, private = max(peak, resident), max(private, own)
         if not process.is_alive() and not receiver.poll():
             raise SystemExit(f"{log}, {step}: the process ended with code {process.exitcode}")
     events, seconds, cpu = receiver.recv()
     process.join()
-    return Row(log, step, events, round(seconds, 2), round(cpu, 2), round(events / seconds), round(peak / 2**30, 2))
+    gib = round(peak / 2**30, 2), round(private / 2**30, 2)
+    return Row(log, step, events, round(seconds, 2), round(cpu, 2), round(events / seconds), *gib)
 
 
 def _timed(sender: Connection, work: Callable[..., int], *arguments: object) -> None:
@@ -118,15 +122,17 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def _resident(pid: int | None) -> int:
-    total = 0
+def _memory(pid: int | None) -> tuple[int, int]:
+    """Give the bytes of a process and its children: all that is resident, and that without pages of files."""
+    resident = private = 0
     try:
         parent = psutil.Process(pid)
         for process in (parent, *parent.children(recursive=True)):
-            total += process.memory_info().rss
+            memory = process.memory_info()
+            resident, private = resident + memory.rss, private + memory.rss - memory.shared
     except psutil.NoSuchProcess:
         pass
-    return total
+    return resident, private
 
 
 def run_ingest(folder: Path) -> int:
@@ -231,11 +237,12 @@ def main() -> None:
             rows, ratios = measure_append(given.events, Path(name), given.workers, given.repeats)
     else:
         rows = measure_logs(given.events, given.folder, given.workers)
-    print(f"{'log':<16}{'step':<9}{'events':>12}{'seconds':>9}{'CPU s':>8}{'events/s':>12}{'peak GiB':>10}")
+    sizes = f"{'peak GiB':>10}{'private':>9}"
+    print(f"{'log':<16}{'step':<9}{'events':>12}{'seconds':>9}{'CPU s':>8}{'events/s':>12}{sizes}")
     for row in rows:
         print(
             f"{row.log:<16}{row.step:<9}{row.events:>12,}{row.seconds:>9.2f}{row.cpu_seconds:>8.2f}"
-            f"{row.events_per_second:>12,}{row.peak_gib:>10.2f}"
+            f"{row.events_per_second:>12,}{row.peak_gib:>10.2f}{row.private_gib:>9.2f}"
         )
     for name, ratio in ratios.items():
         print(f"appending a day takes {ratio:.1%} of the {name} seconds of preparing all days anew")
