@@ -236,12 +236,12 @@ def _disturb(host: Host, place: Place, report: Report, seconds: float) -> None:
         replicas = host.replicas()
         if kills and now >= kills[0] and len(replicas) == 2:
             kills.pop(0)
-            replicas[0].kill()
+            replicas.pop(0).kill()  # what is left of a killed process has no memory
             report.kills += 1
         for process in replicas:
             with contextlib.suppress(psutil.Error):
                 resident = process.memory_info().rss
-                if now - born.setdefault(process.pid, now) >= seconds * WARM_UP:
+                if resident and now - born.setdefault(process.pid, now) >= seconds * WARM_UP:
                     first.setdefault(process.pid, resident)
                     last[process.pid] = resident
         time.sleep(seconds / 10)
