@@ -232,17 +232,7 @@ def write_bundle(
         BundleError: a model nobody knows, or a retriever without item vectors.
         GateError: the index finds less than `IndexConfig.recall` of what an exhaustive search finds.
     """
-    named: list[tuple[Role, NamedModel]] = []
-    if contents.ranker is not None:
-        named.append(("ranker", contents.ranker))
-    elif contents.text is None or contents.retriever is not None:
-        raise BundleError("neither ranker nor text to publish, or a retriever alone; name a ranker or a text encoder")
-    if contents.retriever is not None:
-        named.append(("retriever", contents.retriever))
-    for _, model in named:
-        if model.name not in RANKERS:
-            raise BundleError(f"no model named {model.name!r}; known are {', '.join(sorted(RANKERS))}")
-        cast(nn.Module, model.model).eval()
+    named = _named_models(contents)
     with whole_directory(directory) as temporary:
         entries = write_models(temporary, named)
         _write_catalogue(temporary, contents)
@@ -274,6 +264,21 @@ def write_bundle(
             files = manifest.files | {REFERENCE: describe_file(temporary / REFERENCE)}
             write_json(temporary / MANIFEST, manifest.model_copy(update={"files": files}).model_dump())
         return version_of((temporary / MANIFEST).read_bytes())
+
+
+def _named_models(contents: Contents) -> list[tuple[Role, NamedModel]]:
+    named: list[tuple[Role, NamedModel]] = []
+    if contents.ranker is not None:
+        named.append(("ranker", contents.ranker))
+    elif contents.text is None or contents.retriever is not None:
+        raise BundleError("neither ranker nor text to publish, or a retriever alone; name a ranker or a text encoder")
+    if contents.retriever is not None:
+        named.append(("retriever", contents.retriever))
+    for _, model in named:
+        if model.name not in RANKERS:
+            raise BundleError(f"no model named {model.name!r}; known are {', '.join(sorted(RANKERS))}")
+        cast(nn.Module, model.model).eval()
+    return named
 
 
 def _write_catalogue(directory: Path, contents: Contents) -> None:
