@@ -7,9 +7,9 @@ read, and as many vectors compared, as it takes to find `IndexConfig.recall` of 
 of both a search is exact, so that this is always to be had.
 
 CPU time of one core per query, best 100 of clustered vectors of width 64 (`tests/benchmarks/index_choice.py`), in
-batches of 64, single queries in brackets: of 30,000 exact 0.11 ms (0.22) and by codes 0.19 (0.25); of 100,000 exact
-0.29 (0.91) and by codes 0.26 (0.73); of 1,000,000 exact 2.6 (9.1), by codes 0.40 (0.91) at recall .992. Codes and lists
-take 8 s of a core to build there, and 47 MiB beside the vectors' 244.
+batches of 64, single queries in brackets: of 100,000 exact 0.18 ms (0.61) and by codes 0.19 (0.32); of 1,000,000 exact
+1.5 (7.5), by codes 0.23 (0.39) at recall .991. Codes and lists take 9 s of a core to build there, and 47 MiB beside the
+vectors' 244. Half as many lists take 5 s to build, and 0.28 (0.63) to search.
 """
 
 import itertools
@@ -37,7 +37,7 @@ LEAST_LISTED = 1_024
 """A shard of fewer rows is exact whatever the config says: codes can't be learned from so few."""
 
 TRAINED_ON = 64
-"""Vectors per list that the centres are learned from; with `ROUNDS`, 2 s of a core for a million rows. More of both
+"""Vectors per list that the centres are learned from; with `ROUNDS`, 5 s of a core for a million rows. More of both
 does not help."""
 ROUNDS = 10
 
@@ -53,7 +53,7 @@ class IndexConfig:
     """shards of fewer rows are searched exhaustively"""
     rows_per_shard: int = 4_000_000
     lists: int = 0
-    """inverted lists of an approximate shard; 0 = the square root of its rows"""
+    """inverted lists of an approximate shard; 0 = twice the square root of its rows"""
     probes: int = 0
     """lists read per query; 0 = as many as it takes to reach `recall` on the sample queries"""
     compared: int = 0
@@ -161,7 +161,7 @@ def build(
         config: exact or approximate, and how many shards.
         queries: float32 [n, D] on which the number of probed lists is chosen; some of the vectors if absent.
 
-    Cost: exact shards only copy; an inverted file takes about a second per 200,000 rows of width 64 on one core.
+    Cost: exact shards only copy; an inverted file takes about a second per 100,000 rows of width 64 on one core.
     """
     if len(rows) != len(vectors) or not len(rows):
         raise ConfigError(f"{len(vectors)} vectors for {len(rows)} rows; expected one for one, and at least one")
@@ -205,7 +205,7 @@ def _build_shard(
         shard = faiss.IndexIDMap(faiss.IndexFlatIP(width))
         shard.add_with_ids(vectors, ids)
         return shard
-    lists = min(config.lists or int(len(ids) ** 0.5), len(ids))
+    lists = min(config.lists or int(2 * len(ids) ** 0.5), len(ids))
     refined = faiss.index_factory(width, f"IVF{lists},PQ{width}x4fs,RFlat", faiss.METRIC_INNER_PRODUCT)
     clustering = faiss.extract_index_ivf(refined).cp
     clustering.max_points_per_centroid, clustering.niter = TRAINED_ON, ROUNDS
