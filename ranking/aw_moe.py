@@ -7,9 +7,10 @@ events are masked at random to look like users with few of them; a contrastive l
 Every equation, size and default below is our reading and must not be reported as the paper's.
 
     h_j, h_t = MLP_in(event j), MLP_in(candidate)                     item | category -> 64 -> D
+    h_q      = MLP_q(query)                                           16 -> 64 -> D, only where requests carry one
     a_j      = a_e([h_j ; h_t ; h_j*h_t ; h_j - h_t])                 attention of the experts, no softmax
-    s_k      = Expert_k([sum_j mu_j a_j h_j ; h_t])                   one number per expert; mu: real events
-    G_j, w_j = GateUnit([h_j ; c]), ActUnit([h_j ; c ; h_j*c ; h_j - c])    own weights; c = h_t, or nothing
+    s_k      = Expert_k([sum_j mu_j a_j h_j ; h_t ; h_q])             one number per expert; mu: real events
+    G_j, w_j = GateUnit([h_j ; c]), ActUnit([h_j ; c ; h_j*c ; h_j - c])    own weights; c = h_q, h_t, or nothing
     g        = g0 + sum_j mu_j w_j G_j                                K numbers: not a distribution
     logit    = sum_k g_k s_k
 
@@ -17,15 +18,18 @@ Every equation, size and default below is our reading and must not be reported a
     L_cl = -mean_i log( e^(cos(g_i, g'_i)/tau) / (e^(cos(g_i, g'_i)/tau) + sum_n e^(cos(g_i, z_n)/tau)) )
 
 g' is the gate of a view in which each event is kept with probability 1 - p (the newest if none is). z_n are the other
-requests of the batch: their views g'_n (variant A) or their gates g_n (variant B). Requests with an equal history are
-no negatives of each other, requests without events take no part.
+requests of the batch: their views g'_n (variant A) or their gates g_n (variant B). Requests with an equal history and
+query are no negatives of each other, requests without events take no part.
 
-`gate = "none"` sees no candidate: g is one vector per user, a part of the state. `"target"` sees it: g is made in
-`score`. A gate on the query is not to be had: no request of ours carries one.
+`gate = "none"` sees no candidate: g is one vector per user, a part of the state. `"query"` sees what the request asks
+for: g is one vector per request, made once in `score`. `"target"` sees the candidate. A query is a value of an item
+column (a department, a genre); where a request asks for nothing h_q is 0. No log that is read here carries queries, so
+training with one is refused and told of `"target"`.
 g0 (ours) is what users without events are ranked by; without it their every logit is 0.
-For comparison: `gate = "mixture"` is the plain mixture of experts, softmax of a unit that sees the candidate only;
-`gate = "fixed"` gives every expert 1/K, with one expert DIN; `pooling = "mean"` beside it is the network without
-attention; `masking_alone` shows events to experts and gate as the view does, without the contrastive loss.
+For comparison: `gate = "mixture"` is the plain mixture of experts, softmax of a unit that sees the query, else the
+candidate, alone; `gate = "fixed"` gives every expert 1/K, with one expert DIN; `pooling = "mean"` beside it is the
+network without attention; `masking_alone` shows events to experts and gate as the view does, without the contrastive
+loss.
 """
 
 import itertools
@@ -33,23 +37,23 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranking.batch import Batch, Candidates, History, Request
+from ranking.batch import PAD, Batch, Candidates, History, Request
 from ranking.contrast import Against, Similarity, contrastive_loss, masked_view, others, some_of
-from ranking.embeddings import INIT_STD, Fields, FieldWidths, hide_items
+from ranking.embeddings import INIT_STD, Fields, FieldWidths, ItemEmbedding, hide_items
+from ranking.gate_units import HIDDEN, ActivationUnit, GateUnit
 from ranking.items import ItemTable
-from ranking.layers import binary_cross_entropy, by_requests, candidate_chunks, exact, masked_softmax
+from ranking.layers import binary_cross_entropy, candidate_chunks, exact, masked_softmax
 from ranking.ranker import NEGATIVE, Loss, TrainsOn
-from recsys.errors import ConfigError
-
-HIDDEN = 32
-"""First layer of the activation and gate units."""
+from recsys.errors import ConfigError, DataError
 
 EMBEDDING_STD = 0.3
 """Spread of the embeddings at the start. With the 0.01 of models that normalise their input the first layers see little
 but their own biases: in the contract's small world all ReLUs of MLP_in died at a learning rate of 0.01."""
+
+QUERY_WIDTH = 16
+"""Columns of a query's own vector."""
 
 UNIT_SCALE = 0.1
 """Factor on the last layers of the units at the start: they are summed over the whole history."""
@@ -66,6 +70,7 @@ class AwMoeConfig:
         item_width: columns of an item's own vector.
         category_width: columns of its category's.
         category: item column used as category; None for none.
+        query: item column whose values requests ask for; None where they ask for nothing.
         gate: what the gate sees beside the history, see above.
         activation: `raw` weights w, or `softmax` over the real events.
         gate_softmax: make g a distribution over the experts.
@@ -87,6 +92,7 @@ class AwMoeConfig:
     item_width: int = 16
     category_width: int = 16
     category: str | None = "category"
+    query: str | None = None
     gate: Literal["query", "target", "none", "mixture", "fixed"] = "target"
     activation: Literal["raw", "softmax"] = "raw"
     gate_softmax: bool = False
@@ -102,8 +108,11 @@ class AwMoeConfig:
     unknown_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.gate == "query":
-            raise ConfigError('gate = "query" needs a query in every request, and there is none; use gate = "target"')
+        if self.gate == "query" and self.query is None:
+            raise ConfigError(
+                'gate = "query" needs query = "COLUMN", the item column whose values requests ask for; without queries '
+                'use gate = "target"'
+            )
         if min(self.window, self.experts, self.width) < 1 or not 0 <= self.unknown_rate < 1:
             raise ConfigError(
                 f"window={self.window}, experts={self.experts}, width={self.width}, unknown_rate={self.unknown_rate}: "
@@ -146,8 +155,9 @@ class AwMoe(nn.Module):
         )
         self.inner = nn.Sequential(*linear_layers(self.fields.semantic_width, 64, width), nn.ReLU())  # MLP_in
         self.attention = ActivationUnit(width, width) if config.pooling == "attention" else None
-        self.experts = Experts(2 * width, config.experts)
-        attends = config.gate in ("target", "none")
+        self.queries, self.asking = self._query_part(config, items)
+        self.experts = Experts((2 if self.queries is None else 3) * width, config.experts)
+        attends = config.gate in ("query", "target", "none")
         self.activation = ActivationUnit(width, seen) if attends else None
         self.gate_unit = GateUnit(width, seen, config.experts) if attends else None
         mixture = config.gate == "mixture"
@@ -166,33 +176,48 @@ class AwMoe(nn.Module):
         event, mask = self._events(history, self.items.embedding_row)
         gate = event[:, 0, :0]
         if self.config.gate == "none":
-            gate = self._attended(*self._gate_units(event, None), mask).squeeze(1).to(event.dtype)
+            gate = self._gate(event, mask, None).squeeze(1).to(event.dtype)
         return AwMoeState(event, mask, gate)
 
     def score(self, state: AwMoeState, request: Request, candidates: Candidates) -> Tensor:
         """Give logits float32 [B, C]; cost O(C T D 32), by chunks of C."""
         h = self._inner(self.fields.semantic(candidates.item, self.items.embedding_row))  # [B, C, D]
-        logits = []
+        asked, whole, logits = self._asked(request.query, h), None, []
+        if self.config.gate == "none":
+            whole = state.gate[:, None]
+        elif asked is not None and self.config.gate in ("query", "mixture"):
+            whole = self._gate(state.event, state.mask, asked)  # [B, 1, K], once for all candidates
         for chunk in candidate_chunks(h.shape[1], max(state.mask.numel(), state.mask.shape[1] * HIDDEN)):
             part = h[:, chunk]
-            gate = state.gate[:, None, :] if self.config.gate == "none" else self._gate(state.event, state.mask, part)
-            logits.append(self._mixed(state.event, state.mask, part, gate))
+            gate = self._gate(state.event, state.mask, part) if whole is None else whole
+            logits.append(self._mixed(state.event, state.mask, part, gate, asked))
         return torch.cat(logits, 1).to(h.dtype).masked_fill(~candidates.mask, NEGATIVE)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give cross-entropy over the real candidates and the contrastive loss of the gate: `bce`, `cl`."""
+        """Give cross-entropy over the real candidates and the contrastive loss of the gate: `bce`, `cl`.
+
+        Raises:
+            DataError: the model is built for queries and the batch has none.
+        """
         config = self.config
+        if config.query is not None and batch.request.query is None:
+            raise DataError(
+                f'aw_moe with query = "{config.query}": these requests do not say what was asked for; leave query out '
+                'and use gate = "target"'
+            )
         row_of = hide_items(self.items, config.unknown_rate, generator)
         event, mask = self._events(batch.history, row_of)
         if config.masking_alone:
             mask = masked_view(mask, config.masking, generator)
         h = self._inner(self.fields.semantic(batch.candidates.item, row_of))  # [B, C, D]
+        asked = self._asked(batch.request.query, h)
+        context = h if asked is None or config.gate == "target" else asked
         if self.activation is None:
-            units, gate = None, self._gate(event, mask, h)
+            units, gate = None, self._gate(event, mask, context)
         else:
-            units = self._gate_units(event, h if config.gate == "target" else None)
+            units = self._gate_units(event, None if config.gate == "none" else context)
             gate = self._attended(*units, mask)
-        logits = self._mixed(event, mask, h, gate).masked_fill(~batch.candidates.mask, NEGATIVE)
+        logits = self._mixed(event, mask, h, gate, asked).masked_fill(~batch.candidates.mask, NEGATIVE)
         bce = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         if units is None or not config.contrast:
             return Loss(bce, {"bce": bce.detach()})
@@ -209,7 +234,10 @@ class AwMoe(nn.Module):
         first = (batch.label > 0).byte().argmax(1) if gate.shape[1] > 1 else torch.zeros_like(row)  # [B]
         view = masked_view(mask, config.masking, generator)
         seen = self._attended(weight[row, first][:, None], unit[row, first][:, None], view).squeeze(1)  # [B, K]
-        negative = others(batch.history.padded(config.window).item, mask)
+        known = batch.history.padded(config.window).item
+        if batch.request.query is not None and self.queries is not None:
+            known = torch.cat([batch.request.query.to(known.dtype)[:, None], known], 1)
+        negative = others(known, mask)
         if config.negatives is not None:
             negative = some_of(negative, config.negatives, generator)
         return contrastive_loss(
@@ -222,10 +250,33 @@ class AwMoe(nn.Module):
         h = self._inner(self.fields.semantic(padded.item, row_of))
         return h.masked_fill(~padded.mask.unsqueeze(-1), 0.0), padded.mask
 
+    @staticmethod
+    def _query_part(config: AwMoeConfig, items: ItemTable) -> tuple[ItemEmbedding | None, nn.Module | None]:
+        """Give the table of queries and MLP_q; raises `ConfigError` if the items have no such column."""
+        if config.query is None:
+            return None, None
+        there = (*items.columns, *items.multi_columns)
+        if config.query not in there:
+            raise ConfigError(
+                f'query = "{config.query}": the items have no such column, only {", ".join(there) or "none at all"}; '
+                'leave query out and use gate = "target"'
+            )
+        layers = nn.Sequential(*linear_layers(QUERY_WIDTH, 64, config.width), nn.ReLU())
+        return ItemEmbedding(items.codes(config.query), QUERY_WIDTH), layers
+
+    def _asked(self, query: Tensor | None, h: Tensor) -> Tensor | None:
+        """Give h_q [B, 1, D] of queries [B], 0 where there is none; None for a model without queries."""
+        if self.queries is None or self.asking is None:
+            return None
+        if query is None:
+            return h.new_zeros(len(h), 1, h.shape[2])
+        asked = exact(self.asking, self.queries(query[:, None])).to(h.dtype)
+        return asked.masked_fill((query == PAD)[:, None, None], 0.0)
+
     @torch.no_grad()
     def _start(self) -> None:
         """Draw initial weights that keep the size of what they carry through layers of ReLU; biases are zero."""
-        for table in self.fields.parameters():
+        for table in (*self.fields.parameters(), *(() if self.queries is None else self.queries.parameters())):
             table.mul_(EMBEDDING_STD / INIT_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -238,19 +289,20 @@ class AwMoe(nn.Module):
     def _inner(self, x: Tensor) -> Tensor:
         return exact(self.inner, x).to(x.dtype)
 
-    def _gate(self, event: Tensor, mask: Tensor, h: Tensor) -> Tensor:
-        """Give g of candidates h [B, C, D], [B, C, K]."""
+    def _gate(self, event: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
+        """Give g [B, C, K] of contexts c [B, C, D]; without one C is 1."""
         if self.mixture is not None:
-            return exact(self.mixture, h).softmax(-1)
+            assert context is not None
+            return exact(self.mixture, context).softmax(-1)
         if self.activation is None:
-            return torch.full((*h.shape[:2], self.config.experts), 1 / self.config.experts, device=h.device)
-        return self._attended(*self._gate_units(event, h), mask)
+            return torch.full((len(event), 1, self.config.experts), 1 / self.config.experts, device=event.device)
+        return self._attended(*self._gate_units(event, context), mask)
 
-    def _gate_units(self, event: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give w [B, C, T] and G [B, C, T, K] for candidates h [B, C, D]; without candidates C is 1."""
+    def _gate_units(self, event: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give w [B, C, T] and G [B, C, T, K] of contexts c [B, C, D]; without one C is 1."""
         assert self.activation is not None
         assert self.gate_unit is not None
-        inputs = (event,) if h is None else (event, h)
+        inputs = (event,) if context is None else (event, context)
         return exact(self.activation, *inputs), exact(self.gate_unit, *inputs)
 
     def _attended(self, weight: Tensor, unit: Tensor, mask: Tensor) -> Tensor:
@@ -260,81 +312,17 @@ class AwMoe(nn.Module):
             g = g + self.base
         return g.softmax(-1) if self.config.gate_softmax else g
 
-    def _mixed(self, event: Tensor, mask: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-        """Give logits [B, C] of candidates h [B, C, D] under a gate [B, C, K] or [B, 1, K]."""
+    def _mixed(self, event: Tensor, mask: Tensor, h: Tensor, gate: Tensor, asked: Tensor | None) -> Tensor:
+        """Give logits [B, C] of candidates h [B, C, D] under a gate [B, C, K] or [B, 1, K], queries h_q [B, 1, D]."""
         if self.attention is None:
             real = mask.unsqueeze(-1)
             mean = (event * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)  # [B, 1, D]
             pooled = mean.expand_as(h)
         else:
             pooled = experts_view(exact(self.attention, event, h), event, mask)
-        s = exact(self.experts, torch.cat([pooled, h.to(pooled.dtype)], -1))  # [B, C, K]
+        parts = [pooled, h] if asked is None else [pooled, h, asked.expand_as(h)]
+        s = exact(self.experts, torch.cat([part.to(pooled.dtype) for part in parts], -1))  # [B, C, K]
         return (gate.to(s.dtype) * s).sum(-1)
-
-
-class ActivationUnit(nn.Module):
-    """MLP [h ; c ; h*c ; h - c] -> 32 -> 16 -> 1 of every event h and every context c, or of the event alone.
-
-    The first layer is W_h h + W_c c + W_p (h*c) + W_d (h - c) = (W_h + W_d + W_p diag(c)) h + (W_c - W_d) c: one matrix
-    per context, applied to the history by one product, in place of a [B, C, T, 4D] tensor.
-
-    Args:
-        width: columns of events.
-        context: columns of contexts; 0 for none.
-    """
-
-    def __init__(self, width: int, context: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(4 * width if context else width, HIDDEN)
-        self.middle = nn.Sequential(nn.ReLU(), nn.Linear(HIDDEN, 16), nn.ReLU())
-        self.last = nn.Linear(16, 1)
-
-    def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give [B, C, T] for events [B, T, D] and contexts [B, C, D]; [B, 1, T] without contexts."""
-        if context is None:
-            return self._weights(self.first(event).unsqueeze(2))
-        return by_requests(self._weights_of, event.shape[1] * context.shape[1] * HIDDEN, event, context)
-
-    def _weights_of(self, event: Tensor, context: Tensor) -> Tensor:
-        batch, count, width = context.shape
-        wh, wc, wp, wd = self.first.weight.view(-1, 4, width).unbind(1)  # [32, D] each
-        matrix = context[:, :, None, :] * wp + (wh + wd)  # [B, C, 32, D]
-        constant = F.linear(context, wc - wd, self.first.bias)  # [B, C, 32]
-        z = (event @ matrix.flatten(1, 2).mT).view(batch, -1, count, HIDDEN)  # [B, T, C, 32]
-        return self._weights(z + constant[:, None])
-
-    def _weights(self, z: Tensor) -> Tensor:
-        """Give [B, C, T] of the first layer's outputs [B, T, C, 32]."""
-        weights: Tensor = self.last(self.middle(z)).squeeze(-1).mT
-        return weights
-
-
-class GateUnit(nn.Module):
-    """MLP [h ; c] -> 32 -> K of every event h and every context c, or of the event alone.
-
-    Args:
-        width: columns of events.
-        context: columns of contexts; 0 for none.
-        experts: K.
-    """
-
-    def __init__(self, width: int, context: int, experts: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(width + context, HIDDEN)
-        self.last = nn.Linear(HIDDEN, experts)
-
-    def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give [B, C, T, K] for events [B, T, D] and contexts [B, C, D]; [B, 1, T, K] without contexts."""
-        width = event.shape[-1]
-        z = F.linear(event, self.first.weight[:, :width], self.first.bias)[:, None]  # [B, 1, T, 32]
-        if context is None:
-            return self._unit(z)
-        c = F.linear(context, self.first.weight[:, width:])[:, :, None, :]  # [B, C, 1, 32]
-        return by_requests(lambda z, c: self._unit(z + c), z.shape[2] * c.shape[1] * HIDDEN, z, c)
-
-    def _unit(self, z: Tensor) -> Tensor:
-        unit: Tensor = self.last(z.relu())
-        return unit
 
 
 class Experts(nn.Module):

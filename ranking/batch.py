@@ -72,6 +72,11 @@ class Request:
     """What is known of B requests besides history and candidates."""
 
     at: Tensor  # int64 [B], the moment of the request, microseconds UTC
+    query: Tensor | None = None  # int32 [B], what was asked for: 0 nothing, 1 unknown, else a code of an item column
+
+    def to(self, device: torch.device) -> "Request":
+        """Give the same on another device."""
+        return Request(self.at.to(device), None if self.query is None else self.query.to(device))
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Batch:
         h = self.history
         return Batch(
             History(h.item.to(device), h.action.to(device), h.time.to(device), h.offsets.to(device)),
-            Request(self.request.at.to(device)),
+            self.request.to(device),
             Candidates(self.candidates.item.to(device)),
             self.label.to(device),
             self.weight.to(device),

@@ -111,6 +111,11 @@ class DareConfig:
                 f"window={self.window}, retrieved={self.retrieved}, l2={self.l2}, unknown_rate={self.unknown_rate}: "
                 "expected window and retrieved at least 1, l2 not negative, rate in [0, 1)"
             )
+        if self.retrieved > self.window:
+            raise ConfigError(
+                f"retrieved={self.retrieved}, window={self.window}: expected retrieved in 1..window, it cannot keep "
+                "more than it reads"
+            )
         if self.half_life_days <= 0:
             raise ConfigError(f"half_life_days={self.half_life_days}: expected above 0")
         if self.tied and self.attention != self.representation:

@@ -172,8 +172,8 @@ def _depth(held: _Held) -> int:
 
 def _score(held: _Held, history: History, request: Request, candidates: Candidates) -> Tensor:
     device, ranker = held.bundle.device, held.bundle.ranker
-    at, item = Request(request.at.to(device)), Candidates(candidates.item.to(device))
-    return ranker.score(ranker.encode(_on(device, history)), at, item).float().cpu()
+    item = Candidates(candidates.item.to(device))
+    return ranker.score(ranker.encode(_on(device, history)), request.to(device), item).float().cpu()
 
 
 def _user_vectors(held: _Held, history: History) -> Tensor:

@@ -18,11 +18,11 @@ from ranking.batch import UNKNOWN, Batch, Candidates, History, Request
 from ranking.contrast import contrastive_loss, masked_view, others, some_of
 from ranking.items import ItemTable
 from ranking.layers import binary_cross_entropy
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, ndcg, rank
 
 seeds = st.integers(0, 2**31)
-GATES = ["target", "none"]
+GATES = ["query", "target", "none"]
 ROWS = 30
 SMALL = AwMoeConfig(window=12, width=6, experts=3, item_width=3, category_width=2, unknown_rate=0.0)
 
@@ -34,12 +34,14 @@ def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
 
 
 def build(seed: int = 0, **changes: Any) -> AwMoe:
-    """Give a float64 model in evaluation mode with weights large enough to matter."""
+    """Give a float64 model in evaluation mode with weights large enough to matter; queries ask for categories."""
+    if changes.get("gate") == "query":
+        changes = {"query": "category", **changes}
     torch.manual_seed(seed)
     model = AwMoe(replace(SMALL, **changes), item_table()).double()
     for name, parameter in model.named_parameters():
         parameter.data = torch.randn_like(parameter) * 0.7
-        if name.startswith("fields"):
+        if name.startswith(("fields", "queries")):
             parameter.data[0] = 0
     return model.eval()
 
@@ -52,14 +54,14 @@ def histories(rows: list[list[int]]) -> History:
 
 
 def make_batch(seed: int, users: int = 5, most: int = 12, candidates: int = 4) -> Batch:
-    """Give random requests; the first has the longest history, the second none."""
+    """Give random requests; the first has the longest history, the second none; some ask for nothing (query 0)."""
     draws = np.random.default_rng(seed)
     lengths = [most, 0, *draws.integers(0, most + 1, users - 2)]
     rows = torch.from_numpy(draws.integers(UNKNOWN, ROWS, (users, candidates)).astype(np.int32))
     label = torch.from_numpy(draws.integers(0, 2, rows.shape)).double()
     return Batch(
         histories([draws.integers(UNKNOWN, ROWS, n).tolist() for n in lengths]),
-        Request(torch.full((users,), 10**7)),
+        Request(torch.full((users,), 10**7), torch.from_numpy(draws.integers(0, 7, users).astype(np.int32))),
         Candidates(rows),
         label,
         torch.ones_like(label),
@@ -81,8 +83,29 @@ def everything(*shape: int) -> Tensor:
 def gate_of(model: AwMoe, event: Tensor, h: Tensor, mask: Tensor | None = None) -> Tensor:
     """Give g [B, C, K] (C = 1 without candidates) of events [B, T, D] and candidates [B, C, D]."""
     mask = everything(*event.shape[:2]) if mask is None else mask
-    units = model._gate_units(event, h if model.config.gate == "target" else None)
-    return model._attended(*units, mask)
+    return model._attended(*model._gate_units(event, context_of(model, h)), mask)
+
+
+def context_of(model: AwMoe, h: Tensor) -> Tensor | None:
+    """Give what the gate sees of vectors [B, C, D]: all, the first in place of a query, or nothing."""
+    return {"target": h, "query": h[:, :1], "none": None}[model.config.gate]
+
+
+def gate_in(model: AwMoe, batch: Batch) -> Tensor:
+    """Give g [B, C, K] of a batch, with its queries where the gate sees them."""
+    event, mask = model._events(batch.history, model.items.embedding_row)
+    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    asked = model._asked(batch.request.query, h)
+    return gate_of(model, event, h if asked is None else asked, mask)
+
+
+def experts_in(model: AwMoe, batch: Batch) -> Tensor:
+    """Give s [B, C, K] of a batch."""
+    event, mask = model._events(batch.history, model.items.embedding_row)
+    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    asked = model._asked(batch.request.query, h)
+    parts = [pooled_of(model, event, h, mask), h]
+    return model.experts(torch.cat(parts if asked is None else [*parts, asked.expand_as(h)], -1))
 
 
 def pooled_of(model: AwMoe, event: Tensor, h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -166,7 +189,7 @@ def test_a4_one_event(gate: str) -> None:
     event, h = normal(9, 2, 1, 6), normal(10, 2, 3, 6)
     for activation in ("raw", "softmax"):
         model = build(11, gate=gate, activation=activation)
-        w, unit = model._gate_units(event, h if gate == "target" else None)
+        w, unit = model._gate_units(event, context_of(model, h))
         assert model.base is not None
         term = unit[..., 0, :] if activation == "softmax" else w * unit[..., 0, :]
         close(gate_of(model, event, h), model.base + term)
@@ -177,10 +200,8 @@ def test_a5_without_events_g0_ranks_and_without_g0_nothing_does(gate: str) -> No
     batch = replace(make_batch(12), history=histories([[]] * 5))
     assert not worlds.scores(build(13, gate=gate, base=False), batch).any()
     model = build(13, gate=gate)
-    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     assert model.base is not None
-    s = model.experts(torch.cat([torch.zeros_like(h), h], -1))
-    close(worlds.scores(model, batch), s @ model.base)
+    close(worlds.scores(model, batch), experts_in(model, batch) @ model.base)
 
 
 def test_a6_a_gate_without_context_is_the_users_alone() -> None:
@@ -218,10 +239,7 @@ def test_a7_experts_have_no_order(gate: str) -> None:
 def test_a7_one_expert_and_constant_units(gate: str) -> None:
     batch = make_batch(19)
     model = build(20, gate=gate, experts=1)
-    event, mask = model._events(batch.history, model.items.embedding_row)
-    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
-    s = model.experts(torch.cat([pooled_of(model, event, h, mask), h], -1))
-    close(worlds.scores(model, batch), (gate_of(model, event, h, mask) * s).squeeze(-1))
+    close(worlds.scores(model, batch), (gate_in(model, batch) * experts_in(model, batch)).squeeze(-1))
 
     model = build(20, gate=gate)
     assert model.activation is not None
@@ -230,9 +248,8 @@ def test_a7_one_expert_and_constant_units(gate: str) -> None:
     for unit, value in ((model.activation, 1.0), (model.gate_unit, 0.3)):
         unit.last.weight.data.zero_()
         unit.last.bias.data.fill_(value)
-    event, mask = model._events(batch.history, model.items.embedding_row)
-    n = mask.sum(1)[:, None, None].double()
-    close(*torch.broadcast_tensors(gate_of(model, event, h, mask), model.base + 0.3 * n))
+    n = batch.history.padded(12).mask.sum(1)[:, None, None].double()
+    close(*torch.broadcast_tensors(gate_in(model, batch), model.base + 0.3 * n))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -240,8 +257,10 @@ def test_a8_what_stands_at_padding_is_never_read_and_never_learns(gate: str) -> 
     model, batch = build(21, gate=gate), make_batch(22)
     expected = worlds.scores(model, batch)
     model.train().loss(batch, draws()).total.backward()
-    for table in (model.fields.item, model.fields.category):
-        assert table is not None
+    for table in (model.fields.item, model.fields.category, model.queries):
+        if table is None:
+            assert gate != "query"
+            continue
         assert table.weight.grad is not None
         gradient = table.weight.grad.to_dense()
         assert gradient.any()
@@ -260,10 +279,63 @@ def test_a13_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("gate", "count"), [("target", 48_654), ("none", 44_558)])
-def test_a14_parameter_counts_on_items_alone(gate: Any, count: int) -> None:
-    model = AwMoe(AwMoeConfig(gate=gate, category=None), item_table())
-    network = [p for name, p in model.named_parameters() if not name.startswith("fields")]
+def test_a6_a_gate_on_the_query_is_the_requests_alone() -> None:
+    model, batch = build(15, gate="query"), make_batch(14)
+    query = torch.tensor([2, 3, 0, 4, 1], dtype=torch.int32)
+    batch = replace(batch, request=replace(batch.request, query=query))
+    g = gate_in(model, batch)
+    assert g.shape == (5, 1, 3)
+    close(worlds.scores(model, batch), (g * experts_in(model, batch)).sum(-1))
+    event, mask = model._events(batch.history, model.items.embedding_row)
+    other = gate_of(model, event, model._asked(query.roll(1), event), mask)  # type: ignore[arg-type]
+    assert ((other - g).abs().amax((1, 2)) > 1e-3).tolist() == mask.any(1).tolist()
+    model.fields.requires_grad_(False)
+    model._attended(*model._gate_units(event.detach(), model._asked(query, event)), mask).sum().backward()
+    assert model.queries is not None
+    assert model.queries.weight.grad is not None
+    learnt = model.queries.weight.grad.to_dense().any(1)
+    assert set(learnt.nonzero().flatten().tolist()) == {int(q) for q in query[mask.any(1)] if q}
+
+
+def test_a6_without_a_query_its_vector_is_zero_and_in_training_the_mode_that_would_work_is_named() -> None:
+    model, batch = build(16, gate="query"), make_batch(17)
+    nothing = replace(batch.request, query=torch.zeros(5, dtype=torch.int32))
+    expected = worlds.scores(model, replace(batch, request=nothing))
+    assert torch.equal(worlds.scores(model, replace(batch, request=replace(nothing, query=None))), expected)
+    event, mask = model._events(batch.history, model.items.embedding_row)
+    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    s = model.experts(torch.cat([pooled_of(model, event, h, mask), h, torch.zeros_like(h)], -1))
+    close(expected, (gate_of(model, event, torch.zeros_like(h), mask) * s).sum(-1))
+    with pytest.raises(DataError, match=r'query = "category".*use gate = "target"'):
+        model.train().loss(replace(batch, request=replace(nothing, query=None)), draws())
+    with pytest.raises(ConfigError, match=r'query = "genres".*only category.*use gate = "target"'):
+        build(16, gate="query", query="genres")
+
+
+@pytest.mark.parametrize("gate", ["target", "none", "mixture"])
+def test_experts_see_the_query_whatever_the_gate_sees(gate: str) -> None:
+    model, batch = build(18, gate=gate, query="category", contrast=0.0), make_batch(19)
+    event, mask = model._events(batch.history, model.items.embedding_row)
+    if gate == "mixture":
+        assert model.mixture is not None
+        g = model.mixture(model._asked(batch.request.query, event)).softmax(-1)
+    else:
+        h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+        g = gate_of(model, event, h, mask)
+    close(worlds.scores(model, batch), (g * experts_in(model, batch)).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("gate", "count", "fields"),
+    [
+        ("target", 48_654, {"category": None}),
+        ("none", 44_558, {"category": None}),
+        ("query", 63_086, {"query": "category"}),
+    ],
+)
+def test_a14_parameter_counts(gate: Any, count: int, fields: dict[str, Any]) -> None:
+    model = AwMoe(AwMoeConfig(gate=gate, **fields), item_table())
+    network = [p for name, p in model.named_parameters() if not name.startswith(("fields", "queries"))]
     assert sum(p.numel() for p in network) == count
     assert model.base is not None
     assert model.base.tolist() == [0.25] * 4
@@ -349,6 +421,15 @@ def test_e1_the_inner_product_sees_lengths() -> None:
     assert contrast(2 * g, 2 * view) == pytest.approx(0.598139, abs=1e-6)
 
 
+def test_equal_histories_that_ask_for_different_things_are_negatives_of_each_other() -> None:
+    model = build(33, gate="query", contrast=1.0, masking=0.0).train()
+    batch = replace(make_batch(34, users=3), history=histories([[5, 6], [5, 6], [5, 6]]))
+    for query, share in (([2, 2, 2], 0.0), ([2, 2, 3], 1.0)):
+        request = replace(batch.request, query=torch.tensor(query, dtype=torch.int32))
+        found = float(model.loss(replace(batch, request=request), draws()).parts["cl"])
+        assert (found > 1e-3) == bool(share), query
+
+
 def test_who_is_a_negative_of_whom() -> None:
     rows = histories([[3, 4], [4, 3], [], [3, 4], [3, 4, 5]]).padded(12)
     found = others(rows.item, rows.mask).int().tolist()
@@ -397,7 +478,7 @@ def test_a10_the_contrastive_loss_teaches_the_gate_only(gate: str) -> None:
             assert difference == 0, name
         elif name.startswith(("activation", "gate_unit")):
             assert difference > 0, name
-    if gate == "none":  # candidates that are in no history learn nothing from it
+    if gate != "target":  # candidates that are in no history learn nothing from it
         table, other_table = model.fields.item, plain.fields.item
         assert table is not None
         assert other_table is not None
@@ -530,7 +611,7 @@ def test_masking_alone_shows_the_experts_less_in_training_and_all_when_scoring()
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"gate": "query"}, 'gate = "target"'),
+        ({"gate": "query"}, 'query = "COLUMN".*gate = "target"'),
         ({"experts": 0}, "experts=0"),
         ({"window": 0}, "window=0"),
         ({"temperature": 0.0}, "temperature=0"),

@@ -166,7 +166,7 @@ def test_both_ways_of_pooling_agree(seed: int, length: int, k: int) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scaling", ["split", "single"])
 def test_o2_with_k_past_the_history_the_search_is_plain_attention(scaling: str, tied: bool) -> None:
-    model = build(1, retrieved=50, scaling=scaling, tied=tied)
+    model = build(1, retrieved=12, scaling=scaling, tied=tied)
     batch = make_batch(2)
     attention, row_of = model._attention, model.items.embedding_row
     h = batch.history
@@ -228,7 +228,7 @@ def shuffle_state(state: DareState, order: Tensor, with_position: bool, semantic
     )
 
 
-@pytest.mark.parametrize("retrieved", [4, 50])
+@pytest.mark.parametrize("retrieved", [4, 12])
 def test_o5_order_matters_through_positions_only(retrieved: int) -> None:
     model, batch = build(5, retrieved=retrieved), worlds.take(make_batch(6, baskets=False), [0])
     state = model.encode(batch.history)
@@ -252,7 +252,7 @@ def test_o5_the_order_inside_a_basket_changes_nothing(seed: int) -> None:
     group = owner * 100 + h.time
     jumbled = torch.rand(len(h.item), generator=torch.Generator().manual_seed(seed)) + group
     other = replace(batch, history=replace(h, item=h.item[jumbled.argsort()]))
-    model = build(7, retrieved=50, pos_mode="group")
+    model = build(7, retrieved=12, pos_mode="group")
     torch.testing.assert_close(worlds.scores(model, other), worlds.scores(model, batch), rtol=0, atol=1e-12)
 
 
@@ -506,6 +506,7 @@ def test_what_the_head_sees(features: str, width: int) -> None:
     ("changes", "names"),
     [
         ({"retrieved": 0}, "retrieved=0"),
+        ({"retrieved": 21, "window": 20}, "retrieved=21, window=20"),
         ({"window": 0}, "window=0"),
         ({"l2": -1.0}, "l2=-1"),
         ({"half_life_days": 0.0}, "half_life_days=0"),
@@ -518,7 +519,7 @@ def test_impossible_settings_are_refused_by_name(changes: dict[str, Any], names:
 
 
 def test_own_counts_tell_the_head_what_the_window_does_not_hold() -> None:
-    model = build(25, window=3, own_counts=True, half_life_days=10.0)
+    model = build(25, window=3, retrieved=3, own_counts=True, half_life_days=10.0)
     day = 86_400_000_000
     item = torch.tensor([7, 7, 9, 5, 5, 5], dtype=torch.int32)  # both 7s are older than the newest three events
     time = torch.tensor([0, 10, 19, 20, 20, 20]) * day

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ranking.layers
-from ranking.aw_moe import ActivationUnit, GateUnit
+from ranking.gate_units import ActivationUnit, GateUnit
 from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, exact, in_float64
 
 

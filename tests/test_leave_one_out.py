@@ -114,11 +114,11 @@ def test_another_split_is_refused(tmp_path):
         target_ranks(Popularity(PopularityConfig(), by_time.items), by_time, "test")
 
 
-FACTS = {  # users, items; pairs of consecutive training items, distinct edges, heads
-    "beauty": ((22_363, 12_101), (127_895, 112_191, 11_996)),
-    "sports": ((35_598, 18_357), (187_866, 179_048, 18_129)),
-    "toys": ((19_412, 11_924), (106_484, 99_664, 11_765)),
-    "yelp": ((30_431, 20_033), (217_423, 212_269, 19_975)),
+FACTS = {  # users, items; pairs of consecutive training items, distinct edges, heads; pairs with one item between
+    "beauty": ((22_363, 12_101), (127_895, 112_191, 11_996), 105_532),
+    "sports": ((35_598, 18_357), (187_866, 179_048, 18_129), 152_268),
+    "toys": ((19_412, 11_924), (106_484, 99_664, 11_765), 87_072),
+    "yelp": ((30_431, 20_033), (217_423, 212_269, 19_975), 186_992),
 }
 REFERENCES = {  # HR@5, NDCG@5, HR@10, NDCG@10, HR@20, NDCG@20 of popularity and of transitions
     "beauty": ((0.0074, 0.0041, 0.0115, 0.0055, 0.0209, 0.0077), (0.0517, 0.0392, 0.0669, 0.0441, 0.0821, 0.0480)),
@@ -143,7 +143,10 @@ def test_o8_transitions_of_the_real_sets(real):
     edges = prepared.items.transitions
     heads = int((edges.offsets.diff() > 0).sum())
     found = (len(prepared.users), len(prepared.items) - FIRST_ITEM), (int(edges.weight.sum()), len(edges.target), heads)
-    assert found == FACTS[name]
+    training = np.diff(prepared.histories.offsets) - 2  # events of each user
+    targets, skipping = (int(np.maximum(training - back, 0).sum()) for back in (1, 2))
+    assert (*found, skipping) == FACTS[name]
+    assert targets == found[1][0]  # valid targets of the training sequences
 
 
 @pytest.mark.slow

@@ -257,6 +257,32 @@ def test_it_beats_popularity_and_mean_pooling(name: str) -> None:
     assert worlds.auc(trained(name), test) > max(references.values()) + 0.02
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_histories_of_10_000_events_train_and_score(name: str) -> None:
+    """Each model reads them whole, but for MQSA-TED, whose attention is quadratic in what it reads."""
+    setting, rows = SETTINGS[name], len(world().items)
+    config_class, model_class = RANKERS[setting.model]
+    whole = {"window": 10_000} if setting.model != "mqsa_ted" and "window" in config_class.__annotations__ else {}
+    torch.manual_seed(SEED)
+    model: Any = model_class(parse(config_class, setting.config | whole, name), world().items)
+    if setting.model == "lightgbm":  # it has no window, and scores once its trees are grown
+        model = trained(name)
+    draws = torch.Generator().manual_seed(SEED)
+    item = torch.randint(FIRST_ITEM, rows, (10_003,), generator=draws, dtype=torch.int32)
+    long = History(item, torch.zeros_like(item), torch.arange(10_003), torch.tensor([0, 10_000, 10_003]))
+    (few,) = world().requests("test", size=2, negatives=5)[:1]
+    request = replace(few.request, at=torch.full((2,), 20_000))
+    batch = replace(few, history=long, request=request)
+    if name in [other for other, it in SETTINGS.items() if "gradients" not in it.exempt]:
+        loss = model.train().loss(batch, draws).total
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is None or p.grad.to_dense().isfinite().all() for p in model.parameters())
+    scores = worlds.scores(model.eval(), batch)
+    assert scores.isfinite().all()
+    agree(worlds.scores(model, worlds.take(batch, [1])), scores[1:])
+
+
 def test_every_model_is_held_to_the_contract_and_excuses_name_tests_that_exist() -> None:
     tests = {"permuting_candidates", "alone", "batching", "strangers", "state", "saving"}
     tests |= {"overfits", "gradients", "same_losses", "beats_references"}

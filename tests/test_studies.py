@@ -88,6 +88,20 @@ def test_agreement_is_that_of_the_models_orders():
     assert tables.MISSING in tables.agreement(study, {"a": same["a"]}, "uniform")
 
 
+def test_d7_the_order_of_a_search_by_hand(monkeypatch):
+    gains, mask = torch.tensor([[[3.0, 2, 1, 0, 0]]], dtype=torch.float64), torch.ones(1, 5, dtype=torch.bool)
+    scores = torch.tensor([[[4.0, 5, 2, 3, 1]]], dtype=torch.float64)  # found: 2nd, 1st, 4th, 3rd, 5th
+    second, third = 1 / math.log2(3), 1 / math.log2(4)
+    ideal = {1: 3, 2: 3 + 2 * second, 3: 3 + 2 * second + third}
+    for cut, own, fixed in ((1, 0.666667, 0.420004), (2, 0.913402, 0.817494), (3, 0.817494, 0.817494)):
+        monkeypatch.setattr(dare_search, "CUT", cut)
+        found = float(dare_search.ndcg(scores, gains, mask))
+        assert found == pytest.approx(own, abs=1e-6)
+        assert found * ideal[cut] / ideal[3] == pytest.approx(
+            fixed, abs=1e-6
+        )  # DARE's authors divide by the last ideal
+
+
 def test_the_oracle_of_search_counts_mutual_information_and_its_own_order_is_perfect(prepared):
     draws = np.random.default_rng(2)
     sign, label = draws.integers(0, 2, 90), draws.integers(0, 2, 90)

@@ -176,7 +176,7 @@ def take(batch: Batch, index: Sequence[int] | Tensor) -> Batch:
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), h.lengths[index].cumsum(0)])
     return Batch(
         History(h.item[events], h.action[events], h.time[events], offsets),
-        Request(batch.request.at[index]),
+        Request(batch.request.at[index], None if batch.request.query is None else batch.request.query[index]),
         Candidates(batch.candidates.item[index]),
         batch.label[index],
         batch.weight[index],
