@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.attention import Attention, of_found
-from ranking.batch import UNKNOWN, Batch, Candidates, History, Padded, Request
+from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
 from ranking.items import ItemTable
 from ranking.layers import (
@@ -59,7 +59,7 @@ from ranking.own_counts import (
     own_events,
 )
 from ranking.ranker import Loss
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, DataError
 
 OWN_FEATURES = 3
 """Numbers that the head sees more under `own_counts`."""
@@ -126,10 +126,11 @@ class DareConfig:
 
 
 class DareState(NamedTuple):
-    """A history embedded once in both tables; bytes per event: 4 (a_sem + d_rep) + 17."""
+    """A history embedded once in both tables; bytes per event: 4 (a_sem + d_rep) + 21."""
 
     key: Tensor  # float32 [B, T, a_sem], zero at padding
     value: Tensor  # float32 [B, T, d_rep], zero at padding
+    item: Tensor  # int32 [B, T], 0 at padding
     position: Tensor  # int64 [B, T], newest = 1, padding = 0
     time: Tensor  # int64 [B, T]
     mask: Tensor  # bool [B, T]
@@ -210,16 +211,52 @@ class Dare(nn.Module):
         mask = push(state.mask, torch.ones_like(item, dtype=torch.bool))
         width = min(int(mask.sum(1).max()), self.config.window)
         mask, moved = mask[:, -width:], push(state.time, time)[:, -width:]
+        items = push(state.item, item)[:, -width:]
         position = positions(Padded(mask, mask, moved, mask), self.config.pos_mode)
         value = push(state.value[..., :semantic], self.representation.semantic(item, row_of))[:, -width:]
         return DareState(
             push(state.key, self._attention.semantic(item, row_of))[:, -width:],
             self.representation.with_position(value, position, mask),
+            items,
             position,
             moved,
             mask,
             *(add_event(own, item, time) if self.config.own_counts else own),
         )
+
+    def evict(self, state: DareState, item: Tensor) -> DareState:
+        """Give the state without the oldest event of one item per request (int32 [B], 0 = none).
+
+        Equal bit for bit to encoding what is left of the events in the state: of the window, or with `own_counts` of
+        the whole history.
+
+        Raises:
+            DataError: an item is not among a request's events; or its oldest event lies in the window of a longer
+                history, and what comes into the window in its place is not known.
+
+        Cost: rows move, and only their position part is read again.
+        """
+        found = (state.item == item[:, None]) & state.mask
+        own = OwnEvents(state.own_item, state.own_time)
+        inside = found.any(1)
+        missing = (item != PAD) & ~inside
+        if self.config.own_counts:
+            mine = own.item == item[:, None]
+            everything = mine.sum(1) == found.sum(1)  # and not some of them before the window
+            longer = (own.item != PAD).sum(1) > state.mask.sum(1)
+            missing = (item != PAD) & (~mine.any(1) | (everything & longer))
+            inside = inside & everything
+            own = OwnEvents(*_kept(_oldest(mine & (item != PAD)[:, None]), own.item != PAD, own.item, own.time))
+        if missing.any():
+            at = int(missing.nonzero()[0])
+            raise DataError(f"request {at}: item row {int(item[at])} can't leave its state; encode the history again")
+        semantic = self.representation.semantic_width
+        gone = _oldest(found & inside[:, None])
+        parts = (state.key, state.value[..., :semantic], state.item, state.time, state.mask)
+        key, value, items, time, mask = _kept(gone, state.mask, *parts)
+        position = positions(Padded(mask, mask, time, mask), self.config.pos_mode)
+        value = self.representation.with_position(value, position, mask)
+        return DareState(key, value, items, position, time, mask, *own)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Give the weights of the K found events, beside softmax attention over all of the window."""
@@ -241,7 +278,7 @@ class Dare(nn.Module):
         else:
             key = self.attention.semantic(padded.item, row_of).masked_fill(~padded.mask.unsqueeze(-1), 0.0)
         own = own_events(history) if self.config.own_counts else (padded.item[:, :0], padded.time[:, :0])
-        return DareState(key, value, position, padded.time, padded.mask, *own)
+        return DareState(key, value, padded.item, position, padded.time, padded.mask, *own)
 
     def search_scores(self, state: DareState, query: Tensor) -> Tensor:
         """Give the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
@@ -289,6 +326,24 @@ class Dare(nn.Module):
         everybody = take(self.items.count, item) * known
         shown = torch.stack([mine, days.log1p(), everybody.double().log1p()], -1).to(features.dtype)
         return torch.cat([features, shown], -1)
+
+
+def _oldest(found: Tensor) -> Tensor:
+    """Mark the first of the events found in each row, bool [B, T]."""
+    return found & (found.cumsum(1) == 1)
+
+
+def _kept(gone: Tensor, mask: Tensor, *values: Tensor) -> list[Tensor]:
+    """Give values [B, T, ...] without the events that are gone, moved to the right over what is then free; 0 there."""
+    left = mask & ~gone
+    order = left.byte().argsort(dim=1, stable=True)  # free slots first
+    width = max(int(left.sum(1).max()), 1)
+    moved = []
+    for one in values:
+        shape = (*left.shape, *(1,) * (one.dim() - 2))
+        where = order.view(shape).expand_as(one)
+        moved.append(one.masked_fill(~left.view(shape), 0).gather(1, where)[:, -width:])
+    return moved
 
 
 def push(values: Tensor, newest: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """DARE against its paper: the facts every implementation must show, and numbers worked out by hand."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from ranking.embeddings import FieldWidths
 from ranking.items import ItemTable
 from ranking.layers import binary_cross_entropy, masked_softmax, pool_by_gather, pool_by_scatter, score_real, search
 from ranking.mean_pooling import MeanPooling, MeanPoolingConfig
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, DataError
 
 seeds = st.integers(0, 2**31)
 SMALL = FieldWidths(3, 2, 2)
@@ -222,6 +223,7 @@ def shuffle_state(state: DareState, order: Tensor, with_position: bool, semantic
     return state._replace(
         key=state.key[:, order],
         value=value,
+        item=state.item[:, order],
         position=position,
         time=state.time[:, order],
         mask=state.mask[:, order],
@@ -376,6 +378,39 @@ def test_o13_appending_an_event_equals_encoding_the_longer_history(pos_mode: str
         longer = History(items, torch.zeros_like(items), times, h.offsets + torch.arange(4))
         for ours, rebuilt in zip(model.append(model.encode(h), item, time), model.encode(longer), strict=True):
             assert torch.equal(ours, rebuilt)
+
+
+@pytest.mark.parametrize("own_counts", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pos_mode", ["slot", "group"])
+def test_o13_evicting_an_event_equals_encoding_what_is_left(pos_mode: str, tied: bool, own_counts: bool) -> None:
+    model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts)
+    refused = 0
+    for seed in range(40):
+        h, draws = make_batch(seed, most=seed % 20, users=3).history, np.random.default_rng(seed)
+        gone, left, lost = [], [], False
+        for start, end in itertools.pairwise(h.offsets.tolist()):
+            events = list(range(start if own_counts else max(start, end - 12), end))
+            item = int(h.item[draws.choice(events)]) if events and draws.random() < 0.8 else 0
+            oldest = next((e for e in events if int(h.item[e]) == item), None)
+            lost |= oldest is not None and own_counts and end - 12 <= oldest and end - start > 12
+            gone.append(item)
+            left.append([e for e in events if e != oldest])
+        refused += lost
+        if lost:  # the window of a longer history: who takes the place is not in the state
+            with pytest.raises(DataError, match=r"item row \d+ can't leave its state"):
+                model.evict(model.encode(h), torch.tensor(gone, dtype=torch.int32))
+            continue
+        index = torch.tensor([e for events in left for e in events], dtype=torch.int64)
+        offsets = torch.tensor([0, *np.cumsum([len(events) for events in left])])
+        shorter = History(h.item[index], h.action[index], h.time[index], offsets)
+        state = model.evict(model.encode(h), torch.tensor(gone, dtype=torch.int32))
+        for ours, rebuilt in zip(state, model.encode(shorter), strict=True):
+            assert ours.dtype == rebuilt.dtype
+            assert torch.equal(ours, rebuilt)
+    assert (refused > 0) == own_counts
+    with pytest.raises(DataError, match=r"request 1: item row 99 can't leave"):
+        model.evict(model.encode(h), torch.tensor([0, 99, 0], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("gather_above", [0, 10**9])

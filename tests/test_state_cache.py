@@ -172,8 +172,9 @@ def test_one_more_event_is_appended_and_not_encoded_again(bundles, name, monkeyp
     )  # a state, and a vector of each retriever; what is sent along is nobody's, and not kept
 
 
-def test_a_bounded_store_makes_sdim_evict_and_not_encode(bundles):
-    bundle, store, cache = bundles["sdim, one basket"][0], Store(), StateCache(StatesConfig(least_events=2))
+@pytest.mark.parametrize("name", ["sdim, one basket", "dare, own counts"])
+def test_a_bounded_store_makes_models_evict_and_not_encode(bundles, name):
+    bundle, store, cache = bundles[name][0], Store(), StateCache(StatesConfig(least_events=2))
     recommender = Recommender(bundle, store, states=cache)
     for number in range(20):
         store.add("a", number, worlds.START + number)
