@@ -120,10 +120,10 @@ class Bundle:
 
     @property
     def ranker(self) -> AnyRanker:
-        """The ranker; raises `RequestError` 501 for a bundle that only searches text."""
+        """The ranker; raises `RequestError` 409 for a bundle that only searches text."""
         if self.ranking_model is None:
             raise RequestError(
-                501, "not_supported", f"bundle {self.version} only searches text; publish one with `--ranker`"
+                409, "not_supported", f"bundle {self.version} only searches text; publish one with `--ranker`"
             )
         return self.ranking_model
 

@@ -105,7 +105,7 @@ class Recommender:
 
         Raises:
             RequestError: 422 for neither user nor history, a moment out of range, or a filter of an unknown column;
-                501 for a query without a search.
+                409 for a query without a search.
 
         Cost: one encode, one search, one scoring of at most the sum of the quotas; further rounds of search and
         scoring only where filters and rules leave too few.
@@ -113,7 +113,7 @@ class Recommender:
         clock = Clock()
         if request.query is not None and searched is None:
             raise RequestError(
-                501,
+                409,
                 "not_supported",
                 f"bundle {self.bundle.version} searches no text; leave out `query`, or publish with `--text-encoder`",
             )

@@ -219,7 +219,7 @@ class Searcher:
             rerank: whether the head is reranked, if the bundle has a reranker.
 
         Raises:
-            RequestError: 501 for vectors from a bundle without an encoder.
+            RequestError: 409 for vectors from a bundle without an encoder.
         """
         clock = Clock()
         degraded: list[str] = []
@@ -248,12 +248,12 @@ class Searcher:
         """Score documents that were sent along, by the reranker, or by the encoder's cosine where there is none.
 
         Raises:
-            RequestError: 501 for a bundle with neither.
+            RequestError: 409 for a bundle with neither.
         """
         part = self.part
         if part.tokenizer is None:
             raise RequestError(
-                501, "not_supported", "the bundle has no text model; publish one with `--text-encoder` or `--reranker`"
+                409, "not_supported", "the bundle has no text model; publish one with `--text-encoder` or `--reranker`"
             )
         try:
             passages, cut = shortened(part.tokenizer, documents, max_tokens, deadline)
@@ -276,7 +276,7 @@ class Searcher:
         if part.encoder is None or part.index is None:
             if mode in ("dense", "hybrid"):
                 raise RequestError(
-                    501, "not_supported", f"mode {mode!r} needs vectors; publish the bundle with `--text-encoder`"
+                    409, "not_supported", f"mode {mode!r} needs vectors; publish the bundle with `--text-encoder`"
                 )
             mode = "bm25"
         mode = mode or "hybrid"

@@ -67,7 +67,7 @@ def _show_search(client: httpx.Client, user: str, say: Callable[[str], None]) ->
         return
     asked = {"query": words[0], "k": SHOWN, "user_id": user, "at": _moment(history)}
     answer = client.post("/v1/search", json=asked)
-    if answer.status_code == httpx.codes.NOT_IMPLEMENTED:
+    if answer.status_code == httpx.codes.CONFLICT:
         return
     hits = answer.raise_for_status().json()["hits"]
     say(f"Searched for {words[0]!r} as user {user}: {'; '.join(hit['text'] for hit in hits)}")

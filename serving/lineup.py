@@ -57,7 +57,7 @@ class NoRanker:
         budget: Budget | None = None,  # noqa: ARG002
         searched: Searched | None = None,  # noqa: ARG002
     ) -> RecommendResponse:
-        """Raise `RequestError` 501."""
+        """Raise `RequestError` 409."""
         raise self._error()
 
     def rank(
@@ -66,12 +66,12 @@ class NoRanker:
         now: int,  # noqa: ARG002
         budget: Budget | None = None,  # noqa: ARG002
     ) -> RankResponse:
-        """Raise `RequestError` 501."""
+        """Raise `RequestError` 409."""
         raise self._error()
 
     def _error(self) -> RequestError:
         text = f"bundle {self.version} has no ranker, it only searches text; publish one with `recsys publish --ranker`"
-        return RequestError(501, "not_supported", text)
+        return RequestError(409, "not_supported", text)
 
 
 @dataclass(frozen=True)

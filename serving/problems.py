@@ -13,7 +13,7 @@
     unknown_user              404      nothing is known of the user asked about
     unknown_item              404      the bundle does not know the item asked about
     method_not_allowed        405
-    not_supported             501      the bundle lacks a part that the route needs
+    not_supported             409      the bundle lacks a part that the route needs
     store_unavailable         503      the live histories can't be had for now
     overloaded                503      too many requests wait; `Retry-After` says when to come back
     too_late                  503      the request waited for its turn beyond its deadline
@@ -67,8 +67,7 @@ def responses() -> dict[int | str, dict[str, Any]]:
     schema["properties"]["errors"]["items"] = schema.pop("$defs")["FieldError"]
     content = {MEDIA_TYPE: {"schema": schema}}
     return {
-        "4XX": {"description": "Refused", "content": content},
-        "501": {"description": "The bundle lacks a part that is asked for", "content": content},
+        "4XX": {"description": "Refused; 409 if the bundle lacks a part that is asked for", "content": content},
         "503": {"description": "Overloaded, or no bundle yet", "content": content},
     }
 

@@ -47,7 +47,7 @@ def personal_order(served: Served, searched: Searched, request: SearchRequest, n
         now: the moment, microseconds UTC, where the request names none.
 
     Raises:
-        RequestError: 501 for a bundle without a ranker, 422 for a moment out of range.
+        RequestError: 409 for a bundle without a ranker, 422 for a moment out of range.
     """
     began = time.perf_counter()
     rows, places = searched.items()
@@ -106,7 +106,7 @@ def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, de
     """Order documents that were sent along.
 
     Raises:
-        RequestError: 413 for more than `MAX_DOCUMENTS`, 501 for a bundle without a text model.
+        RequestError: 413 for more than `MAX_DOCUMENTS`, 409 for a bundle without a text model.
     """
     if len(request.documents) > MAX_DOCUMENTS:
         text = f"{len(request.documents)} documents; at most {MAX_DOCUMENTS} are reranked at once"

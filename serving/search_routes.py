@@ -32,12 +32,12 @@ class Searches:
         self.reranking = reranking
 
     def open(self, user_id: str | None) -> tuple[Served, Searcher]:
-        """Give what answers a user; raises `RequestError` 501 for a bundle that searches no text."""
+        """Give what answers a user; raises `RequestError` 409 for a bundle that searches no text."""
         served = self._service.lineup.answering(user_id)
         if served.searcher is None:
             version = served.bundle.version
             text = f"bundle {version} searches no text; publish one with `recsys publish --text-encoder`"
-            raise RequestError(501, "not_supported", text)
+            raise RequestError(409, "not_supported", text)
         return served, served.searcher
 
     async def find(self, query: str, user_id: str | None) -> tuple[Served, Searched]:

@@ -238,12 +238,12 @@ class Service:
         """Give the k items nearest to an item by the retriever's vectors.
 
         Raises:
-            RequestError: 404 for an item the bundle does not know, 501 for a bundle without a retriever.
+            RequestError: 404 for an item the bundle does not know, 409 for a bundle without a retriever.
         """
         served = self.served
         bundle, vectors = served.bundle, served.item_vectors
         if bundle.index is None or vectors is None:
-            raise RequestError(501, "not_supported", f"bundle {bundle.version} has no retriever, so no neighbours")
+            raise RequestError(409, "not_supported", f"bundle {bundle.version} has no retriever, so no neighbours")
         row = bundle.row_of.get(item_id)
         if row is None:
             raise RequestError(404, "unknown_item", f"bundle {bundle.version} does not know item {item_id!r}")

@@ -179,7 +179,7 @@ def test_a_bundle_of_text_alone_searches_and_says_what_it_cannot(opened):
         assert answer["meta"]["model"] == "dense"
         for path, body in (("recommend", {"user_id": "u"}), ("rank", {"user_id": "u", "item_ids": ["d1"]})):
             refused = client.post(f"/v1/{path}", json=body)
-            assert (refused.status_code, refused.json()["code"]) == (501, "not_supported")
+            assert (refused.status_code, refused.json()["code"]) == (409, "not_supported")
             assert "--ranker" in refused.json()["detail"]
         assert client.get("/v1/models").json()["models"] == [{"role": "text encoder", "name": "dense"}]
         assert client.get("/readyz").status_code == 200
@@ -319,12 +319,12 @@ def test_a_bundle_without_text_says_how_to_get_it(opened):
             ("recommend", {"user_id": "user-1", "query": "tea"}),
         ):
             refused = client.post(f"/v1/{path}", json=body)
-            assert (refused.status_code, refused.json()["code"]) == (501, "not_supported")
+            assert (refused.status_code, refused.json()["code"]) == (409, "not_supported")
             assert "--text-encoder" in refused.json()["detail"]
     with client_of(opened["words"]) as client:
         refused = client.post("/v1/rerank", json={"query": "tea", "documents": ["tea"]})
-        assert (refused.status_code, "--reranker" in refused.json()["detail"]) == (501, True)
-        assert client.post("/v1/search", json={"query": "tea", "mode": "dense"}).status_code == 501
+        assert (refused.status_code, "--reranker" in refused.json()["detail"]) == (409, True)
+        assert client.post("/v1/search", json={"query": "tea", "mode": "dense"}).status_code == 409
         assert search(client, query="red tea")["mode"] == "bm25"
 
 
@@ -332,7 +332,7 @@ def test_the_schema_has_the_routes_whole(client):
     schema = client.get("/openapi.json").json()
     for path in ("/v1/search", "/v1/rerank"):
         answers = schema["paths"][path]["post"]["responses"]
-        assert {"200", "4XX", "501", "503"} <= set(answers)
+        assert {"200", "4XX", "503"} <= set(answers)
         assert schema["paths"][path]["post"]["description"]
     for name in ("SearchRequest", "SearchHit", "SearchResponse", "RerankRequest", "RerankResponse"):
         assert schema["components"]["schemas"][name]["description"]

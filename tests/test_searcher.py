@@ -231,7 +231,7 @@ def test_a_bundle_of_words_alone(tmp_path):
     for mode in ("dense", "hybrid"):
         with pytest.raises(RequestError, match="--text-encoder") as refused:
             Searcher(part).search("red tea", mode=mode)
-        assert refused.value.status == 501
+        assert refused.value.status == 409
     with pytest.raises(RequestError, match="--reranker"):
         Searcher(part).rerank("red", ["tea"], 10)
 
@@ -304,7 +304,7 @@ def test_filters_hold_for_what_a_search_finds(bundle, recommender):
 def test_a_query_without_a_search_is_refused(recommender):
     with pytest.raises(RequestError, match="--text-encoder") as refused:
         recommender.recommend(RecommendRequest(user_id="user-3", query="red tea"), 0)
-    assert refused.value.status == 501
+    assert refused.value.status == 409
 
 
 @settings(deadline=None, max_examples=30)

@@ -146,7 +146,7 @@ def publish_search(directory: Path, encoder: bool = True, reranker: WordCount | 
 
 
 def publish_whole(directory: Path) -> Path:
-    """Write a bundle that can do everything: no operation is answered with 501."""
+    """Write a bundle that can do everything: no operation is answered with 409."""
     table, contents = catalogue()
     config = MqsaTedConfig(width=8)
     text = SearchContents(item_passages(contents), tiny_encoder(), WordCount())
