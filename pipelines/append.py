@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pipelines import assembly, buckets, splits
 from pipelines.buckets import Sessions, SortedEvents
 from pipelines.candidates import may_be_chosen
-from pipelines.catalogue import NEWEST, USER_HASH
+from pipelines.catalogue import USER_HASH
 from pipelines.edges import EdgeFiles, write_edges
 from pipelines.forgotten import NAME as FORGOTTEN
 from pipelines.forgotten import refuse_if_forgotten_since
@@ -38,6 +38,7 @@ from pipelines.prepare import finish
 from pipelines.prepared import GROWTH, IMPRESSIONS, PreparedSet, Requests
 from pipelines.settings import PrepareConfig
 from pipelines.shown import shown_in
+from pipelines.spans import NEWEST, read_spans
 from pipelines.transitions import Words, pair_words
 from pipelines.write import Log, Names, Progress, name_all, rule_of
 from recsys.columns import USER_ID, USER_KEY
@@ -127,7 +128,9 @@ def _grow(
     """Write histories, training requests and the pairs of growth; give what is left to write."""
     report("keys", 0, 1)
     hashes = np.load(earlier.directory / GROWTH / "hashes.npy", allow_pickle=False)
-    names = name_all([part], config, earlier, 1, _newest(earlier), hashes)
+    (work / "spans").mkdir()
+    spans = read_spans(part, work / "spans")
+    names = name_all([part], [spans], config, earlier, 1, _newest(earlier), hashes)
     report("keys", 1, 1)
     events = buckets.numbered(part, len(records), names.people, names.items, names.actions, rule_of(config)).collect()
     fresh = buckets.sort_events(events, 0)

@@ -1,13 +1,14 @@
 """From events to packed histories and requests, one bucket of users at a time.
 
 Users are ordered by a 64-bit hash, and a bucket is a range of hashes: a run of consecutive history rows. So the result
-does not depend on how many buckets there are. `partition` streams the log into one file per bucket; `prepare_bucket` is
-a pure function from such a file to arrays, so that a pool of processes, or anything else, may run it. Memory is bounded
-by the largest bucket.
+does not depend on how many buckets there are. `partition` adds a slice of the log to one file per bucket;
+`prepare_bucket` is a pure function from such a file to arrays, so that a pool of processes, or anything else, may run
+it. Memory is bounded by the largest bucket.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ WAITING = "waiting"
 KINDS = ("train", "valid", "test", WAITING)
 """Requests by split, and all that do not train: those may do so later, when a cut has moved past their end."""
 USER_ROW, SESSION, POSITIVE, BUCKET = "user_row", "session", "positive", "bucket"
-ROW_GROUP = 16_384
-"""Rows buffered per bucket while the log is partitioned: with polars' own 262,144 the whole log would be."""
-_SCHEMA = {
-    USER_ROW: pl.UInt32,
-    TIMESTAMP: pl.Int64,
-    ITEM_KEY: pl.UInt32,
-    ACTION: pl.UInt8,
-    POSITIVE: pl.Boolean,
-    SESSION: pl.UInt64,
-}
+_EVENT = np.dtype(
+    [
+        (TIMESTAMP, np.int64),
+        (SESSION, np.uint64),
+        (USER_ROW, np.uint32),
+        (ITEM_KEY, np.uint32),
+        (ACTION, np.uint8),
+        (POSITIVE, np.bool_),
+    ]
+)
+"""a numbered event in a bucket's file, 26 bytes"""
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,28 @@ def numbered(
     )
 
 
-def partition(events: pl.LazyFrame, out: Path) -> None:
-    """Stream numbered events into `out`/bucket=b/*.parquet; `out` exists."""
-    events.sink_parquet(
-        pl.PartitionBy(out, key=BUCKET, include_key=False),
-        mkdir=True,
-        compression="lz4",
-        statistics=False,
-        row_group_size=ROW_GROUP,
-        maintain_order=False,
-    )
+def partition(events: pl.DataFrame, buckets: int, out: Path) -> None:
+    """Add numbered events to the files of their buckets (`bucket_file`) in the existing directory `out`."""
+    bucket = events[BUCKET].to_numpy()
+    order = np.argsort(bucket.astype(np.uint16), kind="stable")
+    records = np.empty(events.height, _EVENT)
+    for name in records.dtype.names or ():
+        records[name] = events[name].to_numpy()[order]
+    ends = np.cumsum(np.bincount(bucket, minlength=buckets)).tolist()
+    for number, (begin, end) in enumerate(pairwise([0, *ends])):
+        if begin < end:
+            with bucket_file(out, number).open("ab") as file:
+                file.write(records[begin:end].data)
+
+
+def bucket_file(folder: Path, bucket: int) -> Path:
+    """Give where the events of a bucket lie; there is no such file if it has none."""
+    return folder / f"{bucket}.events"
+
+
+def _events_of(file: Path) -> pl.DataFrame:
+    records = np.fromfile(file, _EVENT) if file.exists() else np.empty(0, _EVENT)
+    return pl.DataFrame({name: np.ascontiguousarray(records[name]) for name in records.dtype.names or ()})
 
 
 def _action_code(actions: Sequence[str]) -> pl.Expr:
@@ -195,7 +209,7 @@ def _positive(part: Part, rule: Rule) -> pl.Expr:
     return chosen.fill_null(False)
 
 
-def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> BucketSummary:
+def prepare_bucket(events: Path, out: Path, plan: BucketPlan) -> BucketSummary:
     """Turn a bucket's events into arrays in `out` (an existing directory), the same whatever the order of the rows.
 
     Writes bucket.safetensors: item, action, time; lengths (events per user); for each of `KINDS` {kind}_{array} with
@@ -206,9 +220,7 @@ def prepare_bucket(parts: Sequence[Path], out: Path, plan: BucketPlan) -> Bucket
     Cost: 1.5 million events take about 1 s on one core; memory is about 300 bytes per event of the bucket, half of it
     for the pairs.
     """
-    frame = pl.read_parquet(list(parts), columns=list(_SCHEMA)) if parts else pl.DataFrame(schema=_SCHEMA)
-    log = sort_events(frame, plan.first_user)
-    del frame
+    log = sort_events(_events_of(events), plan.first_user)
     requests = session_requests(log)
     split, training_end = assign(plan.cuts, plan.users, requests.user, requests.at, requests.last)
     train = requests.take(np.flatnonzero(split == TRAIN))

@@ -1,22 +1,15 @@
 """The data card: what was read, what was left out and why, and what the log that remains is like."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import polars as pl
-
 from pipelines.mapping import PositiveRule
-from recsys.columns import ITEM_ID, TIMESTAMP, USER_ID
 from recsys.files import read_json
 
 Order = Literal["time", "position"]
-PAIRS_AT_ONCE = 20_000_000
-QUANTILES = (10, 25, 50, 75, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -118,48 +111,3 @@ def prepare_defaults(directory: Path) -> dict[str, Any]:
     if rule.get("min_value") is not None:
         settings["min_value"] = rule["min_value"]
     return settings
-
-
-@dataclass(frozen=True)
-class EventFacts:
-    """What one log of events is like; see `DataCard`."""
-
-    users: int
-    items: int
-    first_time: int
-    last_time: int
-    history: dict[str, int]
-    repeated_share: float
-
-
-def measure_events(events: Path, count: int, at_once: int = PAIRS_AT_ONCE) -> EventFacts:
-    """Give the facts of a canonical Parquet file of `count` events, at least one.
-
-    Cost: streaming; memory grows with users and items, and with at most `at_once` pairs of them: these are counted by a
-    64-bit hash, one part of all hashes per pass.
-    """
-    rows = pl.scan_parquet(events)
-    lengths = rows.group_by(USER_ID).agg(pl.len()).select("len").collect(engine="streaming")["len"].to_numpy()
-    ends = (
-        rows.select(
-            pl.col(ITEM_ID).n_unique().alias("items"),
-            pl.col(TIMESTAMP).min().alias("first"),
-            pl.col(TIMESTAMP).max().alias("last"),
-        )
-        .collect(engine="streaming")
-        .row(0, named=True)
-    )
-    pair = pl.col(USER_ID).hash(21) ^ pl.col(ITEM_ID).hash(22)
-    passes = max(1, math.ceil(count / at_once))
-    distinct = 0
-    for number in range(passes):
-        some = rows.select(pair.alias("pair")).filter(pl.col("pair") % passes == number)
-        distinct += int(some.select(pl.col("pair").n_unique()).collect(engine="streaming").item())
-    return EventFacts(
-        users=len(lengths),
-        items=int(ends["items"]),
-        first_time=int(ends["first"]),
-        last_time=int(ends["last"]),
-        history={f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in QUANTILES},
-        repeated_share=1 - distinct / count,
-    )

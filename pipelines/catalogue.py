@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipelines.buckets import BUCKET, USER_ROW, bucket_of, user_hashes
 from pipelines.parts import Part
 from pipelines.prepared import PreparedSet
+from pipelines.spans import NEWEST, Spans
 from ranking.batch import FIRST_ITEM, UNKNOWN
 from ranking.items import ItemTable, MultiValued
 from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, TEXT, TIMESTAMP, USER_ID, USER_KEY
@@ -23,25 +24,25 @@ from recsys.history import UNKNOWN_KEY
 
 USER_HASH = "user_hash"
 TRAIN_COUNT = "train_count"
-NEWEST = "newest"
 HASHED_AT_ONCE = 100_000
+_FIRST = "_first"
 MAX_ACTIONS = 255
 CODES_OF_NO_VALUE = 2
 """codes 0 and 1 of a categorical column: padding and missing"""
 
 
-def catalogue(parts: Sequence[Part], previous: PreparedSet | None) -> pl.DataFrame:
+def catalogue(parts: Sequence[Part], spans: Sequence[Spans], previous: PreparedSet | None) -> pl.DataFrame:
     """Give item_key, item_id, text and the catalogue's columns; row i is item key i.
 
     Holds every item of the log, of the item tables, and of the previous preparation.
     """
     table = None if previous is None else previous.catalogue.drop(TRAIN_COUNT)
-    for part in parts:
+    for part, span in zip(parts, spans, strict=True):
         newer = pl.read_parquet(part.items)
         # An item's bare id is no text: ingest gives it where a part has none.
         newer = newer.with_columns(pl.when(pl.col(TEXT) != pl.col(ITEM_ID)).then(pl.col(TEXT)).alias(TEXT))
-        first = part.events.group_by(ITEM_ID).agg(pl.col(TIMESTAMP).min()).collect(engine="streaming")
-        table = _keyed(first, newer, table, ITEM_ID, ITEM_KEY)
+        known = 0 if table is None else table.height
+        table = _keyed(_described(span.items, newer, table, ITEM_ID, ITEM_KEY), known, ITEM_ID, ITEM_KEY)
         if table.height >= UNKNOWN_KEY:
             raise DataError(f"{part.items}: {table.height:,} items; at most {UNKNOWN_KEY - 1:,} keys can be given")
         table = table.with_columns(pl.coalesce(TEXT, ITEM_ID).alias(TEXT)).select(
@@ -53,6 +54,7 @@ def catalogue(parts: Sequence[Part], previous: PreparedSet | None) -> pl.DataFra
 
 def users(
     parts: Sequence[Part],
+    spans: Sequence[Spans],
     previous: PreparedSet | None,
     buckets: int,
     newest: pl.DataFrame | None = None,
@@ -62,6 +64,7 @@ def users(
 
     Args:
         parts: the log.
+        spans: of each part.
         previous: an earlier preparation whose keys stay.
         buckets: number of user buckets.
         newest: user_id and newest moment of the parts before these; absent if there are none.
@@ -69,17 +72,28 @@ def users(
 
     Raises:
         DataError: a user whose events do not all come after those of the parts before.
+
+    Cost: the table itself, 40 bytes and its attributes a user, and twice that in passing.
     """
     table = None if previous is None else previous.users
-    for part in parts:
-        seen = part.events.group_by(USER_ID).agg(pl.col(TIMESTAMP).min(), pl.col(TIMESTAMP).max().alias(NEWEST))
-        span = seen.collect(engine="streaming")
-        if newest is not None:
-            _check_later(part, span, newest)
-        if part is not parts[-1]:
-            known = span.select(USER_ID, NEWEST)
-            newest = known if newest is None else pl.concat([newest, known]).group_by(USER_ID).agg(pl.col(NEWEST).max())
-        table = _keyed(span.drop(NEWEST), part.users(), table, USER_ID, USER_KEY)
+    for part, span in zip(parts, spans, strict=True):
+        people = part.users()
+        rows, late, seen = [], [], []
+        for division in range(span.divisions):
+            some = span.users(division)
+            if newest is not None:
+                late.append(_late(some, span.of(newest, division)))
+            if part is not parts[-1]:
+                seen.append(some.select(USER_ID, NEWEST))
+            earlier = None if table is None else span.of(table, division)
+            rows.append(_described(some.drop(NEWEST), span.of(people, division), earlier, USER_ID, USER_KEY))
+        del people
+        _refuse_late(part, late)
+        if seen:
+            known = pl.concat(seen if newest is None else [newest, *seen])
+            newest = known.group_by(USER_ID).agg(pl.col(NEWEST).max())
+        table = _keyed(pl.concat(rows), 0 if table is None else table.height, USER_ID, USER_KEY)
+        del rows
     assert table is not None
     before = np.empty(0, np.uint64)
     if previous is not None and hashes is not None:
@@ -96,48 +110,56 @@ def users(
     )
 
 
-def _check_later(part: Part, span: pl.DataFrame, newest: pl.DataFrame) -> None:
-    late = span.drop(NEWEST).join(newest, on=USER_ID).filter(pl.col(TIMESTAMP) <= pl.col(NEWEST)).sort(USER_ID)
-    if late.height:
-        user, first, before = late.select(USER_ID, TIMESTAMP, NEWEST).row(0)
+def _late(span: pl.DataFrame, newest: pl.DataFrame) -> pl.DataFrame:
+    """Give the users with an event that is not later than those before."""
+    return span.drop(NEWEST).join(newest, on=USER_ID).filter(pl.col(TIMESTAMP) <= pl.col(NEWEST))
+
+
+def _refuse_late(part: Part, found: Sequence[pl.DataFrame]) -> None:
+    count = sum(late.height for late in found)
+    if count:
+        user, first, before = pl.concat(found).sort(USER_ID).select(USER_ID, TIMESTAMP, NEWEST).row(0)
         raise DataError(
             f"{part.directory / 'events.parquet'}: user {user!r} has an event at {first}, not after the user's newest "
-            f"event {before} of the parts before ({late.height:,} such users); a later part holds later events only: "
+            f"event {before} of the parts before ({count:,} such users); a later part holds later events only: "
             "ingest the whole log as one and prepare it again"
         )
 
 
-def action_names(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
+def action_names(spans: Sequence[Spans], known: Sequence[str]) -> list[str]:
     """Give the names of action codes 1, 2, ...: those known, then each part's new ones in alphabetical order.
 
     Raises:
         DataError: more names than a byte can number.
     """
     names = list(known)
-    for part in parts:
-        if ACTION in part.columns:
-            found = part.events.select(pl.col(ACTION).unique()).collect(engine="streaming")[ACTION]
-            names += sorted(set(found.drop_nulls().to_list()) - set(names))
+    for span in spans:
+        names += sorted(span.actions - set(names))
     if len(names) > MAX_ACTIONS:
         raise DataError(f"column {ACTION!r} has {len(names)} different values; at most {MAX_ACTIONS} can be numbered")
     return names
 
 
-def _keyed(first: pl.DataFrame, table: pl.DataFrame, earlier: pl.DataFrame | None, id_: str, key: str) -> pl.DataFrame:
-    """Give every id with its key (uint32, ascending) and its attributes.
+def _described(
+    first: pl.DataFrame, table: pl.DataFrame, earlier: pl.DataFrame | None, id_: str, key: str
+) -> pl.DataFrame:
+    """Give every id with its key, null if it is new, its first moment, null if it has no events, and its attributes.
 
     `first` holds the first moment of every id with events, `table` the ids with attributes, `earlier` what was known.
     """
-    seen = first.join(table.select(id_), on=id_, how="full", coalesce=True)
+    seen = first.select(id_, pl.col(TIMESTAMP).alias(_FIRST)).join(table.select(id_), on=id_, how="full", coalesce=True)
     kept = pl.DataFrame(schema={id_: pl.String, key: pl.UInt32}) if earlier is None else earlier.select(id_, key)
-    new = (
-        seen.join(kept, on=id_, how="anti")
-        .sort(TIMESTAMP, id_, nulls_last=True)
-        .with_row_index(key, offset=kept.height)
-        .select(id_, pl.col(key).cast(pl.UInt32))
-    )
+    new = seen.join(kept, on=id_, how="anti")
     attributes = table if earlier is None else _laid_over(table, earlier.drop(key), id_)
-    return pl.concat([kept, new]).join(attributes, on=id_, how="left").sort(key)
+    return pl.concat([kept, new], how="diagonal").join(attributes, on=id_, how="left")
+
+
+def _keyed(rows: pl.DataFrame, known: int, id_: str, key: str) -> pl.DataFrame:
+    """Give keys (uint32, ascending) to the rows of `_described` that have none; `known` keys are given already."""
+    old = rows.filter(pl.col(key).is_not_null()).drop(_FIRST).sort(key)
+    new = rows.filter(pl.col(key).is_null()).drop(key).sort(_FIRST, id_, nulls_last=True).drop(_FIRST)
+    new = new.with_row_index(key, offset=known).with_columns(pl.col(key).cast(pl.UInt32))
+    return pl.concat([old, new.select(old.columns)])
 
 
 def _laid_over(newer: pl.DataFrame, older: pl.DataFrame, id_: str) -> pl.DataFrame:

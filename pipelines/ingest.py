@@ -18,8 +18,9 @@ from typing import Any
 
 import polars as pl
 
-from pipelines.cards import DataCard, Tally, measure_events
+from pipelines.cards import DataCard, Tally
 from pipelines.datasets import RawLog
+from pipelines.event_facts import EventFacts, measure_events, write_users
 from pipelines.mapped import read_mapped
 from pipelines.mapping import IngestConfig
 from recsys.columns import (
@@ -78,16 +79,23 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
         DataError: a missing column, a column of a type that cannot be meant, no events, a missing id or time, or an
             id that stands twice in the item or user table. The message names the source, the table and the column.
 
-    Cost: streaming; memory grows with the users and items, not with the events.
+    Cost: streaming; memory grows with the items, the user table if there is one, and 8 bytes a user, not with the events.
     """
     events = _canonical_events(raw)
     names = ["events.parquet", "items.parquet", "users.parquet"]
-    with whole_directory(directory) as out:
+    with (
+        whole_directory(directory) as out,
+        TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.facts.") as work,
+    ):
         events.sink_parquet(out / "events.parquet", compression="zstd")
         written = pl.scan_parquet(out / "events.parquet")
         count = _check_events(raw.name, written)
-        missing_text = _write_items(raw, out, written)
-        _canonical_table(raw.name, "users", raw.users, USER_ID, written).write_parquet(out / "users.parquet")
+        facts = measure_events(out / "events.parquet", count, Path(work))
+        missing_text = _write_items(raw, out, facts.items)
+        if raw.users is None:
+            write_users(out / "events.parquet", facts.first_rows, out / "users.parquet", Path(work))
+        else:
+            _canonical_table(raw.name, "users", raw.users, USER_ID).write_parquet(out / "users.parquet")
         if raw.impressions is not None:
             wanted = {**IMPRESSIONS, LABEL: pl.UInt8()}
             there = raw.impressions.collect_schema()
@@ -95,16 +103,15 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
             columns = [pl.col(name).cast(kind) for name, kind in wanted.items()]
             raw.impressions.select(columns).sink_parquet(out / "impressions.parquet", compression="zstd")
             names.append("impressions.parquet")
-        card = _card(raw, out, names, count, missing_text)
+        card = _card(raw, out, names, facts, count, missing_text)
         write_json(out / "ingest.json", asdict(card))
     return card
 
 
-def _card(raw: RawLog, out: Path, names: list[str], count: int, missing_text: int) -> DataCard:
+def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: int, missing_text: int) -> DataCard:
     """Give the data card of what was written under `out`."""
     rows = {name: int(pl.scan_parquet(out / name).select(pl.len()).collect().item()) for name in names}
     tally = raw.tally or Tally(count)
-    facts = measure_events(out / "events.parquet", count)
     return DataCard(
         source=raw.name,
         events=count,
@@ -112,7 +119,7 @@ def _card(raw: RawLog, out: Path, names: list[str], count: int, missing_text: in
         filtered=dict(tally.filtered),
         bad=dict(tally.bad),
         users=facts.users,
-        items=facts.items,
+        items=len(facts.items),
         catalogue_items=rows["items.parquet"],
         missing_text=missing_text,
         impressions=rows.get("impressions.parquet", 0),
@@ -178,23 +185,20 @@ def _first_null(events: pl.LazyFrame, name: str) -> int:
     return int(rows.item())
 
 
-def _write_items(raw: RawLog, out: Path, events: pl.LazyFrame) -> int:
+def _write_items(raw: RawLog, out: Path, with_events: pl.Series) -> int:
     """Write items.parquet, the id standing in for a missing text; give the items with events that have no text."""
-    items = _canonical_table(raw.name, "items", raw.items, ITEM_ID, events)
+    seen = with_events.to_frame()
+    frame = seen.lazy().sort(ITEM_ID) if raw.items is None else raw.items
+    items = _canonical_table(raw.name, "items", frame, ITEM_ID)
     text = pl.col(TEXT).cast(pl.String) if TEXT in items.columns else pl.lit(None, pl.String)
     items = items.with_columns(text.alias(TEXT)).select(ITEM_ID, TEXT, pl.exclude(ITEM_ID, TEXT))
-    known = items.lazy().filter(pl.col(TEXT).is_not_null()).select(ITEM_ID)
-    without = events.select(pl.col(ITEM_ID).unique()).join(known, on=ITEM_ID, how="anti")
+    without = seen.join(items.filter(pl.col(TEXT).is_not_null()), on=ITEM_ID, how="anti")
     items.with_columns(pl.coalesce(TEXT, ITEM_ID).alias(TEXT)).write_parquet(out / "items.parquet")
-    return int(without.select(pl.len()).collect(engine="streaming").item())
+    return without.height
 
 
-def _canonical_table(
-    source: str, table: str, frame: pl.LazyFrame | None, key: str, events: pl.LazyFrame
-) -> pl.DataFrame:
-    """Give an item or user table with string ids, once each; a log without the table gets its bare ids."""
-    if frame is None:
-        frame = events.select(pl.col(key).unique()).sort(key)
+def _canonical_table(source: str, table: str, frame: pl.LazyFrame, key: str) -> pl.DataFrame:
+    """Give an item or user table with string ids, once each."""
     schema = _schema(source, table, frame)
     if key not in schema:
         raise DataError(f"{source}, {table}: no column {key!r}; found {', '.join(schema) or 'none'}")

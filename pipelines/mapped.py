@@ -145,7 +145,8 @@ def _items(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
     if config.source.items is None:
         return None
     tables = _tables(config.source.items, folder, "items")
-    return _whole_table(tables, [_item_rows(place, table, config.items) for place, table in enumerate(tables)], ITEM_ID)
+    rows = [_item_rows(place, table, config.items) for place, table in enumerate(tables)]
+    return _whole_table(tables, rows, ITEM_ID, [config.items.item_id] * len(tables))
 
 
 def _item_rows(place: int, table: Table, config: ItemsConfig) -> pl.LazyFrame:
@@ -199,12 +200,13 @@ def _users(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
     if config.source.users is None:
         return None
     tables = _tables(config.source.users, folder, "users")
-    frames = []
+    frames, ids = [], []
     for place, table in enumerate(tables):
         column = config.columns.user_id if config.columns.user_id in table.columns else USER_ID
         if column not in table.columns:
             table.require(config.columns.user_id, f"[columns] user_id; {USER_ID!r} would do as well")
         key = read_id(column, table.require(column, "[columns] user_id"), str(table.path))
+        ids.append(column)
         others = [name for name in table.columns if name not in (column, USER_ID)]
         why = pl.coalesce(
             pl.when(BROKEN).then(pl.lit(f"expected {WHOLE_ROW[table.kind]}")),
@@ -218,11 +220,16 @@ def _users(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
                 pl.lit(place, pl.UInt32).alias(FILE), ROW, why.alias(_WHY), key.value.alias(USER_ID), *others
             )
         )
-    return _whole_table(tables, frames, USER_ID)
+    return _whole_table(tables, frames, USER_ID, ids)
 
 
-def _whole_table(tables: Sequence[Table], frames: Sequence[pl.LazyFrame], key: str) -> pl.LazyFrame:
-    """Read a table whole; refuse a row that is wrong and an id that stands twice, naming file and row."""
+def _whole_table(
+    tables: Sequence[Table], frames: Sequence[pl.LazyFrame], key: str, names: Sequence[str]
+) -> pl.LazyFrame:
+    """Read a table whole; refuse a row that is wrong and an id that stands twice, naming file, row and column.
+
+    `names` are the columns of the ids, by file.
+    """
     try:
         rows = pl.concat(frames, how="diagonal_relaxed").collect(engine="streaming")
     except pl.exceptions.PolarsError as error:
@@ -238,8 +245,9 @@ def _whole_table(tables: Sequence[Table], frames: Sequence[pl.LazyFrame], key: s
     if twice.height:
         one, other = twice.filter(pl.col(key) == twice[key][0]).head(2).iter_rows(named=True)
         raise DataError(
-            f"{where[other[FILE]]}, row {other[ROW]:,}: {key} {other[key]!r} stands already in "
-            f"{where[one[FILE]]}, row {one[ROW]:,}; expected one row per id ({twice[key].n_unique():,} ids stand twice)"
+            f"{where[other[FILE]]}, row {other[ROW]:,}, column {names[other[FILE]]!r}: {key} {other[key]!r} "
+            f"stands already in {where[one[FILE]]}, row {one[ROW]:,}; expected one row per id (repeated ids: "
+            f"{twice[key].n_unique():,})"
         )
     return rows.drop(FILE, ROW, _WHY).lazy()
 

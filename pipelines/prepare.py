@@ -1,7 +1,7 @@
 """From canonical files to a prepared set: stable ids, packed histories, requests, splits, transitions, candidates.
 
     keys          ids -> keys in order of first sight; users -> history rows in order of hash
-    partition     events streamed into one file per user bucket
+    partition     events divided into one file per user bucket
     histories     each bucket alone -> packed arrays, requests, training counts, transition pairs (a process pool)
     transitions   pairs of all buckets merged, a block of source rows at a time (the same pool)
     candidates    fixed candidates of validation and test requests, by sampler
@@ -35,18 +35,20 @@ from pipelines.prepared import GROWTH, IMPRESSIONS, PreparedSet, contents, diges
 from pipelines.samplers import SAMPLERS
 from pipelines.settings import MAX_BUCKETS, PrepareConfig
 from pipelines.shown import shown_in
+from pipelines.spans import Spans, read_spans
 from pipelines.transitions import PAIRS
 from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
-from recsys.columns import TIMESTAMP
+from recsys.columns import TIMESTAMP, USER_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
 from recsys.history import Histories
+from recsys.memory import give_back_freed_memory
 
 __all__ = ["PrepareConfig", "Progress", "prepare"]
 
 EVENTS_PER_BUCKET = 250_000
 """Small, because the allocator reuses small arrays but maps large ones anew, and fresh pages are what costs."""
-PARTITIONED_AT_ONCE = 5_000_000
+PARTITIONED_AT_ONCE = 1_000_000
 """Events: the memory of one streaming pass grows with its length."""
 SMALL_LOG = 3_000_000
 """Events below which starting worker processes costs more than it saves."""
@@ -116,16 +118,19 @@ def _read(
     """Write histories and training requests; give what is left to write."""
     total = sum(part.record.events for part in parts)
     newest = max(part.record.last for part in parts)
-    report("keys", 0, 1)
     number = config.buckets or min(-(-total // EVENTS_PER_BUCKET), MAX_BUCKETS)
-    names = name_all(parts, config, previous, number)
-    report("keys", 1, 1)
-    _partition(parts, work, names, config, report)
-    with _pool(config.workers or (1 if total < SMALL_LOG else cpu_count() or 1)) as pool:
-        plan = buckets.BucketPlan(0, 0, splits.cuts(config.split, newest))
+    names = name_all(parts, _spans(parts, work, report), config, previous, number)
+    give_back_freed_memory()
+    _partition(parts, work, names, number, config, report)
+    give_back_freed_memory()
+    workers = config.workers or (1 if total < SMALL_LOG else cpu_count() or 1)
+    plan = buckets.BucketPlan(0, 0, splits.cuts(config.split, newest))
+    with _pool(workers) as pool:
         done = _run_buckets(pool, work, names.people, number, plan, report)
-        if not any(summary.requests["train"] for _, summary in done):
-            raise _no_training(parts, config)
+    if not any(summary.requests["train"] for _, summary in done):
+        raise _no_training(parts, config)
+    give_back_freed_memory()
+    with _pool(workers) as pool:  # other processes: those above would keep what sorting the buckets took
         histories, transitions = _join(pool, done, out, work, names.rows, config, report)
     records = tuple(part.record for part in parts)
     evaluated = {split: assembly.Pieces(split, done) for split in ("valid", "test")}
@@ -168,17 +173,39 @@ def _join(
         return histories, merging.result()
 
 
-def _partition(parts: Sequence[Part], work: Path, names: Names, config: PrepareConfig, report: Progress) -> None:
-    """Stream every part into `work`/parts/{index}-{start}/bucket=b."""
+def _spans(parts: Sequence[Part], work: Path, report: Progress) -> list[Spans]:
+    """Go through every part once: what naming its users and items needs."""
+    total, before, spans = sum(part.record.events for part in parts), 0, []
+    report("keys", 0, total)
+    for index, part in enumerate(parts):
+        folder = work / "spans" / str(index)
+        folder.mkdir(parents=True)
+        spans.append(read_spans(part, folder))
+        before += part.record.events
+        report("keys", before, total)
+    return spans
+
+
+def _present(part: Part, people: pl.DataFrame) -> pl.DataFrame:
+    """Give the rows of the users with events in a part: a join with all users would hold a hash table of all."""
+    seen = part.events.select(pl.col(USER_ID).unique()).collect(engine="streaming")
+    return people.lazy().join(seen.lazy(), on=USER_ID, how="semi").collect(engine="streaming")
+
+
+def _partition(
+    parts: Sequence[Part], work: Path, names: Names, number: int, config: PrepareConfig, report: Progress
+) -> None:
+    """Divide every part, slice by slice, among the files of the buckets in `work`/events."""
+    folder = work / "events"
+    folder.mkdir()
     total, done = sum(part.record.events for part in parts), 0
+    people = names.people.select(USER_ID, buckets.USER_ROW, buckets.BUCKET)
     report("partition", 0, total)
     for index, part in enumerate(parts):
         for start in range(0, part.record.events, PARTITIONED_AT_ONCE):
-            folder = work / "parts" / f"{index}-{start}"
-            folder.mkdir(parents=True)
             some = replace(part, events=part.events.slice(start, PARTITIONED_AT_ONCE))
-            events = buckets.numbered(some, index, names.people, names.items, names.actions, rule_of(config))
-            buckets.partition(events, folder)
+            events = buckets.numbered(some, index, _present(some, people), names.items, names.actions, rule_of(config))
+            buckets.partition(events.collect(engine="streaming"), number, folder)
             done += min(PARTITIONED_AT_ONCE, part.record.events - start)
             report("partition", done, total)
 
@@ -194,17 +221,16 @@ def _run_buckets(
     """Prepare every bucket; give its folder and summary, in the order of buckets."""
     users = np.bincount(people[buckets.BUCKET].to_numpy(), minlength=number)
     first = np.cumsum(users) - users
-    jobs: list[tuple[list[Path], Path, buckets.BucketPlan]] = []
+    jobs: list[tuple[Path, Path, buckets.BucketPlan]] = []
     for bucket in range(number):
         folder = work / f"bucket{bucket}"
         folder.mkdir()
-        files = sorted((work / "parts").glob(f"*/{buckets.BUCKET}={bucket}/*.parquet"))
-        jobs.append((files, folder, buckets.BucketPlan(int(first[bucket]), int(users[bucket]), plan.cuts)))
+        events = buckets.bucket_file(work / "events", bucket)
+        jobs.append((events, folder, buckets.BucketPlan(int(first[bucket]), int(users[bucket]), plan.cuts)))
     results = (pool.map if pool else map)(buckets.prepare_bucket, *zip(*jobs, strict=True))
     done = []
-    for (files, folder, _), summary in zip(jobs, results, strict=True):
-        for file in files:
-            file.unlink()
+    for (events, folder, _), summary in zip(jobs, results, strict=True):
+        events.unlink(missing_ok=True)
         done.append((folder, summary))
         report("histories", len(done), number)
     return done

@@ -20,6 +20,7 @@ from pipelines.prepared import FORMAT, CandidateSets, PreparedSet, Requests, Spl
 from pipelines.samplers import SAMPLERS, Sampler
 from pipelines.settings import PrepareConfig
 from pipelines.shown import write_shown
+from pipelines.spans import Spans
 from pipelines.streams import put, put_file, safetensors_file
 from pipelines.transitions import MAX_ROWS
 from ranking.items import ItemTable, identity_rows
@@ -79,6 +80,7 @@ class Log:
 
 def name_all(
     parts: Sequence[Part],
+    spans: Sequence[Spans],
     config: PrepareConfig,
     previous: PreparedSet | None,
     buckets: int,
@@ -90,12 +92,12 @@ def name_all(
     Raises:
         DataError: a column or a positive action that does not occur, more items than transitions can be counted over.
     """
-    items = catalogue.catalogue(parts, previous)
+    items = catalogue.catalogue(parts, spans, previous)
     if any(part.hidden for part in parts):
         previous_users, hashes = None, None  # those who are forgotten must not come back from the set before
     else:
         previous_users = previous
-    actions = catalogue.action_names(parts, [] if previous is None else previous.manifest["actions"])
+    actions = catalogue.action_names(spans, [] if previous is None else previous.manifest["actions"])
     for name in config.positive:
         if name not in actions:
             raise DataError(
@@ -104,7 +106,7 @@ def name_all(
     categorical = catalogue.categorical_columns(items, config.columns)
     multi = catalogue.multi_columns(items, config.multi)
     numeric = catalogue.numeric_columns(items, config.numeric, categorical)
-    people = catalogue.users(parts, previous_users, buckets, newest, hashes)
+    people = catalogue.users(parts, spans, previous_users, buckets, newest, hashes)
     names = Names(items, people, actions, categorical, multi, numeric)
     if names.rows > MAX_ROWS:
         raise DataError(f"{items.height:,} items; transitions can be counted over at most {MAX_ROWS:,}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from logs import Line, logs, raw, synthetic
 from typer.testing import CliRunner
 
-from pipelines import growth
+from pipelines import growth, spans
 from pipelines.append import add_part, append, changed_words
 from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
@@ -107,7 +107,11 @@ def test_part_by_part_is_all_at_once(
         for index in range(1, len(paths)):
             before = dict(grown.catalogue.select("item_id", "item_key").iter_rows())
             grown = append(paths[index], grown.directory, folder / "grown")
-            same_bytes(grown, prepare(paths[: index + 1], folder / "whole", replace(config, buckets=3)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(spans, "EVENTS_PER_DIVISION", 9)
+                patch.setattr(spans, "ROWS_AT_ONCE", 13)
+                whole = prepare(paths[: index + 1], folder / "whole", replace(config, buckets=3))
+            same_bytes(grown, whole)
             after = dict(grown.catalogue.select("item_id", "item_key").iter_rows())
             assert {item: after[item] for item in before} == before
 

@@ -142,7 +142,7 @@ MAPPINGS = {
     "items twice": (
         mapping("log.csv", ITEMS, 'items = "items.csv"'),
         DataError,
-        "items.csv, row 3: item_id 'x1' stands already in items.csv, row 1; expected one row per id",
+        "items.csv, row 3, column 'i': item_id 'x1' stands already in items.csv, row 1; expected one row per id",
     ),
     "users of another name": (
         mapping("log.csv", source='users = "users.csv"'),

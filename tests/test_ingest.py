@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import thinning
-from pipelines.cards import measure_events, prepare_defaults
+from pipelines.cards import prepare_defaults
+from pipelines.event_facts import measure_events, write_users
 from pipelines.fields import time_reader
 from pipelines.ingest import ingest_files
 from pipelines.mapping import IngestConfig, TimeConfig, load_mapping
@@ -292,7 +293,8 @@ def test_an_item_id_that_stands_twice_names_both_rows(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("id,name,year\nx,X,1990\ny,Y,1991\nx,Z,1992\n")
     config = mapping(source={"events": "events.csv", "items": "items.csv"}, items={"item_id": "id", "text": ["name"]})
     with pytest.raises(
-        DataError, match=r"items.csv, row 3: item_id 'x' stands already in .*items.csv, row 1; expected one row"
+        DataError,
+        match=r"items.csv, row 3, column 'id': item_id 'x' stands already in .*items.csv, row 1; expected one row",
     ):
         run(config, tmp_path)
     (tmp_path / "items.csv").write_text("id,name,year\nx,X,1990\n,Y,1991\n")
@@ -437,19 +439,30 @@ def test_only_the_first_row_of_an_event_id_stays(ids: list[str | None]) -> None:
     assert found.tolist() == expected
 
 
-def test_repeats_counted_in_parts_are_those_of_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [7, 100, 999, 5000])
+def test_a_log_counted_in_parts_is_the_log_counted_whole(tmp_path: Path, at_once: int) -> None:
     draw = np.random.default_rng(3)
     frame = pl.DataFrame(
         {
-            "user_id": draw.integers(0, 20, 999),
+            "user_id": draw.integers(0, 20, 999) ** 2,
             "item_id": draw.integers(0, 30, 999),
-            "timestamp": draw.integers(0, 9, 999),
+            "timestamp": draw.integers(-9, 9, 999),
         }
     )
-    frame.with_columns(pl.col("user_id", "item_id").cast(pl.String)).write_parquet(tmp_path / "e.parquet")
-    facts = measure_events(tmp_path / "e.parquet", 999, at_once=100)
+    frame = frame.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    frame.write_parquet(tmp_path / "e.parquet", row_group_size=64)
+    (tmp_path / "work").mkdir()
+    facts = measure_events(tmp_path / "e.parquet", 999, tmp_path / "work", at_once)
+    lengths = frame["user_id"].value_counts()["count"].to_numpy()
     assert facts.repeated_share == 1 - frame.select("user_id", "item_id").n_unique() / 999
-    assert facts.history["p100"] == frame["user_id"].value_counts()["count"].max()
+    assert facts.history == {f"p{p}": np.percentile(lengths, p, method="lower") for p in (10, 25, 50, 75, 90, 100)}
+    assert facts.users == len(lengths)
+    assert set(facts.items.to_list()) == set(frame["item_id"].to_list())
+    assert len(facts.items) == frame["item_id"].n_unique()
+    assert (facts.first_time, facts.last_time) == (frame["timestamp"].min(), frame["timestamp"].max())
+    write_users(tmp_path / "e.parquet", facts.first_rows, tmp_path / "users.parquet", tmp_path / "work", at_once)
+    users = pl.read_parquet(tmp_path / "users.parquet")
+    assert users["user_id"].to_list() == frame["user_id"].unique(maintain_order=True).to_list()
 
 
 def shop(folder: Path, draw: np.random.Generator) -> Path:

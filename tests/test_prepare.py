@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from logs import Line, logs, raw, synthetic
 
 import pipelines.prepare as prepare_module
-from pipelines import assembly, candidates, datasets, edges, transitions
+from pipelines import assembly, candidates, datasets, edges, spans, transitions
 from pipelines.datasets import RawLog, completejourney
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
@@ -233,6 +233,8 @@ def test_how_much_is_taken_at_once_changes_no_byte(tmp_path: Path, monkeypatch: 
                 (assembly, "POSITIVES_AT_ONCE", 60),
                 (candidates, "SLICE", 7),
                 (prepare_module, "PARTITIONED_AT_ONCE", 500),
+                (spans, "ROWS_AT_ONCE", 300),
+                (spans, "EVENTS_PER_DIVISION", 400),
             ):
                 patch.setattr(module, name, value)
             pieces = prepared(raw(lines), tmp_path / "pieces", config)
