@@ -8,7 +8,7 @@ of both a search is exact, so that this is always to be had.
 
 CPU time of one core per query, best 100 of clustered vectors of width 64 (`tests/benchmarks/index_choice.py`), in
 batches of 64, single queries in brackets: of 100,000 exact 0.18 ms (0.61) and by codes 0.19 (0.32); of 1,000,000 exact
-1.5 (7.5), by codes 0.23 (0.39) at recall .991. Codes and lists take 9 s of a core to build there, and 47 MiB beside the
+1.6 (7.7), by codes 0.22 (0.37) at recall .991. Codes and lists take 9 s of a core to build there, and 47 MiB beside the
 vectors' 244. Half as many lists take 5 s to build, and 0.28 (0.63) to search.
 """
 
