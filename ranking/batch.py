@@ -51,18 +51,26 @@ class History:
         """Number of events per request, int64 [B]."""
         return self.offsets.diff()
 
+    @property
+    def _values(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.item, self.action, self.time
+
     def padded(self, length: int) -> Padded:
         """Give the newest `length` events of each history, left-padded to the longest of them (at least one slot)."""
         lengths = self.lengths.clamp(max=length)  # [B]
         width = max(int(lengths.max()) if len(lengths) else 0, 1)
         back = torch.arange(width, 0, -1, device=self.item.device)  # [T] distance from the end, newest = 1
         mask = back[None, :] <= lengths[:, None]  # [B, T]
-        index = (self.offsets[1:, None] - back[None, :])[mask]  # [valid]
+        index = self.offsets[1:, None] - back[None, :]  # [B, T]
+        if bool((lengths == width).all()) and len(lengths):
+            item, action, time = (v.index_select(0, index.flatten()).view(mask.shape) for v in self._values)
+            return Padded(item, action, time, mask)
+        index = index[mask]  # [valid]
         item, action, time = (
             torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(
                 mask, values.index_select(0, index)
             )
-            for values in (self.item, self.action, self.time)
+            for values in self._values
         )
         return Padded(item, action, time, mask)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ranking.batch import PAD, UNKNOWN, Padded
 from ranking.items import ItemTable
+from ranking.rows import fetch
 from recsys.errors import ConfigError
 
 INIT_STD = 0.01
@@ -63,7 +64,13 @@ class ItemEmbedding(nn.Module):
 
     def forward(self, row: Tensor) -> Tensor:
         """Give float32 [..., width] for integer rows [...]."""
-        return F.embedding(row, self.weight, padding_idx=PAD, sparse=self.sparse)
+        return self.each(row)[0]
+
+    def each(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Give the same for several tensors of rows, whose gradients are summed in one go."""
+        if self.sparse and self.weight.device.type == "cpu":
+            return fetch(self.weight, *rows)
+        return tuple(F.embedding(row, self.weight, padding_idx=PAD, sparse=self.sparse) for row in rows)
 
     def mean(self, row: Tensor, start: Tensor) -> Tensor:
         """Give float32 [n, width], the means of runs of rows: run i is row[start[i]] .. row[start[i + 1]], both int64.
@@ -168,20 +175,25 @@ class Fields(nn.Module):
             item: int32 [...] item rows.
             row_of: int32 [V], the row that stands for each item: `items.embedding_row`, or that with some hidden.
         """
-        parts = [] if self.item is None else [self.item(take(row_of, item))]
-        if self.category is not None:
-            parts.append(self.categories(item))
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return self.semantic_of(row_of, item)[0]
 
-    def categories(self, item: Tensor) -> Tensor:
+    def semantic_of(self, row_of: Tensor, *items: Tensor) -> tuple[Tensor, ...]:
+        """Give the same for several tensors of item rows, history and candidates say: one gradient for all of them."""
+        parts = [] if self.item is None else [self.item.each(*(take(row_of, item) for item in items))]
+        if self.category is not None:
+            parts.append(self.categories(*items))
+        return tuple(torch.cat(each, -1) for each in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+
+    def categories(self, *items: Tensor) -> tuple[Tensor, ...]:
         """Give the vectors of the items' categories, float32 [..., Dc]; the mean where a column holds several."""
         if self.category is None or self.category_name is None:
             raise ConfigError("these fields have no category; give one a name and a width")
         if self.category_name not in self.items.multi_columns:
-            found: Tensor = self.category(take(self.items.column(self.category_name), item))
-            return found
-        code, start = self.items.multi(self.category_name).of(item.reshape(-1))
-        return self.category.mean(code, start).view(*item.shape, -1)
+            column = self.items.column(self.category_name)
+            return self.category.each(*(take(column, item) for item in items))
+        column_of = self.items.multi(self.category_name)
+        means = (self.category.mean(*column_of.of(item.reshape(-1))) for item in items)
+        return tuple(mean.view(*item.shape, -1) for mean, item in zip(means, items, strict=True))
 
     def history(self, padded: Padded, position: Tensor, row_of: Tensor) -> Tensor:
         """Give all fields of the events, float32 [B, T, D], exactly zero at padding."""
