@@ -2,8 +2,8 @@
 
     B requests   T events   C candidates   D width   G groups of planes   tau planes per group, 2^tau buckets
 
-Sums by bucket, and reading them, are products with one-hot matrices that are built chunk by chunk while they are in
-cache, for the backward pass once more. A scatter-add would go through B * T * G rows one after the other.
+Sums by bucket are products with matrices of zeros and ones that are built chunk by chunk while they are in cache; a
+scatter-add would go through B * T * G rows one after the other. Their gradients are bags of G rows per event.
 """
 
 import math
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ranking.batch import PAD
 from ranking.layers import candidate_chunks
+from ranking.products import product
+
+HASHED_AT_ONCE = 8192
+"""Vectors whose projections are held at once."""
 
 SHORTEST = 1e-6
 """Least length a bucket's sum is divided by."""
@@ -36,12 +40,17 @@ def signatures(x: Tensor, planes: Tensor) -> Tensor:
         x: [..., D].
         planes: [G, tau, D], tau at most 8.
     """
-    projection = x @ planes.flatten(0, 1).T  # [..., G * tau]
-    bit = (projection >= 0).to(torch.uint8).view(*x.shape[:-1], *planes.shape[:2])  # [..., G, tau]
-    code: Tensor = bit.new_zeros(bit.shape[:-1])
-    for k in range(planes.shape[1]):
-        code |= bit[..., k] << k
-    return code
+    groups, bits, width = planes.shape
+    flat, normals = x.detach().reshape(-1, width), planes.transpose(0, 1).reshape(-1, width)
+    code = torch.zeros(
+        groups, len(flat), dtype=torch.uint8, device=x.device
+    )  # by group, so that events lie side by side
+    for start in range(0, len(flat) if bits else 0, HASHED_AT_ONCE):
+        run = code[:, start : start + HASHED_AT_ONCE]
+        projection = product(normals, flat[start : start + HASHED_AT_ONCE])  # [tau * G, run]
+        for k, bit in enumerate((projection >= 0).view(torch.uint8).view(bits, groups, -1)):
+            run |= bit << k
+    return code.T.view(*x.shape[:-1], groups)
 
 
 def pool(value: Tensor, code: Tensor, mask: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
@@ -53,47 +62,107 @@ def pool(value: Tensor, code: Tensor, mask: Tensor, buckets: int) -> tuple[Tenso
         mask: bool [B, T], True at real events.
         buckets: 2^tau.
 
-    Cost: O(B T G 2^tau D) as matrix products, forward and backward; memory of one chunk beside the result.
+    Cost: O(B T G 2^tau D) as matrix products, O(B T G D) for the gradient; memory of one chunk beside the result.
     """
-    table, count = _Pooling.apply(value, code, mask, buckets)  # type: ignore[no-untyped-call]
-    return table.unflatten(1, (-1, buckets)), count.unflatten(1, (-1, buckets))
+    table, count, _ = _Pooling.apply(value, _bucket_of(code, mask), None, buckets, 0)  # type: ignore[no-untyped-call]
+    return table, count
+
+
+def read_once(
+    value: Tensor, code: Tensor, mask: Tensor, candidate: Tensor, buckets: int, norm: Norm, newest: int
+) -> tuple[Tensor, Tensor]:
+    """Give `long` [B, C, D] of candidates, as `read` does from `pool`, and the newest events [B, newest, D].
+
+    Args:
+        value: [B, T, D], zero at padding.
+        code: uint8 [B, T, G], buckets; what stands at padding is not read.
+        mask: bool [B, T], True at events that are summed.
+        candidate: uint8 [B, C, G], buckets.
+        buckets: 2^tau.
+        norm: the read-out.
+        newest: how many events to give; here, since two gradients of `value` would have to be added.
+
+    Cost: where there are fewer candidates than buckets, only the buckets that candidates read are summed.
+    """
+    event = _bucket_of(code, mask)
+    if candidate.shape[1] >= buckets:
+        table, count, recent = _Pooling.apply(value, event, None, buckets, newest)  # type: ignore[no-untyped-call]
+        return read(bucket_rows(table, count, norm), count, candidate, norm), recent
+    wanted = candidate.mT.to(event.dtype)  # [B, G, C]
+    total, count, recent = _Pooling.apply(value, event, wanted, buckets, newest)  # type: ignore[no-untyped-call]
+    long = bucket_rows(total, count, norm).sum(1)  # [B, C, D]
+    return long / (count.sum(1).clamp_min(1).unsqueeze(-1) if norm == "ratio" else wanted.shape[1]), recent
+
+
+def _bucket_of(code: Tensor, mask: Tensor) -> Tensor:
+    """Give the bucket of each event in each group, int16 [B, G, T], -1 where there is none."""
+    return code.mT.to(torch.int16).masked_fill_(~mask[:, None], -1)
 
 
 class _Pooling(torch.autograd.Function):
-    """one_hot^T value by runs of requests; the backward pass builds the one-hot matrices again."""
+    """Sums of events [B, T, D] over the slots with event[b, g, t] == wanted[b, g, k]: [B, G, K, D], and their number.
+
+    `wanted` int16 [B, G, K]; None stands for all buckets, K = 2^tau. The newest events come along.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, code: Tensor, mask: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
-        batch, _, width = value.shape
-        table = value.new_empty(batch, code.shape[-1] * buckets, width)
-        count = value.new_empty(table.shape[:2])
-        for run, hot in _one_hot_runs(code, mask, buckets, value.dtype):
-            torch.bmm(hot.mT, value[run], out=table[run])
-            torch.sum(hot, 1, out=count[run])
-        ctx.save_for_backward(code, mask)
-        ctx.buckets = buckets
+    def forward(
+        ctx: Any, value: Tensor, event: Tensor, wanted: Tensor | None, buckets: int, newest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, width = value.shape
+        if wanted is None:
+            asked = torch.arange(buckets, dtype=event.dtype, device=event.device).expand(batch, event.shape[1], -1)
+        else:
+            asked = wanted
+        total = value.new_empty(*asked.shape, width)
+        count = value.new_empty(asked.shape)
+        for run, hot in _match_runs(event, asked, value.dtype):
+            sums, events = total[run].flatten(1, 2), value[run]
+            if value.dtype == torch.float32 and value.device.type == "cpu":
+                for one, match, each in zip(sums, hot, events, strict=True):
+                    one.copy_(product(match, each.T))
+            else:
+                torch.bmm(hot, events, out=sums)
+            torch.sum(hot, 2, out=count[run].flatten(1))
+        ctx.save_for_backward(event, wanted)
         ctx.mark_non_differentiable(count)
-        return table, count
+        return total, count, value[:, length - newest :].clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        code, mask = ctx.saved_tensors
-        upstream = gradients[0]
-        gradient = upstream.new_empty(*mask.shape, upstream.shape[-1])
-        for run, hot in _one_hot_runs(code, mask, ctx.buckets, upstream.dtype):
-            torch.bmm(hot, upstream[run], out=gradient[run])
-        return gradient, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        event, wanted = ctx.saved_tensors
+        upstream, _, recent = gradients
+        width, length = upstream.shape[-1], event.shape[2]
+        if wanted is None:
+            gradient = _spread(upstream, event)
+        else:
+            gradient = upstream.new_empty(len(event), length, width)
+            for run, hot in _match_runs(event, wanted, upstream.dtype):
+                torch.bmm(hot.mT, upstream[run].flatten(1, 2), out=gradient[run])
+        gradient[:, length - recent.shape[1] :] += recent
+        return gradient, None, None, None, None
 
 
-def _one_hot_runs(code: Tensor, mask: Tensor, buckets: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield runs of requests and their one-hot matrices [run, T, G * 2^tau]; each is overwritten by the next."""
-    _, length, groups = code.shape
-    runs = candidate_chunks(len(code), length * groups * buckets)
+def _match_runs(event: Tensor, wanted: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield runs of requests and event[b, g, t] == wanted[b, g, k] as 0 and 1, [run, G * K, T], in one place."""
+    shape = (*wanted.shape, event.shape[2])  # [B, G, K, T]
+    runs = candidate_chunks(len(event), math.prod(shape[1:]))
     if runs:
-        buffer = torch.empty(runs[0].stop, length, groups * buckets, dtype=dtype, device=code.device)
+        buffer = torch.empty(runs[0].stop, *shape[1:], dtype=dtype, device=event.device)
         for run in runs:
             hot = buffer[: run.stop - run.start]
-            yield run, _one_hot(hot, code[run], mask[run].to(dtype), buckets)
+            torch.eq(event[run].unsqueeze(2), wanted[run].unsqueeze(3), out=hot)
+            yield run, hot.flatten(1, 2)
+
+
+def _spread(upstream: Tensor, event: Tensor) -> Tensor:
+    """Give each event the sum of its buckets' gradients, [B, T, D], of upstream [B, G, 2^tau, D]."""
+    batch, groups, buckets, width = upstream.shape
+    row = event.mT.clamp_min(0) + _first_rows(batch, groups, buckets, event.device)  # int32 [B, T, G]
+    rows = row.reshape(-1, groups)
+    gradient = F.embedding_bag(rows, upstream.reshape(-1, width), mode="sum").view(batch, -1, width)
+    nowhere = event[:, :1].mT < 0  # [B, T, 1]
+    return gradient.masked_fill_(nowhere, 0.0) if bool(nowhere.any()) else gradient
 
 
 def _one_hot(out: Tensor, code: Tensor, weight: Tensor, buckets: int) -> Tensor:
@@ -125,12 +194,25 @@ def read(rows: Tensor, count: Tensor, code: Tensor, norm: Norm) -> Tensor:
         norm: the read-out.
     """
     batch, groups, buckets, width = rows.shape
-    hot = rows.new_empty(batch, code.shape[1], groups * buckets)
-    hot = _one_hot(hot, code, rows.new_ones(code.shape[:2]), buckets)
-    total = hot @ rows.reshape(batch, -1, width)  # [B, C, D]
-    if norm == "ratio":
-        return total / (hot @ count.to(hot.dtype).reshape(batch, -1, 1)).clamp_min(1)
-    return total / groups
+    if rows.requires_grad:
+        hot = rows.new_empty(batch, code.shape[1], groups * buckets)
+        hot = _one_hot(hot, code, rows.new_ones(code.shape[:2]), buckets)
+        total = hot @ rows.reshape(batch, -1, width)  # [B, C, D]
+        number = hot @ count.to(hot.dtype).reshape(batch, -1, 1)
+    else:  # each candidate on its own, so that none sees how many there are
+        index = code.int() + _first_rows(batch, groups, buckets, code.device)  # [B, C, G]
+        bags = [
+            F.embedding_bag(index.flatten(0, 1), part.to(rows.dtype).reshape(-1, part.shape[-1]), mode="sum")
+            for part in (rows, count.unsqueeze(-1))[: 2 if norm == "ratio" else 1]
+        ]
+        total, number = (bag.view(*code.shape[:2], -1) for bag in (bags[0], bags[-1]))
+    return total / (number.clamp_min(1) if norm == "ratio" else groups)
+
+
+def _first_rows(batch: int, groups: int, buckets: int, device: torch.device) -> Tensor:
+    """Give where each group of each request begins in its rows, int32 [B, 1, G]."""
+    first = torch.arange(0, batch * groups * buckets, buckets, dtype=torch.int32, device=device)
+    return first.view(batch, 1, groups)
 
 
 def read_weights(table: Tensor, event: Tensor, candidate: Tensor, norm: Norm) -> Tensor:

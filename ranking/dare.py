@@ -16,8 +16,8 @@ As a candidate's position is always 0, position enters the search only through t
 Kept from the paper: the decoupled tables, the shared attention of search and pooling, the product v*h ("TR").
 From the authors' published runs, not in the paper's equations: `scaling = "split"`, the auxiliary head.
 Ours: padding takes no weight even when a history is shorter than K, so an empty history gives h = 0; scoring uses
-BatchNorm's running statistics; `pos_mode = "group"`, in which the events of a basket share a position; the search in
-float64 when scoring: float32 would let two events that differ by rounding swap places with the shape of the batch.
+BatchNorm's running statistics; `pos_mode = "group"`, in which the events of a basket share a position; products that
+no batch shape shows in (`ranking.products`): else two events that differ by rounding would swap places with it.
 Not in the paper, off by default: `own_counts = True` also shows the head how often the user chose the candidate before,
 how many days ago, and how popular it is, over the whole history. Where people repeat themselves a window of 200 events
 forgets much of that. Grocery purchases, validation, 1,500 requests with 100 negatives, after 300 steps of 256 requests,
@@ -58,6 +58,7 @@ from ranking.own_counts import (
     decayed_counts,
     own_events,
 )
+from ranking.products import steady_each
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError
 
@@ -168,9 +169,8 @@ class Dare(nn.Module):
         v = self.representation.candidate(candidates.item, row_of)
         q = self._attention.semantic(candidates.item, row_of)
         chunks = candidate_chunks(q.shape[1], state.mask.numel())
-        state = state._replace(key=state.key.double(), value=state.value.double())  # see `layers`
         h = torch.cat([self._pool(state, q[:, chunk]) for chunk in chunks], 1)
-        features = self._with_counts(self._features(v.double(), h), state, request, candidates, row_of)
+        features = self._with_counts(self._features(v, h), state, request, candidates, row_of)
         return score_real(self.head, features, candidates.mask)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
@@ -261,8 +261,7 @@ class Dare(nn.Module):
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Give the weights of the K found events, beside softmax attention over all of the window."""
         state = self.encode(history)
-        state = state._replace(key=state.key.double())
-        scores = self.search_scores(state, self._attention.semantic(candidates.item, self.items.embedding_row))
+        scores = self.search_scores(state, self._attention.semantic(candidates.item, self.items.embedding_row)).double()
         return of_found(scores, state.mask, *search(scores, state.mask, self.config.retrieved), state.value)
 
     @property
@@ -283,24 +282,23 @@ class Dare(nn.Module):
     def search_scores(self, state: DareState, query: Tensor) -> Tensor:
         """Give the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
 
-        Computed in the type of the state's keys; scores at padding mean nothing.
+        Scores at padding mean nothing.
         """
-        attention, keys = self._attention, state.key.mT
-        single = self.config.scaling == "single"
-        query = query.to(keys.dtype) / math.sqrt(attention.width if single else attention.semantic_width)
+        attention, single = self._attention, self.config.scaling == "single"
+        query = query / math.sqrt(attention.width if single else attention.semantic_width)
+        scores = query @ state.key.mT if self.training else steady_each(query, state.key)
         if attention.position is None:
-            scores: Tensor = query @ keys
             return scores
-        table = attention.position.weight.to(keys.dtype)  # [P + 1, a_pos]
-        bias = table @ table[0] / math.sqrt(attention.width if single else table.shape[1])  # [P + 1]
-        return torch.baddbmm(take(bias, state.position)[:, None, :], query, keys)
+        table = attention.position.weight  # [P + 1, a_pos]
+        bias = (table * table[0]).sum(1) / math.sqrt(attention.width if single else table.shape[1])  # [P + 1]
+        return scores + take(bias, state.position)[:, None, :]
 
     def _pool(self, state: DareState, query: Tensor) -> Tensor:
         """Give h [B, C, d_rep] for semantic attention vectors [B, C, a_sem]."""
         scores = self.search_scores(state, query)
         index, found = search(scores, state.mask, self.config.retrieved)
-        weights = masked_softmax(scores.gather(-1, index), found)
-        return pool_found(weights, index, state.value)
+        weights = masked_softmax(scores.gather(-1, index).double(), found)
+        return pool_found(weights.to(query.dtype), index, state.value)
 
     def _features(self, v: Tensor, h: Tensor) -> Tensor:
         """Give what the head sees of a candidate v and its history h, [B, C, ...]."""

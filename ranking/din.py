@@ -31,7 +31,6 @@ from ranking.layers import (
     ScoringHead,
     binary_cross_entropy,
     candidate_chunks,
-    exact,
     interaction,
     masked_softmax,
     score_real,
@@ -131,11 +130,13 @@ class Din(nn.Module):
     def _pool(self, state: DinState, v: Tensor) -> Tensor:
         """Give what each candidate [B, C, D] finds in the history, [B, C, D]."""
         weight = self._weights(state, v)
-        return weight @ state.event.to(weight.dtype)
+        if self.training:
+            return weight @ state.event
+        return (weight.double() @ state.event.double()).to(v.dtype)
 
     def _weights(self, state: DinState, v: Tensor) -> Tensor:
         """Give the attention of candidates [B, C, D] to the events, [B, C, T]."""
-        weight = exact(self.attention, v, state.event)  # [B, C, T]
+        weight: Tensor = self.attention(v, state.event)  # [B, C, T]
         mask = state.mask[:, None, :]
         if self.config.weights == "softmax":
             return masked_softmax(weight / v.shape[-1], mask.expand_as(weight))

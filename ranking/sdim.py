@@ -44,18 +44,22 @@ from ranking.bucket_sums import (
     mean_row,
     pool,
     read,
+    read_once,
     read_weights,
     signatures,
 )
 from ranking.embeddings import Fields, FieldWidths, hide_items
 from ranking.items import ItemTable
-from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, candidate_chunks, exact, score_real
+from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, candidate_chunks, score_real
 from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator as fresh_generator
 
 GRID = 2.0**-16
 """Step of the fixed-point numbers a table is summed in; an int32 then holds sums up to 32,767."""
+
+LOW, EXACT = 256, 1 << 24
+"""A fixed-point number is summed in two parts, `LOW` times one plus the other; float32 is exact below `EXACT`."""
 
 HASH_ROWS = 1 << 16
 """Items hashed at once."""
@@ -168,11 +172,11 @@ class Sdim(nn.Module):
         row_of = self.items.embedding_row
         item = candidates.item
         code = self._codes(item)  # [B, C, G]
-        q = self.fields.semantic(item, row_of).double()
-        rows = bucket_rows(state.table.double() * GRID, state.size, self.config.norm)
+        q = self.fields.semantic(item, row_of)
+        rows = bucket_rows(state.table.double() * GRID, state.size, self.config.norm).to(q.dtype)
         recent = state.log[:, -self.config.recent :]
         s, mask = self._events(recent, row_of), recent != PAD
-        each = max(recent.shape[1] * self.config.hidden, recent.numel(), state.size.numel())  # numbers per candidate
+        each = recent.numel() * self.config.hidden  # numbers per candidate
         features = []
         for chunk in candidate_chunks(item.shape[1], each):
             long = read(rows, state.size, code[:, chunk], self.config.norm)
@@ -198,15 +202,13 @@ class Sdim(nn.Module):
         config = self.config
         row_of = hide_items(self.items, config.unknown_rate, generator)
         padded = batch.history.padded(config.window)
-        s = self._events(padded.item, row_of)  # [B, T, D]
-        q = self.fields.semantic(batch.candidates.item, row_of)  # [B, C, D]
+        s, q = self.fields.semantic_of(row_of, padded.item, batch.candidates.item)  # [B, T, D], [B, C, D]
         older = padded.mask
         if not config.long_includes_short:
             older = older & (_ages(older) > config.recent)
-        table, count = pool(s, self._signatures(s.detach()), older, self.buckets)
-        rows = bucket_rows(table, count, config.norm)
-        long = read(rows, count, self._signatures(q.detach()), config.norm)
-        features = self._features(q, long, s[:, -config.recent :], padded.mask[:, -config.recent :])
+        codes, newest = [self._signatures(x.detach()) for x in (s, q)], min(config.recent, s.shape[1])
+        long, recent = read_once(s, codes[0], older, codes[1], self.buckets, config.norm, newest)
+        features = self._features(q, long, recent, padded.mask[:, -config.recent :])
         logits = score_real(self.head, features, batch.candidates.mask)
         main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
@@ -332,12 +334,19 @@ class Sdim(nn.Module):
 
     def _tabulate(self, log: Tensor) -> SdimState:
         """Sum item rows int32 [B, T], 0 = padding, into an exact table."""
-        table, count = pool(self._fixed(log), self._codes(log), log != PAD, self.buckets)  # exact, in any order
-        return SdimState(table.int(), count.int(), log)
+        value, low = self._fixed(log), LOW
+        if log.shape[1] * low > EXACT:
+            table, count = pool(value.double(), self._codes(log), log != PAD, self.buckets)
+            return SdimState(table.int(), count.int(), log)
+        high = (value / low).floor()  # two parts, whose sums float32 holds exactly
+        parts = torch.cat([high, value - low * high], -1)
+        table, count = pool(parts, self._codes(log), log != PAD, self.buckets)
+        first, second = table.int().chunk(2, -1)
+        return SdimState(first * low + second, count.int(), log)
 
     def _fixed(self, item: Tensor) -> Tensor:
-        """Give the vectors of item rows [B, T] in steps of the grid: whole numbers in float64."""
-        return (self._events(item, self.items.embedding_row).detach().double() / GRID).round()
+        """Give the vectors of item rows [B, T] in steps of the grid: whole numbers, exact in float32 too."""
+        return (self._events(item, self.items.embedding_row).detach() / GRID).round()
 
     def _events(self, item: Tensor, row_of: Tensor) -> Tensor:
         """Give the vectors of item rows [B, T], exactly zero at padding."""
@@ -345,8 +354,8 @@ class Sdim(nn.Module):
 
     def _features(self, q: Tensor, long: Tensor, s: Tensor, mask: Tensor) -> Tensor:
         """Give what the head sees of candidates q [B, C, D], given the newest events s [B, M, D]."""
-        weight = exact(self.attention, q, s).masked_fill(~mask[:, None, :], 0.0)  # [B, C, M]
-        short = weight @ s.to(weight.dtype)
+        weight = self.attention(q, s).masked_fill(~mask[:, None, :], 0.0)  # [B, C, M]
+        short = weight @ s if self.training else (weight.double() @ s.double()).to(q.dtype)
         return torch.cat([q, long, q * long, short, q * short], -1)
 
     def _signatures(self, x: Tensor) -> Tensor:

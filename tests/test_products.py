@@ -1,9 +1,13 @@
-"""The product that picks its library."""
+"""The product that picks its library, and the one whose digits do not show the shape of a batch."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ranking.products import product
+import ranking.products
+from ranking.layers import AttentionNetwork, ScoringHead, search
+from ranking.products import product, steady
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (130, 64, 33), (1, 1, 1), (0, 4, 3), (4, 0, 3), (4, 3, 0)])
@@ -18,3 +22,47 @@ def test_a_product_is_the_product(shape, dtype, strided):
     torch.testing.assert_close(found.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
     assert found.dtype == dtype
     assert torch.equal(found, product(x, w))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 130), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_a_number_is_the_same_to_the_last_digit_in_any_company(seed, k, m, n, onednn):
+    draws = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(60, k, generator=draws), torch.randn(60, k, generator=draws)
+    with pytest.MonkeyPatch.context() as patch:
+        if not onednn:
+            patch.setattr(ranking.products, "_is_steady", lambda: False)
+        whole = steady(x, w)
+        torch.testing.assert_close(whole.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+        assert torch.equal(steady(x[7 : 7 + m], w[60 - n :]), whole[7 : 7 + m, 60 - n :])
+
+
+def test_a_head_and_an_attention_score_a_row_alone_as_among_others():
+    torch.manual_seed(0)
+    head, network = ScoringHead(40).eval(), AttentionNetwork(40, 36).eval()
+    head.norm.running_mean = torch.randn(40)
+    head.norm.running_var = torch.rand(40) + 0.5
+    rows, events = torch.randn(2, 90, 40), torch.randn(2, 70, 40)
+    logits, weights = head(rows[0]), network(rows, events)
+    for c in (0, 41, 89):
+        assert torch.equal(head(rows[0, c : c + 1]), logits[c : c + 1])
+        assert torch.equal(network(rows[:, c : c + 1], events), weights[:, c : c + 1])
+    for more in (1, 9, 58, 64, 200):
+        longer = torch.cat([torch.zeros(2, more, 40), events], 1)
+        assert torch.equal(network(rows[1:], longer[1:])[..., more:], weights[1:])
+    torch.testing.assert_close(head.layers(head.norm(rows[0])).squeeze(-1), logits, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 30), st.integers(0, 4))
+def test_a_search_in_single_precision_finds_what_one_in_double_does(seed, k, length, distinct):
+    draws = torch.Generator().manual_seed(seed)
+    scores = torch.randn(2, 3, length, generator=draws)
+    if distinct:
+        scores = (scores * distinct).round() * 0.5  # ties, and zeros of both signs
+    mask = torch.arange(length) >= torch.randint(0, length + 1, (2, 1), generator=draws)
+    found = [
+        {(b, c, int(s)) for b in range(2) for c in range(3) for s in index[b, c][real[b, c]]}
+        for index, real in (search(scores, mask, k), search(scores.double(), mask, k))
+    ]
+    assert found[0] == found[1]

@@ -143,6 +143,7 @@ def test_din_attention_equals_its_definition_with_gradients(seed: int, b: int, c
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(network.eval()(q, s), expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("weights", ["raw", "softmax"])
@@ -152,12 +153,14 @@ def test_din_pools_real_events_only_and_chunks_change_nothing(weights: str, monk
     worlds.fit(model, world.requests("train"), 30)
     (batch,) = world.requests("test", 20, 9)
     state = model.encode(batch.history)
-    v = model.fields.candidate(batch.candidates.item, world.items.embedding_row).double()
-    raw = ranking.layers.exact(model.attention, v, state.event)
+    v = model.fields.candidate(batch.candidates.item, world.items.embedding_row)
+    raw = model.attention.double()(v.double(), state.event.double())
+    model.attention.float()
     for b, real in enumerate(state.mask):
         own = raw[b][:, real]
         own = torch.softmax(own / v.shape[-1], -1) if weights == "softmax" else own
-        torch.testing.assert_close(model._pool(state, v)[b], own @ state.event[b][real].double())
+        expected = own @ state.event[b][real].double()
+        torch.testing.assert_close(model._pool(state, v)[b].double(), expected, rtol=1e-5, atol=1e-5)
     together = worlds.scores(model, batch)
     monkeypatch.setattr(ranking.layers, "CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(worlds.scores(model, batch), together, rtol=0, atol=1e-6)
