@@ -23,7 +23,11 @@ LOG2E = 1 / math.log(2)
 CHUNK_BYTES = 8 * 2**20
 """Logits held at once by the chunked form: 8 MiB stay in cache (160 rows of 12,101 classes)."""
 CHUNK_ROWS = 32
-"""Rows at once are a multiple of this: with fewer, reading the table costs more than multiplying by it."""
+"""Rows at once are a multiple of this: whole vectors of the processor."""
+FEW_ROWS = 96
+"""Where fewer rows' logits fit, above 21,000 classes or so, classes are cut too."""
+TILE_ROWS = 1024
+"""Rows at once then."""
 
 
 def log_partition(query: Tensor, table: Tensor, pad_class: bool = False) -> Tensor:
@@ -48,52 +52,95 @@ def chunked_log_partition(query: Tensor, table: Tensor, weight: Tensor, pad_clas
         pad_class: add a class whose logit is 0.
 
     Cost: three matrix products, the least there is for loss and gradients: since the weights are known, each chunk of
-    rows makes its gradients while its logits are in cache, so nothing is kept and nothing is computed twice. 1,453
-    rows x 12,101 classes x 64 on one thread: 75 ms against 235 ms of the plain form.
+    rows makes its gradients while its logits are in cache, so nothing is kept and nothing is computed twice. Four for
+    large tables.
     """
     total: Tensor = _ChunkedLogPartition.apply(query, table, weight, pad_class)  # type: ignore[no-untyped-call]
     return total
 
 
 class _ChunkedLogPartition(torch.autograd.Function):
-    """Loss and gradients in one pass; the backward pass only scales them.
+    """Loss and gradients in one go; the backward pass only scales them.
 
-    Logits lie by class, [N, r], so that all three products read them as they are; they are powers of two, which cost
-    a quarter of what powers of e do.
+    Logits lie by class, [N, r], so that all products read them as they are; they are powers of two, which cost a
+    quarter of what powers of e do.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, table: Tensor, weight: Tensor, pad_class: bool) -> Tensor:
-        rows = max(1, CHUNK_BYTES // max(1, len(table) * table.element_size() * CHUNK_ROWS)) * CHUNK_ROWS
         real, more = len(query), -len(query) % CHUNK_ROWS
         query, weight = F.pad(query, (0, 0, 0, more)), F.pad(weight, (0, more))  # whole vectors, few shapes
+        rows = CHUNK_BYTES // max(1, len(table) * table.element_size() * CHUNK_ROWS) * CHUNK_ROWS
         wanted = any(ctx.needs_input_grad[:2])
-        grad_query = torch.empty_like(query) if wanted else None
-        grad_table = torch.zeros_like(table) if wanted else None
-        columns = table.T.contiguous() if wanted else None  # [D, N]
-        total = query.new_zeros(())
-        for start in range(0, len(query), rows):
-            part, share = query[start : start + rows], weight[start : start + rows]  # [r, D], [r]
-            logits = product(table, part * LOG2E)  # [N, r], in powers of two
-            largest = logits.amax(0)  # [r]
-            if pad_class:
-                largest = largest.clamp(min=0)
-            powers = logits.sub_(largest).exp2_()
-            partition = powers.sum(0)
-            if pad_class:
-                partition += (-largest).exp2()
-            total += ((largest + partition.log2()) * share).sum() / LOG2E
-            if grad_query is not None and grad_table is not None and columns is not None:
-                scale = (share / partition)[:, None]  # normalising the thin side spares a pass over the logits
-                torch.mul(product(columns, powers.T).T, scale, out=grad_query[start : start + rows])
-                grad_table += product(powers, (part * scale).T)
-        ctx.save_for_backward(None if grad_query is None else grad_query[:real], grad_table)
+        if rows < FEW_ROWS:
+            total, gradients = _by_tiles(query, table, weight, pad_class, wanted)
+        else:
+            total, gradients = _by_rows(query, table, weight, pad_class, rows, wanted)
+        ctx.save_for_backward(*(gradient[:size] for gradient, size in zip(gradients, (real, len(table)), strict=True)))
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_query, grad_table = ctx.saved_tensors
         return grad_query * gradients[0], grad_table * gradients[0], None, None
+
+
+def _by_rows(
+    query: Tensor, table: Tensor, weight: Tensor, pad_class: bool, rows: int, wanted: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Give the sum and both gradients, some rows against all classes at a time: three products."""
+    grad_query, grad_table, total = torch.empty_like(query), torch.zeros_like(table), query.new_zeros(())
+    columns = table.T.contiguous()  # [D, N]
+    for start in range(0, len(query), rows):
+        part, share = query[start : start + rows], weight[start : start + rows]  # [r, D], [r]
+        logits = product(table, part * LOG2E)  # [N, r], in powers of two
+        largest = logits.amax(0)  # [r]
+        if pad_class:
+            largest = largest.clamp(min=0)
+        powers = logits.sub_(largest).exp2_()
+        partition = powers.sum(0)
+        if pad_class:
+            partition += (-largest).exp2()
+        total += ((largest + partition.log2()) * share).sum() / LOG2E
+        if wanted:
+            scale = (share / partition)[:, None]  # normalising the thin side spares a pass over the logits
+            torch.mul(product(columns, powers.T).T, scale, out=grad_query[start : start + rows])
+            grad_table += product(powers, (part * scale).T)
+    return total, (grad_query, grad_table)
+
+
+def _by_tiles(
+    query: Tensor, table: Tensor, weight: Tensor, pad_class: bool, wanted: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Give the same, some rows against some classes at a time, twice: four products.
+
+    Of a large table few rows' logits fit in cache, and adding their share to the gradient of the whole table would cost
+    more than the products.
+    """
+    block = max(1, min(len(query), TILE_ROWS))
+    tile = max(1, CHUNK_BYTES // (block * query.element_size()))
+    scaled, partition = query * LOG2E, query.new_empty(len(query))  # logits and partition in powers of two
+    for start in range(0, len(query), block):
+        part = scaled[start : start + block]
+        largest = part.new_full((len(part),), 0.0 if pad_class else -torch.inf)
+        total = torch.full_like(largest, float(pad_class))
+        for classes in torch.split(table, tile):
+            logits = product(classes, part)  # [tile, block]
+            higher = torch.maximum(largest, logits.amax(0))
+            total = total * (largest - higher).exp2() + logits.sub_(higher).exp2_().sum(0)
+            largest = higher
+        partition[start : start + block] = largest + total.log2()
+    grad_query, grad_table = torch.zeros_like(query).T.contiguous(), torch.zeros_like(table)  # [D, R], [N, D]
+    if wanted:
+        shifted = torch.cat([scaled, (weight.log2() - partition)[:, None]], 1)  # one column more takes off the rest
+        for first in range(0, len(table), tile):
+            classes, gradient = table[first : first + tile], grad_table[first : first + tile]
+            longer, columns = F.pad(classes, (0, 1), value=1.0), classes.T.contiguous()
+            for start in range(0, len(query), block):
+                share = product(longer, shifted[start : start + block]).exp2_()  # [tile, block] weighted probabilities
+                grad_query[:, start : start + block] += product(columns, share.T)
+                gradient += product(share, query[start : start + block].T)
+    return (partition * weight).sum() / LOG2E, (grad_query.T, grad_table)
 
 
 @dataclass(frozen=True)

@@ -402,13 +402,15 @@ def test_o11_o12_the_teacher_from_edges_is_the_dense_teacher(seed, tau):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.booleans(), st.integers(1, 40), st.sampled_from([1.0, 80.0]))
-def test_o12_chunked_is_full(seed, pad_class, rows, scale):
+@given(st.integers(0, 10**6), st.booleans(), st.integers(1, 40), st.sampled_from([1.0, 80.0]), st.booleans())
+def test_o12_chunked_is_full(seed, pad_class, rows, scale, tiles):
     torch.manual_seed(seed)
     query, table, weight = torch.randn(rows, 4).double() * scale, torch.randn(6, 4).double(), torch.rand(rows).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ranking.softmax.CHUNK_BYTES", 7 * 6 * 8)  # seven rows at a time
         patch.setattr("ranking.softmax.CHUNK_ROWS", 1)
+        patch.setattr("ranking.softmax.FEW_ROWS", 8 if tiles else 1)
+        patch.setattr("ranking.softmax.TILE_ROWS", 9)  # against four or five classes
         results = []
         for chunked in (True, False):
             a, b = query.clone().requires_grad_(), table.clone().requires_grad_()
@@ -422,9 +424,10 @@ def test_o12_chunked_is_full(seed, pad_class, rows, scale):
 
 
 @pytest.mark.parametrize("pad_class", [True, False])
-def test_o12_chunked_is_full_in_single_precision(pad_class):
+@pytest.mark.parametrize("classes", [9_000, 30_000])
+def test_o12_chunked_is_full_in_single_precision(pad_class, classes):
     torch.manual_seed(0)
-    query, table, weight = torch.randn(300, 64), torch.randn(9000, 64), torch.full((300,), 1 / 300)
+    query, table, weight = torch.randn(300, 64), torch.randn(classes, 64), torch.full((300,), 1 / 300)
     inputs = query.requires_grad_(), table.requires_grad_()
     chunked = chunked_log_partition(query, table, weight, pad_class)
     full = log_partition(query, table, pad_class).mean()
