@@ -29,6 +29,7 @@ NOW = worlds.START + 100 * DAY
 SMALL = {
     "mqsa_ted": {"width": 8, "length": 10},
     "sdim": {"window": 12, "recent": 5},
+    "dare": {"window": 12, "retrieved": 5},
     "eta": {"window": 12, "retrieved": 5},
     "sim_hard": {"window": 12, "retrieved": 5},
     "popularity": {},
