@@ -1,7 +1,7 @@
 """Encodings of (query, passage) pairs on disk: a backbone that is not trained reads each pair once, ever.
 
 Pools, shuffled input, seeds and numbers of views then cost a decoder step, since neither MVP's encoding of a pair nor
-a cross-encoder's depends on the list the pair is in.
+a cross-encoder's depends on the list the pair is in. A model that reads texts apart reads each text once.
 
     P pairs    k vectors of a pair    d width
 """
@@ -9,18 +9,21 @@ a cross-encoder's depends on the list the pair is in.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.text_cache import VectorCache
+from ranking.mvp_apart import MvpApart, States
 from ranking.pair_prompt import PairPrompt
 from ranking.text_backbone import digest_of, in_passes
 from ranking.text_models import Report, Vectors
 
 BETWEEN = "\0"
 """Stands between query and passage in the key of a pair; no text of a corpus holds it."""
+TOKENS_KEPT = 2_000_000
+"""Token states in memory, 3 GB at MiniLM's width; beyond that passages are read again."""
 
 
 class PairModel(Protocol):
@@ -34,6 +37,9 @@ class PairModel(Protocol):
         ...
 
 
+Read: TypeAlias = Callable[[Sequence[str], Sequence[str]], Vectors]
+
+
 @dataclass(frozen=True)
 class PairVectors:
     """Vectors of pairs, from the cache or computed and kept.
@@ -41,20 +47,24 @@ class PairVectors:
     Args:
         model: reads pairs; its backbone must not change as long as this is used.
         cache: of its vectors.
-        encode: gives vectors [P, k, d] of ids and mask [P, L].
+        read: gives vectors [P, k, d] of queries and passages.
         keep: which of the k vectors are given.
     """
 
-    model: PairModel
+    model: PairModel | MvpApart
     cache: VectorCache
-    encode: Callable[[Tensor, Tensor], Tensor]
-    keep: slice = field(default_factory=lambda: slice(None))
+    read: Read
+    keep: slice | list[int] = field(default_factory=lambda: slice(None))
 
     @staticmethod
-    def of(model: PairModel, root: Path, encode: Callable[[Tensor, Tensor], Tensor] | None = None) -> "PairVectors":
+    def of(
+        model: PairModel | MvpApart, root: Path, encode: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> "PairVectors":
         """Open the cache of a model under `root`; another `encode` than the model's must go with another root."""
+        if isinstance(model, MvpApart):
+            return PairVectors(model, VectorCache(root / model.reading / "pairs"), _ReadApart(model))
         digest = digest_of(model.transformer, model.prompt.layout)
-        return PairVectors(model, VectorCache(root / digest / "pairs"), encode or model.encode)
+        return PairVectors(model, VectorCache(root / digest / "pairs"), _together(model, encode or model.encode))
 
     def get(self, queries: Sequence[str], passages: Sequence[str], report: Report | None = None) -> Vectors:
         """Give float32 [P, k, d] of pairs of a query and a passage each."""
@@ -62,8 +72,38 @@ class PairVectors:
         return self.cache.get(pairs, self._compute, report)[:, self.keep]
 
     def _compute(self, pairs: Sequence[str]) -> Vectors:
-        prompt = self.model.prompt
         split = [pair.split(BETWEEN, 1) for pair in pairs]
-        rows = [prompt.rows(query, [passage])[0] for query, passage in split]
         self.model.transformer.eval()  # what is not trained drops nothing out
-        return in_passes(rows, prompt.tokenizer.pad, torch.device("cpu"), self.encode)
+        return self.read([query for query, _ in split], [passage for _, passage in split])
+
+
+def _together(model: PairModel, encode: Callable[[Tensor, Tensor], Tensor]) -> Read:
+    def read(queries: Sequence[str], passages: Sequence[str]) -> Vectors:
+        prompt = model.prompt
+        rows = [prompt.rows(query, [passage])[0] for query, passage in zip(queries, passages, strict=True)]
+        return in_passes(rows, prompt.tokenizer.pad, torch.device("cpu"), encode)
+
+    return read
+
+
+class _ReadApart:
+    """Reads pairs by texts, keeping the states of those it has read."""
+
+    def __init__(self, model: MvpApart) -> None:
+        self.model = model
+        self.queries: dict[str, States] = {}
+        self.passages: dict[str, States] = {}
+
+    @torch.inference_mode()
+    def __call__(self, queries: Sequence[str], passages: Sequence[str]) -> Vectors:
+        config = self.model.config
+        for texts, known, length in (
+            (queries, self.queries, config.max_query_len),
+            (passages, self.passages, config.max_len),
+        ):
+            if sum(len(one.ids) for one in known.values()) > TOKENS_KEPT:
+                known.clear()
+            missing = [text for text in dict.fromkeys(texts) if text not in known]
+            known.update(zip(missing, self.model.states(missing, length), strict=True))
+        vectors: Vectors = self.model.joined(queries, passages, self.queries, self.passages).numpy()
+        return vectors

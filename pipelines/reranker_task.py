@@ -1,6 +1,6 @@
 """Training the rerankers: short lists out of the first stage's pool, with a teacher's order.
 
-MVP and the cross-encoder see the same lists at the same steps with the same targets, so they differ in the model alone.
+The rerankers see the same lists at the same steps with the same targets, so they differ in the model alone.
 With `train = "fusion"` the backbone is frozen and each pair is encoded once (`pipelines.pair_vectors`).
 """
 
@@ -19,17 +19,14 @@ from pipelines.text_train import TextTrainConfig
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import NONE, Ranking
 from ranking.mvp import Mvp, orthogonal_loss, rank_loss, targets
+from ranking.mvp_apart import MvpApart
 from ranking.text_backbone import padded
 from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator
 
-Reranker: TypeAlias = Mvp | CrossEncoder
-RANK_TAU = 0.8
-"""of both softmaxes (the authors' code)"""
+Reranker: TypeAlias = Mvp | MvpApart | CrossEncoder
 DEV_PLACES = 20
 """Passages reranked per dev query: a tenth of a full evaluation's time."""
-POSITIVES = 2
-"""Most relevant passages of a training list."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def rerank_pool(
 
 @dataclass
 class RerankerTask:
-    """The task of `pipelines.text_train` for `Mvp` and `CrossEncoder`.
+    """The task of `pipelines.text_train` for the rerankers.
 
     Args:
         config: the run; `rows` lists of `group` passages a step.
@@ -118,7 +115,7 @@ class RerankerTask:
             known = self.train.queries.grades[place]
             pool = [int(row) for row in self.train.ranking.rows[place] if row != NONE]
             positives = [row for row, grade in known.items() if grade > 0]
-            positives = draws.permutation(positives)[: min(POSITIVES, self.config.group - 1)].tolist()
+            positives = draws.permutation(positives)[: min(self.config.positives, self.config.group - 1)].tolist()
             negatives = [
                 row for row in pool[1 : self.config.depth] if row not in known
             ]  # a grade of 0 is no hard negative either
@@ -137,14 +134,15 @@ class RerankerTask:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Give the listwise loss of one step, and MVP's orthogonal term."""
         queries, lists, ranks, grades = self.lists(step)
-        y = targets(ranks, RANK_TAU, grades if self.config.teacher == "qrels" else None)
+        tau = self.config.rank_tau
+        y = targets(ranks, tau, grades if self.config.teacher == "qrels" else None)
         vectors = self._encoded(queries, lists)
         mask = ranks > 0
         if isinstance(self.model, CrossEncoder):
-            ranked = rank_loss(self.model.score(vectors, mask), y, RANK_TAU)
+            ranked = rank_loss(self.model.score(vectors, mask), y, tau)
             return ranked, {"rank": float(ranked.detach())}
         scores, anchors = self.model.score(vectors, mask)
-        ranked, apart = rank_loss(scores, y, RANK_TAU), orthogonal_loss(anchors)
+        ranked, apart = rank_loss(scores, y, tau), orthogonal_loss(anchors)
         parts = {"rank": float(ranked.detach()), "orthogonal": float(apart.detach())}
         return ranked + self.config.orthogonal * apart, parts
 
@@ -163,6 +161,8 @@ class RerankerTask:
         read = [self.corpus.passages[passage] for passages in lists for passage in passages]
         if self.vectors is not None:
             flat = torch.from_numpy(self.vectors.get(asked, read))
+        elif isinstance(self.model, MvpApart):
+            flat = self.model.pairs(asked, read)
         else:
             rows = [self.model.rows(query, [passage])[0] for query, passage in zip(asked, read, strict=True)]
             flat = self.model.encode(*padded(rows, self.model.tokenizer.pad))

@@ -17,6 +17,7 @@ from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
 from ranking.mvp import Mvp, MvpConfig
+from ranking.mvp_apart import MvpApart, MvpApartConfig
 from recsys.config import assign, parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import sha256_json
@@ -26,6 +27,7 @@ TEXT_MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "lexsembridge": (LexSemBridgeConfig, LexSemBridge),
     "mvp": (MvpConfig, Mvp),
     "cross_encoder": (CrossEncoderConfig, CrossEncoder),
+    "mvp_apart": (MvpApartConfig, MvpApart),
 }
 """name -> config and model"""
 CATALOGUE = "catalogue"
@@ -129,6 +131,8 @@ def train(
         queries, dev = training_queries(corpus, config.corpus, PairSource(corpus, made.tokenizer))
         if config.name == "lexsembridge":
             return EncoderTask(config, made, stages, queries, dev, {} if states is None else states)
+        if isinstance(made, MvpApart):
+            made.count_words(corpus.passages)
         vectors = PairVectors.of(made, cache) if config.train == "fusion" else None
         return RerankerTask(config, made, corpus, _pool(stages, queries), _pool(stages, dev), vectors)
 

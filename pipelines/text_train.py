@@ -319,6 +319,10 @@ class TextTrainConfig:
     """weight of MVP's orthogonal term"""
     teacher: Literal["qrels", "silver", "mixed"] = "mixed"
     """order inside a training list: grades, the first stage, or the first stage inside a grade"""
+    positives: int = 2
+    """most relevant passages of a training list"""
+    rank_tau: float = 0.8
+    """temperature of a training list's scores and of its targets (0.8: the authors' code)"""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     optimiser: TextOptimiser = field(default_factory=TextOptimiser)
     stop: TextStop = field(default_factory=TextStop)
@@ -327,6 +331,10 @@ class TextTrainConfig:
         if self.group < 2 or self.rows < 1 or self.depth < 2:
             raise ConfigError(
                 f"rows is {self.rows}, group {self.group}, depth {self.depth}; expected at least 1, 2 and 2"
+            )
+        if self.positives < 1 or self.rank_tau <= 0:
+            raise ConfigError(
+                f"positives is {self.positives}, rank_tau {self.rank_tau}; expected at least 1 and above 0"
             )
 
     def table(self) -> dict[str, Any]:

@@ -91,6 +91,7 @@ ENCODERS = {
 RERANKERS = {
     "mvp": ("ranking.mvp", "Mvp"),
     "cross_encoder": ("ranking.cross_encoder", "CrossEncoder"),
+    "mvp_apart": ("ranking.mvp_apart", "MvpApart"),
 }
 
 

@@ -15,15 +15,21 @@ from pipelines.text_models import load_text_config
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import best
 from ranking.mvp import Mvp
+from ranking.mvp_apart import MvpApart
 from recsys.errors import ConfigError
 
 
-def tiny(name: str, seed: int = 0, views: int = 2) -> Mvp | CrossEncoder:
+def tiny(name: str, seed: int = 0, views: int = 2) -> Mvp | MvpApart | CrossEncoder:
     options = load_text_config(CONFIGS / f"{name}.toml").model
     transformer, tokenizer = tiny_text.bert(), tiny_text.tokenizer()
     torch.manual_seed(seed)
     if name == "cross_encoder":
         return CrossEncoder(replace(options, max_len=48), transformer, tokenizer)
+    if name == "mvp_apart":
+        made = MvpApart(replace(options, views=views, max_len=48), transformer, tokenizer)
+        with torch.no_grad():
+            made.D.normal_(std=0.1)
+        return made
     model = Mvp(replace(options, views=views, decoder_heads=4, max_len=48), transformer, tokenizer)
     model.begin()
     return model
@@ -36,13 +42,15 @@ def world(tmp_path):
     return corpus, Pool(queries, best(np.random.default_rng(0).random((len(queries), len(corpus))), 12))
 
 
-@pytest.mark.parametrize("name", ["mvp", "cross_encoder"])
+@pytest.mark.parametrize("name", ["mvp", "mvp_apart", "cross_encoder"])
 def test_kept_vectors_rank_as_read_ones_and_are_read_once(name, tmp_path, monkeypatch):
     corpus, pool = world(tmp_path)
     model = tiny(name)
     read = rerank_pool(model, corpus, pool, 10)
     rerank_pool(model, corpus, pool, 10, vectors=PairVectors.of(model, tmp_path / "cache"))
-    monkeypatch.setattr(type(model), "encode", lambda *_: pytest.fail("a pair was read twice"))
+    monkeypatch.setattr(
+        type(model), "states" if name == "mvp_apart" else "encode", lambda *_: pytest.fail("a pair was read twice")
+    )
     other = tiny(name, seed=1)  # another seed draws another head or decoder over the same encodings
     kept = PairVectors.of(other, tmp_path / "cache")
     order = np.random.default_rng(2).permutation(10).tolist()
@@ -63,7 +71,7 @@ def test_what_decides_an_encoding_decides_where_it_is_kept(tmp_path):
     assert len(PairVectors.of(two, tmp_path).cache) == 0
 
 
-@pytest.mark.parametrize("name", ["mvp", "cross_encoder"])
+@pytest.mark.parametrize("name", ["mvp", "mvp_apart", "cross_encoder"])
 def test_a_frozen_backbone_learns_from_kept_vectors_alone(name, tmp_path):
     corpus, pool = world(tmp_path)
     config = replace(load_text_config(CONFIGS / f"{name}.toml"), train="fusion", rows=4, depth=6)

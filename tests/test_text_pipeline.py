@@ -28,6 +28,7 @@ from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.lexsembridge import LexSemBridge
 from ranking.mvp import Mvp
+from ranking.mvp_apart import MvpApart
 from ranking.text_backbone import in_passes, locate, passes
 from ranking.text_models import load_encoder
 from recsys.cli.text import TEXT_MODELS
@@ -246,6 +247,8 @@ def tiny_model(config):
         model = Mvp(dataclasses.replace(options, decoder_heads=4, max_len=48), transformer, tokenizer)
         model.begin()
         return model
+    if config.name == "mvp_apart":
+        return MvpApart(dataclasses.replace(options, max_len=48), transformer, tokenizer)
     return CrossEncoder(dataclasses.replace(options, max_len=48), transformer, tokenizer)
 
 
@@ -289,9 +292,9 @@ def test_every_shipped_text_config_is_read():
 
 
 def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, mlflow_uri, encoder):
-    for name in ("lexsembridge", "mvp"):
+    for name in ("lexsembridge", "mvp", "mvp_apart"):
         run(name, folder, tmp_path / name, mlflow_uri, encoder)
-    runs = [TextModelRun.load(name, tmp_path / name) for name in ("lexsembridge", "mvp")]
+    runs = [TextModelRun.load(name, tmp_path / name) for name in ("lexsembridge", "mvp", "mvp_apart")]
     corpus = read_corpus(folder)
     stages = FirstStages(corpus, encoder, folder / "cache")
     queries = read_queries(folder, corpus, "test")
@@ -305,7 +308,17 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
         gain = result.values["mvp"]["ndcg_at_10"] - result.values["rrf"]["ndcg_at_10"]
         shown = [result.queries.texts[place] for place in (gain.argmax(), gain.argmin()) if gain[place]]
         assert all(text in page and text in report for text in shown)
-    for system in ("bm25", "dense", "rrf", "convex", "hybrid", "lexsembridge", "lexsembridge + bm25", "mvp"):
+    for system in (
+        "bm25",
+        "dense",
+        "rrf",
+        "convex",
+        "hybrid",
+        "lexsembridge",
+        "lexsembridge + bm25",
+        "mvp",
+        "mvp_apart",
+    ):
         assert f"| {system} |" in report
     table = json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]["natural"]
     assert table["n_queries"] == len(queries)
@@ -313,9 +326,10 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
     assert counts["won"] + counts["lost"] + counts["tied"] == len(queries)
 
 
-def test_reranked_order_does_not_depend_on_the_order_of_candidates(folder, encoder):
+@pytest.mark.parametrize("name", ["mvp", "mvp_apart"])
+def test_reranked_order_does_not_depend_on_the_order_of_candidates(name, folder, encoder):
     """M17."""
-    config = load_text_config(CONFIGS / "mvp.toml")
+    config = load_text_config(CONFIGS / f"{name}.toml")
     corpus = read_corpus(folder)
     queries = read_queries(folder, corpus, "test")
     pool = Pool(queries, best(np.random.default_rng(0).random((len(queries), len(corpus))), 20))

@@ -1,12 +1,13 @@
-"""MVP beside a cross-encoder over one frozen backbone: same pairs, lists, steps and targets; cells of text_studies.py.
+"""MVP beside pointwise controls over one frozen backbone: same pairs, lists, steps, targets; cells of text_studies.py.
 
-MiniLM reads each (query, passage) pair once, in bfloat16: four view tokens, [CLS], the query, and as much of the
-passage as makes 128 tokens. MVP's decoder learns on the vectors of the view tokens, the cross-encoder's head on that of
-[CLS], out of the same pass; a model of one or two views takes the first of the four. Pools, folds, seeds, views and
-shuffled input then cost nothing but the decoder. The first stage is RRF of BM25 and dense; its best 20 are reranked.
+Read apart (`mvp_apart`): MiniLM reads queries and passages of at most 256 tokens once, in bfloat16; the control is the
+same model without its step over the list. Read together (`mvp`, `cross_encoder`): it reads each pair once, four view
+tokens, [CLS], the query, and as much of the passage as makes 128 tokens; MVP's decoder learns on the vectors of the
+view tokens, the cross-encoder's head on that of [CLS], out of the same pass. A model of one or two views takes the
+first of the four. Pools, folds, seeds, views and shuffled input then cost nothing but the last step. The first stage is
+RRF of BM25 and dense; its best 20 are reranked, and by those that read apart its best 100, too.
 
-Cranfield: five folds over its queries. SciFact: trained on 400 of its training queries, their relevant passages and
-the best 9 of the first stage.
+Cranfield: five folds over its queries. SciFact: trained on 400 of its training queries.
 """
 
 import dataclasses
@@ -29,12 +30,13 @@ from pipelines.text_train import TextLoop
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import Ranking
 from ranking.mvp import Mvp, MvpConfig
+from ranking.mvp_apart import READINGS, MvpApart, MvpApartConfig
 from ranking.text_models import Vectors
 
-PLACES = 20
+PLACES, DEEP = 20, 100
 """Passages of the first stage that are reranked."""
 LEARNED = {"cranfield": PLACES, "scifact": 9}
-"""Places of the first stage that training lists draw from."""
+"""Places of the first stage that training lists draw from, if every pair has to be read."""
 QUERIES = 400
 """Of SciFact's training queries, those that are used."""
 FOLDS = 5
@@ -51,15 +53,28 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "mvp_2_views": ("mvp", ["model.views=2"]),
     "mvp_1_view": ("mvp", ["model.views=1"]),
     "mvp_4_views_not_orthogonal": ("mvp", ["orthogonal=0.0"]),
+    "mvp_apart": ("mvp_apart", []),
+    "mvp_apart_pointwise": ("mvp_apart", ["model.listwise=false"]),
+    "mvp_apart_2_views": ("mvp_apart", ["model.views=2"]),
+    "mvp_apart_1_view": ("mvp_apart", ["model.views=1"]),
+    "mvp_apart_orthogonal": ("mvp_apart", ["orthogonal=1.0"]),
+    "mvp_apart_without_words": ("mvp_apart", ["model.words=false"]),
+    "mvp_apart_pointwise_without_words": ("mvp_apart", ["model.listwise=false", "model.words=false"]),
 }
 """row -> model and what differs"""
-HEADLINE = ("cross_encoder", "mvp_4_views")
+HEADLINE = ("mvp_apart", "mvp_apart_pointwise")
 """Rows of three seeds."""
 PAIRS_TIMED, ROUNDS = 20, 5
 
 
-def reader(cache: Path) -> PairVectors:
+def reader(kind: str, stages: FirstStages) -> PairVectors:
     """The frozen backbone and what it has read."""
+    cache = stages.cache
+    if kind == "mvp_apart":
+        apart = MvpApart.of(MvpApartConfig())
+        apart.transformer.to(torch.bfloat16)
+        apart.count_words(stages.corpus.passages)
+        return PairVectors.of(apart, cache)
     torch.manual_seed(0)
     model = Mvp.of(MvpConfig(views=VIEWS, max_len=TOKENS))
     model.transformer.to(torch.bfloat16)
@@ -71,10 +86,10 @@ def reader(cache: Path) -> PairVectors:
     return PairVectors.of(model, cache / "views_and_cls", encode)
 
 
-def pools(data: Path, stages: FirstStages, name: str) -> tuple[Pool, list[tuple[Pool, Pool, list[int]]]]:
+def pools(data: Path, stages: FirstStages, name: str, apart: bool) -> tuple[Pool, list[tuple[Pool, Pool, list[int]]]]:
     """The test pool, and per fold a training and a dev pool and the test queries they may be judged on."""
     queries = read_queries(data / name, stages.corpus, "test")
-    test = pool(stages, queries, PLACES)
+    test = pool(stages, queries, DEEP if apart else PLACES)
     if name == "cranfield":
         known, folds = queries, [list(range(fold, len(queries), FOLDS)) for fold in range(FOLDS)]
     else:
@@ -86,7 +101,7 @@ def pools(data: Path, stages: FirstStages, name: str) -> tuple[Pool, list[tuple[
         free = [place for place in range(len(known)) if place not in held]
         dev = {place for place in free if split_of(name, f"query/{known.ids[place]}") == "dev"}
         learn = known.only([place for place in free if place not in dev])
-        depth = LEARNED[name]
+        depth = PLACES if apart else LEARNED[name]
         made.append((pool(stages, learn, depth), pool(stages, known.only(sorted(dev)), depth), fold))
     return test, made
 
@@ -109,20 +124,33 @@ def prefetch(vectors: PairVectors, corpus_passages: list[str], pools: list[Pool]
 
 def reranking(data: Path, stages: FirstStages, name: str, row: str, seed: int) -> dict[str, Any]:
     """One row of one seed on one corpus, beside the first stage."""
-    vectors = reader(stages.cache)
-    test, folds = pools(data, stages, name)
+    kind, changes = ROWS[row]
+    vectors = reader(kind, stages)
+    test, folds = pools(data, stages, name, kind == "mvp_apart")
     learned = [one for learn, dev, _ in folds for one in (learn, dev)]
     prefetch(vectors, stages.corpus.passages, [test, *learned], name)
-    kind, changes = ROWS[row]
     found = row_of(stages, vectors, test, folds, kind, [*changes, f"seed={seed}"])
     first = measure(test.ranking, test.queries)
+    hybrid = measure(stages.hybrid(test.queries.texts), test.queries)["ndcg_at_10"]
+    each = {places: np.array(one["per_query"]) for places, one in found.items()}
     return {
         "places": PLACES,
-        "tokens": TOKENS,
-        "best_possible": best_possible(test.ranking, test.queries),
+        "best_possible": best_possible(test.ranking, test.queries, PLACES),
         "first_stage": {key: float(value.mean()) for key, value in first.items()},
-        "reranked": found,
-        "against_first_stage": compare(np.array(found["per_query"]), first["ndcg_at_10"]).table(),
+        "reranked": found[PLACES],
+        "against_first_stage": compare(each[PLACES], first["ndcg_at_10"]).table(),
+        "hybrid": float(hybrid.mean()),
+        "against_hybrid": compare(each[PLACES], hybrid).table(),
+        **(
+            {}
+            if DEEP not in found
+            else {
+                "deep": found[DEEP],
+                "deep_best_possible": best_possible(test.ranking, test.queries, DEEP),
+                "deep_against_first_stage": compare(each[DEEP], first["ndcg_at_10"]).table(),
+                "deep_against_hybrid": compare(each[DEEP], hybrid).table(),
+            }
+        ),
     }
 
 
@@ -133,37 +161,48 @@ def row_of(
     folds: list[tuple[Pool, Pool, list[int]]],
     kind: str,
     changes: list[str],
-) -> dict[str, Any]:
-    """Train one model per fold and rank that fold's queries."""
-    config = load_text_config(CONFIGS / f"{kind}.toml", [*SETTINGS, *changes])
-    rows = np.full((len(test.queries), PLACES), -1, np.int32)
-    seconds, moved = 0.0, 0
+) -> dict[int, dict[str, Any]]:
+    """Train one model per fold and rank that fold's queries; gives measures by places reranked."""
+    config = load_text_config(CONFIGS / f"{kind}.toml", [*(SETTINGS if kind != "mvp_apart" else ()), *changes])
+    depths = [PLACES] if kind != "mvp_apart" else [PLACES, DEEP]
+    ranked = {places: np.full((len(test.queries), places), -1, np.int32) for places in depths}
+    seconds, moved, best_steps = 0.0, 0, []
     for number, (learn, dev, judged) in enumerate(folds):
         torch.manual_seed(1000 * config.seed + number)
-        transformer, tokenizer = vectors.model.transformer, vectors.model.prompt.tokenizer
-        if kind == "mvp":
-            model: Mvp | CrossEncoder = Mvp(config.model, transformer, tokenizer)
-            kept = slice(0, config.model.views)
-        else:
-            model, kept = CrossEncoder(config.model, transformer, tokenizer), slice(VIEWS, VIEWS + 1)
+        model, kept = learner(kind, config.model, vectors.model)
         own = dataclasses.replace(vectors, keep=kept)
         task = RerankerTask(config, model, stages.corpus, learn, dev, own)
         loop = TextLoop(task, Path("no checkpoint"), "study", config.optimiser, config.stop, config.seed)
         loop.run_to_end()
         seconds += loop.progress.seconds
+        best_steps.append(loop.progress.best_step)
         part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
-        rows[judged] = rerank_pool(model, stages.corpus, part, PLACES, vectors=own).rows
+        for places, rows in ranked.items():
+            rows[judged] = rerank_pool(model, stages.corpus, part, places, vectors=own).rows
         for shuffle in range(SHUFFLES):
             order = np.random.default_rng(shuffle).permutation(PLACES).tolist()
             again = rerank_pool(model, stages.corpus, part, PLACES, order, own).rows
-            moved += int((again != rows[judged]).sum())
-    measured = measure(Ranking(rows, np.zeros(rows.shape, np.float32)), test.queries)
-    return {
-        **{key: float(value.mean()) for key, value in measured.items() if key != "recall_at_100"},
-        "train_seconds": round(seconds, 1),
-        "places_moved_by_shuffling": moved,
-        "per_query": [round(float(value), 5) for value in measured["ndcg_at_10"]],
-    }
+            moved += int((again != ranked[PLACES][judged]).sum())
+    out: dict[int, dict[str, Any]] = {}
+    for places, rows in ranked.items():
+        measured = measure(Ranking(rows, np.zeros(rows.shape, np.float32)), test.queries)
+        out[places] = {key: float(value.mean()) for key, value in measured.items() if key != "recall_at_100"}
+        out[places]["per_query"] = [round(float(value), 5) for value in measured["ndcg_at_10"]]
+    out[PLACES] |= {"train_seconds": round(seconds, 1), "places_moved_by_shuffling": moved, "best_steps": best_steps}
+    return out
+
+
+def learner(kind: str, options: Any, read_by: Any) -> tuple[Any, slice | list[int]]:
+    """A fresh model over the backbone that has read the pairs, and which of a pair's vectors it learns from."""
+    transformer, tokenizer = read_by.transformer, read_by.tokenizer
+    if kind == "mvp":
+        return Mvp(options, transformer, tokenizer), slice(0, options.views)
+    if kind == "cross_encoder":
+        return CrossEncoder(options, transformer, tokenizer), slice(VIEWS, VIEWS + 1)
+    model = MvpApart(options, transformer, tokenizer)
+    model.idf.copy_(read_by.idf)
+    model.mean_length.copy_(read_by.mean_length)
+    return model, [*range(options.views), READINGS]
 
 
 def rerank_cost(passages: list[str], query: str) -> dict[str, Any]:
@@ -172,10 +211,12 @@ def rerank_cost(passages: list[str], query: str) -> dict[str, Any]:
     mvp = Mvp.of(MvpConfig(views=VIEWS, max_len=TOKENS))
     config = load_text_config(CONFIGS / "cross_encoder.toml", [f"model.max_len={TOKENS - VIEWS}"]).model
     pointwise = CrossEncoder(config, mvp.transformer, mvp.tokenizer)
+    apart = MvpApart(MvpApartConfig(max_len=TOKENS), mvp.transformer, mvp.tokenizer)
     texts = passages[:PAIRS_TIMED]
     calls: dict[str, Any] = {
         "cross_encoder": lambda: pointwise.rerank(query, texts),
         "mvp": lambda: mvp.rerank(query, texts),
+        "mvp_apart": lambda: apart.rerank(query, texts),
         "encoder alone": lambda: mvp.encode_pairs(query, texts),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -190,5 +231,6 @@ def rerank_cost(passages: list[str], query: str) -> dict[str, Any]:
         "passages": len(texts),
         "cpu_milliseconds": {name: round(1e3 * value, 1) for name, value in median.items()},
         "mvp_over_cross_encoder": median["mvp"] / median["cross_encoder"],
+        "mvp_apart_over_cross_encoder": median["mvp_apart"] / median["cross_encoder"],
         "mvp_over_encoder_alone": median["mvp"] / median["encoder alone"],
     }

@@ -40,6 +40,7 @@ LENGTHS = (16, 32, 64)
 MOST = 300  # queries of a cut task
 ROWS = ("off", "c_only", "linear_map", "slr", "llr", "clr")
 SEEDS = (0, 1, 2)
+DIFFERENCE = {"reranked": "against_", "deep": "deep_against_"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +200,10 @@ def signed(found: dict[str, float]) -> str:
 
 
 def control_of(name: str) -> str:
-    """Give the cross-encoder's cell of the same corpus and seed."""
-    cell, corpus, *_, seed = name.split("-")
-    return f"{cell}-{corpus}-cross_encoder-{seed}"
+    """Give the pointwise control's cell of the same corpus and seed."""
+    cell, corpus, row, seed = name.split("-")
+    control = "mvp_apart_pointwise" if row.startswith("mvp_apart") else "cross_encoder"
+    return f"{cell}-{corpus}-{control}{'_without_words' if row.endswith('without_words') else ''}-{seed}"
 
 
 def lines_of(name: str) -> list[str]:
@@ -210,17 +212,28 @@ def lines_of(name: str) -> list[str]:
         return [f"| {name} | not run | | |"]
     found = json.loads(path.read_text())
     if "reranked" in found:
-        first, ours = found["first_stage"]["ndcg_at_10"], found["reranked"]
+        first = found["first_stage"]["ndcg_at_10"]
         control = RESULTS / f"{control_of(name)}.json"
-        gain = f"RRF {signed(found['against_first_stage'])}"
-        if control.exists() and control != path:
-            pointwise = np.array(json.loads(control.read_text())["reranked"]["per_query"])
-            gain += f", cross-encoder {signed(compare(np.array(ours['per_query']), pointwise).table())}"
-        value = f"{100 * ours['ndcg_at_10']:.1f}, RRF {100 * first:.1f}"
-        return [f"| {name} | {value} | {100 * ours['hit_at_1']:.1f} | {gain} |"]
+        lines = []
+        for part, title in (("reranked", "best 20"), ("deep", "best 100")):
+            if part not in found:
+                continue
+            ours = found[part]
+            gain = f"RRF {signed(found[f'{DIFFERENCE[part]}first_stage'])}"
+            if f"{DIFFERENCE[part]}hybrid" in found:
+                gain += f", hybrid {signed(found[f'{DIFFERENCE[part]}hybrid'])}"
+            if control.exists() and control != path:
+                pointwise = np.array(json.loads(control.read_text())[part]["per_query"])
+                gain += f", pointwise {signed(compare(np.array(ours['per_query']), pointwise).table())}"
+            value = f"{100 * ours['ndcg_at_10']:.1f}, RRF {100 * first:.1f}"
+            lines.append(f"| {name} {title} | {value} | {100 * ours['hit_at_1']:.1f} | {gain} |")
+        return lines
     if "cpu_milliseconds" in found:
         times = ", ".join(f"{key} {value} ms" for key, value in found["cpu_milliseconds"].items())
-        return [f"| {name} | {times} | {found['mvp_over_cross_encoder']:.2f} times the cross-encoder | |"]
+        over = ", ".join(
+            f"{key[:-19]} {value:.2f}" for key, value in found.items() if key.endswith("_over_cross_encoder")
+        )
+        return [f"| {name} | {times} | times the cross-encoder: {over} | |"]
     lines = []
     for task, values in found["tasks"].items():
         for system, measures in values["systems"].items():
