@@ -23,6 +23,7 @@ from text_reranking import ROWS as ROWS_OF_RERANKERS
 
 from pipelines.encoder_task import State
 from pipelines.first_stages import FirstStages, dense_search
+from pipelines.head_room import head_room
 from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_measures import best_possible, compare, mean_of, measure
@@ -150,6 +151,18 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
     return out
 
 
+def ceiling(place: Place, name: str) -> dict[str, Any]:
+    """How far a bounded re-weighting could go for the own passage, and for a wrong one, per task of cut queries."""
+    stages, out = place.stages(name), {}
+    for task, queries in place.tasks(stages).items():
+        if task == "natural":
+            continue
+        gold = np.array([next(iter(grades)) for grades in queries.grades])
+        found = head_room(stages.query_vectors(queries.texts), stages.passage_vectors, gold)
+        out[task] = {"n": len(queries), "bounds": [dataclasses.asdict(one) for one in found]}
+    return {"head_room": out}
+
+
 def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
     """Every cell by name, the quick ones first."""
     made: dict[str, Callable[[Place], dict[str, Any]]] = {}
@@ -169,6 +182,7 @@ def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
                 made[f"reranking-{name}-{row}-{seed}"] = lambda p, a=(name, row, seed): reranking(
                     p.data, p.stages(a[0]), *a
                 )
+    made["head_room-cranfield"] = lambda p: ceiling(p, "cranfield")
     made["reranking-cost"] = lambda p: rerank_cost(
         read_corpus(p.data / "cranfield").passages, "what similarity laws must be obeyed by aeroelastic models"
     )
@@ -234,6 +248,12 @@ def lines_of(name: str) -> list[str]:
             f"{key[:-19]} {value:.2f}" for key, value in found.items() if key.endswith("_over_cross_encoder")
         )
         return [f"| {name} | {times} | times the cross-encoder: {over} | |"]
+    if "head_room" in found:
+        return [
+            f"| {name} {task} R <= {one['bound']} | own passage {100 * one['gold']:.1f} | wrong {100 * one['wrong']:.1f} | |"
+            for task, values in found["head_room"].items()
+            for one in values["bounds"]
+        ]
     lines = []
     for task, values in found["tasks"].items():
         for system, measures in values["systems"].items():
