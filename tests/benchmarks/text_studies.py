@@ -250,7 +250,7 @@ def lines_of(name: str) -> list[str]:
         return [f"| {name} | {times} | times the cross-encoder: {over} | |"]
     if "head_room" in found:
         return [
-            f"| {name} {task} R <= {one['bound']} | own passage {100 * one['gold']:.1f} | wrong {100 * one['wrong']:.1f} | |"
+            f"| {name} {task} R <= {one['bound']} | own {100 * one['gold']:.1f} | wrong {100 * one['wrong']:.1f} | |"
             for task, values in found["head_room"].items()
             for one in values["bounds"]
         ]
