@@ -11,6 +11,7 @@ Cranfield: five folds over its queries. SciFact: trained on 400 of its training 
 """
 
 import dataclasses
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ VIEWS = 4
 SHUFFLES = 5
 SETTINGS = [
     *("train=fusion", "rows=16", "group=10", "optimiser.learning_rate_fresh=5e-4"),
-    *("stop.steps=120", "stop.validate_every=20", "stop.patience=6", "stop.checkpoint_every=1000"),
+    *("stop.steps=120", "stop.validate_every=20", "stop.patience=6"),
 ]
+NO_CHECKPOINT = "stop.checkpoint_every=1000000"
+"""A fold must not go on where another one was: what one trains on is what the other is judged on."""
 ROWS: dict[str, tuple[str, list[str]]] = {
     "cross_encoder": ("cross_encoder", []),
     "mvp_4_views": ("mvp", []),
@@ -163,7 +166,9 @@ def row_of(
     changes: list[str],
 ) -> dict[int, dict[str, Any]]:
     """Train one model per fold and rank that fold's queries; gives measures by places reranked."""
-    config = load_text_config(CONFIGS / f"{kind}.toml", [*(SETTINGS if kind != "mvp_apart" else ()), *changes])
+    config = load_text_config(
+        CONFIGS / f"{kind}.toml", [*(SETTINGS if kind != "mvp_apart" else ()), NO_CHECKPOINT, *changes]
+    )
     depths = [PLACES] if kind != "mvp_apart" else [PLACES, DEEP]
     ranked = {places: np.full((len(test.queries), places), -1, np.int32) for places in depths}
     seconds, moved, best_steps = 0.0, 0, []
@@ -172,8 +177,10 @@ def row_of(
         model, kept = learner(kind, config.model, vectors.model)
         own = dataclasses.replace(vectors, keep=kept)
         task = RerankerTask(config, model, stages.corpus, learn, dev, own)
-        loop = TextLoop(task, Path("no checkpoint"), "study", config.optimiser, config.stop, config.seed)
+        nowhere = Path(tempfile.gettempdir()) / f"{time.time_ns()}.no_checkpoint"
+        loop = TextLoop(task, nowhere, "study", config.optimiser, config.stop, config.seed)
         loop.run_to_end()
+        assert not nowhere.exists(), "a fold left a checkpoint"
         seconds += loop.progress.seconds
         best_steps.append(loop.progress.best_step)
         part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
