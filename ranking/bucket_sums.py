@@ -17,6 +17,7 @@ from torch import Tensor
 from ranking.batch import PAD
 from ranking.layers import candidate_chunks
 from ranking.products import product
+from ranking.workspace import empty
 
 HASHED_AT_ONCE = 8192
 """Vectors whose projections are held at once."""
@@ -64,7 +65,10 @@ def pool(value: Tensor, code: Tensor, mask: Tensor, buckets: int) -> tuple[Tenso
 
     Cost: O(B T G 2^tau D) as matrix products, O(B T G D) for the gradient; memory of one chunk beside the result.
     """
-    table, count, _ = _Pooling.apply(value, _bucket_of(code, mask), None, buckets, 0)  # type: ignore[no-untyped-call]
+    event = _bucket_of(code, mask)
+    if not (value.requires_grad and torch.is_grad_enabled()):
+        return _sums(value, event, _all_buckets(event, buckets))
+    table, count, _ = _Pooling.apply(value, event, None, buckets, 0)  # type: ignore[no-untyped-call]
     return table, count
 
 
@@ -109,24 +113,10 @@ class _Pooling(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, event: Tensor, wanted: Tensor | None, buckets: int, newest: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, width = value.shape
-        if wanted is None:
-            asked = torch.arange(buckets, dtype=event.dtype, device=event.device).expand(batch, event.shape[1], -1)
-        else:
-            asked = wanted
-        total = value.new_empty(*asked.shape, width)
-        count = value.new_empty(asked.shape)
-        for run, hot in _match_runs(event, asked, value.dtype):
-            sums, events = total[run].flatten(1, 2), value[run]
-            if value.dtype == torch.float32 and value.device.type == "cpu":
-                for one, match, each in zip(sums, hot, events, strict=True):
-                    one.copy_(product(match, each.T))
-            else:
-                torch.bmm(hot, events, out=sums)
-            torch.sum(hot, 2, out=count[run].flatten(1))
+        total, count = _sums(value, event, _all_buckets(event, buckets) if wanted is None else wanted)
         ctx.save_for_backward(event, wanted)
         ctx.mark_non_differentiable(count)
-        return total, count, value[:, length - newest :].clone()
+        return total, count, value[:, value.shape[1] - newest :].clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -136,11 +126,28 @@ class _Pooling(torch.autograd.Function):
         if wanted is None:
             gradient = _spread(upstream, event)
         else:
-            gradient = upstream.new_empty(len(event), length, width)
+            gradient = empty((len(event), length, width), upstream)
             for run, hot in _match_runs(event, wanted, upstream.dtype):
                 torch.bmm(hot.mT, upstream[run].flatten(1, 2), out=gradient[run])
         gradient[:, length - recent.shape[1] :] += recent
         return gradient, None, None, None, None
+
+
+def _all_buckets(event: Tensor, buckets: int) -> Tensor:
+    return torch.arange(buckets, dtype=event.dtype, device=event.device).expand(*event.shape[:2], -1)
+
+
+def _sums(value: Tensor, event: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    total, count = value.new_empty(*wanted.shape, value.shape[-1]), value.new_empty(wanted.shape)
+    for run, hot in _match_runs(event, wanted, value.dtype):
+        sums, events = total[run].flatten(1, 2), value[run]
+        if value.dtype == torch.float32 and value.device.type == "cpu":
+            for one, match, each in zip(sums, hot, events, strict=True):
+                one.copy_(product(match, each.T))
+        else:
+            torch.bmm(hot, events, out=sums)
+        torch.sum(hot, 2, out=count[run].flatten(1))
+    return total, count
 
 
 def _match_runs(event: Tensor, wanted: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

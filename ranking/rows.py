@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranking.batch import PAD
+from ranking.workspace import empty
 
 
 def sum_by_row(row: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +92,14 @@ def fetch(table: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         table: [V, D] on the CPU.
         rows: integers [...].
     """
+    if not (torch.is_grad_enabled() and table.requires_grad):
+        return tuple(_rows(table, row) for row in rows)
     found: tuple[Tensor, ...] = _Fetch.apply(table, *rows)  # type: ignore[no-untyped-call]
     return found
+
+
+def _rows(table: Tensor, row: Tensor) -> Tensor:
+    return table.index_select(0, row.reshape(-1)).view(*row.shape, table.shape[1])
 
 
 class _Fetch(torch.autograd.Function):
@@ -100,7 +107,12 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*rows)
         ctx.shape = table.shape
-        return tuple(table.index_select(0, row.reshape(-1)).view(*row.shape, table.shape[1]) for row in rows)
+        found = []
+        for row in rows:
+            value = empty((row.numel(), table.shape[1]), table)
+            torch.index_select(table, 0, row.reshape(-1), out=value)
+            found.append(value.view(*row.shape, table.shape[1]))
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

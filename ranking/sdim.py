@@ -350,7 +350,8 @@ class Sdim(nn.Module):
 
     def _events(self, item: Tensor, row_of: Tensor) -> Tensor:
         """Give the vectors of item rows [B, T], exactly zero at padding."""
-        return self.fields.semantic(item, row_of).masked_fill((item == PAD).unsqueeze(-1), 0.0)
+        s, padding = self.fields.semantic(item, row_of), item == PAD
+        return s.masked_fill(padding.unsqueeze(-1), 0.0) if bool(padding.any()) else s
 
     def _features(self, q: Tensor, long: Tensor, s: Tensor, mask: Tensor) -> Tensor:
         """Give what the head sees of candidates q [B, C, D], given the newest events s [B, M, D]."""
