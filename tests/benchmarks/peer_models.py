@@ -38,6 +38,7 @@ def import_from(folder: Path) -> None:
         import recbole.model.sequential_recommender  # noqa: F401
     except ImportError as error:
         raise SystemExit(f"--peers {folder}: {error}; install them as the head of this file says") from error
+    torch.autograd.set_detect_anomaly(False)  # importing a peer turns it on, for both sides
 
 
 def longctr(name: str, rows: int, width: int, **settings: Any) -> Any:
