@@ -26,6 +26,8 @@ CHUNK_ROWS = 32
 """Rows at once are a multiple of this: whole vectors of the processor."""
 FEW_ROWS = 96
 """Where fewer rows' logits fit, above 21,000 classes or so, classes are cut too."""
+CALM = 100.0
+"""Powers of two below this, and sums of a million of them, are numbers of float32."""
 TILE_ROWS = 1024
 """Rows at once then."""
 
@@ -85,19 +87,27 @@ class _ChunkedLogPartition(torch.autograd.Function):
         return grad_query * gradients[0], grad_table * gradients[0], None, None
 
 
+def _calm(query: Tensor, table: Tensor) -> bool:
+    """Whether no logit can be so large, as a power of two, that it has to be made smaller first."""
+    if not len(query) or not len(table):
+        return False
+    bound = LOG2E * torch.linalg.vector_norm(query, dim=1).amax() * torch.linalg.vector_norm(table, dim=1).amax()
+    return bool(bound < CALM)
+
+
 def _by_rows(
     query: Tensor, table: Tensor, weight: Tensor, pad_class: bool, rows: int, wanted: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Give the sum and both gradients, some rows against all classes at a time: three products."""
     grad_query, grad_table, total = torch.empty_like(query), torch.zeros_like(table), query.new_zeros(())
-    columns = table.T.contiguous()  # [D, N]
+    columns, calm = table.T.contiguous(), _calm(query, table)  # [D, N]
     for start in range(0, len(query), rows):
         part, share = query[start : start + rows], weight[start : start + rows]  # [r, D], [r]
         logits = product(table, part * LOG2E)  # [N, r], in powers of two
-        largest = logits.amax(0)  # [r]
+        largest = torch.zeros_like(share) if calm else logits.amax(0)  # [r]
         if pad_class:
             largest = largest.clamp(min=0)
-        powers = logits.sub_(largest).exp2_()
+        powers = (logits if calm else logits.sub_(largest)).exp2_()
         partition = powers.sum(0)
         if pad_class:
             partition += (-largest).exp2()
@@ -119,17 +129,8 @@ def _by_tiles(
     """
     block = max(1, min(len(query), TILE_ROWS))
     tile = max(1, CHUNK_BYTES // (block * query.element_size()))
-    scaled, partition = query * LOG2E, query.new_empty(len(query))  # logits and partition in powers of two
-    for start in range(0, len(query), block):
-        part = scaled[start : start + block]
-        largest = part.new_full((len(part),), 0.0 if pad_class else -torch.inf)
-        total = torch.full_like(largest, float(pad_class))
-        for classes in torch.split(table, tile):
-            logits = product(classes, part)  # [tile, block]
-            higher = torch.maximum(largest, logits.amax(0))
-            total = total * (largest - higher).exp2() + logits.sub_(higher).exp2_().sum(0)
-            largest = higher
-        partition[start : start + block] = largest + total.log2()
+    scaled = query * LOG2E  # logits and partition in powers of two
+    partition = torch.cat([_partition(part, table, pad_class, tile) for part in torch.split(scaled, block)])
     grad_query, grad_table = torch.zeros_like(query).T.contiguous(), torch.zeros_like(table)  # [D, R], [N, D]
     if wanted:
         shifted = torch.cat([scaled, (weight.log2() - partition)[:, None]], 1)  # one column more takes off the rest
@@ -141,6 +142,20 @@ def _by_tiles(
                 grad_query[:, start : start + block] += product(columns, share.T)
                 gradient += product(share, query[start : start + block].T)
     return (partition * weight).sum() / LOG2E, (grad_query.T, grad_table)
+
+
+def _partition(part: Tensor, table: Tensor, pad_class: bool, tile: int) -> Tensor:
+    """Give log2 sum_j 2^(part_r . table_j), [r], some classes at a time."""
+    calm = _calm(part / LOG2E, table)
+    largest = part.new_full((len(part),), 0.0 if pad_class or calm else -torch.inf)
+    total = torch.full_like(largest, float(pad_class))
+    for classes in torch.split(table, tile):
+        logits = product(classes, part)  # [tile, r]
+        if not calm:
+            higher = torch.maximum(largest, logits.amax(0))
+            total, logits, largest = total * (largest - higher).exp2(), logits.sub_(higher), higher
+        total = total + logits.exp2_().sum(0)
+    return largest + total.log2()
 
 
 @dataclass(frozen=True)
