@@ -31,7 +31,7 @@ from pipelines.catalogue import USER_HASH
 from pipelines.edges import EdgeFiles, write_edges
 from pipelines.forgotten import NAME as FORGOTTEN
 from pipelines.forgotten import refuse_if_forgotten_since
-from pipelines.growth import PairRuns, load_waiting, save_waiting, updated_edges
+from pipelines.growth import PairRuns, load_waiting, save_all_waiting, updated_edges
 from pipelines.merging import Merged, merge_histories
 from pipelines.parts import Part, PartRecord, keep_part, open_part
 from pipelines.prepare import finish
@@ -46,6 +46,7 @@ from recsys.config import parse
 from recsys.errors import DataError
 from recsys.files import whole_directory
 from recsys.history import Histories
+from recsys.memory import keep_freed_memory
 
 
 def append(source: Path, previous: Path, out: Path, progress: Progress | None = None) -> PreparedSet:
@@ -61,10 +62,11 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
             the set was prepared without `appendable`.
 
-    Cost: a day of 55,000 events on 90 of 5 million took 1.3 CPU seconds and all 91 days anew 12, one after the other on
-    a machine that had other work (`tests/benchmarks/prepare_throughput.py --append`). A third of it is the transitions,
-    whose edges are copied and digested whole.
+    Cost: a day of 220,000 events on 90 of 20 million took 2.8 to 3.3 CPU seconds and all 91 days anew 24 to 26
+    (`tests/benchmarks/prepare_throughput.py --append --events 20000000`). Histories, edges and the requests that wait
+    are copied whole, and the words of all pairs are read: that grows with the log, not with the day.
     """
+    keep_freed_memory()  # arrays of some megabytes come and go: a tenth of the time went into fresh pages
     report = progress or (lambda *_: None)
     earlier, part = PreparedSet(previous), open_part(source)
     config = parse(PrepareConfig, earlier.manifest["config"], f"{previous / 'manifest.json'} [config]")
@@ -159,7 +161,7 @@ def _grow(
         )
         transitions = _transitions(earlier, old_train, divided.trained, work, names.rows, config.transitions_top_n)
         merged = merging.result()
-    save_waiting([divided.waiting], work / GROWTH)
+    save_all_waiting(divided.waiting, work / GROWTH)
     log = Log(
         records=(*records, part.record),
         histories=Histories.load(out / "histories"),
@@ -195,19 +197,19 @@ def _divide(
 ) -> _Divided:
     """Divide the requests that waited and those of the new events; `cuts` are those before and after."""
     _, before = splits.assign(cuts[0], len(hashes), waiting.user, waiting.at, waiting.last)
-    both = Sessions.concatenate(waiting, fresh)
-    order = np.argsort(both.user, kind="stable")
-    user, at = both.user[order], both.at[order]
-    split, after = splits.assign(cuts[1], len(hashes), user, at, both.last[order])
-    trained = both.take(order[split == splits.TRAIN])
-    found = {"train": len(trained), buckets.WAITING: len(order) - len(trained)}
+    both = waiting.with_later(fresh)
+    split, after = splits.assign(cuts[1], len(hashes), both.user, both.at, both.last)
+    trains = split == splits.TRAIN
+    trained = both.where(trains)
+    found = {"train": len(trained), buckets.WAITING: len(both) - len(trained)}
     evaluated = {}
     for name, code in (("valid", splits.VALID), ("test", splits.TEST)):
         index = np.flatnonzero(split == code)
         found[name] = len(index)
-        index = index[may_be_chosen(user[index], at[index], hashes, config.max_eval_requests, config.seed)]
-        evaluated[name] = _plain(both.take(order[index[np.argsort(at[index], kind="stable")]]))
-    return _Divided(trained, both.take(order[split != splits.TRAIN]), found, evaluated, (before, after))
+        user, at = both.user[index], both.at[index]
+        index = index[may_be_chosen(user, at, hashes, config.max_eval_requests, config.seed)]
+        evaluated[name] = _plain(both.take(index[np.argsort(both.at[index], kind="stable")]))
+    return _Divided(trained, both.where(~trains), found, evaluated, (before, after))
 
 
 def _newest(earlier: PreparedSet) -> pl.DataFrame:

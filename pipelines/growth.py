@@ -25,25 +25,34 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from pipelines.buckets import Sessions, distinct
-from pipelines.streams import Kind, growing_safetensors, put
+from pipelines.streams import Kind, growing_safetensors, put, safetensors_file
 from pipelines.transitions import ROW_BITS, SIZE_BITS, SOURCE, Edges, Words, base_name, heaviest_edges, steps, weight_of
 from ranking.items import Transitions
 
 RUNS = 16
 """Appends before the pairs are merged into a new base; each append reads the words of all since the base."""
 _WAITING = "pending.safetensors"
+_KINDS: dict[str, Kind] = {**dict.fromkeys(("user", "at", "last", "end", "offsets"), np.int64), "positive": np.int32}
 
 
 def save_waiting(waiting: Iterable[Sessions], folder: Path) -> None:
     """Write the requests of a set that do not train yet, by user, piece by piece."""
-    kinds: dict[str, Kind] = {**dict.fromkeys(("user", "at", "last", "end", "offsets"), np.int64), "positive": np.int32}
-    with growing_safetensors(folder / _WAITING, kinds) as files:
+    with growing_safetensors(folder / _WAITING, _KINDS) as files:
         put(files["offsets"], np.zeros(1, np.int64))
         written = 0
         for piece in waiting:
             for name, file in files.items():
                 put(file, piece.offsets[1:] + written if name == "offsets" else getattr(piece, name))
             written += len(piece.positive)
+
+
+def save_all_waiting(waiting: Sessions, folder: Path) -> None:
+    """Write what `save_waiting` writes of one piece, without its second copy."""
+    arrays = {name: getattr(waiting, name) for name in _KINDS}
+    layout = {name: (kind, arrays[name].shape) for name, kind in _KINDS.items()}
+    with safetensors_file(folder / _WAITING, layout) as files:
+        for name, file in files.items():
+            put(file, arrays[name])
 
 
 def load_waiting(folder: Path) -> Sessions:

@@ -79,7 +79,7 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
         DataError: a missing column, a column of a type that cannot be meant, no events, a missing id or time, or an
             id that stands twice in the item or user table. The message names the source, the table and the column.
 
-    Cost: streaming; memory grows with the items, the user table if there is one, and 8 bytes a user, not with the events.
+    Cost: memory grows with the items, the user table if there is one, and 8 bytes a user, not with the events.
     """
     events = _canonical_events(raw)
     names = ["events.parquet", "items.parquet", "users.parquet"]

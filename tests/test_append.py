@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -17,8 +18,10 @@ from typer.testing import CliRunner
 
 from pipelines import growth, spans
 from pipelines.append import add_part, append, changed_words
+from pipelines.buckets import Sessions
 from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
+from pipelines.merging import _inserted
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, Requests, contents
 from pipelines.quickstart import Job, QuickstartConfig
@@ -108,8 +111,8 @@ def test_part_by_part_is_all_at_once(
             before = dict(grown.catalogue.select("item_id", "item_key").iter_rows())
             grown = append(paths[index], grown.directory, folder / "grown")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(spans, "EVENTS_PER_DIVISION", 9)
-                patch.setattr(spans, "ROWS_AT_ONCE", 13)
+                patch.setattr(spans, "EVENTS_PER_DIVISION", 60)
+                patch.setattr(spans, "ROWS_AT_ONCE", 50)
                 whole = prepare(paths[: index + 1], folder / "whole", replace(config, buckets=3))
             same_bytes(grown, whole)
             after = dict(grown.catalogue.select("item_id", "item_key").iter_rows())
@@ -130,6 +133,37 @@ def test_many_days_end_in_a_new_base_and_leave_the_sets_before_alone(tmp_path: P
     again = append(paths[2], sets[1].directory, tmp_path / "again")  # its files were linked to, and merged since
     same_bytes(again, sets[2])
     same_bytes(sets[-1], prepare(paths, tmp_path / "whole", config))
+
+
+def test_a_day_is_laid_into_a_log_as_numpy_would() -> None:
+    """Runs of new values behind ascending places, at both ends and twice in one place too."""
+    draw = np.random.default_rng(7)
+    for old, new in ((0, 0), (0, 3), (9, 0), (9, 1), (40, 25)):
+        values, more = draw.integers(0, 99, old), draw.integers(0, 99, new)
+        behind = np.sort(draw.integers(0, old + 1, new))
+        assert _inserted(values, behind, more).tolist() == np.insert(values, behind, more).tolist()
+
+
+def test_requests_by_user_are_joined_and_chosen_as_a_stable_sort_would() -> None:
+    draw = np.random.default_rng(11)
+
+    def some(count: int) -> Sessions:
+        size = draw.integers(0, 4, count)
+        user, words = np.sort(draw.integers(0, 5, count)), draw.integers(0, 99, (3, count))
+        offsets = np.concatenate([[0], np.cumsum(size)])
+        return Sessions(user, words[0], words[1], words[2], offsets, draw.integers(0, 99, offsets[-1]).astype(np.int32))
+
+    def rows(requests: Sessions) -> list[tuple[int, ...]]:
+        one = (requests.user, requests.at, requests.last, requests.end)
+        edges = pairwise(requests.offsets.tolist())
+        return [(*map(int, row), *requests.positive[a:b].tolist()) for *row, (a, b) in zip(*one, edges, strict=True)]
+
+    for first, second in ((0, 0), (0, 4), (12, 0), (30, 17)):
+        old, new = some(first), some(second)
+        both = old.with_later(new)
+        assert rows(both) == sorted([*rows(old), *rows(new)], key=lambda row: row[0])
+        mask = draw.random(first + second) < 0.5
+        assert rows(both.where(mask)) == rows(both.take(np.flatnonzero(mask)))
 
 
 def chain(draw: np.random.Generator, count: int) -> Requests:
