@@ -4,11 +4,11 @@
     RECSYS_DATA=data python tests/benchmarks/search_latency.py --out search.json
     python tests/benchmarks/search_latency.py --smoke                                made-up texts, seconds
 
-The rerankers are an MVP and a cross-encoder of MiniLM's size, untrained: time does not depend on what weights say.
-They look at the clock every `TOKENS_PER_PASS` tokens, as those of a published bundle do. Every kind of request is
-timed in turn within each round, so that a busy machine slows all alike. What is timed is `Searcher`, without HTTP.
-The index is exact, so its time does not depend on what is in it: it holds random vectors, which saves encoding the
-corpus. Half of what a hybrid search reranks is therefore random abstracts, of the same lengths.
+The rerankers are an MVP, its form that reads apart, and a cross-encoder, all of MiniLM's size and untrained: time does
+not depend on what weights say. They look at the clock every `TOKENS_PER_PASS` tokens, as those of a published bundle
+do. Every kind of request is timed in turn within each round, so that a busy machine slows all alike. What is timed is
+`Searcher`, without HTTP. The index is exact, so its time does not depend on what is in it: it holds random vectors,
+which saves encoding the corpus. So half of what a hybrid search reranks is random abstracts, of the same lengths.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseEncoder
 from ranking.index import IndexConfig, build
 from ranking.mvp import Mvp, MvpConfig
+from ranking.mvp_apart import MvpApart, MvpApartConfig
 from ranking.passages import Passages
 from ranking.search_part import SHIFT, TOKENS_PER_PASS, SearchPart
 from ranking.searcher import SearchConfig, Searcher
@@ -86,6 +87,7 @@ def rerankers() -> dict[str, TextReranker]:
     torch.manual_seed(0)
     return {
         "mvp": Mvp.of(MvpConfig(tokens_per_pass=TOKENS_PER_PASS)),
+        "mvp apart": MvpApart.of(MvpApartConfig(tokens_per_pass=TOKENS_PER_PASS)),
         "cross-encoder": CrossEncoder.of(CrossEncoderConfig(tokens_per_pass=TOKENS_PER_PASS)),
     }
 
@@ -135,12 +137,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, default=Path(os.environ.get("RECSYS_DATA", "data")), help="holds scifact")
     options.add_argument("--rounds", type=int, default=Size.rounds, help="requests of each kind")
+    options.add_argument("--lists", type=int, nargs="+", default=Size.lists, help="documents of a rerank request")
     options.add_argument("--threads", type=int, default=1, help="of the models")
     options.add_argument("--smoke", action="store_true", help="made-up texts and few of them: does it run?")
     options.add_argument("--out", type=Path, default=None, help="JSON file for the rows")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
-    size = Size((2,), (3,), 2) if given.smoke else Size(rounds=given.rounds)
+    size = Size((2,), (3,), 2) if given.smoke else Size(lists=tuple(given.lists), rounds=given.rounds)
     documents, queries = texts(None if given.smoke else given.data, size.rounds)
     part = open_part(documents)
     rows = measure(part, queries, size)
