@@ -155,7 +155,7 @@ def _match_runs(event: Tensor, wanted: Tensor, dtype: torch.dtype) -> Iterator[t
     shape = (*wanted.shape, event.shape[2])  # [B, G, K, T]
     runs = candidate_chunks(len(event), math.prod(shape[1:]))
     if runs:
-        buffer = torch.empty(runs[0].stop, *shape[1:], dtype=dtype, device=event.device)
+        buffer = empty((runs[0].stop, *shape[1:]), torch.empty(0, dtype=dtype, device=event.device))
         for run in runs:
             hot = buffer[: run.stop - run.start]
             torch.eq(event[run].unsqueeze(2), wanted[run].unsqueeze(3), out=hot)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ranking.products import steady
 from ranking.ranker import NEGATIVE
+from ranking.workspace import empty
 
 CHUNK_ELEMENTS = 1 << 20
 """Numbers in the largest temporary of a chunked loop: 4-8 MB, which stays in the last-level cache of one core."""
@@ -187,7 +188,7 @@ class AttentionNetwork(nn.Module):
         order = (outer < 0).to(torch.uint8).argsort(stable=True)
         plus, scale = int((outer >= 0).sum()), outer.abs()[order]
         wa, wb, wc, wd = (inner[order] * scale[:, None]).view(len(scale), 4, -1).unbind(1)  # [hidden, D] each
-        matrix = q.new_empty(*q.shape[:2], len(scale), q.shape[2] + 1)  # [B, C, hidden, D + 1]
+        matrix = empty((*q.shape[:2], len(scale), q.shape[2] + 1), q)  # [B, C, hidden, D + 1]
         torch.addcmul(wb - wc, q[:, :, None], wd, out=matrix[..., :-1])
         torch.add(steady(q, wa + wc), self.inner.bias[order] * scale, out=matrix[..., -1])
         # Whole vectors of events: the sums over z take what is left at the end in another order.

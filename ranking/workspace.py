@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SMALLEST = 1 << 22
+SMALLEST = 1 << 21
 """Bytes from which a block is kept."""
 MOST = 1 << 29
 """Bytes kept at once, in all."""

@@ -38,6 +38,7 @@ from ranking.din import Din, DinConfig
 from ranking.embeddings import FieldWidths
 from ranking.items import ItemTable
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
+from ranking.products import product
 from ranking.sdim import GRID, Sdim, SdimConfig
 
 WIDTH, ITEMS, SAMPLES = 64, 100_000, 256
@@ -248,6 +249,23 @@ def train_mqsa_ted(rounds: int, smoke: bool) -> Iterator[Row]:
         )
 
 
+def limits(rounds: int) -> dict[str, float]:
+    """Give what the machine can do in the same run: float32 products, as we call them and as torch does; a gather."""
+    x, w = torch.randn(1024, WIDTH), torch.randn(4096, WIDTH)
+    table, row = torch.randn(ITEMS, WIDTH), torch.randint(ITEMS, (32_000,), dtype=torch.int32)
+    out = torch.empty(len(row), WIDTH)
+    with torch.inference_mode():
+        ours, torchs = side_by_side(lambda: product(x, w), lambda: x @ w.T, rounds)
+        gather, call = side_by_side(lambda: torch.index_select(table, 0, row, out=out), lambda: x[0] + x[1], rounds)
+    work = 2e-9 * len(x) * len(w) * WIDTH
+    return {
+        "product_gflops": work / ours,
+        "torch_gflops": work / torchs,
+        "gather_gb_per_s": out.numel() * 4e-9 / gather,
+        "smallest_call_us": call * 1e6,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, required=True, help="folder the peers are installed in")
@@ -274,6 +292,8 @@ def main() -> None:
         found["table"].append(line)
         figures = " | ".join(f"{line[name]:.2f}" for name in ("read_ms", "score_ms", "gather_ms", "gemm_ms"))
         print(f"| {line['events']:,} | {figures} |", flush=True)
+    found["limits"] = limits(args.rounds)
+    print("\n" + ", ".join(f"{name} {value:.1f}" for name, value in found["limits"].items()))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
