@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from text_world import publish_corpus, tiny_encoder
 from tiny_text import WORDS, bert, tokenizer
 
+from ranking.bundle import Bundle
+from ranking.deadline import Deadline
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.mvp_apart import K1, OPENING, STRIDE, WINDOW, B, MvpApart, MvpApartConfig, readings
+from ranking.searcher import SearchConfig, Searcher
 from ranking.text_models import load_reranker
 from recsys.errors import ConfigError
 
@@ -175,3 +179,16 @@ def test_truncated_passages_are_named():
 def test_other_numbers_of_views_are_refused(views):
     with pytest.raises(ConfigError, match=f"views is {views}; expected 1 to 4"):
         MvpApartConfig(views=views)
+
+
+def test_a_bundle_searches_with_it_and_without_it_when_time_is_up(tmp_path):
+    model = build()
+    path = publish_corpus(tmp_path / "bundle", PASSAGES, encoder=tiny_encoder(), reranker=model)
+    searcher = Searcher(Bundle.load(path).text, SearchConfig(rerank=5))
+    plain, found = searcher.search(QUERY, rerank=False), searcher.search(QUERY)
+    head = [PASSAGES[row] for row in plain.rows[:5].tolist()]
+    scores = model.rerank(QUERY, head)
+    assert found.rows[:5].tolist() == plain.rows[:5][np.argsort(-scores, kind="stable")].tolist()
+    np.testing.assert_allclose(found.scores[:5], np.sort(scores)[::-1], atol=1e-5)
+    late = searcher.search(QUERY, Deadline(0.0), mode="bm25")
+    assert late.degraded == ("rerank",)
