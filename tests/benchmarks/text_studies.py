@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from text_reranking import HEADLINE, rerank_cost, reranking
+from text_reranking import HEADLINE, PLACES, learner, reader, rerank_cost, reranking
 from text_reranking import ROWS as ROWS_OF_RERANKERS
 
 from pipelines.encoder_task import State
 from pipelines.first_stages import FirstStages, dense_search
 from pipelines.head_room import head_room
+from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_measures import best_possible, compare, mean_of, measure
@@ -151,6 +152,26 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
     return out
 
 
+def served(place: Place, name: str) -> dict[str, Any]:
+    """What a search gives by default with the reranker at its starting values: the hybrid, its best 20 reranked."""
+    stages = place.stages(name)
+    vectors = reader("mvp_apart", stages)
+    model, kept = learner("mvp_apart", load_text_config(CONFIGS / "mvp_apart.toml").model, vectors.model)
+    own, out = dataclasses.replace(vectors, keep=kept), {}
+    tasks = place.tasks(stages)
+    for task in ("natural", "keyword", "pop_16"):
+        queries = tasks[task]
+        first = stages.hybrid(queries.texts)
+        head = rerank_pool(model, stages.corpus, Pool(queries, first), PLACES, vectors=own)
+        systems = {"hybrid": figures(first, queries, name), "reranked": figures(head, queries, name)}
+        gain = {
+            key: compare(measure(head, queries)[key], measure(first, queries)[key]).table()
+            for key in ("ndcg_at_10", "hit_at_1")
+        }
+        out[task] = {"n": len(queries), "systems": systems, "against_hybrid": gain}
+    return {"tasks": out}
+
+
 def ceiling(place: Place, name: str) -> dict[str, Any]:
     """How far a bounded re-weighting could go for the own passage, and for a wrong one, per task of cut queries."""
     stages, out = place.stages(name), {}
@@ -183,6 +204,7 @@ def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
                     p.data, p.stages(a[0]), *a
                 )
     made["head_room-cranfield"] = lambda p: ceiling(p, "cranfield")
+    made["served-cranfield"] = lambda p: served(p, "cranfield")
     made["reranking-cost"] = lambda p: rerank_cost(
         read_corpus(p.data / "cranfield").passages, "what similarity laws must be obeyed by aeroelastic models"
     )
