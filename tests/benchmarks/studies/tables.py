@@ -198,7 +198,10 @@ def paper_tables(study: Study, results: Mapping[tuple[str, str, str], list[Resul
                 )
                 yield [f"{row}", str(len(seeds)), *figures, _epochs(seeds)]
 
-        lines += [f"**{dataset}**", "", *table(["model", "seeds", *heads, "best epoch of"], rows()), ""]
+        sets = prepared_sets(
+            {row: seeds for (home, of, row), seeds in results.items() if (home, of) == (name, dataset)}
+        )
+        lines += [f"**{dataset}**", "", *table(["model", "seeds", *heads, "best epoch of"], rows()), "", sets, ""]
     return lines
 
 
@@ -264,10 +267,25 @@ def render(results: Mapping[tuple[str, str, str], list[Result]]) -> str:
             ]
             if study.segments:
                 lines += ["GAUC by segment, `uniform` negatives:", "", *segments_table(study, found), ""]
-            lines += [agreement(study, found, sampler) for sampler in ("uniform", "popularity")] + [""]
+            lines += [agreement(study, found, sampler) for sampler in ("uniform", "popularity")]
+            lines += ["", prepared_sets(found), ""]
         if study.claims:
             lines += ["Differences:", "", *claims(study, found), ""]
     return "\n".join(lines)
+
+
+def prepared_sets(found: Mapping[str, Sequence[Result]]) -> str:
+    """Say which prepared set the rows are of, by the beginning of its digest, and which commits ran them."""
+    rows: dict[str, list[str]] = {}
+    for row, seeds in found.items():
+        for one in seeds:
+            rows.setdefault(one.record["data"]["digest"][:8], []).append(row)
+    if not rows:
+        return f"Prepared set: {MISSING}."
+    commits = sorted({str(one.record["commit"])[:7] for seeds in found.values() for one in seeds})
+    told = (f"`{digest}` ({', '.join(dict.fromkeys(names))})" for digest, names in rows.items())
+    sets = f"`{next(iter(rows))}`, all rows" if len(rows) == 1 else "; ".join(told)
+    return f"Prepared set: {sets}. Run at {', '.join(commits)}."
 
 
 def _facts(found: Mapping[str, Sequence[Result]], sampler: str) -> str:
