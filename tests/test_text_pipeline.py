@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipelines.text_models
 from pipelines.first_stages import FirstStages
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
@@ -285,6 +286,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, m
 
 
 def test_every_shipped_text_config_is_read():
+    assert set(TEXT_MODELS) == set(pipelines.text_models.TEXT_MODELS)  # the command line keeps a list of its own
     for name in TEXT_MODELS:
         assert load_text_config(CONFIGS / f"{name}.toml").name == name
     with pytest.raises(ConfigError, match="did you mean 'weights'"):

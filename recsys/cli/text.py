@@ -12,7 +12,7 @@ from recsys.terminal import Terminal, print_result
 if TYPE_CHECKING:
     from pipelines.workspace import Workspace
 
-TEXT_MODELS = ("lexsembridge", "mvp", "cross_encoder")
+TEXT_MODELS = ("lexsembridge", "mvp", "mvp_apart", "cross_encoder")
 """of `pipelines.text_models`, which is imported only for one of them"""
 ITEMS = "items.parquet"
 
