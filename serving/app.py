@@ -7,6 +7,7 @@ replicas use better.
 """
 
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ from serving.security import ApiKeys, KeyCheck, declare
 from serving.service import Service
 from serving.telemetry import CONTENT_TYPE
 from serving.worker import Worker, json_response
+
+REPLICA = "x-replica"
+"""Header of `/readyz`: tells processes behind one address apart."""
 
 SHADOW_WAITING = 2
 """Waiting requests above which a shadow does not score: those who wait for an answer come first."""
@@ -204,7 +208,7 @@ async def _answer(worker: Worker, work: Callable[[], BaseModel]) -> Response:
 
 def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limits) -> None:
     """The page and the probes."""
-    page = read_page()
+    page, replica = read_page(), uuid.uuid4().hex
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def by_hand() -> Response:
@@ -218,8 +222,9 @@ def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limi
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse, tags=["operate"])
-    async def readyz() -> str:
+    async def readyz(response: Response) -> str:
         """Say which bundle is loaded, its golden requests answered as published; 503 before there is one."""
+        response.headers[REPLICA] = replica
         return f"ready {service.served.bundle.version}"
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["operate"])

@@ -15,8 +15,9 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from recsys.config import parse
-from recsys.errors import PartError, RecsysError, RequestError
+from recsys.errors import PartError, RequestError
 from serving.app import create_app
+from serving.follower import Follower
 from serving.lineup import BundlePlace, Plan
 from serving.logs import LOGS, log_to
 from serving.parts import LOAD_SECONDS, Parts
@@ -85,6 +86,7 @@ class Replica:
         self._config = parse(ServeConfig, table, "[serve]")
         self._service = open_service(self._config)
         self._worker: Worker | None = None
+        self._follower: Follower | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Give the application; Ray Serve calls this once, after the constructor."""
@@ -102,17 +104,17 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
         """Serve the bundles of a plan: load them in a thread, replay their golden requests, then swap one reference.
 
-        A refused champion leaves everything as it was. If there was none before, the error makes the start fail.
+        Serve sends a replica no request until this returns, so only the first bundle is waited for; of the next,
+        `/readyz` says when it is served. A refused champion leaves everything as it was. If there was none before, the
+        error makes the start fail.
 
         Args:
             user_config: a `Plan` as plain values.
         """
-        try:
-            await asyncio.to_thread(self._load, Plan.of(user_config), asyncio.get_running_loop())
-        except RecsysError:
-            if not self._service.version:
-                raise
-            logger.exception("%s is refused; %s goes on", user_config, self._service.version)
+        if self._follower is None:
+            loop = asyncio.get_running_loop()
+            self._follower = Follower(lambda plan: self._load(plan, loop), lambda: self._service.version)
+        await self._follower.follow(Plan.of(user_config))
 
     def _load(self, plan: Plan, loop: asyncio.AbstractEventLoop) -> None:
         if not self._handles:

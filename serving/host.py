@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from recsys.errors import ConfigError, RecsysError
+from serving.app import REPLICA
 from serving.event_log import SegmentLog
 from serving.lineup import Plan
 from serving.logs import LOGS, log_to
@@ -81,7 +82,7 @@ class Running:
             if self._config.topology == "split":  # parts hold a bundle before anybody asks them for it
                 _redeploy(self._config, plan, self.plan)
             _redeploy(self._config, plan, plan)
-        _await_ready(self.address, plan.champion.version)
+        _await_ready(self.address, plan.champion.version, self._config.replicas)
         self.plan = plan
         self._deployed = True
         keep(self._config.state, plan)
@@ -356,13 +357,19 @@ def _last_line(message: str) -> str:
     return message.strip().splitlines()[-1].strip()
 
 
-def _await_ready(address: str, version: str) -> None:
+def _await_ready(address: str, version: str, replicas: int) -> None:
+    """Wait until so many replicas have named a bundle and none another since."""
     deadline = time.monotonic() + READY_SECONDS
+    ready: set[str | None] = set()
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
                 if response.read().decode() == f"ready {version}":
-                    return
+                    ready.add(response.headers[REPLICA])
+                else:
+                    ready.clear()
+            if len(ready) >= replicas:
+                return
         except OSError:
             pass  # not listening yet, or a bundle still being loaded
         time.sleep(0.1)
