@@ -50,16 +50,19 @@ class ModelReplica:
         torch.set_num_threads(config.cores)
         use_threads(config.cores)
         self._host = PartHost(part, "cuda" if config.split.gpus else "cpu", config.search)
+        self._follower = Follower(self._host.follow, lambda: self._host.version)
         self._worker = Worker(config.limits.waiting)
         self._stuck_seconds = config.limits.stuck_seconds
 
     async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
-        """Hold the bundles of a plan; `user_config` is that plan as plain values."""
-        await asyncio.to_thread(self._host.follow, Plan.of(user_config))
+        """Hold the bundles of a plan, a later one loaded beside the requests; `user_config` is it as plain values."""
+        await self._follower.follow(Plan.of(user_config))
 
     async def answer(self, stage: str, place: BundlePlace, arguments: tuple[Any, ...]) -> Any:
         """Give what a stage makes of its arguments, or the `Refusal` of the request."""
         try:
+            if not self._host.holds(place):  # a plan that the ingress had first; nobody else waits for it
+                await asyncio.to_thread(self._host.hold, place)
             return (await self._worker.run(lambda: self._host.answer(stage, place, arguments)))[0]
         except RequestError as error:
             return Refusal(error.status, error.code, str(error))

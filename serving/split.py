@@ -104,12 +104,21 @@ class PartHost:
         self._before: set[str] = set()
         self._loading = threading.Lock()
 
+    @property
+    def version(self) -> str:
+        """One of the bundles that are held, "" before there is one."""
+        return next(iter(self._held), "")
+
+    def holds(self, place: BundlePlace) -> bool:
+        """Whether a bundle can answer without being loaded first."""
+        return place.version in self._held
+
     def follow(self, plan: Plan) -> None:
         """Hold the bundles of a plan, and those of the plan before, which requests under way still name."""
         versions = set()
         for role, place in plan.places():
             try:
-                versions.add(self._hold(place).bundle.version)
+                versions.add(self.hold(place).bundle.version)
             except BundleError as error:
                 if role == "champion" and not self._held:
                     raise
@@ -123,11 +132,15 @@ class PartHost:
         """Give the answer of a stage by a bundle, loaded now if it is not held, or the `Refusal` of the request."""
         try:
             with torch.inference_mode():
-                return STAGES[stage](self._hold(place), *arguments)
+                return STAGES[stage](self.hold(place), *arguments)
         except RequestError as error:
             return Refusal(error.status, error.code, str(error))
 
-    def _hold(self, place: BundlePlace) -> "_Held":
+    def hold(self, place: BundlePlace) -> "_Held":
+        """Give what is kept of a bundle, loaded now if need be; nobody waits for a bundle that is not theirs."""
+        held = self._held.get(place.version)
+        if held is not None:
+            return held
         with self._loading:
             held = self._held.get(place.version)
             if held is None:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from serving_world import LATER, PATIENT, PATIENT_SEARCH, WAIT, eventually, free
 from starlette.testclient import TestClient
 from text_world import PROVENANCE, catalogue, item_passages, snapshot, tiny_encoder
 
-from ranking.bundle import write_bundle
+from ranking.bundle import Bundle, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.search_part import SearchContents
@@ -203,6 +204,29 @@ def test_a_part_keeps_only_its_models_and_the_plan_before(world, tmp_path):
     assert set(host._held) == set(versions[1:])
     held = host._held[versions[2]].bundle
     assert (held.retriever, held.index, held.text) == (None, None, None)
+
+
+def test_a_part_answers_while_it_loads_the_next_plan(world, tmp_path, monkeypatch):
+    host, begun, go = PartHost("ranker", "cpu", world.search), threading.Event(), threading.Event()
+    assert host.version == ""
+    host.follow(Plan(BundlePlace(world.bundle, "")))
+    first, load = BundlePlace(world.bundle, host.version), Bundle.load
+
+    def slowly(*arguments):
+        begun.set()
+        assert go.wait(60)
+        return load(*arguments)
+
+    monkeypatch.setattr(Bundle, "load", slowly)
+    second = BundlePlace(publish(tmp_path / "other", 2), "")
+    following = threading.Thread(target=host.follow, args=(Plan(second),))
+    following.start()
+    assert begun.wait(60)
+    assert host.holds(first)
+    assert host.answer("holds", first, ()) == first.version
+    go.set()
+    following.join(60)
+    assert len(host._held) == 2
 
 
 def test_the_serve_yaml_serves_one_plan_everywhere():
