@@ -37,6 +37,19 @@ def test_a_number_is_the_same_to_the_last_digit_in_any_company(seed, k, m, n, on
         assert torch.equal(steady(x[7 : 7 + m], w[60 - n :]), whole[7 : 7 + m, 60 - n :])
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 80), st.integers(2, 40), st.integers(2, 40))
+def test_a_number_does_not_depend_on_how_its_factors_lie_in_memory(seed, k, m, n):
+    draws = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(m, k, generator=draws), torch.randn(n, k, generator=draws)
+    apart = [torch.randn(2 * len(one), k + 5, generator=draws) for one in (x, w)]
+    for place, one in zip(apart, (x, w), strict=True):
+        place[::2, :k] = one
+    ours, theirs = (place[::2, :k] for place in apart)
+    assert torch.equal(product(ours, theirs), product(x, w))
+    assert torch.equal(product(ours.T.contiguous().T, theirs.T.contiguous().T), product(x, w))
+
+
 def test_a_head_and_an_attention_score_a_row_alone_as_among_others():
     torch.manual_seed(0)
     head, network = ScoringHead(40).eval(), AttentionNetwork(40, 36).eval()
