@@ -3,7 +3,8 @@
     bm25     words of the query in the passages                     best `depth`
     dense    inner product of query and passage vectors             best `depth`
     hybrid   both: a convex sum whose weight depends on how much of the query one passage holds, or reciprocal ranks
-    rerank   the reranker orders the best `rerank` anew; what lies below stays as it was
+    rerank   the reranker orders the best `rerank` anew; what lies below stays as it was. Where one passage holds nearly
+             all words of the query the first stage decides: a reranker only loses there
     blend    for a user: 1 / (60 + rank of the search) + personal_weight / (60 + rank by the ranker)
 
 Service, batch job and evaluation use this one class. A request has a time budget. Work stops when it is over, between
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.deadline import Deadline, OutOfTimeError
-from ranking.fusion import POOL, RRF_K, Ranking
+from ranking.fusion import COVERED, POOL, RRF_K, Ranking
 from ranking.search_part import SHIFT, SearchPart
 from ranking.sources import Proposal, SourceQuery
 from ranking.text_backbone import TextTokenizer
@@ -45,6 +46,8 @@ class SearchConfig:
     """passages of each first stage"""
     rerank: int = 20
     """passages at the head of the first stage that are reranked"""
+    rerank_covered: bool = False
+    """rerank also where one passage holds nearly all words of the query, unless the request says itself"""
     items_per_passage: int = 20
     """items of one text that a ranker scores, those most frequent in training"""
     personal_weight: float = 1.0
@@ -76,6 +79,7 @@ class Searched:
         mode: first stage that was used.
         degraded: stages skipped for want of time.
         timings: seconds by stage.
+        covered: whether the reranker was left out because one passage holds nearly all words of the query.
         part: where the passages are from.
         config: how items are drawn from passages, and blended.
     """
@@ -90,6 +94,7 @@ class Searched:
     mode: Mode
     degraded: tuple[str, ...]
     timings: dict[str, float]
+    covered: bool
     part: SearchPart
     config: SearchConfig = field(default_factory=SearchConfig)
 
@@ -208,7 +213,7 @@ class Searcher:
         return Deadline((self.config.budget_ms if budget_ms is None else budget_ms) / 1e3)
 
     def search(
-        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool = True
+        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool | None = None
     ) -> Searched:
         """Give the passages found for a query, best first.
 
@@ -216,14 +221,15 @@ class Searcher:
             query: the text.
             deadline: when to stop; None takes the time it needs, as evaluation does.
             mode: first stage; the best the bundle has if absent.
-            rerank: whether the head is reranked, if the bundle has a reranker.
+            rerank: whether the head is reranked, if the bundle has a reranker; None leaves it to the query: where one
+                passage covers it the first stage decides, unless `rerank_covered`.
 
         Raises:
             RequestError: 409 for vectors from a bundle without an encoder.
         """
         clock = Clock()
         degraded: list[str] = []
-        ranking, used = self._first_stage(query, mode, deadline, degraded, clock)
+        ranking, used, covered = self._first_stage(query, mode, deadline, degraded, clock)
         rows = ranking.rows[0][ranking.rows[0] >= 0]
         found = Searched(
             rows=rows,
@@ -234,12 +240,16 @@ class Searcher:
             mode=used,
             degraded=(),
             timings={},
+            covered=False,
             part=self.part,
             config=self.config,
         )
-        if rerank and self.part.reranker is not None and self.config.rerank and len(rows):
-            found = self._reranked(found, query, deadline, degraded)
-            clock.lap("rerank")
+        if rerank is not False and self.part.reranker is not None and self.config.rerank and len(rows):
+            if rerank is None and covered and not self.config.rerank_covered:
+                found = replace(found, covered=True)
+            else:
+                found = self._reranked(found, query, deadline, degraded)
+                clock.lap("rerank")
         return replace(found, degraded=tuple(degraded), timings=clock.seconds())
 
     def rerank(
@@ -271,7 +281,7 @@ class Searcher:
 
     def _first_stage(
         self, query: str, mode: Mode | None, deadline: Deadline | None, degraded: list[str], clock: Clock
-    ) -> tuple[Ranking, Mode]:
+    ) -> tuple[Ranking, Mode, bool]:
         part, depth = self.part, self.config.depth
         if part.encoder is None or part.index is None:
             if mode in ("dense", "hybrid"):
@@ -284,9 +294,11 @@ class Searcher:
             degraded.append("dense")
             mode = "bm25"
         lexical = dense = None
+        coverage = np.zeros(1)
         places = max(depth, POOL) if mode == "hybrid" else depth
         if mode != "dense":
             lexical = part.bm25.search([query], places)
+            coverage = part.bm25.coverage([query], lexical)
             clock.lap("bm25")
         if mode != "bm25":
             try:
@@ -300,10 +312,10 @@ class Searcher:
         if lexical is None or dense is None:
             found = lexical if dense is None else dense
             assert found is not None, "every mode has a first stage"
-            return found.top(depth), mode
-        found = part.mix.fuse(lexical, dense, part.bm25.coverage([query], lexical), depth)
+            return found.top(depth), mode, bool(coverage[0] >= COVERED)
+        found = part.mix.fuse(lexical, dense, coverage, depth)
         clock.lap("fuse")
-        return found, mode
+        return found, mode, bool(coverage[0] >= COVERED)
 
     def _dense(self, query: str, depth: int, clock: Clock) -> Ranking:
         encoder, index = self.part.encoder, self.part.index

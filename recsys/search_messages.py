@@ -27,7 +27,11 @@ class SearchRequest(Message):
     mode: Mode | None = Field(
         default=None, description="first stage; absent: hybrid where the bundle has an encoder, else bm25"
     )
-    rerank: bool = Field(default=True, description="whether the reranker orders the head of the first stage")
+    rerank: bool | None = Field(
+        default=None,
+        description="whether the reranker orders the head of the first stage; absent: the query decides, and where one "
+        "passage holds nearly all of its words (`covered`) the order stays that of the first stage",
+    )
     budget_ms: int | None = Field(
         default=None, ge=0, le=MAX_BUDGET, description="time the request may take; stages that do not fit are skipped"
     )
@@ -61,6 +65,9 @@ class SearchResponse(Message):
     mode: Mode = Field(description="first stage that was used")
     user_known: bool | None = Field(description="null if no user was given; false: the order is that of the search")
     model_version: str
+    covered: bool = Field(
+        description="the reranker was left out because one passage holds nearly all words of the query"
+    )
     degraded: list[str] = Field(description="stages that were skipped for want of time: `dense`, `rerank`")
     timings: dict[str, float] = Field(description="seconds by stage")
 

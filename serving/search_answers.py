@@ -73,6 +73,7 @@ def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | 
         mode=searched.mode,
         user_known=None if user is None else user.known,
         model_version=bundle.version,
+        covered=searched.covered,
         degraded=list(searched.degraded),
         timings=searched.timings if user is None else searched.after("personal", user.seconds).timings,
     )

@@ -217,7 +217,7 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
         else:
             searcher = elsewhere.searcher(bundle, config)
         for _ in range(WARM_REQUESTS):
-            searcher.search(bundle.text.passages.text(0))
+            searcher.search(bundle.text.passages.text(0), rerank=True)
     if bundle.ranking_model is None:
         return Served(bundle, NoRanker(bundle.version), searcher)
     try:

@@ -209,7 +209,7 @@ def _exact(held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[n
     return held.bundle.index.exact(vectors, k, allowed)
 
 
-def _find(held: _Held, query: str, seconds: float | None, mode: Mode | None, rerank: bool) -> dict[str, Any]:
+def _find(held: _Held, query: str, seconds: float | None, mode: Mode | None, rerank: bool | None) -> dict[str, Any]:
     found = _searcher(held).search(query, None if seconds is None else Deadline(seconds), mode, rerank)
     return {name: getattr(found, name) for name in FOUND}
 
@@ -218,7 +218,7 @@ def _rerank(held: _Held, query: str, documents: Sequence[str], tokens: int, seco
     return _searcher(held).rerank(query, documents, tokens, None if seconds is None else Deadline(seconds))
 
 
-FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded", "timings")
+FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded", "timings", "covered")
 """Of a `Searched`: what travels. The ingress has passages and config itself."""
 
 STAGES: Mapping[str, Callable[..., Any]] = {
@@ -354,7 +354,7 @@ class _Searcher(Searcher):
         self._place = place
 
     def search(
-        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool = True
+        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool | None = None
     ) -> Searched:
         found = self._ask("text", "find", self._place, query, _left(deadline), mode, rerank)
         return Searched(**found, part=self.part, config=self.config)

@@ -185,10 +185,10 @@ def test_a_bundle_searches_with_it_and_without_it_when_time_is_up(tmp_path):
     model = build()
     path = publish_corpus(tmp_path / "bundle", PASSAGES, encoder=tiny_encoder(), reranker=model)
     searcher = Searcher(Bundle.load(path).text, SearchConfig(rerank=5))
-    plain, found = searcher.search(QUERY, rerank=False), searcher.search(QUERY)
+    plain, found = searcher.search(QUERY, rerank=False), searcher.search(QUERY, rerank=True)
     head = [PASSAGES[row] for row in plain.rows[:5].tolist()]
     scores = model.rerank(QUERY, head)
     assert found.rows[:5].tolist() == plain.rows[:5][np.argsort(-scores, kind="stable")].tolist()
     np.testing.assert_allclose(found.scores[:5], np.sort(scores)[::-1], atol=1e-5)
-    late = searcher.search(QUERY, Deadline(0.0), mode="bm25")
+    late = searcher.search(QUERY, Deadline(0.0), mode="bm25", rerank=True)
     assert late.degraded == ("rerank",)

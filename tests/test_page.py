@@ -100,7 +100,7 @@ const driveSearch = async () => {
     await until(() => $("sought").textContent !== "Searching …");
     return orders();
   };
-  report.orders = await search("red tea");
+  report.orders = await search("red tea and bread");
   report.titles = [$("first-title").textContent, $("placed-title").textContent];
   report.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const lists = ["first-order", "placed-order"].map(id => $(id).getBoundingClientRect());
@@ -382,7 +382,7 @@ def test_refusals_and_strangers_are_told_in_words(client, tmp_path):
 @browser
 def test_both_orders_of_a_search_are_shown_side_by_side(tmp_path):
     def texts(**fields) -> list[str]:
-        answer = client.post("/v1/search", json={"query": "red tea", "budget_ms": 60_000, **fields})
+        answer = client.post("/v1/search", json={"query": "red tea and bread", "budget_ms": 60_000, **fields})
         return [hit["text"] for hit in answer.raise_for_status().json()["hits"]]
 
     user = "user-3"
@@ -404,7 +404,7 @@ def test_both_orders_of_a_search_are_shown_side_by_side(tmp_path):
             assert report["changed"] != report["orders"]
             assert report["emptied"]
             assert report["blank"].count("words=red+tea")  # a blank text is not asked for
-        shown = look(client, tmp_path / "address", user=user, words="red tea")  # the address alone is enough
+        shown = look(client, tmp_path / "address", user=user, words="red tea and bread")  # the address alone is enough
         assert names(part(shown, "first-order")) == report["orders"][0]
 
 

@@ -97,7 +97,7 @@ def test_a_search_says_where_each_hit_stood(client):
     assert (plain["mode"], plain["user_known"], plain["degraded"]) == ("hybrid", None, [])
     assert [hit["first_stage_rank"] for hit in plain["hits"]] == list(range(1, 31))
     assert {hit["rerank_rank"] for hit in plain["hits"]} == {None}
-    found = search(client, query="red tea", k=30)
+    found = search(client, query="red tea", rerank=True, k=30)
     assert [hit["rerank_rank"] for hit in found["hits"]] == list(range(1, 31))
     assert [hit["placed_by"] for hit in found["hits"]] == ["rerank"] * 20 + ["hybrid"] * 10
     first = {hit["text"]: hit["first_stage_rank"] for hit in plain["hits"]}
@@ -107,8 +107,17 @@ def test_a_search_says_where_each_hit_stood(client):
     assert {best["document_id"], *best["also"]} == {"item-0", "item-30", "item-60"}
 
 
+def test_an_answer_says_that_the_words_spared_the_reranker(client):
+    plain, found = search(client, query="red tea", rerank=False), search(client, query="red tea")
+    assert (plain["covered"], found["covered"], found["degraded"]) == (False, True, [])
+    assert found["hits"] == plain["hits"]
+    assert "rerank" not in found["timings"]
+    other = search(client, query="red tea and soap")
+    assert (other["covered"], {hit["placed_by"] for hit in other["hits"]}) == (False, {"rerank"})
+
+
 def test_for_a_user_the_order_follows_the_ranker_too(client):
-    found = search(client, query="red tea", user_id="user-3", at=LATER, k=30)
+    found = search(client, query="red tea", rerank=True, user_id="user-3", at=LATER, k=30)
     assert found["user_known"]
     score = [1 / (60 + hit["rerank_rank"]) + 1 / (60 + hit["personal_rank"]) for hit in found["hits"]]
     assert [hit["score"] for hit in found["hits"]] == pytest.approx(score)
@@ -125,18 +134,20 @@ def test_for_a_user_the_order_follows_the_ranker_too(client):
     ]
     history = client.get("/v1/users/user-3/history?limit=10000").json()["events"]
     inline = [{"item_id": event["item_id"], "timestamp": event["timestamp"]} for event in history[::-1]]
-    sent = search(client, query="red tea", history=inline, at=LATER, k=30)
+    sent = search(client, query="red tea", rerank=True, history=inline, at=LATER, k=30)
     assert sent["hits"] == found["hits"]
 
 
 @pytest.mark.parametrize("mode", ["bm25", "dense", "hybrid"])
-@pytest.mark.parametrize("rerank", [True, False])
+@pytest.mark.parametrize("rerank", [True, False, None])
 def test_the_service_answers_what_a_searcher_finds_offline(client, bundles, mode, rerank):
     part = Bundle.load(bundles["search"]).text
     for query in ("red tea", "black jam and white soap", "unheard of"):
         found = Searcher(part).search(query, mode=mode, rerank=rerank)
         fields = {"mode": mode, "rerank": rerank, "k": 100, "budget_ms": 60_000}
-        hits = search(client, query=query, **fields)["hits"]
+        answer = search(client, query=query, **fields)
+        hits = answer["hits"]
+        assert answer["covered"] == found.covered
         assert [hit["text"] for hit in hits] == [part.passages.text(row) for row in found.rows.tolist()]
         assert [hit["score"] for hit in hits] == found.scores.tolist()
         assert [hit["first_stage_rank"] for hit in hits] == found.first.tolist()
@@ -194,7 +205,7 @@ def test_past_its_budget_a_search_keeps_the_first_stage_and_says_so(client, open
     before = with_reranker(opened["search"], slow)
     try:
         plain = search(client, query="red tea", rerank=False)
-        found = search(client, query="red tea", budget_ms=1_500)
+        found = search(client, query="red tea", rerank=True, budget_ms=1_500)
         assert found["degraded"] == ["rerank"]
         assert [hit["text"] for hit in found["hits"]] == [hit["text"] for hit in plain["hits"]]
         assert slow.scored < 20, "the work went on behind the answer"
@@ -208,7 +219,7 @@ def test_past_its_budget_a_search_keeps_the_first_stage_and_says_so(client, open
         assert (kept["meta"]["model"], kept["meta"]["truncated"]) == ("first_stage", [])
     finally:
         opened["search"].swap(before)
-    nothing = search(client, query="red tea", budget_ms=0, user_id="user-3")
+    nothing = search(client, query="red tea", rerank=True, budget_ms=0, user_id="user-3")
     assert (nothing["mode"], nothing["degraded"]) == ("bm25", ["dense", "rerank", "personal"])
     assert 'recsys_degraded_total{stage="rerank"}' in client.get("/metrics").text
 
@@ -232,7 +243,7 @@ def test_no_request_without_text_waits_for_a_text_model(opened):
     before = with_reranker(opened["search"], held)
     try:
         with client_of(opened["search"]) as client, ThreadPoolExecutor(2) as clients:
-            searching = clients.submit(search, client, query="red tea", budget_ms=60_000)
+            searching = clients.submit(search, client, query="red tea", rerank=True, budget_ms=60_000)
             assert held.entered.acquire(timeout=WAIT)
             reranking = clients.submit(rerank, client, query="red", documents=["red tea"])
             assert held.entered.acquire(timeout=WAIT)

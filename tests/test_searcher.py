@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_world import NAMES, WordCount, publish_corpus, publish_search, snapshot, tiny_encoder, tiny_tokenizer
+from text_world import (
+    COLOURS,
+    NAMES,
+    THINGS,
+    WordCount,
+    publish_corpus,
+    publish_search,
+    snapshot,
+    tiny_encoder,
+    tiny_tokenizer,
+)
 
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
@@ -181,6 +191,33 @@ def test_the_reranker_orders_the_head_and_leaves_the_rest(bundle):
     assert (found.reranked, found.degraded) == (5, ())
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "bm25", "dense"])
+@given(words=st.lists(st.sampled_from([*COLOURS, *THINGS, "unheard"]), min_size=1, max_size=4, unique=True))
+@settings(deadline=None, max_examples=40)
+def test_where_one_passage_holds_the_query_the_first_stage_decides(bundle, mode, words):
+    query = " ".join(words)
+    held = any(set(words) - {"unheard"} <= set(name.split()) for name in NAMES) and words != ["unheard"]
+    spared = held and mode != "dense"  # which looks for no words
+    searcher = Searcher(bundle.text)
+    plain, asked = (searcher.search(query, mode=mode, rerank=rerank) for rerank in (False, True))
+    found = searcher.search(query, mode=mode)
+    expected = plain if spared else asked
+    assert (found.covered, found.reranked) == (spared, expected.reranked)
+    assert found.rows.tolist() == expected.rows.tolist()
+    assert found.degraded == ()
+    assert (plain.covered, asked.covered) == (False, False)
+    always = Searcher(bundle.text, SearchConfig(rerank_covered=True)).search(query, mode=mode)
+    assert (always.covered, always.rows.tolist()) == (False, asked.rows.tolist())
+    alone = Searcher(dataclasses.replace(bundle.text, reranker=None)).search(query, mode=mode)
+    assert (alone.covered, alone.rows.tolist()) == (False, plain.rows.tolist())
+
+
+def test_a_search_spared_the_reranker_is_not_told_of_missing_time(bundle):
+    found = Searcher(dataclasses.replace(bundle.text, reranker=Broken())).search("blue jam", Deadline(60))
+    assert (found.covered, found.degraded, found.reranked) == (True, (), 0)
+    assert "rerank" not in found.timings
+
+
 class Steps:
     """A clock that goes on by one each time it is read."""
 
@@ -197,14 +234,14 @@ def test_reranking_stops_when_the_time_is_up(bundle, budget):
     reranker = WordCount()
     searcher = Searcher(dataclasses.replace(bundle.text, reranker=reranker))
     plain = searcher.search("blue jam", rerank=False)
-    found = searcher.search("blue jam", Deadline(budget, Steps()))
+    found = searcher.search("blue jam", Deadline(budget, Steps()), rerank=True)
     assert found.degraded == ("rerank",)
     assert found.rows.tolist() == plain.rows.tolist()
     assert 0 < reranker.scored < budget
 
 
 def test_without_any_time_words_alone_are_searched(bundle):
-    found = Searcher(bundle.text).search("blue jam", Deadline(0))
+    found = Searcher(bundle.text).search("blue jam", Deadline(0), rerank=True)
     assert (found.mode, found.degraded) == ("bm25", ("dense", "rerank"))
     assert found.rows.tolist() == Searcher(bundle.text).search("blue jam", mode="bm25", rerank=False).rows.tolist()
 
@@ -218,11 +255,11 @@ class Broken:
 
 def test_with_users_waiting_a_model_that_fails_is_left_out(bundle):
     part = dataclasses.replace(bundle.text, encoder=Broken(), reranker=Broken())
-    found = Searcher(part).search("blue jam", Deadline(60))
+    found = Searcher(part).search("blue jam", Deadline(60), rerank=True)
     assert (found.mode, found.degraded) == ("bm25", ("dense", "rerank"))
     assert len(found)
     with pytest.raises(ZeroDivisionError):
-        Searcher(part).search("blue jam")
+        Searcher(part).search("blue jam", rerank=True)
 
 
 def test_a_bundle_of_words_alone(tmp_path):

@@ -103,7 +103,10 @@ def requests(part: SearchPart, size: Size) -> dict[str, tuple[Callable[[str], ob
         with_one = dataclasses.replace(part, reranker=reranker, tokenizer=reranker.tokenizer)  # type: ignore[attr-defined]
         for head in size.heads:
             searcher = Searcher(with_one, SearchConfig(rerank=head))
-            kinds[f"search hybrid + {name} {head}"] = (searcher.search, head)
+            kinds[f"search hybrid + {name} {head}"] = (
+                lambda query, at=searcher: at.search(query, rerank=True),
+                head,
+            )
         for length in size.lists:
             documents = [part.passages.text(row) for row in range(length)]
             kinds[f"rerank {length} by {name}"] = (
