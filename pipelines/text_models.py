@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipelines.encoder_task import EncoderTask, State
-from pipelines.first_stages import PLACES, FirstStages
+from pipelines.first_stages import NATURAL, PLACES, FirstStages
+from pipelines.neighbour_task import NeighbourTask, Source
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
@@ -69,10 +71,7 @@ def training_queries(
     train = cut_queries(options, source, "train")
     dev = cut_queries(options, source, "dev")
     if options.natural:
-        natural = read_queries(Path(options.path), corpus, options.natural)
-        held = [split_of(corpus.name, f"query/{key}") == "dev" for key in natural.ids]
-        train["natural"] = natural.only([place for place, out in enumerate(held) if not out])
-        dev["natural"] = natural.only([place for place, out in enumerate(held) if out])
+        train[NATURAL], dev[NATURAL] = natural_queries(Path(options.path), corpus, options.natural)
     limited = {kind: sample(queries, options.dev_queries, 0) for kind, queries in dev.items() if len(queries)}
     if not limited:
         raise ConfigError("[corpus]: 0 dev queries; name a natural split, keyword or shorter part_of_passage lengths")
@@ -105,6 +104,7 @@ def train(
     encoder: Callable[[TextTrainConfig], DenseEncoder] = plain_encoder,
     model: Callable[[TextTrainConfig], Any] = build_model,
     states: dict[str, State] | None = None,
+    read: dict[tuple[int, ...], Tensor] | None = None,
 ) -> TextRun:
     """Train a text model, or go on with the run `directory` holds.
 
@@ -118,6 +118,7 @@ def train(
         encoder: gives the first stage's encoder.
         model: gives the model with its initial weights.
         states: what a frozen backbone made of queries in earlier runs with the same kind of weights; it is added to.
+        read: what the layers below the top ones made of passages in earlier runs cut at the same one; it is added to.
     """
     corpus = open_corpus(config.corpus.path, items)
 
@@ -128,6 +129,12 @@ def train(
     def build() -> Task:
         stages = FirstStages(corpus, encoder(config), cache, report=encoded)
         made = model(config)
+        if config.batches == "passages":
+            also = [open_corpus(path, items) for path in config.corpus.also]
+            each = [stages, *(FirstStages(one, stages.encoder, cache, report=encoded) for one in also)]
+            return NeighbourTask(
+                config, made, neighbour_sources(config.corpus, each, made), {} if read is None else read
+            )
         queries, dev = training_queries(corpus, config.corpus, PairSource(corpus, made.tokenizer))
         if config.name == "lexsembridge":
             return EncoderTask(config, made, stages, queries, dev, {} if states is None else states)
@@ -138,6 +145,34 @@ def train(
 
     inputs = {"passages": sha256_json(corpus.passages), "corpus": corpus.name}
     return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, report)
+
+
+def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model: LexSemBridge) -> list[Source]:
+    """Give what corpora teach: natural queries where they have the split, dev spans and keywords of the first one.
+
+    Raises:
+        ConfigError: no corpus has natural queries of the split that is named.
+    """
+    made, found = [], not options.natural
+    for place, (path, stages) in enumerate(zip((options.path, *options.also), each, strict=True)):
+        dev = cut_queries(options, PairSource(stages.corpus, model.tokenizer), "dev") if place == 0 else {}
+        learn = held = Queries([], [], [])
+        if options.natural and (Path(path) / "qrels" / f"{options.natural}.tsv").exists():
+            learn, held = natural_queries(Path(path), stages.corpus, options.natural)
+            found = True
+        if len(held):
+            dev[NATURAL] = held
+        made.append(Source(stages, learn, {kind: sample(one, options.dev_queries, 0) for kind, one in dev.items()}))
+    if not found:
+        raise ConfigError(f"[corpus] natural = {options.natural!r}: no corpus has qrels/{options.natural}.tsv")
+    return made
+
+
+def natural_queries(directory: Path, corpus: Corpus, split: str) -> tuple[Queries, Queries]:
+    """Give the natural queries of one split to train on and those for dev, a tenth of them, by their ids."""
+    natural = read_queries(directory, corpus, split)
+    held = [split_of(corpus.name, f"query/{key}") == "dev" for key in natural.ids]
+    return tuple(natural.only([place for place, out in enumerate(held) if out is dev]) for dev in (False, True))  # type: ignore[return-value]
 
 
 def _pool(stages: FirstStages, kinds: dict[str, Queries]) -> Pool:

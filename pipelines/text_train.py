@@ -26,6 +26,8 @@ CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
 """directory of the finished model in that of its run"""
 
+SHORTEST_WINDOW = 8
+
 Report = Callable[[int, int, str], None]
 
 
@@ -297,6 +299,8 @@ class CorpusConfig:
     """most dev queries of a kind"""
     terms: int = 5
     """of a keyword query"""
+    also: tuple[str, ...] = ()
+    """folders of more corpora to learn from, with `batches = "passages"`; dev spans and keywords are those of `path`"""
 
 
 @dataclass(frozen=True)
@@ -314,6 +318,17 @@ class TextTrainConfig:
     """places of the first stage that a reranker's negatives are drawn from"""
     train: Literal["fusion", "full"] = "fusion"
     """fusion freezes the backbone: passages, and pairs of a reranker, are encoded once, and an index stays valid"""
+    batches: Literal["queries", "passages"] = "queries"
+    """of LexSemBridge in full: queries with a positive and hard negatives each, as in the paper, or `rows` neighbouring
+    passages with `cuts` queries each (`pipelines.neighbour_task`)"""
+    cuts: int = 3
+    """queries cut from a passage of a step, with `batches = "passages"`, as the next three"""
+    layers: int = 0
+    """top layers of the backbone that learn; 0 for all of it"""
+    train_tokens: int = 128
+    """of a training passage's window, special tokens included"""
+    bfloat16: bool = False
+    """run the backbone in bfloat16 while training: faster where the processor multiplies it, far slower elsewhere"""
     temperature: float = 0.02
     orthogonal: float = 1.0
     """weight of MVP's orthogonal term"""
@@ -331,6 +346,15 @@ class TextTrainConfig:
         if self.group < 2 or self.rows < 1 or self.depth < 2:
             raise ConfigError(
                 f"rows is {self.rows}, group {self.group}, depth {self.depth}; expected at least 1, 2 and 2"
+            )
+        if self.batches == "passages" and (self.train != "full" or self.name != "lexsembridge"):
+            raise ConfigError(
+                f"batches = 'passages' is for lexsembridge with train = 'full', found {self.name} with {self.train!r}"
+            )
+        if self.cuts < 1 or self.layers < 0 or self.train_tokens < SHORTEST_WINDOW:
+            raise ConfigError(
+                f"cuts is {self.cuts}, layers {self.layers}, train_tokens {self.train_tokens}; "
+                f"expected at least 1, 0 and {SHORTEST_WINDOW}"
             )
         if self.positives < 1 or self.rank_tau <= 0:
             raise ConfigError(

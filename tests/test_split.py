@@ -5,7 +5,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import psutil
@@ -20,13 +20,14 @@ from ranking.bundle import Bundle, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.search_part import SearchContents
+from ranking.searcher import Searched
 from recsys.config import parse
 from recsys.errors import ConfigError, PartError
 from serving.app import Limits, create_app
 from serving.host import ServeConfig, node_settings, start
 from serving.lineup import BundlePlace, Plan
 from serving.settings import load_into, load_plan, open_service
-from serving.split import PARTS, Elsewhere, PartHost, Refusal
+from serving.split import FOUND, PARTS, Elsewhere, PartHost, Refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
 
@@ -249,3 +250,7 @@ def test_a_shell_reads_the_environment_of_a_node_as_the_service_does():
 def test_a_size_out_of_range_is_named(world, key, value):
     with pytest.raises(ConfigError, match=key):
         parse(ServeConfig, {"bundle": "b", "snapshot": "s", "state": "t", "split": {key: value}}, "[serve]")
+
+
+def test_all_of_a_search_travels():
+    assert {*FOUND, "part", "config"} == {each.name for each in fields(Searched)}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from text_reranking import HEADLINE, PLACES, learner, reader, rerank_cost, reranking
 from text_reranking import ROWS as ROWS_OF_RERANKERS
+from torch import Tensor
 
 from pipelines.encoder_task import State
 from pipelines.first_stages import FirstStages, dense_search
@@ -111,6 +112,16 @@ def first_stages(place: Place, name: str) -> dict[str, Any]:
     return out
 
 
+BY_PASSAGES = [
+    *("train=full", "batches=passages", "layers=2", "rows=24", "cuts=3", "train_tokens=160", "bfloat16=true"),
+    *("corpus.natural=train", "optimiser.learning_rate=3e-4", "stop.steps=140", "stop.validate_every=35"),
+]
+"""Full training by neighbouring passages of all three corpora: the top two layers of both towers, and the fusion."""
+FRESH = {"linear_map": 1e-4}
+"""Rate of the fusion's parameters in it where it is not 3e-3: a matrix of small entries moves faster than a vector."""
+READ: dict[tuple[int, ...], Tensor] = {}
+"""What the layers below the top two made of passages: runs in one process share it."""
+
 STATES: dict[tuple[str, str], dict[str, State]] = {}
 """What the frozen backbone made of queries, by corpus and what is kept of it: runs in one process share it."""
 
@@ -124,7 +135,11 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
         sets += ["corpus.unit=token", "corpus.part_of_passage=[16, 32]", "corpus.terms=5"]
     if how == "full":
         sets += ["group=2", "stop.steps=150", "stop.validate_every=50", "rows=16"]
-    if name == "scifact":
+    if how == "passages":
+        also = [str(place.data / other) for other in CORPORA if other != name]
+        sets = [one for one in sets if not one.startswith("train=")] + BY_PASSAGES
+        sets += [f"corpus.also={also}", f"optimiser.learning_rate_fresh={FRESH.get(kind, 3e-3)}"]
+    elif name == "scifact":
         sets += ["corpus.natural=train"]
     config = load_text_config(CONFIGS / "lexsembridge.toml", sets)
     directory = place.work / "runs" / f"{name}-{kind}-{how}-{seed}"
@@ -134,11 +149,13 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
         directory,
         place.work / "cache",
         f"sqlite:///{place.work.resolve()}/mlflow.db",
+        lambda done, total, what: print(f"  {done}/{total} {what}", flush=True) if done % 10 == 0 else None,
         states=STATES.setdefault((name, kind if kind in ("llr", "clr") else "pooled"), {}),
+        read=READ,
     )
     model = load_encoder(run.model)
     passages = stages.passage_vectors if how == "fusion" else model.encode_passages(stages.corpus.passages)
-    out: dict[str, Any] = {"train": run.table(), "tasks": {}, "per_query": {}}
+    out: dict[str, Any] = {"train": {**run.table(), "curve": run.progress.curve}, "tasks": {}, "per_query": {}}
     for task, queries in place.tasks(stages).items():
         dense = dense_search(model.encode_queries(queries.texts), passages, POOL)
         found, plain = dense.top(100), stages.dense(queries.texts)
@@ -209,6 +226,10 @@ def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
         for kind in ("off", "slr"):
             key = f"lexsembridge-{name}-{kind}-full-0"
             made[key] = lambda p, name=name, kind=kind: lexsembridge(p, name, kind, 0, "full")
+        for kind in ("off", "c_only", "linear_map", "slr", "llr"):
+            for seed in SEEDS if kind in ("off", "slr") else SEEDS[:1]:
+                key = f"lexsembridge-{name}-{kind}-passages-{seed}"
+                made[key] = lambda p, a=(name, kind, seed): lexsembridge(p, *a, "passages")
     for name in ("cranfield", "scifact"):
         for row in ROWS_OF_RERANKERS:
             for seed in SEEDS if row in HEADLINE else SEEDS[:1]:

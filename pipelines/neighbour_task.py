@@ -1,0 +1,256 @@
+"""Training LexSemBridge in full by passages: each brings queries cut from it, and its neighbours are their negatives.
+
+An in-batch step by queries reads two long texts for each short one, and most of its negatives are easy. Here a step
+draws groups of passages that the plain encoder places near each other and cuts `cuts` queries from each: long texts
+are few, short ones many, and what a query has to be told from is what it is mistaken for. Passages are windows of
+`train_tokens` tokens at a place of their own. Of the backbone the top `layers` learn (0: all); what lies below reads
+each window once (`ranking.top_layers`). Several corpora train together; natural queries, where there are any, join as
+they are.
+
+    B queries    C passages    L tokens    d width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipelines.first_stages import FirstStages, dense_search
+from pipelines.text_corpus import Queries
+from pipelines.text_measures import measure
+from pipelines.text_pairs import PairSource, normalised
+from pipelines.text_train import TextTrainConfig, contrastive_loss
+from ranking.dense_encoder import pool
+from ranking.lexsembridge import LexSemBridge
+from ranking.text_backbone import padded, passes
+from ranking.text_models import Vectors
+from ranking.top_layers import TopLayers
+from recsys.errors import ConfigError, DataError
+from recsys.randomness import generator
+
+NEIGHBOURS, REACH = 12, 2
+"""Passages of a group, and of how many times as many nearest ones they are drawn: the nearer, the harder to tell."""
+KEYWORDS = 0.25
+"""Share of the cut queries that are of keywords, 3 to 5 of the best `TERMS`; the rest are spans."""
+TERMS = 8
+SPANS = (8, 16, 16, 24)
+"""Tokens of a span, drawn evenly."""
+NATURAL = 6
+"""Natural queries of a step, where there are any: each brings a passage of its own."""
+DISTRACTORS = 300
+"""Other passages in the dev search."""
+QUERY_TOKENS = 1024
+"""of a forward pass of queries"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one corpus gives: first stages over it, and its natural training and dev queries, empty if it has none."""
+
+    stages: FirstStages
+    natural: Queries
+    dev: dict[str, Queries]
+
+
+@dataclass
+class NeighbourTask:
+    """The task of `pipelines.text_train` for a `LexSemBridge` that learns by passages.
+
+    Args:
+        config: the run; `rows` passages a step.
+        model: with its initial weights.
+        sources: corpora whose training documents it learns from, with the dev queries that choose the best step.
+        read: states below the top layers, by text; runs over one backbone, cut at one layer, may share them.
+    """
+
+    config: TextTrainConfig
+    model: LexSemBridge
+    sources: Sequence[Source]
+    read: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model.config.weights == "clr" or self.model.config.fusion_passages:
+            raise ConfigError("batches = 'passages' trains slr, llr and the controls, with plain passages")
+        self.cut = TopLayers.of(self.model.transformer, self.config.layers) if self.config.layers else None
+        self.documents = [
+            (source, row) for source in self.sources for row in PairSource(source.stages.corpus).rows("train")
+        ]
+        if len(self.documents) < 2:
+            raise DataError(f"{len(self.documents)} training documents; expected at least 2")
+
+    @property
+    def fresh(self) -> Sequence[nn.Parameter]:
+        """The fusion's parameters."""
+        return list(self.model.lexicon.parameters())
+
+    # What is drawn.
+
+    @cached_property
+    def windows(self) -> list[list[int]]:
+        """Token ids of each training document's window, without special tokens."""
+        room = self.config.train_tokens - len(self.model.tokenizer.prefix) - len(self.model.tokenizer.suffix)
+        made = []
+        for source, row in self.documents:
+            corpus = source.stages.corpus
+            ids = self.model.tokenizer.pieces([corpus.passages[row]])[0]
+            draws = generator(0, 0, f"window/{corpus.name}/{corpus.ids[row]}")
+            start = int(draws.integers(max(len(ids) - room, 0) + 1))
+            made.append(ids[start : start + room])
+        return made
+
+    @cached_property
+    def keywords(self) -> list[list[str]]:
+        """The best terms of each training document."""
+        found: list[list[str]] = []
+        for source in self.sources:
+            pairs = PairSource(source.stages.corpus)
+            rows = pairs.rows("train")
+            made = pairs.keyword(rows, TERMS)
+            of_row = {next(iter(grades)): text for text, grades in zip(made.texts, made.grades, strict=True)}
+            found += [of_row.get(row, "").split() for row in rows]
+        return found
+
+    @cached_property
+    def vectors(self) -> Vectors:
+        """Plain vectors of the training documents, which say who is near to whom."""
+        rows = [
+            (source.stages.passage_vectors, PairSource(source.stages.corpus).rows("train")) for source in self.sources
+        ]
+        return np.concatenate([vectors[own] for vectors, own in rows])
+
+    @cached_property
+    def natural(self) -> list[tuple[str, list[int]]]:
+        """Natural training queries with the places of their documents among the training ones."""
+        place = {(id(source), row): at for at, (source, row) in enumerate(self.documents)}
+        found = []
+        for source in self.sources:
+            for text, grades in zip(source.natural.texts, source.natural.grades, strict=True):
+                own = [place.get((id(source), row), -1) for row, grade in grades.items() if grade > 0]
+                found.append((text, [at for at in own if at >= 0]))
+        return [one for one in found if one[1]]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Normalised training documents: equal ones are never each other's negatives."""
+        return [normalised(source.stages.corpus.passages[row]) for source, row in self.documents]
+
+    def batch(self, step: int) -> tuple[list[int], list[list[int]], list[int]]:
+        """Give passages, the token ids of queries, and each query's passage by its column, of one step."""
+        draws = generator(self.config.seed, step, "passage batch")
+        passages: list[int] = []
+        wanted = min(self.config.rows, len(self.documents))
+        while len(passages) < wanted:
+            seed = int(draws.integers(len(self.documents)))
+            near = np.argsort(-(self.vectors @ self.vectors[seed]), kind="stable")[: REACH * NEIGHBOURS].tolist()
+            group = [seed, *draws.permutation(near)[: NEIGHBOURS - 1].tolist()]
+            passages += [one for one in dict.fromkeys(group) if one not in passages]
+        passages = passages[:wanted]
+        queries, target = [], []
+        for column, passage in enumerate(passages):
+            for _ in range(self.config.cuts):
+                queries.append(self._cut(passage, draws))
+                target.append(column)
+        chosen = draws.permutation(len(self.natural))[:NATURAL].tolist()
+        for text, own in (self.natural[one] for one in chosen):
+            passages.append(own[int(draws.integers(len(own)))])
+            queries.append(self.model.tokenizer.encode([text], self.model.config.max_query_len)[0])
+            target.append(len(passages) - 1)
+        return passages, queries, target
+
+    def _cut(self, passage: int, draws: np.random.Generator) -> list[int]:
+        tokenizer, words, window = self.model.tokenizer, self.keywords[passage], self.windows[passage]
+        if words and draws.random() < KEYWORDS:
+            some = sorted(draws.permutation(len(words))[: int(draws.integers(3, 6))].tolist())
+            return tokenizer.encode([" ".join(words[place] for place in some)], self.model.config.max_query_len)[0]
+        length = min(int(draws.choice(SPANS)), len(window))
+        start = int(draws.integers(len(window) - length + 1))
+        return [*tokenizer.prefix, *window[start : start + length], *tokenizer.suffix]
+
+    # A step.
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Give the contrastive loss of one step, and how far the fusion turns the queries."""
+        passages, queries, target = self.batch(step)
+        tokenizer = self.model.tokenizer
+        windows = [[*tokenizer.prefix, *self.windows[one], *tokenizer.suffix] for one in passages]
+        columns = torch.tensor([self._same[one] for one in passages])
+        targets = torch.tensor(target)
+        also = columns[None] == columns[targets][:, None]
+        also[torch.arange(len(target)), targets] = False
+        plain, enhanced = self._queries(queries)
+        loss = contrastive_loss(enhanced, self._plain(windows, keep=True), targets, also, self.config.temperature)
+        return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
+
+    @cached_property
+    def _same(self) -> list[int]:
+        number: dict[str, int] = {}
+        return [number.setdefault(text, len(number)) for text in self.texts]
+
+    def _hidden(self, rows: Sequence[Sequence[int]], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Give ids and mask [N, L] and the last hidden states [N, L, d] in float32; `keep` those below for later."""
+        ids, mask = padded(rows, self.model.tokenizer.pad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+            if self.cut is None:
+                return ids, mask, self.model.transformer(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            below = self._below(rows, ids, mask) if keep else self.cut.read(ids, mask)
+            return ids, mask, self.cut.finish(below, mask).float()
+
+    def _below(self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor) -> Tensor:
+        assert self.cut is not None
+        keys = [tuple(row) for row in rows]
+        missing = [place for place, key in enumerate(keys) if key not in self.read]
+        if missing:
+            for place, states in zip(missing, self.cut.read(ids[missing], mask[missing]), strict=True):
+                self.read[keys[place]] = states[: len(rows[place])].half()
+        return nn.utils.rnn.pad_sequence([self.read[key].float() for key in keys], batch_first=True)
+
+    def _plain(self, rows: Sequence[Sequence[int]], keep: bool) -> Tensor:
+        _, mask, hidden = self._hidden(rows, keep)
+        return F.normalize(pool(hidden, mask, self.model.config.pool), dim=-1)
+
+    def _queries(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Give plain and enhanced vectors [B, d] of queries, read in passes of like length."""
+        plain: list[Tensor] = []
+        enhanced: list[Tensor] = []
+        order: list[NDArray[np.int64]] = []
+        for chosen in passes([len(row) for row in rows], QUERY_TOKENS):
+            ids, mask, hidden = self._hidden([rows[place] for place in chosen], keep=False)
+            raw = pool(hidden, mask, self.model.config.pool)
+            plain.append(F.normalize(raw, dim=-1))
+            enhanced.append(self.model.lexicon(plain[-1], ids, mask, hidden, raw))
+            order.append(chosen)
+        back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
+        return torch.cat(plain)[back], torch.cat(enhanced)[back]
+
+    # Dev.
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
+        found = {}
+        for source in self.sources:
+            for kind, queries in source.dev.items():
+                rows = self._dev_rows(source, queries)
+                place = {row: new for new, row in enumerate(rows)}
+                grades = [{place[row]: grade for row, grade in one.items()} for one in queries.grades]
+                model, passages = self.model, source.stages.corpus.passages
+                tokens = model.tokenizer.encode([passages[row] for row in rows], model.config.max_passage_len)
+                vectors = torch.empty(len(rows), model.dim)
+                for chosen in passes([len(one) for one in tokens]):
+                    vectors[chosen] = self._plain([tokens[at] for at in chosen], keep=True)
+                _, asked = self._queries(model.tokenizer.encode(queries.texts, model.config.max_query_len))
+                values = measure(
+                    dense_search(asked.numpy(), vectors.numpy()), Queries(queries.ids, queries.texts, grades)
+                )
+                found[f"{source.stages.corpus.name}/{kind}/ndcg_at_10"] = float(values["ndcg_at_10"].mean())
+        return {"ndcg_at_10": float(np.mean(list(found.values()))), **found}
+
+    def _dev_rows(self, source: Source, queries: Queries) -> list[int]:
+        judged = {row for grades in queries.grades for row in grades}
+        others = generator(0, 0, "distractors").permutation(len(source.stages.corpus))[:DISTRACTORS]
+        return sorted(judged | set(others.tolist()))

@@ -1,0 +1,121 @@
+"""Full training by neighbouring passages: what it draws, what it leaves alone, and a backbone cut in two."""
+
+import re
+
+import pytest
+import tiny_text
+import torch
+
+from pipelines.first_stages import FirstStages
+from pipelines.neighbour_task import NeighbourTask
+from pipelines.shipped import CONFIGS
+from pipelines.text_corpus import read_corpus
+from pipelines.text_models import load_text_config, neighbour_sources
+from pipelines.text_pairs import split_of
+from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.lexsembridge import LexSemBridge
+from ranking.text_backbone import padded
+from ranking.top_layers import TopLayers
+from recsys.errors import ConfigError
+
+SETTINGS = [
+    *("train=full", "batches=passages", "layers=1", "train_tokens=12", "rows=8", "seed=1"),
+    *("corpus.unit=word", "corpus.part_of_passage=[4]", "corpus.natural=train", "model.max_passage_len=48"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_text.beir(tmp_path / "tiny")
+
+
+@pytest.fixture
+def encoder():
+    return DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+
+
+def by_passages(folder, encoder, *extra, also=()):
+    sets = [*SETTINGS, f"corpus.path={folder}", f"corpus.also={[str(one) for one in also]}", *extra]
+    config = load_text_config(CONFIGS / "lexsembridge.toml", sets)
+    torch.manual_seed(config.seed)
+    model = LexSemBridge(config.model, tiny_text.bert(), tiny_text.tokenizer())
+    each = [FirstStages(read_corpus(path), encoder, folder / "cache") for path in (folder, *also)]
+    return NeighbourTask(config, model, neighbour_sources(config.corpus, each, model))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_transformer_cut_in_two_gives_the_states_of_the_whole(layers):
+    transformer = tiny_text.bert()
+    ids, mask = padded([[8, 11, 12, 13, 9], [8, 14, 9]], 0)
+    expected = transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+    cut = TopLayers.of(transformer, layers)
+    found = cut.finish(cut.read(ids, mask), mask)
+    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=0, atol=1e-5)
+    found.sum().backward()
+    learned = {name for name, parameter in transformer.named_parameters() if parameter.grad is not None}
+    assert learned == {name for name, p in transformer.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in learned} == {str(place) for place in range(2 - layers, 2)}
+
+
+def test_a_transformer_is_cut_at_a_layer_it_has():
+    with pytest.raises(ConfigError, match="layers is 3; expected 1 to 2"):
+        TopLayers.of(tiny_text.bert(), 3)
+    with pytest.raises(ConfigError, match="T5Model is not built like BERT"):
+        TopLayers.of(tiny_text.t5(), 1)
+
+
+def test_neighbouring_passages_bring_queries_of_their_own_and_nobody_held_out(folder, encoder, tmp_path):
+    other = tiny_text.beir(tmp_path / "other", documents=30)
+    task = by_passages(folder, encoder, also=[other])
+    for source, row in task.documents:
+        corpus = source.stages.corpus
+        assert split_of(corpus.name, corpus.ids[row]) == "train"
+    assert {source.stages.corpus.name for source, _ in task.documents} == {folder.name, "other"}
+    windows = [" ".join(map(str, window)) for window in task.windows]
+    natural = {tuple(task.model.tokenizer.encode([text], 64)[0]) for text, _ in task.natural}
+    for step in range(20):
+        passages, queries, target = task.batch(step)
+        assert (passages, queries, target) == task.batch(step)
+        own = passages[: task.config.rows]
+        assert len(set(own)) == len(own) == 8
+        for query, column in zip(queries, target, strict=True):
+            words = query[1:-1]
+            span = " ".join(map(str, words)) in windows[passages[column]]
+            text = task.texts[passages[column]].split()
+            keyword = {task.model.tokenizer.tokenizer.id_to_token(word) for word in words} <= set(text)
+            assert span or keyword or tuple(query) in natural
+        assert target[: task.config.cuts * 8] == [column for column in range(8) for _ in range(task.config.cuts)]
+
+
+def test_how_many_layers_learn_does_not_change_the_first_loss(folder, encoder):
+    losses = [float(by_passages(folder, encoder, f"layers={layers}").loss(3)[0]) for layers in (0, 1, 2)]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-3)  # kept states have half precision
+
+
+def test_training_by_passages_learns_what_it_is_shown(folder, encoder):
+    task = by_passages(folder, encoder, "model.weights=slr", "temperature=0.1")
+    steps = torch.optim.Adam([p for p in task.model.parameters() if p.requires_grad], lr=1e-2)
+    first = float(task.loss(0)[0])
+    for _ in range(30):
+        steps.zero_grad()
+        task.loss(0)[0].backward()
+        steps.step()
+    assert float(task.loss(0)[0]) < 0.5 * first
+    assert task.model.lexicon.W.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            "train=fusion",
+            "is for lexsembridge with train = 'full', found lexsembridge with 'fusion'",
+        ),
+        ("cuts=0", "cuts is 0, layers 1, train_tokens 12; expected at least 1, 0 and 8"),
+        ("model.fusion_passages=true", "plain passages"),
+        ("corpus.natural=tarin", "no corpus has qrels/tarin.tsv"),
+    ],
+)
+def test_what_training_by_passages_cannot_do_is_refused(folder, encoder, change, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        by_passages(folder, encoder, change)
