@@ -7,6 +7,9 @@ are few, short ones many, and what a query has to be told from is what it is mis
 each window once (`ranking.top_layers`). Several corpora train together; natural queries, where there are any, join as
 they are.
 
+With `train = "fusion"` the backbone is frozen: passage vectors are known, so every query is asked among all training
+documents, whole, at the cost of a product.
+
     B queries    C passages    L tokens    d width
 """
 
@@ -76,7 +79,11 @@ class NeighbourTask:
     def __post_init__(self) -> None:
         if self.model.config.weights == "clr" or self.model.config.fusion_passages:
             raise ConfigError("batches = 'passages' trains slr, llr and the controls, with plain passages")
-        self.cut = TopLayers.of(self.model.transformer, self.config.layers) if self.config.layers else None
+        self.frozen = self.config.train == "fusion"
+        if self.frozen:
+            self.model.transformer.requires_grad_(False)
+        learns = self.config.layers > 0 and not self.frozen
+        self.cut = TopLayers.of(self.model.transformer, self.config.layers) if learns else None
         self.documents = [
             (source, row) for source in self.sources for row in PairSource(source.stages.corpus).rows("train")
         ]
@@ -176,25 +183,46 @@ class NeighbourTask:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Give the contrastive loss of one step, and how far the fusion turns the queries."""
         passages, queries, target = self.batch(step)
+        if self.frozen:
+            return self._frozen_loss(queries, [passages[column] for column in target])
         tokenizer = self.model.tokenizer
         windows = [[*tokenizer.prefix, *self.windows[one], *tokenizer.suffix] for one in passages]
-        columns = torch.tensor([self._same[one] for one in passages])
         targets = torch.tensor(target)
-        also = columns[None] == columns[targets][:, None]
-        also[torch.arange(len(target)), targets] = False
+        also = self._alike(torch.tensor(passages), targets)
         plain, enhanced = self._queries(queries)
-        loss = contrastive_loss(enhanced, self._plain(windows, keep=True), targets, also, self.config.temperature)
+        found = self._plain(windows, keep=True)
+        each = (len(self.documents) - 1) / max(len(passages) - 1, 1)
+        loss = contrastive_loss(enhanced, found, targets, also, self.config.temperature, max(each, 1.0))
         return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
 
+    def _frozen_loss(self, queries: list[list[int]], passages: list[int]) -> tuple[Tensor, dict[str, float]]:
+        targets = torch.tensor(passages)
+        also = self._alike(torch.arange(len(self.documents)), targets)
+        plain, enhanced = self._queries(queries)
+        loss = contrastive_loss(enhanced, torch.from_numpy(self.vectors), targets, also, self.config.temperature)
+        return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
+
+    def _alike(self, passages: Tensor, targets: Tensor) -> Tensor:
+        """Tell bool [B, C] which of the passages [C] have the text of a query's own, at column `targets` [B]."""
+        text = self._same[passages]
+        also = text[None] == text[targets][:, None]
+        also[torch.arange(len(targets)), targets] = False
+        return also
+
     @cached_property
-    def _same(self) -> list[int]:
+    def _same(self) -> Tensor:
         number: dict[str, int] = {}
-        return [number.setdefault(text, len(number)) for text in self.texts]
+        return torch.tensor([number.setdefault(text, len(number)) for text in self.texts])
 
     def _hidden(self, rows: Sequence[Sequence[int]], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Give ids and mask [N, L] and the last hidden states [N, L, d] in float32; `keep` those below for later."""
         ids, mask = padded(rows, self.model.tokenizer.pad)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+        if self.frozen:
+            self.model.transformer.eval()  # what is not trained drops nothing out
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16),
+        ):
             if self.cut is None:
                 return ids, mask, self.model.transformer(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             below = self._below(rows, ids, mask) if keep else self.cut.read(ids, mask)
@@ -233,24 +261,27 @@ class NeighbourTask:
     def validate(self) -> dict[str, float]:
         """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
         found = {}
+        model = self.model
         for source in self.sources:
             for kind, queries in source.dev.items():
-                rows = self._dev_rows(source, queries)
-                place = {row: new for new, row in enumerate(rows)}
-                grades = [{place[row]: grade for row, grade in one.items()} for one in queries.grades]
-                model, passages = self.model, source.stages.corpus.passages
-                tokens = model.tokenizer.encode([passages[row] for row in rows], model.config.max_passage_len)
-                vectors = torch.empty(len(rows), model.dim)
-                for chosen in passes([len(one) for one in tokens]):
-                    vectors[chosen] = self._plain([tokens[at] for at in chosen], keep=True)
+                passages, judged = self._dev_passages(source, queries)
                 _, asked = self._queries(model.tokenizer.encode(queries.texts, model.config.max_query_len))
-                values = measure(
-                    dense_search(asked.numpy(), vectors.numpy()), Queries(queries.ids, queries.texts, grades)
-                )
+                values = measure(dense_search(asked.numpy(), passages), judged)
                 found[f"{source.stages.corpus.name}/{kind}/ndcg_at_10"] = float(values["ndcg_at_10"].mean())
         return {"ndcg_at_10": float(np.mean(list(found.values()))), **found}
 
-    def _dev_rows(self, source: Source, queries: Queries) -> list[int]:
+    def _dev_passages(self, source: Source, queries: Queries) -> tuple[Vectors, Queries]:
+        """Give the vectors that dev queries are asked among, and the queries with grades of those rows."""
+        corpus, model = source.stages.corpus, self.model
+        if self.frozen:
+            return source.stages.passage_vectors, queries
         judged = {row for grades in queries.grades for row in grades}
-        others = generator(0, 0, "distractors").permutation(len(source.stages.corpus))[:DISTRACTORS]
-        return sorted(judged | set(others.tolist()))
+        others = generator(0, 0, "distractors").permutation(len(corpus))[:DISTRACTORS]
+        rows = sorted(judged | set(others.tolist()))
+        place = {row: new for new, row in enumerate(rows)}
+        tokens = model.tokenizer.encode([corpus.passages[row] for row in rows], model.config.max_passage_len)
+        vectors = torch.empty(len(rows), model.dim)
+        for chosen in passes([len(one) for one in tokens]):
+            vectors[chosen] = self._plain([tokens[at] for at in chosen], keep=True)
+        grades = [{place[row]: grade for row, grade in one.items()} for one in queries.grades]
+        return vectors.numpy(), Queries(queries.ids, queries.texts, grades)

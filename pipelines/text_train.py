@@ -6,6 +6,7 @@ drawn. The best weights by the dev measure are kept; dev and test documents neve
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,7 +108,9 @@ class TextTrainingError(RecsysError):
     """The loss stopped being a number."""
 
 
-def contrastive_loss(queries: Tensor, passages: Tensor, target: Tensor, also: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(
+    queries: Tensor, passages: Tensor, target: Tensor, also: Tensor, temperature: float, each: float = 1.0
+) -> Tensor:
     """Give the mean cross-entropy of each query's positive among all passages of the batch, in float32.
 
     Args:
@@ -116,8 +119,11 @@ def contrastive_loss(queries: Tensor, passages: Tensor, target: Tensor, also: Te
         target: int64 [B], the column of each query's positive.
         also: bool [B, C], columns left out of a row: other passages that are relevant to it, too.
         temperature: tau.
+        each: how many passages a negative stands for, where the batch is a sample of those a query is asked among.
     """
     scores = queries.float() @ passages.float().T / temperature  # [B, C]
+    if each != 1.0:
+        scores = scores + math.log(each) * (1 - nn.functional.one_hot(target, scores.shape[1]))
     return nn.functional.cross_entropy(scores.masked_fill(also, -torch.inf), target)
 
 
@@ -319,7 +325,7 @@ class TextTrainConfig:
     train: Literal["fusion", "full"] = "fusion"
     """fusion freezes the backbone: passages, and pairs of a reranker, are encoded once, and an index stays valid"""
     batches: Literal["queries", "passages"] = "queries"
-    """of LexSemBridge in full: queries with a positive and hard negatives each, as in the paper, or `rows` neighbouring
+    """of LexSemBridge: queries with a positive and hard negatives each, as in the paper, or `rows` neighbouring
     passages with `cuts` queries each (`pipelines.neighbour_task`)"""
     cuts: int = 3
     """queries cut from a passage of a step, with `batches = "passages"`, as the next three"""
@@ -347,10 +353,8 @@ class TextTrainConfig:
             raise ConfigError(
                 f"rows is {self.rows}, group {self.group}, depth {self.depth}; expected at least 1, 2 and 2"
             )
-        if self.batches == "passages" and (self.train != "full" or self.name != "lexsembridge"):
-            raise ConfigError(
-                f"batches = 'passages' is for lexsembridge with train = 'full', found {self.name} with {self.train!r}"
-            )
+        if self.batches == "passages" and self.name != "lexsembridge":
+            raise ConfigError(f"batches = 'passages' is for lexsembridge, found {self.name}")
         if self.cuts < 1 or self.layers < 0 or self.train_tokens < SHORTEST_WINDOW:
             raise ConfigError(
                 f"cuts is {self.cuts}, layers {self.layers}, train_tokens {self.train_tokens}; "

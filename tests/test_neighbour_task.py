@@ -12,6 +12,7 @@ from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import read_corpus
 from pipelines.text_models import load_text_config, neighbour_sources
 from pipelines.text_pairs import split_of
+from pipelines.text_train import contrastive_loss
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import padded
@@ -90,6 +91,29 @@ def test_neighbouring_passages_bring_queries_of_their_own_and_nobody_held_out(fo
 def test_how_many_layers_learn_does_not_change_the_first_loss(folder, encoder):
     losses = [float(by_passages(folder, encoder, f"layers={layers}").loss(3)[0]) for layers in (0, 1, 2)]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-3)  # kept states have half precision
+
+
+def test_a_frozen_backbone_asks_each_query_among_all_training_documents(folder, encoder):
+    task = by_passages(folder, encoder, "train=fusion", "model.weights=c_only")
+    passages, queries, target = task.batch(2)
+    vectors = torch.from_numpy(task.vectors)
+    scores = task._queries(queries)[0] @ vectors.T / task.config.temperature
+    own = torch.tensor([passages[column] for column in target])
+    expected = torch.nn.functional.cross_entropy(scores, own)  # c is 0, and no two texts are equal
+    loss, _ = task.loss(2)
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert {name for name, p in task.model.named_parameters() if p.grad is not None} == {"lexicon.c"}
+    judged = task.validate()
+    assert judged["ndcg_at_10"] == pytest.approx(sum(list(judged.values())[1:]) / (len(judged) - 1))
+
+
+def test_a_negative_counts_for_those_it_stands_for():
+    scores = torch.tensor([[0.3, 0.1, -0.2]])
+    also, target = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([0])
+    found = contrastive_loss(torch.ones(1, 1), scores.T, target, also, 1.0, each=5.0)
+    repeated = torch.tensor([[0.3, *[0.1] * 5, *[-0.2] * 5]])
+    assert float(found) == pytest.approx(float(torch.nn.functional.cross_entropy(repeated, target)))
 
 
 def test_training_by_passages_learns_what_it_is_shown(folder, encoder):
