@@ -114,7 +114,7 @@ def first_stages(place: Place, name: str) -> dict[str, Any]:
 
 BY_PASSAGES = [
     *("train=full", "batches=passages", "layers=2", "rows=24", "cuts=3", "train_tokens=160", "bfloat16=true"),
-    *("corpus.natural=train", "optimiser.learning_rate=3e-4", "stop.steps=140", "stop.validate_every=35"),
+    *("corpus.natural=train", "optimiser.learning_rate=1e-4", "stop.steps=140", "stop.validate_every=35"),
 ]
 """Full training by neighbouring passages of all three corpora: the top two layers of both towers, and the fusion."""
 AMONG_ALL = [
