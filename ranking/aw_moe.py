@@ -44,7 +44,7 @@ from ranking.contrast import Against, Similarity, contrastive_loss, masked_view,
 from ranking.embeddings import INIT_STD, Fields, FieldWidths, ItemEmbedding, hide_items
 from ranking.gate_units import HIDDEN, ActivationUnit, GateUnit
 from ranking.items import ItemTable
-from ranking.layers import binary_cross_entropy, candidate_chunks, exact, masked_softmax
+from ranking.layers import Layers, binary_cross_entropy, candidate_chunks, masked_softmax
 from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import ConfigError, DataError
 
@@ -153,7 +153,7 @@ class AwMoe(nn.Module):
         self.fields = Fields(
             items, FieldWidths(config.item_width, config.category_width, 0), config.category, config.window
         )
-        self.inner = nn.Sequential(*linear_layers(self.fields.semantic_width, 64, width), nn.ReLU())  # MLP_in
+        self.inner = Layers(*linear_layers(self.fields.semantic_width, 64, width), nn.ReLU())  # MLP_in
         self.attention = ActivationUnit(width, width) if config.pooling == "attention" else None
         self.queries, self.asking = self._query_part(config, items)
         self.experts = Experts((2 if self.queries is None else 3) * width, config.experts)
@@ -161,7 +161,7 @@ class AwMoe(nn.Module):
         self.activation = ActivationUnit(width, seen) if attends else None
         self.gate_unit = GateUnit(width, seen, config.experts) if attends else None
         mixture = config.gate == "mixture"
-        self.mixture = nn.Sequential(*linear_layers(width, HIDDEN, config.experts)) if mixture else None
+        self.mixture = Layers(*linear_layers(width, HIDDEN, config.experts)) if mixture else None
         start = torch.full((config.experts,), 1 / config.experts)
         self.base = nn.Parameter(start) if attends and config.base else None
         self._start()
@@ -181,7 +181,7 @@ class AwMoe(nn.Module):
 
     def score(self, state: AwMoeState, request: Request, candidates: Candidates) -> Tensor:
         """Give logits float32 [B, C]; cost O(C T D 32), by chunks of C."""
-        h = self._inner(self.fields.semantic(candidates.item, self.items.embedding_row))  # [B, C, D]
+        h = self.inner(self.fields.semantic(candidates.item, self.items.embedding_row))  # [B, C, D]
         asked, whole, logits = self._asked(request.query, h), None, []
         if self.config.gate == "none":
             whole = state.gate[:, None]
@@ -209,7 +209,7 @@ class AwMoe(nn.Module):
         event, mask = self._events(batch.history, row_of)
         if config.masking_alone:
             mask = masked_view(mask, config.masking, generator)
-        h = self._inner(self.fields.semantic(batch.candidates.item, row_of))  # [B, C, D]
+        h = self.inner(self.fields.semantic(batch.candidates.item, row_of))  # [B, C, D]
         asked = self._asked(batch.request.query, h)
         context = h if asked is None or config.gate == "target" else asked
         if self.activation is None:
@@ -247,7 +247,7 @@ class AwMoe(nn.Module):
     def _events(self, history: History, row_of: Tensor) -> tuple[Tensor, Tensor]:
         """Give h_j [B, T, D], zero at padding, and which are real, bool [B, T]."""
         padded = history.padded(self.config.window)
-        h = self._inner(self.fields.semantic(padded.item, row_of))
+        h = self.inner(self.fields.semantic(padded.item, row_of))
         return h.masked_fill(~padded.mask.unsqueeze(-1), 0.0), padded.mask
 
     @staticmethod
@@ -261,7 +261,7 @@ class AwMoe(nn.Module):
                 f'query = "{config.query}": the items have no such column, only {", ".join(there) or "none at all"}; '
                 'leave query out and use gate = "target"'
             )
-        layers = nn.Sequential(*linear_layers(QUERY_WIDTH, 64, config.width), nn.ReLU())
+        layers = Layers(*linear_layers(QUERY_WIDTH, 64, config.width), nn.ReLU())
         return ItemEmbedding(items.codes(config.query), QUERY_WIDTH), layers
 
     def _asked(self, query: Tensor | None, h: Tensor) -> Tensor | None:
@@ -270,7 +270,7 @@ class AwMoe(nn.Module):
             return None
         if query is None:
             return h.new_zeros(len(h), 1, h.shape[2])
-        asked = exact(self.asking, self.queries(query[:, None])).to(h.dtype)
+        asked: Tensor = self.asking(self.queries(query[:, None]))
         return asked.masked_fill((query == PAD)[:, None, None], 0.0)
 
     @torch.no_grad()
@@ -286,14 +286,15 @@ class AwMoe(nn.Module):
             if unit is not None:
                 unit.last.weight.mul_(UNIT_SCALE)
 
-    def _inner(self, x: Tensor) -> Tensor:
-        return exact(self.inner, x).to(x.dtype)
+    def _wide(self, x: Tensor) -> Tensor:
+        """Give x in float64 unless training, for sums whose order would show in a score's last float32 digit."""
+        return x if self.training else x.double()
 
     def _gate(self, event: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
         """Give g [B, C, K] of contexts c [B, C, D]; without one C is 1."""
         if self.mixture is not None:
             assert context is not None
-            return exact(self.mixture, context).softmax(-1)
+            return self._wide(self.mixture(context)).softmax(-1)
         if self.activation is None:
             return torch.full((len(event), 1, self.config.experts), 1 / self.config.experts, device=event.device)
         return self._attended(*self._gate_units(event, context), mask)
@@ -303,11 +304,11 @@ class AwMoe(nn.Module):
         assert self.activation is not None
         assert self.gate_unit is not None
         inputs = (event,) if context is None else (event, context)
-        return exact(self.activation, *inputs), exact(self.gate_unit, *inputs)
+        return self.activation(*inputs), self.gate_unit(*inputs)
 
     def _attended(self, weight: Tensor, unit: Tensor, mask: Tensor) -> Tensor:
         """Give g [B, C, K] of the units' outputs over the events in mask [B, T]."""
-        g = attended(weight, unit, mask, self.config.activation == "softmax")
+        g = attended(self._wide(weight), self._wide(unit), mask, self.config.activation == "softmax")
         if self.base is not None:
             g = g + self.base
         return g.softmax(-1) if self.config.gate_softmax else g
@@ -316,12 +317,12 @@ class AwMoe(nn.Module):
         """Give logits [B, C] of candidates h [B, C, D] under a gate [B, C, K] or [B, 1, K], queries h_q [B, 1, D]."""
         if self.attention is None:
             real = mask.unsqueeze(-1)
-            mean = (event * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)  # [B, 1, D]
+            mean = (self._wide(event) * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)  # [B, 1, D]
             pooled = mean.expand_as(h)
         else:
-            pooled = experts_view(exact(self.attention, event, h), event, mask)
-        parts = [pooled, h] if asked is None else [pooled, h, asked.expand_as(h)]
-        s = exact(self.experts, torch.cat([part.to(pooled.dtype) for part in parts], -1))  # [B, C, K]
+            pooled = experts_view(self._wide(self.attention(event, h)), event, mask)
+        parts = [pooled.to(h.dtype), h] if asked is None else [pooled.to(h.dtype), h, asked.expand_as(h)]
+        s = self._wide(self.experts(torch.cat(parts, -1)))  # [B, C, K]
         return (gate.to(s.dtype) * s).sum(-1)
 
 
@@ -335,7 +336,7 @@ class Experts(nn.Module):
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
-        self.each = nn.ModuleList(nn.Sequential(*linear_layers(width, 80, 40, 1)) for _ in range(experts))
+        self.each = nn.ModuleList(Layers(*linear_layers(width, 80, 40, 1)) for _ in range(experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Give what each expert says, [..., K], of inputs [..., width]."""

@@ -4,12 +4,15 @@ ActUnit([h_j ; c ; h_j*c ; h_j - c])   one weight per event
 GateUnit([h_j ; c])                    one number per event and expert
 
 B requests   T events   C contexts   D width   K experts
+
+Unless they are training, an output does not depend on the other events and contexts, and has no gradient.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranking.layers import by_requests
+from ranking.layers import Layers, by_requests, linear
+from ranking.products import steady, steady_each
 
 HIDDEN = 32
 """First layer of both."""
@@ -29,27 +32,26 @@ class ActivationUnit(nn.Module):
     def __init__(self, width: int, context: int) -> None:
         super().__init__()
         self.first = nn.Linear(4 * width if context else width, HIDDEN)
-        self.middle = nn.Sequential(nn.ReLU(), nn.Linear(HIDDEN, 16), nn.ReLU())
+        self.middle = Layers(nn.ReLU(), nn.Linear(HIDDEN, 16), nn.ReLU())
         self.last = nn.Linear(16, 1)
 
     def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
         """Give [B, C, T] for events [B, T, D] and contexts [B, C, D]; [B, 1, T] without contexts."""
         if context is None:
-            return self._weights(self.first(event).unsqueeze(2))
+            return self._weights(linear(self.first, event).unsqueeze(2))
         return by_requests(self._weights_of, event.shape[1] * context.shape[1] * HIDDEN, event, context)
 
     def _weights_of(self, event: Tensor, context: Tensor) -> Tensor:
         batch, count, width = context.shape
         wh, wc, wp, wd = self.first.weight.view(-1, 4, width).unbind(1)  # [32, D] each
-        matrix = context[:, :, None, :] * wp + (wh + wd)  # [B, C, 32, D]
-        constant = F.linear(context, wc - wd, self.first.bias)  # [B, C, 32]
-        z = (event @ matrix.flatten(1, 2).mT).view(batch, -1, count, HIDDEN)  # [B, T, C, 32]
-        return self._weights(z + constant[:, None])
+        matrix = (context[:, :, None, :] * wp + (wh + wd)).flatten(1, 2)  # [B, C * 32, D]
+        constant = _rows(context, wc - wd, self.training) + self.first.bias  # [B, C, 32]
+        z = event @ matrix.mT if self.training else steady_each(event, matrix)
+        return self._weights(z.view(batch, -1, count, HIDDEN) + constant[:, None])
 
     def _weights(self, z: Tensor) -> Tensor:
         """Give [B, C, T] of the first layer's outputs [B, T, C, 32]."""
-        weights: Tensor = self.last(self.middle(z)).squeeze(-1).mT
-        return weights
+        return linear(self.last, self.middle(z)).squeeze(-1).mT
 
 
 class GateUnit(nn.Module):
@@ -69,12 +71,17 @@ class GateUnit(nn.Module):
     def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
         """Give [B, C, T, K] for events [B, T, D] and contexts [B, C, D]; [B, 1, T, K] without contexts."""
         width = event.shape[-1]
-        z = F.linear(event, self.first.weight[:, :width], self.first.bias)[:, None]  # [B, 1, T, 32]
+        first = self.first.weight
+        z = (_rows(event, first[:, :width], self.training) + self.first.bias)[:, None]  # [B, 1, T, 32]
         if context is None:
             return self._unit(z)
-        c = F.linear(context, self.first.weight[:, width:])[:, :, None, :]  # [B, C, 1, 32]
+        c = _rows(context, first[:, width:], self.training)[:, :, None, :]  # [B, C, 1, 32]
         return by_requests(lambda z, c: self._unit(z + c), z.shape[2] * c.shape[1] * HIDDEN, z, c)
 
     def _unit(self, z: Tensor) -> Tensor:
-        unit: Tensor = self.last(z.relu())
-        return unit
+        return linear(self.last, z.relu())
+
+
+def _rows(x: Tensor, weight: Tensor, training: bool) -> Tensor:
+    """Give x @ weight.T."""
+    return F.linear(x, weight) if training else steady(x, weight)

@@ -2,8 +2,8 @@
 
 A score must not depend on what is scored with it, or offline and online answers could not be compared. MKL's float32
 products depend on the shape of the batch in their last digits: the same candidate, alone and among others, differed by
-1.7e-6 with DIN. So heads, attention and search go through `ranking.products.steady`, whose digits do not; what has not
-been moved there is computed in float64 and rounded at the end (`exact`). Training takes any product.
+1.7e-6 with DIN. So layers, attention and search go through `ranking.products.steady`, whose digits do not; what has not
+been moved there is computed in float64 and rounded at the end (`in_float64`). Training takes any product.
 """
 
 import copy
@@ -50,15 +50,6 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~mask, 0.0)
-
-
-def exact(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Give module(*inputs), in float64 unless the module is training."""
-    if module.training:
-        output: Tensor = module(*inputs)
-    else:
-        output = in_float64(module)(*(x.double() for x in inputs))
-    return output
 
 
 class _Double(NamedTuple):
@@ -108,6 +99,22 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
 
 
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Give layer(x); unless it is training a row's numbers do not depend on the other rows, and have no gradient."""
+    output: Tensor = layer(x) if layer.training else steady(x, layer.weight) + layer.bias.detach()
+    return output
+
+
+class Layers(nn.Sequential):
+    """Linear layers, each as `linear` has it, and functions of single numbers between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give what the last layer says of x [..., width]."""
+        for layer in self:
+            x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
 def interaction(v: Tensor, h: Tensor) -> Tensor:
     """Give [v ; h ; v * h], [..., 3D]: a candidate, what the history says of it, and where the two agree."""
     return torch.cat([v, h, v * h], -1)
@@ -128,7 +135,7 @@ class ScoringHead(nn.Module):
         for inner in hidden:
             layers += [nn.Linear(width, inner), nn.PReLU()]
             width = inner
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.layers = Layers(*layers, nn.Linear(width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Give logits [R] for features [R, width].
@@ -153,9 +160,8 @@ class ScoringHead(nn.Module):
         assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         x = torch.addcmul(norm.bias - norm.running_mean * scale, x, scale)
-        for layer in self.layers:
-            x = steady(x, layer.weight) + layer.bias if isinstance(layer, nn.Linear) else layer(x)
-        return x.squeeze(-1)
+        logits: Tensor = self.layers(x).squeeze(-1)
+        return logits
 
 
 class AttentionNetwork(nn.Module):

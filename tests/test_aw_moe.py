@@ -94,7 +94,7 @@ def context_of(model: AwMoe, h: Tensor) -> Tensor | None:
 def gate_in(model: AwMoe, batch: Batch) -> Tensor:
     """Give g [B, C, K] of a batch, with its queries where the gate sees them."""
     event, mask = model._events(batch.history, model.items.embedding_row)
-    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     asked = model._asked(batch.request.query, h)
     return gate_of(model, event, h if asked is None else asked, mask)
 
@@ -102,7 +102,7 @@ def gate_in(model: AwMoe, batch: Batch) -> Tensor:
 def experts_in(model: AwMoe, batch: Batch) -> Tensor:
     """Give s [B, C, K] of a batch."""
     event, mask = model._events(batch.history, model.items.embedding_row)
-    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     asked = model._asked(batch.request.query, h)
     parts = [pooled_of(model, event, h, mask), h]
     return model.experts(torch.cat(parts if asked is None else [*parts, asked.expand_as(h)], -1))
@@ -290,6 +290,7 @@ def test_a6_a_gate_on_the_query_is_the_requests_alone() -> None:
     other = gate_of(model, event, model._asked(query.roll(1), event), mask)  # type: ignore[arg-type]
     assert ((other - g).abs().amax((1, 2)) > 1e-3).tolist() == mask.any(1).tolist()
     model.fields.requires_grad_(False)
+    model.train()
     model._attended(*model._gate_units(event.detach(), model._asked(query, event)), mask).sum().backward()
     assert model.queries is not None
     assert model.queries.weight.grad is not None
@@ -303,7 +304,7 @@ def test_a6_without_a_query_its_vector_is_zero_and_in_training_the_mode_that_wou
     expected = worlds.scores(model, replace(batch, request=nothing))
     assert torch.equal(worlds.scores(model, replace(batch, request=replace(nothing, query=None))), expected)
     event, mask = model._events(batch.history, model.items.embedding_row)
-    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     s = model.experts(torch.cat([pooled_of(model, event, h, mask), h, torch.zeros_like(h)], -1))
     close(expected, (gate_of(model, event, torch.zeros_like(h), mask) * s).sum(-1))
     with pytest.raises(DataError, match=r'query = "category".*use gate = "target"'):
@@ -320,7 +321,7 @@ def test_experts_see_the_query_whatever_the_gate_sees(gate: str) -> None:
         assert model.mixture is not None
         g = model.mixture(model._asked(batch.request.query, event)).softmax(-1)
     else:
-        h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+        h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
         g = gate_of(model, event, h, mask)
     close(worlds.scores(model, batch), (g * experts_in(model, batch)).sum(-1))
 
@@ -492,7 +493,7 @@ def test_the_gate_compared_is_that_of_the_first_positive() -> None:
     model, batch = build(27, masking=0.4, contrast=1.0).train(), make_batch(28)
     first = [int(row.nonzero()[0]) if row.any() else 0 for row in batch.label]
     event, mask = model._events(batch.history, model.items.embedding_row)
-    h = model._inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
+    h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     context = h[torch.arange(len(batch)), first][:, None]
     view = masked_view(mask, 0.4, draws(3))
     g, seen = gate_of(model, event, context, mask)[:, 0], gate_of(model, event, context, view)[:, 0]
@@ -574,20 +575,20 @@ def test_the_models_it_is_compared_with() -> None:
     mixture = build(30, gate="mixture", **off)
     other = replace(batch, history=histories([[5], [6], [7], [8], [9]]))
     event, mask = mixture._events(batch.history, mixture.items.embedding_row)
-    h = mixture._inner(mixture.fields.semantic(batch.candidates.item, mixture.items.embedding_row))
+    h = mixture.inner(mixture.fields.semantic(batch.candidates.item, mixture.items.embedding_row))
     g = mixture._gate(event, mask, h)
     close(g.sum(-1), torch.ones(5, 4).double())
     assert (worlds.scores(mixture, other) - worlds.scores(mixture, batch)).abs().max() > 1e-3  # the experts read it
 
     din = build(30, gate="fixed", experts=1, **off)
     event, mask = din._events(batch.history, din.items.embedding_row)
-    h = din._inner(din.fields.semantic(batch.candidates.item, din.items.embedding_row))
+    h = din.inner(din.fields.semantic(batch.candidates.item, din.items.embedding_row))
     s = din.experts(torch.cat([pooled_of(din, event, h, mask), h], -1))
     close(worlds.scores(din, batch), s.squeeze(-1))
 
     plain = build(30, gate="fixed", experts=1, pooling="mean", **off)
     event, mask = plain._events(batch.history, plain.items.embedding_row)
-    h = plain._inner(plain.fields.semantic(batch.candidates.item, plain.items.embedding_row))
+    h = plain.inner(plain.fields.semantic(batch.candidates.item, plain.items.embedding_row))
     mean = event.sum(1, keepdim=True) / mask.sum(1)[:, None, None].clamp_min(1)
     close(worlds.scores(plain, batch), plain.experts(torch.cat([mean.expand_as(h), h], -1)).squeeze(-1))
 

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import ranking.layers
 from ranking.gate_units import ActivationUnit, GateUnit
-from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, exact, in_float64
+from ranking.layers import AttentionNetwork, Layers, ScoringHead, binary_cross_entropy, in_float64
 
 
 @pytest.mark.parametrize(
@@ -32,26 +34,26 @@ def test_scores_follow_the_weights_after_every_kind_of_update(optimiser):
         reference = ScoringHead(4, (8,)).double()
         reference.load_state_dict(head.state_dict())
         expected = reference.eval()(rows.double())
-        assert torch.equal(exact(head, rows), expected)
+        assert torch.equal(in_float64(head)(rows.double()), expected)
         assert in_float64(head) is in_float64(head)  # and is not copied again while nothing changes
     with torch.no_grad():
         next(head.parameters()).data = next(head.parameters()).data + 1
-    assert not torch.equal(exact(head, rows), expected)
+    assert not torch.equal(in_float64(head)(rows.double()), expected)
 
 
 def test_a_part_that_was_replaced_is_copied_anew():
     head = ScoringHead(3, hidden=(4,)).eval()
     x = torch.randn(5, 3)
     for replaced in range(2):
-        before = exact(head, x)
+        before = in_float64(head)(x.double())
         weights = [part for part in head.modules() if isinstance(part, nn.Linear)]
         if replaced:
             weights[0].weight = nn.Parameter(weights[0].weight.detach() + 1)
         else:
             head.double().float()  # the same numbers in new tensors
-        after = exact(head, x)
+        after = in_float64(head)(x.double())
         assert torch.equal(before, after) is not bool(replaced)
-        torch.testing.assert_close(after, copy.deepcopy(head).double()(x.double()).to(after.dtype))
+        torch.testing.assert_close(after, copy.deepcopy(head).double()(x.double()))
 
 
 def test_a_float64_copy_shares_nothing_with_its_module():
@@ -60,6 +62,34 @@ def test_a_float64_copy_shares_nothing_with_its_module():
     assert {p.data_ptr() for p in copy.parameters()}.isdisjoint(p.data_ptr() for p in module.parameters())
     assert all(not p.requires_grad for p in copy.parameters())
     assert all(p.requires_grad for p in module.parameters())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 30))
+def test_layers_give_a_row_alone_what_they_give_it_among_others(seed, width, rows):
+    torch.manual_seed(seed)
+    layers, x = Layers(nn.Linear(width, 20), nn.ReLU(), nn.Linear(20, 3)), torch.randn(rows, width)
+    trained = layers(x)
+    assert trained.requires_grad
+    found = layers.eval()(x)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, trained.detach(), rtol=1e-5, atol=1e-5)
+    for row in range(rows):
+        assert torch.equal(layers(x[row : row + 1]), found[row : row + 1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 9), st.integers(0, 40))
+def test_units_give_a_pair_of_event_and_context_the_same_in_any_company(seed, length, contexts, padding):
+    torch.manual_seed(seed)
+    event, context = torch.randn(2, length, 8), torch.randn(2, contexts, 8)
+    for unit in (ActivationUnit(8, 8), GateUnit(8, 8, 3)):
+        trained, whole = unit(event, context), unit.eval()(event, context)
+        torch.testing.assert_close(whole, trained.detach(), rtol=1e-5, atol=1e-5)
+        longer = torch.cat([torch.zeros(2, padding, 8), event], 1)
+        for c in {0, contexts - 1}:
+            alone = unit(longer[1:], context[1:, c : c + 1])
+            assert torch.equal(alone[:, :, padding:], whole[1:, c : c + 1])
 
 
 @pytest.mark.parametrize("q", [[0.2] * 5, [0.7, 0.1, 0.1, 0.05, 0.05], [0.05, 0.05, 0.1, 0.1, 0.7]])
