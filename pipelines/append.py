@@ -1,7 +1,7 @@
 """One more part for a prepared set, at the cost of the part: the set that preparing all parts anew would give.
 
     keys          new items, users and actions get the next numbers
-    requests      of the new events; those that wait (`pipelines.growth`) with them are split by the new cuts
+    requests      of the new events; those that wait (`pipelines.waiting`) with them are split by the new cuts
     histories     copied block by block, each user's new events behind the old
     training      requests whose session now lies before the cut join those that train; their counts and the pairs
                   they add or take away are added
@@ -28,10 +28,10 @@ from pipelines import assembly, buckets, splits
 from pipelines.buckets import Sessions, SortedEvents
 from pipelines.candidates import may_be_chosen
 from pipelines.catalogue import USER_HASH
-from pipelines.edges import EdgeFiles, write_edges
+from pipelines.edges import EdgeRuns
 from pipelines.forgotten import NAME as FORGOTTEN
 from pipelines.forgotten import refuse_if_forgotten_since
-from pipelines.growth import PairRuns, load_waiting, save_all_waiting, updated_edges
+from pipelines.growth import PairRuns, updated_edges
 from pipelines.merging import Merged, merge_histories
 from pipelines.parts import Part, PartRecord, keep_part, open_part
 from pipelines.prepare import finish
@@ -40,6 +40,7 @@ from pipelines.settings import PrepareConfig
 from pipelines.shown import shown_in
 from pipelines.spans import NEWEST, read_spans
 from pipelines.transitions import Words, pair_words
+from pipelines.waiting import Users, Waiting
 from pipelines.write import Log, Names, Progress, name_all, rule_of
 from recsys.columns import USER_ID, USER_KEY
 from recsys.config import parse
@@ -62,9 +63,10 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
             the set was prepared without `appendable`.
 
-    Cost: a day of 220,000 events on 90 of 20 million took 2.8 to 3.3 CPU seconds and all 91 days anew 24 to 26
-    (`tests/benchmarks/prepare_throughput.py --append --events 20000000`). Histories, edges and the requests that wait
-    are copied whole, and the words of all pairs are read: that grows with the log, not with the day.
+    Cost: a day of 220,000 events on 90 of 20 million takes about a tenth of the CPU of all 91 days anew
+    (`tests/benchmarks/prepare_throughput.py --append --events 20000000`). Histories and edges are written whole, and the
+    words of all pairs are searched: that grows with the log, not with the day. Every sixteenth append merges what
+    those before it added, and costs more.
     """
     keep_freed_memory()  # arrays of some megabytes come and go: a tenth of the time went into fresh pages
     report = progress or (lambda *_: None)
@@ -81,7 +83,7 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
         if (previous / FORGOTTEN).exists():
             copy2(previous / FORGOTTEN, target / FORGOTTEN)
         names, log = _grow(earlier, part, records, target, Path(work), config, report)
-        finish(target, Path(work), names, log, config, report)
+        finish(target, names, log, config, report)
     return PreparedSet(out)
 
 
@@ -137,14 +139,8 @@ def _grow(
     events = buckets.numbered(part, len(records), names.people, names.items, names.actions, rule_of(config)).collect()
     fresh = buckets.sort_events(events, 0)
     shift = _Shift.of(earlier.histories, names.people, fresh)
-    divided = _divide(
-        shift.old(load_waiting(earlier.directory / GROWTH)),
-        shift.fresh(buckets.session_requests(fresh)),
-        [splits.cuts(config.split, last) for last in _newest_moments(records, part)],
-        names.people[USER_HASH].to_numpy(),
-        config,
-    )
-    old_train = shift.plain(earlier.requests("train"))
+    divided = _divide(earlier, fresh, shift, names, _newest_moments(records, part), out / GROWTH, config)
+    old_train = shift.plain(Requests.map(earlier.directory / "requests" / "train.safetensors"))
     (out / "requests").mkdir()
     _write_training(old_train, divided.trained, out / "requests" / "train.safetensors")
     with ThreadPoolExecutor(1) as pool:
@@ -159,9 +155,10 @@ def _grow(
             out,
             lambda done, total: report("histories", done, total),
         )
-        transitions = _transitions(earlier, old_train, divided.trained, work, names.rows, config.transitions_top_n)
+        transitions = _transitions(
+            earlier, old_train, divided.trained, out / GROWTH / "pairs", names.rows, config.transitions_top_n
+        )
         merged = merging.result()
-    save_all_waiting(divided.waiting, work / GROWTH)
     log = Log(
         records=(*records, part.record),
         histories=Histories.load(out / "histories"),
@@ -179,37 +176,56 @@ class _Divided:
 
     Attributes:
         trained: those that train now, by user.
-        waiting: those that still do not, by user.
         found: number of requests by the name of `pipelines.buckets.KINDS`; of training requests the new ones.
         evaluated: of each split those that may be chosen, by (at, user).
         ends: each user's training end before and after.
     """
 
     trained: Sessions
-    waiting: Sessions
     found: Mapping[str, int]
     evaluated: Mapping[str, Requests]
     ends: tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def _divide(
-    waiting: Sessions, fresh: Sessions, cuts: Sequence[splits.Cuts], hashes: NDArray[np.uint64], config: PrepareConfig
+    earlier: PreparedSet,
+    fresh: SortedEvents,
+    shift: "_Shift",
+    names: Names,
+    newest: tuple[int, int],
+    growth: Path,
+    config: PrepareConfig,
 ) -> _Divided:
-    """Divide the requests that waited and those of the new events; `cuts` are those before and after."""
-    _, before = splits.assign(cuts[0], len(hashes), waiting.user, waiting.at, waiting.last)
-    both = waiting.with_later(fresh)
-    split, after = splits.assign(cuts[1], len(hashes), both.user, both.at, both.last)
+    """Divide the requests that waited and those of the new events; keep in `growth` those that still wait.
+
+    `newest` are the newest moments before and after.
+    """
+    cuts = [splits.cuts(config.split, moment) for moment in newest]
+    hashes = names.people[USER_HASH].to_numpy()
+    users = Users(names.people[USER_KEY].to_numpy().astype(np.int64), shift.start)
+    known = Waiting.open(earlier.directory / GROWTH)
+    waiting = known.grown(shift.fresh(buckets.session_requests(fresh)), users, growth)
+    heads = waiting.heads(users)
+    order: slice | NDArray[np.int64] = slice(None)
+    old: slice | NDArray[np.int64] = slice(0)  # by time no request has a say in where training ends
+    if config.split.kind == "last_request":
+        order = heads.by_user(np.arange(len(heads)))
+        old = order[heads.place[order] < known.begins[-1]]
+    _, before = splits.assign(cuts[0], len(hashes), heads.user[old], heads.at[old], heads.last[old])
+    split = np.empty(len(heads), np.uint8)
+    split[order], after = splits.assign(cuts[1], len(hashes), heads.user[order], heads.at[order], heads.last[order])
     trains = split == splits.TRAIN
-    trained = both.where(trains)
-    found = {"train": len(trained), buckets.WAITING: len(both) - len(trained)}
+    trained = waiting.take(heads, heads.by_user(np.flatnonzero(trains)), users)
+    found = {"train": len(trained), buckets.WAITING: len(heads) - len(trained)}
     evaluated = {}
     for name, code in (("valid", splits.VALID), ("test", splits.TEST)):
         index = np.flatnonzero(split == code)
         found[name] = len(index)
-        user, at = both.user[index], both.at[index]
-        index = index[may_be_chosen(user, at, hashes, config.max_eval_requests, config.seed)]
-        evaluated[name] = _plain(both.take(index[np.argsort(both.at[index], kind="stable")]))
-    return _Divided(trained, both.where(~trains), found, evaluated, (before, after))
+        index = index[may_be_chosen(heads.user[index], heads.at[index], hashes, config.max_eval_requests, config.seed)]
+        index = index[np.lexsort((heads.place[index], heads.user[index], heads.at[index]))]
+        evaluated[name] = _plain(waiting.take(heads, index, users))
+    waiting.keep(heads, ~trains, users)
+    return _Divided(trained, found, evaluated, (before, after))
 
 
 def _newest(earlier: PreparedSet) -> pl.DataFrame:
@@ -257,11 +273,6 @@ class _Shift:
         """Move the ends of old requests; `user` are old rows."""
         return end + self.moved[user]
 
-    def old(self, requests: Sessions) -> Sessions:
-        """Give old requests with new rows and ends."""
-        user, end = self.row_of[requests.user], self.ends(requests.user, requests.end)
-        return Sessions(user, requests.at, requests.last, end, requests.offsets, requests.positive)
-
     def plain(self, requests: Requests) -> Requests:
         """Give old requests with new rows and ends."""
         user, end = self.row_of[requests.user], self.ends(requests.user, requests.end)
@@ -301,14 +312,14 @@ def _write_training(old: Requests, trained: Sessions, path: Path) -> None:
 
 
 def _transitions(
-    earlier: PreparedSet, old: Requests, trained: Sessions, work: Path, rows: int, top_n: int
-) -> EdgeFiles:
-    """Write the new matrix and the pairs of growth under `work`."""
+    earlier: PreparedSet, old: Requests, trained: Sessions, folder: Path, rows: int, top_n: int
+) -> EdgeRuns:
+    """Give the new matrix; write the pairs of growth into the new `folder`."""
     added, removed = changed_words(old, _plain(trained))
-    folder = work / GROWTH / "pairs"
-    folder.mkdir(parents=True)
+    folder.mkdir()
     runs = PairRuns.open(earlier.directory / GROWTH / "pairs").grown(folder, added, removed, rows)
-    return write_edges(updated_edges(runs, earlier.items.transitions, added, removed, rows, top_n), work / "edges")
+    before = earlier.items.transitions
+    return EdgeRuns(len(before.target) + len(added), updated_edges(runs, before, added, removed, rows, top_n))
 
 
 def changed_words(old: Requests, trained: Requests) -> tuple[Words, Words]:

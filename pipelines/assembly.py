@@ -152,6 +152,12 @@ def write_requests(path: Path, count: int, positives: int, pieces: Iterable[Requ
             written += int(piece.offsets[-1])
 
 
+def count_waiting(buckets: Buckets) -> tuple[int, int]:
+    """Give the number of the requests that do not train, and of their positives."""
+    summaries = [summary for _, summary in buckets]
+    return sum(one.requests[WAITING] for one in summaries), sum(one.positives[WAITING] for one in summaries)
+
+
 def waiting(buckets: Buckets) -> Iterator[Sessions]:
     """Give the requests that do not train, bucket by bucket and so by user, ends counted in the packed events."""
     base = 0

@@ -99,24 +99,6 @@ class Sessions:
             self.user[index], self.at[index], self.last[index], self.end[index], offsets, self.positive[where]
         )
 
-    def where(self, mask: NDArray[np.bool_]) -> "Sessions":
-        """Give the requests a mask marks, in their order: several times as fast as `take` where they are many."""
-        size = np.diff(self.offsets)
-        offsets = np.concatenate([[0], np.cumsum(size[mask])])
-        positive = self.positive[np.repeat(mask, size)]
-        return Sessions(self.user[mask], self.at[mask], self.last[mask], self.end[mask], offsets, positive)
-
-    def with_later(self, later: "Sessions") -> "Sessions":
-        """Give these and other requests by user; both are, and of one user these stand first."""
-        place = np.searchsorted(self.user, later.user, side="right")
-        size = np.diff(later.offsets)
-        sizes = np.insert(np.diff(self.offsets), place, size)
-        joined = {
-            name: np.insert(getattr(self, name), place, getattr(later, name)) for name in ("user", "at", "last", "end")
-        }
-        positive = np.insert(self.positive, np.repeat(self.offsets[place], size), later.positive)
-        return Sessions(**joined, offsets=np.concatenate([[0], np.cumsum(sizes)]), positive=positive)
-
 
 @dataclass(frozen=True)
 class SortedEvents:

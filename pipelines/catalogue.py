@@ -147,11 +147,11 @@ def _described(
 
     `first` holds the first moment of every id with events, `table` the ids with attributes, `earlier` what was known.
     """
-    seen = first.select(id_, pl.col(TIMESTAMP).alias(_FIRST)).join(table.select(id_), on=id_, how="full", coalesce=True)
-    kept = pl.DataFrame(schema={id_: pl.String, key: pl.UInt32}) if earlier is None else earlier.select(id_, key)
-    new = seen.join(kept, on=id_, how="anti")
-    attributes = table if earlier is None else _laid_over(table, earlier.drop(key), id_)
-    return pl.concat([kept, new], how="diagonal").join(attributes, on=id_, how="left")
+    if earlier is None:
+        rows = table.with_columns(pl.lit(None, pl.UInt32).alias(key))
+    else:
+        rows = _laid_over(table, earlier, id_, key)
+    return rows.join(first.select(id_, pl.col(TIMESTAMP).alias(_FIRST)), on=id_, how="full", coalesce=True)
 
 
 def _keyed(rows: pl.DataFrame, known: int, id_: str, key: str) -> pl.DataFrame:
@@ -162,13 +162,16 @@ def _keyed(rows: pl.DataFrame, known: int, id_: str, key: str) -> pl.DataFrame:
     return pl.concat([old, new.select(old.columns)])
 
 
-def _laid_over(newer: pl.DataFrame, older: pl.DataFrame, id_: str) -> pl.DataFrame:
-    """Give the attributes of both tables, once per id; what the newer leaves empty keeps its older value."""
-    both = pl.concat([newer, older], how="diagonal_relaxed")  # finds the common types
-    above, below = both.head(newer.height), both.tail(older.height)
+def _laid_over(newer: pl.DataFrame, older: pl.DataFrame, id_: str, key: str) -> pl.DataFrame:
+    """Give the ids of both tables once, with keys as the older one has them, and attributes.
+
+    What the newer table leaves empty keeps its older value.
+    """
+    both = pl.concat([newer, older.drop(key)], how="diagonal_relaxed")  # finds the common types
+    above, below = both.head(newer.height), both.tail(older.height).with_columns(older[key])
     joined = above.join(below, on=id_, how="full", coalesce=True, suffix=" of before")
     names = [name for name in both.columns if name != id_]
-    return joined.select(id_, *(pl.coalesce(name, f"{name} of before") for name in names))
+    return joined.select(id_, key, *(pl.coalesce(name, f"{name} of before") for name in names))
 
 
 def categorical_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> list[str]:

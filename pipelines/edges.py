@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.streams import put
 from pipelines.transitions import Block, Edges, block_edges, blocks, free_from
 
 FREED_EVERY = 16
@@ -21,28 +20,32 @@ FREED_EVERY = 16
 
 
 @dataclass(frozen=True)
-class EdgeFiles:
-    """A sparse matrix [V, V] by rows: the edges of each row, int64 [V], and pieces of the edges in order of rows.
+class EdgeRuns:
+    """A sparse matrix [V, V] by rows, not in memory: runs of edges in order of rows, to be gone through once.
 
-    A piece is two files of bare numbers, {piece}.target (int32) and {piece}.weight (float32).
+    `most` is their number, or a little more where it shows only at the end.
     """
 
+    most: int
+    runs: Iterable[Edges]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A run of edges in two files of bare numbers, {path}.target (int32) and {path}.weight (float32)."""
+
     degree: NDArray[np.int64]
-    pieces: tuple[Path, ...]
+    path: Path
 
-    def __len__(self) -> int:
-        return int(self.degree.sum())
+    @staticmethod
+    def write(edges: Edges, path: Path) -> "_Piece":
+        edges.target.tofile(path.with_suffix(".target"))
+        edges.weight.tofile(path.with_suffix(".weight"))
+        return _Piece(edges.degree, path)
 
-
-def write_edges(some: Iterable[Edges], piece: Path) -> EdgeFiles:
-    """Write runs of edges, in order of rows, as one piece."""
-    degrees = [np.empty(0, np.int64)]
-    with piece.with_suffix(".target").open("wb") as target, piece.with_suffix(".weight").open("wb") as weight:
-        for edges in some:
-            degrees.append(edges.degree)
-            put(target, edges.target)
-            put(weight, edges.weight)
-    return EdgeFiles(np.concatenate(degrees), (piece,))
+    def read(self) -> Edges:
+        target = np.fromfile(self.path.with_suffix(".target"), np.int32)
+        return Edges(self.degree, target, np.fromfile(self.path.with_suffix(".weight"), np.float32))
 
 
 def merge_pairs(
@@ -53,7 +56,7 @@ def merge_pairs(
     keep: Path | None,
     out: Path,
     tick: Callable[[int, int], None],
-) -> EdgeFiles:
+) -> EdgeRuns:
     """Merge the buckets' pair words into edges under `out`, a block of source rows at a time, the last rows first.
 
     Args:
@@ -67,17 +70,14 @@ def merge_pairs(
     """
     ranges = blocks(files, rows)[::-1]
     work = (pool.map if pool else map)(_write_block, repeat(files), ranges, repeat(top_n), repeat(keep), repeat(out))
-    merged: list[EdgeFiles] = []
+    merged: list[_Piece] = []
     for block, piece in zip(ranges, work, strict=True):
         merged.append(piece)
         if len(merged) % FREED_EVERY == 0:
             free_from(files, block)
         tick(len(merged), len(ranges))
-    merged.reverse()
-    return EdgeFiles(
-        np.concatenate([piece.degree for piece in merged]), tuple(path for piece in merged for path in piece.pieces)
-    )
+    return EdgeRuns(sum(int(piece.degree.sum()) for piece in merged), (piece.read() for piece in reversed(merged)))
 
 
-def _write_block(files: Sequence[Path], block: Block, top_n: int, keep: Path | None, out: Path) -> EdgeFiles:
-    return write_edges([block_edges(files, block, top_n, keep)], out / f"edges-{block.low:08}")
+def _write_block(files: Sequence[Path], block: Block, top_n: int, keep: Path | None, out: Path) -> _Piece:
+    return _Piece.write(block_edges(files, block, top_n, keep), out / f"edges-{block.low:08}")

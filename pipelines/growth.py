@@ -1,7 +1,7 @@
 """What a prepared set keeps so that a day can be appended at the cost of a day.
 
     hashes.npy              uint64 [U], the hash of each user's id by history row
-    pending.safetensors     the requests that do not train yet, with the last moments of their sessions
+    pending/                the requests that do not train yet (`pipelines.waiting`)
     pairs/base-{row}.bin    every pair word (`pipelines.transitions`) of the source rows from {row} to the next file's
     pairs/{n}-added.bin     words that the n-th append since the base brought, ascending
     pairs/{n}-removed.bin   words that it took away: a session that straddled the old cut may now stand between two
@@ -12,9 +12,7 @@ came. Files never change once written: an append links them and adds its own. Af
 a new base. Nothing here belongs to the digest of the set: it is another form of what the set says.
 """
 
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,42 +20,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
-from pipelines.buckets import Sessions, distinct
-from pipelines.streams import Kind, growing_safetensors, put, safetensors_file
+from pipelines.buckets import distinct
 from pipelines.transitions import ROW_BITS, SIZE_BITS, SOURCE, Edges, Words, base_name, heaviest_edges, steps, weight_of
 from ranking.items import Transitions
+from recsys.files import link_file
 
 RUNS = 16
-"""Appends before the pairs are merged into a new base; each append reads the words of all since the base."""
-_WAITING = "pending.safetensors"
-_KINDS: dict[str, Kind] = {**dict.fromkeys(("user", "at", "last", "end", "offsets"), np.int64), "positive": np.int32}
-
-
-def save_waiting(waiting: Iterable[Sessions], folder: Path) -> None:
-    """Write the requests of a set that do not train yet, by user, piece by piece."""
-    with growing_safetensors(folder / _WAITING, _KINDS) as files:
-        put(files["offsets"], np.zeros(1, np.int64))
-        written = 0
-        for piece in waiting:
-            for name, file in files.items():
-                put(file, piece.offsets[1:] + written if name == "offsets" else getattr(piece, name))
-            written += len(piece.positive)
-
-
-def save_all_waiting(waiting: Sessions, folder: Path) -> None:
-    """Write what `save_waiting` writes of one piece, without its second copy."""
-    arrays = {name: getattr(waiting, name) for name in _KINDS}
-    layout = {name: (kind, arrays[name].shape) for name, kind in _KINDS.items()}
-    with safetensors_file(folder / _WAITING, layout) as files:
-        for name, file in files.items():
-            put(file, arrays[name])
-
-
-def load_waiting(folder: Path) -> Sessions:
-    """Read what `save_waiting` wrote."""
-    return Sessions(**load_file(folder / _WAITING))
+"""Appends before what they added is merged into a new base; each append reads what all since the base added."""
+SEARCHED_AT_ONCE = 8192
+"""Words: they stay in the fastest cache while many keys are looked for."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +52,7 @@ class PairRuns:
     def grown(self, folder: Path, added: Words, removed: Words, rows: int) -> "PairRuns":
         """Give these runs and one more in the empty directory `folder`, as one base if they have become many."""
         for path in sorted(self.folder.iterdir()):
-            _link(path, folder / path.name)
+            link_file(path, folder / path.name)
         number = len(self.added) + 1
         added.tofile(folder / f"{number:04}-added.bin")
         removed.tofile(folder / f"{number:04}-removed.bin")
@@ -107,8 +79,9 @@ class PairRuns:
         return list(pairwise((*self.lows, rows)))
 
     def base(self, low: int) -> Words:
-        """Read the base's words of the range that begins at row `low`."""
-        return np.fromfile(self.folder / base_name(low), np.uint64)
+        """Map the base's words of the range that begins at row `low`."""
+        file = self.folder / base_name(low)
+        return np.memmap(file, np.uint64, "r") if file.stat().st_size else np.empty(0, np.uint64)
 
 
 def updated_edges(
@@ -135,31 +108,33 @@ def updated_edges(
         low, high = limits
         lost = np.unique(_slice(removed, low, high) >> SOURCE).astype(np.int64)
         changed, total = _sums(runs, added, removed, lost, limits)
-        row = (changed >> np.uint64(ROW_BITS)).astype(np.int64)
-        touched, inverse = np.unique(row, return_inverse=True)
-        degree = offsets[touched + 1] - offsets[touched]
-        place = np.arange(degree.sum()) + np.repeat(offsets[touched] - (np.cumsum(degree) - degree), degree)
-        pair = np.repeat(touched.astype(np.uint64) << np.uint64(ROW_BITS), degree) | target[place].view(np.uint32)
-        enough = _enough(degree, weight[place], top_n)
-        enough[np.searchsorted(touched, lost)] = 0
-        pair, now, more = _updated(pair, weight[place], changed, total, enough[inverse])
-        count = len(touched)
-        degree += np.bincount(inverse[more > 0], minlength=count) - np.bincount(inverse[more < 0], minlength=count)
+        row = (changed >> np.uint64(ROW_BITS)).astype(np.int64) - low
+        first = np.diff(row, prepend=-1) > 0
+        touched, inverse = row[first], np.cumsum(first) - 1
         before = slice(int(offsets[low]), int(offsets[high]))
         block = Edges(np.diff(offsets[low : high + 1]), target[before], weight[before])
-        return _replaced(block, touched - low, heaviest_edges(pair, now, degree, top_n))
+        mine = np.zeros(high - low, np.bool_)
+        mine[touched] = True
+        inside = np.repeat(mine, block.degree)
+        degree, now = block.degree[touched], block.weight[inside]
+        pair = np.repeat((touched + low).astype(np.uint64) << np.uint64(ROW_BITS), degree)
+        pair |= block.target[inside].view(np.uint32)
+        enough = _enough(degree, now, top_n)
+        enough[np.searchsorted(touched, lost - low)] = 0
+        pair, now, more = _updated(pair, now, changed, total, enough[inverse])
+        count = len(touched)
+        degree += np.bincount(inverse[more > 0], minlength=count) - np.bincount(inverse[more < 0], minlength=count)
+        return _replaced(block, mine, ~inside, heaviest_edges(pair, now, degree, top_n))
 
     with ThreadPoolExecutor(2) as pool:
         yield from pool.map(edges, runs.ranges(rows))
 
 
-def _replaced(block: Edges, row: NDArray[np.int64], by: Edges) -> Edges:
-    """Give a block of edges with those of some rows, ascending, replaced."""
-    other = np.ones(len(block.degree), np.bool_)
-    other[row] = False
+def _replaced(block: Edges, mine: NDArray[np.bool_], stays: NDArray[np.bool_], by: Edges) -> Edges:
+    """Give a block of edges with those of the marked rows replaced; `stays` marks the edges of all other rows."""
     degree = block.degree.copy()
-    degree[row] = by.degree
-    stays, goes_on = np.repeat(other, block.degree), np.repeat(other, degree)
+    degree[mine] = by.degree
+    goes_on = np.repeat(~mine, degree)
     target, weight = np.empty(len(goes_on), np.int32), np.empty(len(goes_on), np.float32)
     target[goes_on], weight[goes_on] = block.target[stays], block.weight[stays]
     goes_on = ~goes_on
@@ -202,7 +177,7 @@ def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
         return total
     # Both ends of a pair's words in one search: the second lies in the cache lines that the first has just read.
     ends = (np.stack([pair, pair + np.uint64(1)], axis=1) << np.uint64(SIZE_BITS)).ravel()
-    low, high = np.searchsorted(words, ends).reshape(-1, 2).T
+    low, high = _places(words, ends).reshape(-1, 2).T
     found = np.flatnonzero(high > low)
     if not len(found):
         return total
@@ -211,6 +186,20 @@ def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
     index = np.arange(size.sum()) + np.repeat(low - starts, size)
     total[found] = np.add.reduceat(steps(np.asarray(words[index])), starts)
     return total
+
+
+def _places(words: Words, keys: Words) -> NDArray[np.int64]:
+    """Give `np.searchsorted(words, keys)` of ascending keys, run by run of words: half the time of one long search."""
+    starts = np.arange(0, len(words), SEARCHED_AT_ONCE)
+    ends = np.append(np.searchsorted(keys, words[starts[1:]]), len(keys)).tolist()
+    place = np.empty(len(keys), np.int64)
+    begin = 0
+    for start, end in zip(starts.tolist(), ends, strict=True):
+        if begin < end:
+            found = np.searchsorted(words[start : start + SEARCHED_AT_ONCE], keys[begin:end])
+            np.add(found, start, out=place[begin:end])
+        begin = end
+    return place
 
 
 def _updated(
@@ -247,11 +236,3 @@ def _slices(files: tuple[Path, ...], low: int, high: int) -> list[Words]:
 def _slice(words: Words, low: int, high: int) -> Words:
     begin, end = np.searchsorted(words, np.array([low, high], np.uint64) << SOURCE)
     return words[begin:end]
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file that never changes; copy it where links are not possible."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -27,9 +27,8 @@ import polars as pl
 
 from pipelines import assembly, buckets, splits
 from pipelines.catalogue import USER_HASH
-from pipelines.edges import EdgeFiles, merge_pairs
+from pipelines.edges import EdgeRuns, merge_pairs
 from pipelines.forgotten import record_in
-from pipelines.growth import save_waiting
 from pipelines.parts import Part, open_part
 from pipelines.prepared import GROWTH, IMPRESSIONS, PreparedSet, contents, digest_of, file_digests
 from pipelines.samplers import SAMPLERS
@@ -37,8 +36,9 @@ from pipelines.settings import MAX_BUCKETS, PrepareConfig
 from pipelines.shown import shown_in
 from pipelines.spans import Spans, read_spans
 from pipelines.transitions import PAIRS
+from pipelines.waiting import Users, save_waiting
 from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
-from recsys.columns import TIMESTAMP, USER_ID
+from recsys.columns import TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
 from recsys.history import Histories
@@ -88,14 +88,13 @@ def prepare(
     with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
         record_in(target, [part.hidden for part in parts])
         names, log = _read(parts, target, Path(work), config, report, earlier)
-        finish(target, Path(work), names, log, config, report)
+        finish(target, names, log, config, report)
     return PreparedSet(out)
 
 
-def finish(out: Path, work: Path, names: Names, log: Log, config: PrepareConfig, report: Progress) -> None:
-    """Write what is left of a set, with what is found of growth in `work`, and its digest."""
+def finish(out: Path, names: Names, log: Log, config: PrepareConfig, report: Progress) -> None:
+    """Write what is left of a set, and its digest."""
     if config.appendable:
-        (work / GROWTH).rename(out / GROWTH)
         np.save(out / GROWTH / "hashes.npy", names.people[USER_HASH].to_numpy())
         if log.shown is not None:
             log.shown.write_parquet(out / GROWTH / f"{IMPRESSIONS}.parquet")
@@ -131,7 +130,7 @@ def _read(
         raise _no_training(parts, config)
     give_back_freed_memory()
     with _pool(workers) as pool:  # other processes: those above would keep what sorting the buckets took
-        histories, transitions = _join(pool, done, out, work, names.rows, config, report)
+        histories, transitions = _join(pool, done, out, work, names, config, report)
     records = tuple(part.record for part in parts)
     evaluated = {split: assembly.Pieces(split, done) for split in ("valid", "test")}
     return names, Log(records, histories, evaluated, assembly.tally(done, names.rows), transitions, shown_in(parts))
@@ -142,15 +141,15 @@ def _join(
     done: assembly.Buckets,
     out: Path,
     work: Path,
-    rows: int,
+    names: Names,
     config: PrepareConfig,
     report: Progress,
-) -> tuple[Histories, EdgeFiles]:
+) -> tuple[Histories, EdgeRuns]:
     """Write what the buckets hold: the pool merges transitions while this process joins the rest."""
     keep, edges = None, work / "edges"
     edges.mkdir()
     if config.appendable:
-        keep = work / GROWTH / "pairs"
+        keep = out / GROWTH / "pairs"
         keep.mkdir(parents=True)
     files = [folder / PAIRS for folder, _ in done]
     with ThreadPoolExecutor(1) as beside:
@@ -158,7 +157,7 @@ def _join(
             merge_pairs,
             pool,
             files,
-            rows,
+            names.rows,
             config.transitions_top_n,
             keep,
             edges,
@@ -169,7 +168,9 @@ def _join(
         train = assembly.Pieces("train", done)
         assembly.write_requests(out / "requests" / "train.safetensors", len(train), train.positives, train)
         if config.appendable:
-            save_waiting(assembly.waiting(done), work / GROWTH)
+            users = Users(names.people[USER_KEY].to_numpy().astype(np.int64), histories.offsets[:-1])
+            count, positives = assembly.count_waiting(done)
+            save_waiting(assembly.waiting(done), count, positives, users, out / GROWTH)
         return histories, merging.result()
 
 

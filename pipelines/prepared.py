@@ -29,6 +29,7 @@ import polars as pl
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from pipelines.streams import map_safetensors
 from ranking.items import ItemTable
 from recsys.errors import DataError
 from recsys.files import read_json, sha256_file, sha256_json
@@ -105,6 +106,11 @@ class Requests:
     def load(path: Path) -> "Requests":
         """Read what `save` wrote."""
         return Requests(**load_file(path))
+
+    @staticmethod
+    def map(path: Path) -> "Requests":
+        """Map what `save` wrote into memory instead of reading it: for one pass over a long split."""
+        return Requests(**map_safetensors(path))
 
 
 @dataclass(frozen=True)

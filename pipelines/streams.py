@@ -4,6 +4,7 @@ A memory-mapped file would do the same, but its dirty pages count as memory of t
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -44,9 +45,33 @@ def safetensors_file(
 ) -> Iterator[dict[str, IO[bytes]]]:
     """Give one open file per array of a safetensors file, each at the place of its first element.
 
-    The same layout always gives the same bytes: 8 bytes of header length, the JSON header padded to a multiple of 8,
-    then the arrays in the layout's order (put the widest types first, so that all are aligned).
+    The same arrays always give the same bytes: 8 bytes of header length, the JSON header padded to a multiple of 8,
+    then the arrays in the layout's order (put the widest types first, so that all are aligned). Vectors may turn out
+    shorter than the layout says: what comes after them is then moved down, which costs a tenth of writing it anew.
     """
+    header, starts, end = _head(layout, metadata)
+    with path.open("wb") as file:
+        file.truncate(end)
+    with ExitStack() as stack:
+        files: dict[str, IO[bytes]] = {name: stack.enter_context(path.open("r+b")) for name in layout}
+        for name, opened in files.items():
+            opened.seek(starts[name])
+        yield files
+        sizes = {name: opened.tell() - starts[name] for name, opened in files.items()}
+    true = {
+        name: (kind, shape if len(shape) != 1 else (sizes[name] // np.dtype(kind).itemsize,))
+        for name, (kind, shape) in layout.items()
+    }
+    header, places, end = _head(true, metadata)
+    with path.open("r+b") as file:
+        for name, size in sizes.items():
+            _move_down(file.fileno(), starts[name], places[name], size)
+        file.write(header)
+        file.truncate(end)
+
+
+def _head(layout: Layout, metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
+    """Give the bytes before the arrays, where each array starts, and where the last one ends."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for name, (kind, shape) in layout.items():
@@ -54,14 +79,14 @@ def safetensors_file(
         header[name] = {"dtype": _DTYPES[kind], "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    with ExitStack() as stack:
-        files: dict[str, IO[bytes]] = {name: stack.enter_context(path.open("r+b")) for name in layout}
-        for name, opened in files.items():
-            opened.seek(8 + len(text) + starts[name])
-        yield files
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: first + start for name, start in starts.items()}, first + end
+
+
+def _move_down(file: int, source: int, target: int, size: int) -> None:
+    """Move bytes of an open file towards its beginning."""
+    for done in range(0, size if target < source else 0, _COPIED_AT_ONCE):
+        os.pwrite(file, os.pread(file, min(_COPIED_AT_ONCE, size - done), source + done), target + done)
 
 
 @contextmanager
@@ -78,6 +103,20 @@ def growing_safetensors(path: Path, kinds: Mapping[str, Kind]) -> Iterator[dict[
         with safetensors_file(path, layout) as files:
             for name, file in files.items():
                 put_file(file, Path(folder) / name)
+
+
+def map_safetensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Give the arrays of a safetensors file, mapped into memory; only of the types that are written here."""
+    kinds = {name: kind for kind, name in _DTYPES.items()}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    values = np.memmap(path, np.uint8, "r", 8 + length) if path.stat().st_size > 8 + length else np.empty(0, np.uint8)
+    arrays = {name: (entry, *entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+    return {
+        name: values[start:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+        for name, (entry, start, end) in arrays.items()
+    }
 
 
 def put(file: IO[bytes], values: NDArray[Any]) -> None:

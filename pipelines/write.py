@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from pipelines import assembly, catalogue, splits
 from pipelines.buckets import BUCKET, FIRST_ROW, USER_ROW, WAITING, Rule
 from pipelines.candidates import chosen, fixed_candidates, history_rows, request_keys, write_evaluated
-from pipelines.edges import EdgeFiles
+from pipelines.edges import EdgeRuns
 from pipelines.parts import Part, PartRecord, source_of
 from pipelines.prepared import FORMAT, CandidateSets, PreparedSet, Requests, Split
 from pipelines.samplers import SAMPLERS, Sampler
 from pipelines.settings import PrepareConfig
 from pipelines.shown import write_shown
 from pipelines.spans import Spans
-from pipelines.streams import put, put_file, safetensors_file
+from pipelines.streams import put, safetensors_file
 from pipelines.transitions import MAX_ROWS
 from ranking.items import ItemTable, identity_rows
 from recsys.config import parse
@@ -69,7 +69,7 @@ class Log:
     histories: Histories
     evaluated: Mapping[str, Iterable[Requests]]
     tally: assembly.Tally
-    transitions: EdgeFiles
+    transitions: EdgeRuns
     shown: pl.DataFrame | None = None
 
     @property
@@ -124,7 +124,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
     hashes = names.people[catalogue.USER_HASH].to_numpy()
     values = catalogue.vocabulary(names.items, [*names.categorical, *names.multi])
     table = catalogue.item_table(names.items, values, names.numeric, torch.from_numpy(log.tally.count))
-    _write_tables(out, names, values, table, log.transitions)
+    transitions = _write_tables(out, names, values, table, log.transitions)
     kept = _write_evaluated(out, log, names, table, config, report)
     shown: dict[Split, dict[str, int]] = {}
     if log.shown is not None:
@@ -158,7 +158,7 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
             "items": names.items.height,
             "trained_items": int(table.trained.sum()),
             "users": names.people.height,
-            "transitions": len(log.transitions),
+            "transitions": transitions,
             **shown,
         },
     }
@@ -188,32 +188,35 @@ def _counts(found: assembly.Tally, kept: Mapping[str, tuple[int, int]]) -> dict[
 
 
 def _write_tables(
-    out: Path, names: Names, values: dict[str, list[str]], table: ItemTable, transitions: EdgeFiles
-) -> None:
-    """Write catalogue, users, vocabulary, item table and the rows of the keys."""
+    out: Path, names: Names, values: dict[str, list[str]], table: ItemTable, transitions: EdgeRuns
+) -> int:
+    """Write catalogue, users, vocabulary, item table and the rows of the keys; give the number of transitions."""
     trained = pl.Series(catalogue.TRAIN_COUNT, table.count.numpy()[FIRST_ROW:])
     names.items.with_columns(trained).write_parquet(out / "catalogue.parquet")
     names.people.drop(USER_ROW, BUCKET, catalogue.USER_HASH).write_parquet(out / "users.parquet")
     write_json(out / "vocabulary.json", values)
-    _write_items(out / "items.safetensors", table, transitions)
     np.save(out / "key_to_row.npy", identity_rows(names.items.height))
+    return _write_items(out / "items.safetensors", table, transitions)
 
 
-def _write_items(path: Path, table: ItemTable, edges: EdgeFiles) -> None:
-    """Write an item table with other transitions than its own, as `ItemTable.load` reads it."""
+def _write_items(path: Path, table: ItemTable, edges: EdgeRuns) -> int:
+    """Write an item table with other transitions than its own, as `ItemTable.load` reads it; give their number."""
     arrays = {name: tensor.numpy() for name, tensor in table.tensors().items()}
-    arrays[_OFFSETS] = np.concatenate([[0], np.cumsum(edges.degree)]).astype(np.int64)
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # the widest first
     layout = {name: (arrays[name].dtype.type, arrays[name].shape) for name in names}
     for name in (_TARGET, _WEIGHT):
-        layout[name] = (layout[name][0], (len(edges),))
+        layout[name] = (layout[name][0], (edges.most,))
+    degrees = [np.zeros(1, np.int64)]
     with safetensors_file(path, layout, table.metadata()) as files:
+        for run in edges.runs:
+            degrees.append(run.degree)
+            put(files[_TARGET], run.target)
+            put(files[_WEIGHT], run.weight)
+        arrays[_OFFSETS] = np.cumsum(np.concatenate(degrees))
         for name in names:
             if name not in (_TARGET, _WEIGHT):
                 put(files[name], arrays[name])
-        for piece in edges.pieces:
-            put_file(files[_TARGET], piece.with_suffix(".target"))
-            put_file(files[_WEIGHT], piece.with_suffix(".weight"))
+    return int(arrays[_OFFSETS][-1])
 
 
 def _write_evaluated(

@@ -50,6 +50,14 @@ def whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Link a file that never changes; copy it where links are not possible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole or not at all; NaN is refused."""
     with whole_file(path) as temporary:

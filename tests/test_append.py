@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -17,8 +16,8 @@ from logs import Line, logs, raw, synthetic
 from typer.testing import CliRunner
 
 from pipelines import growth, spans
+from pipelines import waiting as waits
 from pipelines.append import add_part, append, changed_words
-from pipelines.buckets import Sessions
 from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.merging import _inserted
@@ -28,6 +27,7 @@ from pipelines.quickstart import Job, QuickstartConfig
 from pipelines.splits import DAY, SplitConfig
 from pipelines.train import Report
 from pipelines.transitions import pair_words
+from pipelines.waiting import Users, Waiting
 from pipelines.workspace import Workspace
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
@@ -81,9 +81,19 @@ def ingested(parts: list[list[Line]], folder: Path, sessions: list[bool]) -> lis
 def same_bytes(one: PreparedSet, other: PreparedSet) -> None:
     names = [str(path.relative_to(one.directory)) for path in contents(one.directory)]
     assert names == [str(path.relative_to(other.directory)) for path in contents(other.directory)]
-    for name in (*names, "manifest.json", "growth/pending.safetensors"):
+    for name in (*names, "manifest.json"):
         assert (one.directory / name).read_bytes() == (other.directory / name).read_bytes(), name
     assert one.digest == other.digest
+    for mine, its in zip(waiting(one), waiting(other), strict=True):
+        assert mine.tolist() == its.tolist()
+
+
+def waiting(prepared: PreparedSet) -> list[np.ndarray]:
+    """Give the arrays of all requests that wait, by user."""
+    users = Users(prepared.users["user_key"].to_numpy().astype(np.int64), prepared.histories.offsets[:-1])
+    found = Waiting.open(prepared.directory / "growth")
+    heads = found.heads(users)
+    return list(vars(found.take(heads, heads.by_user(np.arange(len(heads))), users)).values())
 
 
 @given(
@@ -121,14 +131,19 @@ def test_part_by_part_is_all_at_once(
 
 def test_many_days_end_in_a_new_base_and_leave_the_sets_before_alone(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(growth, "RUNS", 3)
+    monkeypatch.setattr(waits, "RUNS", 3)
+    monkeypatch.setattr(waits, "WRITTEN_AT_ONCE", 7)
     lines = synthetic(4000)
     paths = ingested(divided(lines, list(np.linspace(0.7, 0.99, 7)), 0), tmp_path, [True] * 8)
     config = PrepareConfig(transitions_top_n=4, max_eval_requests=50, workers=1)
     sets = [prepare(paths[0], tmp_path / "set0", config)]
-    pairs = []
+    pairs, runs = [], []
     for index in range(1, len(paths)):
         sets.append(append(paths[index], sets[-1].directory, tmp_path / f"set{index}"))
         pairs.append(len(list((sets[-1].directory / "growth" / "pairs").glob("*-added.bin"))))
+        runs.append(sorted(run.name for run in (sets[-1].directory / "growth" / "pending").iterdir()))
+    assert [len(some) for some in runs] == [2, 3, 1, 2, 3, 1, 2]
+    assert runs[1] == ["0000", "0001", "0002"]
     assert pairs == [1, 2, 0, 1, 2, 0, 1]
     again = append(paths[2], sets[1].directory, tmp_path / "again")  # its files were linked to, and merged since
     same_bytes(again, sets[2])
@@ -142,28 +157,6 @@ def test_a_day_is_laid_into_a_log_as_numpy_would() -> None:
         values, more = draw.integers(0, 99, old), draw.integers(0, 99, new)
         behind = np.sort(draw.integers(0, old + 1, new))
         assert _inserted(values, behind, more).tolist() == np.insert(values, behind, more).tolist()
-
-
-def test_requests_by_user_are_joined_and_chosen_as_a_stable_sort_would() -> None:
-    draw = np.random.default_rng(11)
-
-    def some(count: int) -> Sessions:
-        size = draw.integers(0, 4, count)
-        user, words = np.sort(draw.integers(0, 5, count)), draw.integers(0, 99, (3, count))
-        offsets = np.concatenate([[0], np.cumsum(size)])
-        return Sessions(user, words[0], words[1], words[2], offsets, draw.integers(0, 99, offsets[-1]).astype(np.int32))
-
-    def rows(requests: Sessions) -> list[tuple[int, ...]]:
-        one = (requests.user, requests.at, requests.last, requests.end)
-        edges = pairwise(requests.offsets.tolist())
-        return [(*map(int, row), *requests.positive[a:b].tolist()) for *row, (a, b) in zip(*one, edges, strict=True)]
-
-    for first, second in ((0, 0), (0, 4), (12, 0), (30, 17)):
-        old, new = some(first), some(second)
-        both = old.with_later(new)
-        assert rows(both) == sorted([*rows(old), *rows(new)], key=lambda row: row[0])
-        mask = draw.random(first + second) < 0.5
-        assert rows(both.where(mask)) == rows(both.take(np.flatnonzero(mask)))
 
 
 def chain(draw: np.random.Generator, count: int) -> Requests:
