@@ -64,8 +64,8 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
             the set was prepared without `appendable`.
 
     Cost: a day of 220,000 events on 90 of 20 million takes about a tenth of the CPU of all 91 days anew
-    (`tests/benchmarks/prepare_throughput.py --append --events 20000000`). Histories and edges are written whole, and the
-    words of all pairs are searched: that grows with the log, not with the day. Every sixteenth append merges what
+    (`tests/benchmarks/prepare_throughput.py --append --events 20000000`). Histories and edges are written whole, and
+    the words of all pairs are searched: that grows with the log, not with the day. Every sixteenth append merges what
     those before it added, and costs more.
     """
     keep_freed_memory()  # arrays of some megabytes come and go: a tenth of the time went into fresh pages
