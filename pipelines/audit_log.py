@@ -82,8 +82,13 @@ def read_log(prepared: PreparedSet, parts: Sequence[Part], config: PrepareConfig
         LogSessions(sessions[USER_ROW].to_numpy().astype(np.int64), *columns),
         np.concatenate(unlike),
         known,
-        sum(part.record.events for part in parts) - known,
+        sum(_events(part) for part in parts) - known,
     )
+
+
+def _events(part: Part) -> int:
+    """Count a part's events without those of users it hides."""
+    return int(part.events.select(pl.len()).collect().item()) if part.hidden else part.record.events
 
 
 def _unlike(prepared: PreparedSet, frame: pl.DataFrame, begin: int, end: int) -> NDArray[np.int64]:

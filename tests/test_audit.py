@@ -151,6 +151,18 @@ def test_a_set_that_grew_passes_with_all_its_parts(tmp_path: Path, kind: str) ->
     assert "not what this set was made from" in audit(grown, parts[:1]).notes[0]
 
 
+def test_users_who_asked_to_be_forgotten_are_missed_only_until_the_set_is_prepared_anew(tmp_path: Path) -> None:
+    ingest(RawLog("log", random_events(3, 8, 200, distinct=True).lazy(), None), tmp_path / "log")
+    config = PrepareConfig(workers=1, negatives=4)
+    before = prepare(tmp_path / "log", tmp_path / "before", config)
+    write_json(tmp_path / "log" / "forgotten.json", ["u3"])
+    assert "log_events" in failed(audit(before, [tmp_path / "log"]))
+    after = prepare(tmp_path / "log", tmp_path / "after", config)
+    assert "u3" not in after.users["user_id"]
+    found = audit(after, [tmp_path / "log"])
+    assert (failed(found), found.notes) == (set(), ())
+
+
 def test_without_its_log_a_choice_of_last_requests_cannot_be_audited(by_user: PreparedSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"keeps 12 of \d+ .* last_request; audit it together with the log"):
         audit(by_user)
