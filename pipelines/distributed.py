@@ -27,6 +27,7 @@ from pipelines.train import (
     config_of,
     finish,
     pick_device,
+    suited,
     trained_run,
 )
 from recsys.errors import ConfigError
@@ -63,6 +64,7 @@ def train_on_workers(config: TrainConfig, prepared: PreparedSet, directory: Path
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers}; expected at least 1")
+    config = suited(config, prepared)
     if build(config, prepared).trains_on == "nothing":
         raise ConfigError(f"{config.name} takes no training steps that could be shared out; train it in one process")
     if pick_device(config.device).type != "cpu":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -114,6 +114,19 @@ def config_of(table: Mapping[str, Any], where: str) -> TrainConfig:
     return parse(TrainConfig, {**table, "model": parse(RANKERS[name][0], table["model"], where)}, where)
 
 
+def suited(config: TrainConfig, prepared: PreparedSet) -> TrainConfig:
+    """Give the config for a prepared set: without a category where the default's column is not in its catalogue.
+
+    A column that was asked for by another name, and one that the model cannot do without, stays and is refused later.
+    """
+    optional = type(None) in get_args(get_type_hints(type(config.model)).get("category"))
+    if not optional or config.model.category != type(config.model).category:
+        return config
+    if config.model.category in (*prepared.items.columns, *prepared.items.multi_columns):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, category=None))
+
+
 def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     """Give a finished run back from its directory, without touching MLflow.
 
@@ -167,6 +180,7 @@ def train(
     Raises:
         TrainingError: the loss is not finite; the last good checkpoint is kept.
     """
+    config = suited(config, prepared)
     with begin(config, prepared, directory, uri) as (run, inputs):
         loop = Loop(config, prepared, directory, inputs, run)
         loop.run_to_end(report)
@@ -176,6 +190,11 @@ def train(
 @contextmanager
 def begin(config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str) -> Iterator[tuple[tracking.Run, str]]:
     """Open the MLflow run of a directory, a new one unless it holds this very run; gives it and the inputs' digest."""
+    if not prepared.manifest["counts"]["requests"]["valid"]:
+        raise DataError(
+            f"{prepared.directory}: no validation request, so no checkpoint can be chosen; prepare the log with other "
+            "split.valid_days and split.test_days (counted back from the newest event), or split.kind=last_request"
+        )
     inputs = sha256_json({"config": config.table(), "data": prepared.digest})
     about = directory / "run.json"
     known = read_json(about) if about.exists() else {}

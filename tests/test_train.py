@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -12,8 +13,12 @@ from pipelines import tracking
 from pipelines import train as loop
 from pipelines.batches import BatchConfig, TrainingBatches
 from pipelines.checkpoint import Checkpoint
+from pipelines.datasets import RawLog
+from pipelines.ingest import ingest
 from pipelines.optimise import OptimiserConfig
-from pipelines.train import TrainConfig, TrainingError, load_config, train, trained_run
+from pipelines.prepare import PrepareConfig, prepare
+from pipelines.splits import DAY
+from pipelines.train import TrainConfig, TrainingError, load_config, suited, train, trained_run
 from ranking.models import RANKERS
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError
@@ -232,3 +237,30 @@ def test_contradictions_are_refused_with_both_values():
 def test_a_metric_nobody_measures_is_refused(prepared, mlflow_uri, tmp_path):
     with pytest.raises(ConfigError, match=r"metric must be one of .*gauc.*, found 'beauty'"):
         train(config("popularity", metric="beauty"), prepared, tmp_path, mlflow_uri)
+
+
+def test_a_model_goes_without_a_category_the_catalogue_does_not_have(log, mlflow_uri, tmp_path):
+    events = pl.read_parquet(log / "events.parquet")
+    ingest(RawLog("bare", events.lazy(), None), tmp_path / "log")
+    bare = prepare(tmp_path / "log", tmp_path / "bare", PrepareConfig(workers=1, negatives=5))
+    for name in ("din", "mean_pooling", "lightgbm"):
+        found = suited(config(name), bare)
+        assert found.model.category is None
+        assert replace(found, model=config(name).model) == config(name)
+    trained = train(config("din"), bare, tmp_path / "run", mlflow_uri)
+    assert trained.config.model.category is None
+    assert trained_run(tmp_path / "run", bare).config == trained.config
+    for asked in (load_config(CONFIGS / "din.toml", ["model.category=shelf"]), config("sim_hard")):
+        assert suited(asked, bare) == asked
+        with pytest.raises(ConfigError, match="no categorical item column"):
+            train(asked, bare, tmp_path / "refused", mlflow_uri)
+
+
+def test_a_set_without_validation_requests_is_refused_in_words(log, mlflow_uri, tmp_path):
+    """A log with a gap: one event long after the others takes both periods with it."""
+    events = pl.read_parquet(log / "events.parquet")
+    late = events.tail(1).with_columns(pl.col("timestamp") + 400 * DAY)
+    ingest(RawLog("gap", pl.concat([events, late]).lazy(), None), tmp_path / "log")
+    gap = prepare(tmp_path / "log", tmp_path / "gap", PrepareConfig(workers=1, negatives=5))
+    with pytest.raises(DataError, match=r"gap: no validation request.*split.valid_days.*last_request"):
+        train(config("popularity"), gap, tmp_path / "run", mlflow_uri)

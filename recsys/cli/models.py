@@ -35,7 +35,7 @@ def train(
 ) -> None:
     """Train one model, or go on with a run that was interrupted."""
     from pipelines.shipped import find_config
-    from pipelines.train import load_config
+    from pipelines.train import load_config, suited
     from pipelines.train import train as run
     from pipelines.workspace import Workspace
 
@@ -45,6 +45,10 @@ def train(
         return
     prepared = _prepared(place)
     options = load_config(path, assignments or ())
+    if suited(options, prepared) != options:
+        columns = (*prepared.items.columns, *prepared.items.multi_columns)
+        named = f"; it has {', '.join(columns)}: `--set model.category={columns[0]}` takes one" if columns else ""
+        Terminal().say(f"{options.name} goes without a category: no item column {options.model.category!r}{named}.")
     directory = place.run(name or Path(config).stem)
     uri = mlflow or place.tracking_uri
     if workers > 1:
