@@ -70,6 +70,7 @@ from recsys.messages import Message
 
 REFERENCE = "reference.json"
 CALIBRATION = "calibration.json"
+CONTENT_VECTORS = "content_vectors.safetensors"
 
 M = TypeVar("M", bound=Message)
 
@@ -141,6 +142,10 @@ class Bundle:
     def row_of(self) -> dict[str, int]:
         """Model row of each item id."""
         return {item: row for row, item in enumerate(self.item_ids) if row >= FIRST_ITEM}
+
+    def has_vector(self, row: int) -> bool:
+        """Whether the retriever knows an item: from training, or by a vector learned from its content."""
+        return bool(self.items.trained[row]) or CONTENT_VECTORS in self.manifest.files
 
     @cached_property
     def _action_code(self) -> dict[str, int]:
@@ -291,7 +296,7 @@ def _write_catalogue(directory: Path, contents: Contents) -> None:
     if contents.content is not None:
         contents.content.save(directory / "content.safetensors")
     if contents.content_vectors is not None:
-        contents.content_vectors.save(directory / "content_vectors.safetensors")
+        contents.content_vectors.save(directory / CONTENT_VECTORS)
     if contents.calibration is not None:
         write_json(directory / CALIBRATION, contents.calibration.model_dump())
 
@@ -342,8 +347,8 @@ def _load_parts(
     if ranker is None and manifest.text is None:
         raise BundleError(f"{directory}: neither a model in the role 'ranker' nor text; publish again")
     retriever = manifest.models.get("retriever")
-    if retriever is not None and "content_vectors.safetensors" in paths:
-        vectors = ContentVectors.load(paths["content_vectors.safetensors"])
+    if retriever is not None and CONTENT_VECTORS in paths:
+        vectors = ContentVectors.load(paths[CONTENT_VECTORS])
         models[retriever.weights] = WithContent(models[retriever.weights], vectors).requires_grad_(False).eval()
     return Bundle(
         directory=directory,

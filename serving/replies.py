@@ -1,5 +1,7 @@
 """What the look-up and operating routes answer; clients build on these without the models' libraries."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from recsys.messages import Message
@@ -105,7 +107,7 @@ class SimilarItem(Message):
 
     item_id: str
     name: str
-    score: float = Field(description="inner product of the retriever's item vectors")
+    score: float = Field(description="inner product of the retriever's item vectors, or cosine of the contents")
 
 
 class SimilarResponse(Message):
@@ -113,4 +115,7 @@ class SimilarResponse(Message):
 
     item_id: str
     name: str
+    by: Literal["vectors", "content"] = Field(
+        description="what is compared; content (text and categories) for an item without training events and vector"
+    )
     items: list[SimilarItem]

@@ -4,6 +4,9 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
@@ -235,7 +238,7 @@ class Service:
         )
 
     def similar(self, item_id: str, k: int) -> SimilarResponse:
-        """Give the k items nearest to an item by the retriever's vectors.
+        """Give the k items nearest to an item by the retriever's vectors, or by content where it has no vector.
 
         Raises:
             RequestError: 404 for an item the bundle does not know, 409 for a bundle without a retriever.
@@ -247,13 +250,20 @@ class Service:
         row = bundle.row_of.get(item_id)
         if row is None:
             raise RequestError(404, "unknown_item", f"bundle {bundle.version} does not know item {item_id!r}")
-        found, scores = bundle.index.search(vectors[row : row + 1], k + 1)
+        by: Literal["vectors", "content"] = "vectors" if bundle.has_vector(row) else "content"
+        if by == "vectors":
+            found, scores = (some[0] for some in bundle.index.search(vectors[row : row + 1], k + 1))
+        else:
+            likeness = np.zeros(0, np.float32) if bundle.content is None else bundle.content.likeness(row)
+            found = np.argsort(-likeness, kind="stable")[: k + 1]
+            found = found[likeness[found] > 0]
+            scores = likeness[found]
         items = [
             SimilarItem(item_id=bundle.item_ids[other], name=bundle.names[other], score=float(score))
-            for other, score in zip(found[0].tolist(), scores[0].tolist(), strict=True)
+            for other, score in zip(found.tolist(), scores.tolist(), strict=True)
             if other > UNKNOWN and other != row
         ]
-        return SimilarResponse(item_id=item_id, name=bundle.names[row], items=items[:k])
+        return SimilarResponse(item_id=item_id, name=bundle.names[row], by=by, items=items[:k])
 
     def models(self) -> ModelsResponse:
         """Say what is being served."""

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
 from ranking.bundle_models import NamedModel
+from ranking.content import content_features, match_content
 from ranking.items import ItemTable
 from ranking.ladder import Deadlines
 from ranking.manifest import Provenance
@@ -59,15 +60,21 @@ def publish_world(directory: Path) -> Place:
     return place
 
 
-def _write(directory: Path, items: ItemTable, known: int) -> None:
+def publish_described(directory: Path) -> None:
+    """Write a bundle whose items without training events (`item-60`, `item-61`) are known by name and category only."""
+    _write(directory, make_world(users=USERS).items, ITEMS, described=True)
+
+
+def _write(directory: Path, items: ItemTable, known: int, described: bool = False) -> None:
     rows = known + FIRST_ITEM
     table = ItemTable(items.columns, items.categorical[:rows], items.cardinality, items.count[:rows])
     torch.manual_seed(known)
     retriever = MqsaTedConfig(width=8)
+    names = ["", ""] + [f"Item number {number}" for number in range(known)]
     contents = Contents(
         items=table,
         item_ids=["", ""] + [f"item-{number}" for number in range(known)],
-        names=["", ""] + [f"Item number {number}" for number in range(known)],
+        names=names,
         key_to_row=torch.arange(FIRST_ITEM, rows, dtype=torch.int32).numpy(),
         vocabulary={},
         actions=["", "purchase"],
@@ -75,6 +82,7 @@ def _write(directory: Path, items: ItemTable, known: int) -> None:
             "personal_frequency", PersonalFrequencyConfig(), PersonalFrequency(PersonalFrequencyConfig(), table)
         ),
         retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)),
+        content=match_content(content_features(table, names), table.count) if described else None,
     )
     write_bundle(directory, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest"))
 

@@ -7,12 +7,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_world import LATER, USERS, WAIT, Place, make_service, patient_app, publish_world
+from serving_world import LATER, USERS, WAIT, Place, make_service, patient_app, publish_described, publish_world
 from starlette.testclient import TestClient
 
+from ranking.batch import FIRST_ITEM
 from recsys.errors import StoreError
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
@@ -72,6 +74,32 @@ def test_http_answers_what_the_recommender_answers(client, service):
     assert not found["user_known"]
     assert found["unknown_item_ids"] == ["no such item"]
     assert found["scores"][1] is None
+
+
+def test_an_item_without_a_vector_has_neighbours_by_content_or_none(tmp_path):
+    place = publish_world(tmp_path)
+    publish_described(tmp_path / "described")
+    answers = []
+    for bundle in (place.bundle, tmp_path / "described"):
+        service = make_service(place, tmp_path / f"state of {bundle.name}", bundle)
+        with TestClient(patient_app(service)) as client:
+            answers.append([client.get(f"/v1/items/{item}/similar?k=4").json() for item in ("item-60", "item-1")])
+        content, items = service.served.bundle.content, service.served.bundle.items
+        service.close()
+    (nothing, _), (alike, plain) = answers
+    assert (nothing["by"], nothing["items"], plain["by"]) == ("content", [], "vectors")
+    assert (alike["by"], len(alike["items"])) == ("content", 4)
+    scores = [item["score"] for item in alike["items"]]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < scores[-1] <= scores[0] <= 1 + 1e-6
+    row = 60 + FIRST_ITEM
+    dense = np.zeros((len(items), content.width))
+    for other in range(len(items)):
+        mine = slice(*content.offsets[other : other + 2])
+        dense[other, content.column[mine]] = content.value[mine]
+    wanted = dense @ dense[row]
+    np.testing.assert_allclose(content.likeness(row), wanted, atol=1e-6)
+    assert scores[0] == pytest.approx(np.delete(wanted, row).max(), abs=1e-6)
 
 
 def test_look_ups(client, service):
