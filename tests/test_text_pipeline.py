@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -100,6 +102,22 @@ def test_model_folders_without_weights_and_pickles_are_refused(tmp_path, encoder
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x80\x04.")
     with pytest.raises(DataError, match="not a safetensors file"):
         load_encoder(tmp_path / "model")
+
+
+def test_importing_the_text_models_asks_nobody_and_reads_no_weights():
+    code = """
+import sys
+def refuse(event, arguments):
+    opened = str(arguments[0]) if arguments else ""
+    if event.startswith("socket.") or (event == "open" and opened.endswith((".safetensors", "tokenizer.json"))):
+        raise RuntimeError((event, opened))
+sys.addaudithook(refuse)
+import pipelines.text_models, pipelines.text_publish, ranking.lexsembridge, ranking.mvp, ranking.mvp_apart
+import ranking.cross_encoder, ranking.splade, ranking.text_models
+assert not {"transformers", "sentence_transformers", "huggingface_hub"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # Batching, cache and fusion.

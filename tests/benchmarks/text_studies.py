@@ -345,7 +345,23 @@ def lines_of(name: str) -> list[str]:
             gain = values.get("against_plain", {}).get("hit_at_1") if system == "enhanced" else None
             pair = f"{percent(measures['ndcg_at_10'])} | {percent(measures['hit_at_1'])}"
             lines.append(f"| {name} {task} {system} | {pair} | {signed(gain) if gain else ''} |")
+    if "spans" in found:
+        ours = found["spans"]
+        gain = [f"plain {signed(ours['against_plain'])}", *(f"{kind} {signed(one)}" for kind, one in controls(name))]
+        lines.append(f"| {name} three spans a document | | {100 * ours['hit_at_1']:.1f} | {', '.join(gain)} |")
     return lines
+
+
+def controls(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Compare hit@1 on spans, by document, with the controls of the same training and seed that have run."""
+    cell, corpus, kind, how, seed = name.split("-")
+    ours = np.array(json.loads((RESULTS / f"{name}.json").read_text())["spans"]["per_document"])
+    made = []
+    for other in ("off", "c_only", "linear_map"):
+        path = RESULTS / f"{cell}-{corpus}-{other}-{how}-{seed}.json"
+        if other != kind and path.exists() and "spans" in (found := json.loads(path.read_text())):
+            made.append((other, compare(ours, np.array(found["spans"]["per_document"])).table()))
+    return made
 
 
 def tables() -> str:
