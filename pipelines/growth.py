@@ -3,13 +3,14 @@
     hashes.npy              uint64 [U], the hash of each user's id by history row
     pending/                the requests that do not train yet (`pipelines.waiting`)
     pairs/base-{row}.bin    every pair word (`pipelines.transitions`) of the source rows from {row} to the next file's
-    pairs/{n}-added.bin     words that the n-th append since the base brought, ascending
+    pairs/{n}-added.bin     words that the n-th append since the base brought, and some before it, ascending
     pairs/{n}-removed.bin   words that it took away: a session that straddled the old cut may now stand between two
                             requests that followed each other before
 
 The weight of a pair is the sum over base and added minus removed words, in integers, so it does not matter when a word
-came. Files never change once written: an append links them and adds its own. After `RUNS` appends they are merged into
-a new base. Nothing here belongs to the digest of the set: it is another form of what the set says.
+came. Files never change once written: an append links them and adds its own, in which it may put together the newest
+ones. After `RUNS` appends they are merged into a new base. Nothing here belongs to the digest of the set: it is another
+form of what the set says.
 """
 
 from collections.abc import Iterator
@@ -50,12 +51,20 @@ class PairRuns:
         )
 
     def grown(self, folder: Path, added: Words, removed: Words, rows: int) -> "PairRuns":
-        """Give these runs and one more in the empty directory `folder`, as one base if they have become many."""
+        """Give these runs and one more in the empty directory `folder`, as one base if there have been many.
+
+        The newest of 1, 2, 4, ... appends are one run, as the digits of a binary number: of 15 there are four at most.
+        """
+        number = (_number(self.added[-1]) if self.added else 0) + 1
+        joined = [path for path in (*self.added, *self.removed) if _number(path) > number - (number & -number)]
         for path in sorted(self.folder.iterdir()):
-            link_file(path, folder / path.name)
-        number = len(self.added) + 1
-        added.tofile(folder / f"{number:04}-added.bin")
-        removed.tofile(folder / f"{number:04}-removed.bin")
+            if path not in joined:
+                link_file(path, folder / path.name)
+        for kind, words in (("added", added), ("removed", removed)):
+            older = [np.fromfile(path, np.uint64) for path in joined if path.stem.endswith(kind)]
+            words = np.concatenate([words, *older])
+            words.sort()
+            words.tofile(folder / f"{number:04}-{kind}.bin")
         runs = PairRuns.open(folder)
         return runs._merged(rows) if number >= RUNS else runs
 
@@ -82,6 +91,11 @@ class PairRuns:
         """Map the base's words of the range that begins at row `low`."""
         file = self.folder / base_name(low)
         return np.memmap(file, np.uint64, "r") if file.stat().st_size else np.empty(0, np.uint64)
+
+
+def _number(path: Path) -> int:
+    """Give the number of the newest append whose words a run's file holds."""
+    return int(path.stem.partition("-")[0])
 
 
 def updated_edges(

@@ -19,6 +19,7 @@ from pipelines import growth, spans
 from pipelines import waiting as waits
 from pipelines.append import add_part, append, changed_words
 from pipelines.datasets import RawLog
+from pipelines.growth import PairRuns
 from pipelines.ingest import ingest
 from pipelines.merging import _inserted
 from pipelines.prepare import PrepareConfig, prepare
@@ -144,10 +145,47 @@ def test_many_days_end_in_a_new_base_and_leave_the_sets_before_alone(tmp_path: P
         runs.append(sorted(run.name for run in (sets[-1].directory / "growth" / "pending").iterdir()))
     assert [len(some) for some in runs] == [2, 3, 1, 2, 3, 1, 2]
     assert runs[1] == ["0000", "0001", "0002"]
-    assert pairs == [1, 2, 0, 1, 2, 0, 1]
+    assert pairs == [1, 1, 0, 1, 1, 0, 1]
     again = append(paths[2], sets[1].directory, tmp_path / "again")  # its files were linked to, and merged since
     same_bytes(again, sets[2])
     same_bytes(sets[-1], prepare(paths, tmp_path / "whole", config))
+
+
+@given(seed=st.integers(0, 2**32), appends=st.integers(1, 13))
+@settings(max_examples=30, deadline=None)
+def test_few_runs_hold_the_words_of_many_appends(seed: int, appends: int) -> None:
+    draw = np.random.default_rng(seed)
+    rows, words, gone = 5, [], []
+
+    def some(count: int) -> np.ndarray:
+        pair = draw.integers(0, rows, count).astype(np.uint64) << np.uint64(40) | draw.integers(0, 9, count).astype(
+            "u8"
+        )
+        return np.sort(pair)
+
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth, "RUNS", 12)
+        (Path(name) / "0").mkdir()
+        words += (base := some(30)).tolist()
+        for low, high in ((0, 2), (2, rows)):
+            base[(base >> np.uint64(40) >= low) & (base >> np.uint64(40) < high)].tofile(
+                Path(name) / "0" / f"base-{low:08}.bin"
+            )
+        runs = PairRuns.open(Path(name) / "0")
+        for number in range(1, appends + 1):
+            (folder := Path(name) / str(number)).mkdir()
+            taken = draw.permutation(len(words))[: draw.integers(0, 4)]
+            removed = np.sort(np.array([words[place] for place in taken], np.uint64))
+            added = some(int(draw.integers(0, 9)))
+            runs = runs.grown(folder, added, removed, rows)
+            words = [word for place, word in enumerate(words) if place not in set(taken.tolist())] + added.tolist()
+            assert len(runs.added) == len(runs.removed) == bin(number % 12).count("1")
+        plus = [word for low, _ in runs.ranges(rows) for word in runs.base(low).tolist()]
+        plus += [word for file in runs.added for word in np.fromfile(file, np.uint64).tolist()]
+        gone = [word for file in runs.removed for word in np.fromfile(file, np.uint64).tolist()]
+        assert sorted(plus) == sorted([*words, *gone])
+        for file in (*runs.added, *runs.removed):
+            assert (np.diff(np.fromfile(file, np.int64)) >= 0).all()
 
 
 def test_a_day_is_laid_into_a_log_as_numpy_would() -> None:
