@@ -131,10 +131,6 @@ def test_training_by_passages_learns_what_it_is_shown(folder, encoder):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (
-            "train=fusion",
-            "is for lexsembridge with train = 'full', found lexsembridge with 'fusion'",
-        ),
         ("cuts=0", "cuts is 0, layers 1, train_tokens 12; expected at least 1, 0 and 8"),
         ("model.fusion_passages=true", "plain passages"),
         ("corpus.natural=tarin", "no corpus has qrels/tarin.tsv"),
@@ -143,3 +139,8 @@ def test_training_by_passages_learns_what_it_is_shown(folder, encoder):
 def test_what_training_by_passages_cannot_do_is_refused(folder, encoder, change, told):
     with pytest.raises(ConfigError, match=re.escape(told)):
         by_passages(folder, encoder, change)
+
+
+def test_rerankers_do_not_train_by_passages():
+    with pytest.raises(ConfigError, match="is for lexsembridge, found mvp"):
+        load_text_config(CONFIGS / "mvp.toml", ["batches=passages"])
