@@ -62,8 +62,9 @@ class PairRuns:
                 link_file(path, folder / path.name)
         for kind, words in (("added", added), ("removed", removed)):
             older = [np.fromfile(path, np.uint64) for path in joined if path.stem.endswith(kind)]
-            words = np.concatenate([words, *older])
-            words.sort()
+            if older:
+                words = np.concatenate([words, *older])
+                words.sort()
             words.tofile(folder / f"{number:04}-{kind}.bin")
         runs = PairRuns.open(folder)
         return runs._merged(rows) if number >= RUNS else runs
