@@ -63,10 +63,10 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
             the set was prepared without `appendable`.
 
-    Cost: a day of 220,000 events on 90 of 20 million takes about a tenth of the CPU of all 91 days anew
+    Cost: a day of 220,000 events on 90 of 20 million takes 9 % of the CPU of all 91 days anew
     (`tests/benchmarks/prepare_throughput.py --append --events 20000000`). Histories and edges are written whole, and
     the words of all pairs are searched: that grows with the log, not with the day. Every sixteenth append merges what
-    those before it added, and costs more.
+    those before it added, and costs twice as much.
     """
     keep_freed_memory()  # arrays of some megabytes come and go: a tenth of the time went into fresh pages
     report = progress or (lambda *_: None)
