@@ -260,7 +260,7 @@ def cells() -> dict[str, Callable[[Place], dict[str, Any]]]:
             key = f"lexsembridge-{name}-{kind}-full-0"
             made[key] = lambda p, name=name, kind=kind: lexsembridge(p, name, kind, 0, "full")
         for kind in ("off", "c_only", "linear_map", "slr", "llr"):
-            for seed in SEEDS if kind in ("off", "slr") else SEEDS[:1]:
+            for seed in SEEDS if kind in ("off", "c_only", "slr") else SEEDS[:1]:
                 for how in ("passages", "among_all"):
                     key = f"lexsembridge-{name}-{kind}-{how}-{seed}"
                     made[key] = lambda p, a=(name, kind, seed, how): lexsembridge(p, *a)
