@@ -1,10 +1,12 @@
 """Files that are whole or absent: written under a temporary name, then renamed; and their digests."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +32,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory beside `path`; it replaces `path` only if the block ends without an error."""
+    """Give a temporary directory beside `path`; it replaces `path` only if the block ends without an error.
+
+    What writers that were killed left beside it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    held = os.open(temporary, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # falls with the process, however it ends
+        _remove_leftovers(path)
         yield temporary
         for written in temporary.rglob("*"):  # some libraries write files that only their owner may read
             if not written.is_symlink():
@@ -47,7 +55,31 @@ def whole_directory(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
     finally:
+        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+YOUNG_SECONDS = 60
+"""Age below which a directory without a lock may be one whose writer has just begun."""
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary directories beside `path` that no process holds, unless `path` itself may lie in one."""
+    if not path.exists():
+        return
+    for left in path.parent.iterdir():
+        if not left.name.startswith(f".{path.name}.") or left.is_symlink() or not left.is_dir():
+            continue
+        if time.time() - left.stat().st_mtime < YOUNG_SECONDS:
+            continue
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:  # somebody writes there
+            pass
+        finally:
+            os.close(handle)
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -1,5 +1,8 @@
 """Files are whole or absent; histories keep the point-in-time rule."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,52 @@ def test_a_failed_directory_leaves_the_old_one_and_nothing_else(tmp_path: Path):
     assert (path / "file").read_text() == "two"
     assert sha256_tree(path) == digest
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+WRITER = """
+import sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from recsys.files import whole_directory
+
+with whole_directory(Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_text("h")
+    print(temporary, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_live_one_has_stays(tmp_path: Path):
+    path = tmp_path / "set"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    left, held = (Path(writer.stdout.readline().decode().strip()) for writer in writers)
+    stranger = tmp_path / ".settings.old"
+    stranger.mkdir()
+
+    def write() -> None:
+        with whole_directory(path) as temporary:
+            (temporary / "whole").write_text("w")
+
+    try:
+        writers[0].kill()
+        writers[0].wait()
+        for directory in (left, held, stranger):
+            os.utime(directory, (0, 0))
+        write()
+        assert left.exists()  # there was no `path` yet: what lies beside it might be all there is
+        write()
+        assert [left.exists(), (held / "half").exists(), stranger.exists()] == [False, True, True]
+        assert (path / "whole").read_text() == "w"
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
 
 
 def test_json_errors_name_file_and_place(tmp_path: Path):
