@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -67,8 +68,9 @@ def _remove_leftovers(path: Path) -> None:
     """Remove the temporary directories beside `path` that no process holds, unless `path` itself may lie in one."""
     if not path.exists():
         return
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?[a-z0-9_]{{8}}")  # as mkdtemp names them
     for left in path.parent.iterdir():
-        if not left.name.startswith(f".{path.name}.") or left.is_symlink() or not left.is_dir():
+        if not temporary.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
             continue
         if time.time() - left.stat().st_mtime < YOUNG_SECONDS:
             continue

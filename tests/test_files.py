@@ -61,7 +61,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_live_one_
         for _ in range(2)
     ]
     left, held = (Path(writer.stdout.readline().decode().strip()) for writer in writers)
-    stranger = tmp_path / ".settings.old"
+    stranger = tmp_path / ".set.b.old.abcd1234"  # of a directory "set.b", which may be all there is of it
     stranger.mkdir()
 
     def write() -> None:
