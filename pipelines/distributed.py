@@ -26,10 +26,10 @@ from pipelines.train import (
     build,
     config_of,
     finish,
-    pick_device,
     suited,
     trained_run,
 )
+from ranking.devices import pick_device
 from recsys.errors import ConfigError
 
 

@@ -15,6 +15,7 @@ PACKAGES = (
     "scikit-learn",
     "transformers",
     "faiss-cpu",
+    "faiss-gpu",
 )
 
 

@@ -17,7 +17,7 @@ from ranking.rows import put, summed
 from recsys.errors import ConfigError
 
 ROWS = 1024
-"""Rows of a table that are updated at once: 256 KB at a width of 64."""
+"""Rows of a table that a CPU updates at once: 256 KB at a width of 64."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class OptimiserConfig:
 class RowAdam(torch.optim.Optimizer):
     """`torch.optim.SparseAdam` to the rounding of single numbers, some thousand rows at a time.
 
-    Its many temporaries then stay in cache. State by parameter: `step`, `exp_avg`, `exp_avg_sq`.
+    Its many temporaries then stay in a CPU's cache; a GPU takes all rows at once. State by parameter: `step`,
+    `exp_avg`, `exp_avg_sq`.
 
     Args:
         parameters: tables [V, D] whose gradients are sparse.
@@ -78,7 +79,8 @@ class RowAdam(torch.optim.Optimizer):
         first, second = group["betas"]
         size = group["lr"] * math.sqrt(1 - second ** state["step"]) / (1 - first ** state["step"])
         gradient = summed(table.grad)  # type: ignore[arg-type]
-        runs = zip(torch.split(gradient.indices()[0], ROWS), torch.split(gradient.values(), ROWS), strict=True)
+        at_once = ROWS if table.device.type == "cpu" else max(gradient._nnz(), 1)
+        runs = zip(torch.split(gradient.indices()[0], at_once), torch.split(gradient.values(), at_once), strict=True)
         for row, g in runs:
             mean, square = (state[name].index_select(0, row) for name in ("exp_avg", "exp_avg_sq"))
             mean.lerp_(g, 1 - first)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pipelines.environment import environment
-from pipelines.train import Report, Trained, config_of, pick_device, train, trained_run
+from pipelines.train import Report, Trained, config_of, train, trained_run
 from pipelines.workspace import Workspace
+from ranking.devices import pick_device
 from recsys.errors import DataError
 from recsys.files import read_json, write_json
 

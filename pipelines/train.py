@@ -28,6 +28,7 @@ from pipelines.leave_one_out import Protocol
 from pipelines.optimise import OptimiserConfig, build_optimisers, update
 from pipelines.prepared import PreparedSet
 from pipelines.team import Alone, Team
+from ranking.devices import pick_device
 from ranking.gradient_boosting import GradientBoosting
 from ranking.models import RANKERS
 from ranking.ranker import AnyRanker
@@ -140,6 +141,7 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     if about["inputs"] != inputs:
         raise DataError(f"{directory}: trained on another prepared set than {prepared.directory}; train it again")
     model = build(config, prepared)
+    _module(model).to(pick_device(config.device))
     saved = Checkpoint.load(directory / CHECKPOINT, len(build_optimisers(_module(model), config.optimiser)))
     if not saved.progress.finished:
         raise DataError(f"{directory}: stopped at step {saved.progress.step}; run `recsys train` again to finish it")
@@ -147,13 +149,6 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     _module(model).eval()
     summary = TrainingSummary.of(read_json(directory / "summary.json"))
     return Trained(model, config, summary, about["run_id"])
-
-
-def pick_device(name: str) -> torch.device:
-    """Give the device of a name; `auto` is cuda where there is one, else cpu."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def build(config: TrainConfig, prepared: PreparedSet) -> AnyRanker:

@@ -8,6 +8,7 @@ import logging
 import time
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -49,7 +50,7 @@ class ModelReplica:
         config = parse(ServeConfig, table, "[serve]")
         torch.set_num_threads(config.cores)
         use_threads(config.cores)
-        self._host = PartHost(part, "cuda" if config.split.gpus else "cpu", config.search)
+        self._host = PartHost(part, config.device, config.search)
         self._follower = Follower(self._host.follow, lambda: self._host.version)
         self._worker = Worker(config.limits.waiting)
         self._stuck_seconds = config.limits.stuck_seconds
@@ -149,9 +150,10 @@ def application(table: dict[str, Any]) -> Application:
         "graceful_shutdown_timeout_s": 5,
         "max_constructor_retry_count": 1,  # a damaged log or snapshot will not be mended by trying again
     }
+    gpus = config.gpus if ray.cluster_resources().get("GPU", 0.0) else 0.0  # type: ignore[no-untyped-call]
     parts = []
     if config.topology == "split":
-        cost = {"num_cpus": 0.1, "num_gpus": config.split.gpus}
+        cost = {"num_cpus": 0.1, "num_gpus": gpus}
         model_replica: Any = ModelReplica
         for part in PARTS:
             sized = model_replica.options(
@@ -160,7 +162,7 @@ def application(table: dict[str, Any]) -> Application:
             parts.append(sized.bind(part, table))
     deployed: Application = replica.options(
         num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": 0.0 if parts else gpus},
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_SECONDS),
         **shared,
     ).bind(table, *parts)

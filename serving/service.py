@@ -10,6 +10,7 @@ import numpy as np
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
+from ranking.devices import Device
 from ranking.ladder import Budget
 from ranking.manifest import Manifest
 from ranking.request_path import RequestPath
@@ -66,6 +67,7 @@ class Service:
         path: settings and live state of the request path, for every bundle.
         search: depths and time budgets of text search; the defaults if absent.
         requests: where a sample of the answers is kept for training and replay; None keeps none.
+        device: where the models of its bundles run.
 
     Every method may be called from several threads at once.
     """
@@ -81,8 +83,10 @@ class Service:
         path: RequestPath = WHOLE_PATH,
         search: SearchConfig | None = None,
         requests: RequestLog | None = None,
+        device: Device = "cpu",
     ) -> None:
         self.path = path
+        self.device = device
         self.telemetry = telemetry
         self.store = store
         self.histories = Watched(store)

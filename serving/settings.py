@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ranking.devices import Device
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.searcher import SearchConfig
 from recsys.errors import BundleError, ConfigError
@@ -54,6 +55,10 @@ class ServeConfig:
     """processes that answer; they share log and histories, so all of them run on this machine"""
     topology: Literal["fused", "split"] = "fused"
     """whether models run in the processes that answer, or in deployments of their own (`serving.split`)"""
+    device: Device = "auto"
+    """where models run: on the GPU where a process sees one; the index is there then, whatever this says"""
+    gpus: float = 0.25
+    """share of a GPU that each process with models takes of Ray, where Ray has GPUs; a fraction shares one"""
     split: SplitConfig = field(default_factory=SplitConfig)
     """sizes of those deployments"""
     cores: int = 1
@@ -93,6 +98,8 @@ class ServeConfig:
                 raise ConfigError(f"[serve] {name} is {getattr(self, name)}; expected at least 1")
         if self.history_store == "redis" and not redis_url(self):
             raise ConfigError(f'[serve] history_store is "redis"; expected its URL in {REDIS_URL} or in redis_url')
+        if self.gpus < 0:
+            raise ConfigError(f"[serve] gpus is {self.gpus}; expected 0 or more")
         if not 1 <= self.port <= 65_535:
             raise ConfigError(f"[serve] port is {self.port}; expected 1 to 65535")
         for name in ("challenger_share", "recall_share"):
@@ -141,6 +148,7 @@ def open_service(config: ServeConfig) -> Service:
         path=path,
         search=config.search,
         requests=requests,
+        device=config.device,
     )
 
 
@@ -202,10 +210,11 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
             an item column that a filter or rule names.
     """
     from ranking.bundle import Bundle
+    from ranking.devices import pick_device
     from ranking.rerank_depth import affordable_depth
     from ranking.searcher import Searcher
 
-    bundle = Bundle.load(place.directory)
+    bundle = Bundle.load(place.directory, pick_device(service.device))
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
     if elsewhere is not None:

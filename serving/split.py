@@ -26,6 +26,7 @@ from torch import Tensor
 from ranking.batch import Candidates, History, Request
 from ranking.bundle import Bundle
 from ranking.deadline import Deadline
+from ranking.devices import pick_device
 from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.ranker import Retriever
@@ -51,15 +52,11 @@ class SplitConfig:
     """replicas of the ranker"""
     texts: int = 1
     """replicas of text search"""
-    gpus: float = 0.0
-    """GPUs of each such replica; a fraction shares one. With 0 models run on the CPU"""
 
     def __post_init__(self) -> None:
         for name in ("retrievers", "rankers", "texts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[serve.split] {name} is {getattr(self, name)}; expected at least 1")
-        if self.gpus < 0:
-            raise ConfigError(f"[serve.split] gpus is {self.gpus}; expected 0 or more")
 
     def replicas(self, part: Part) -> int:
         """Give how many replicas a part has."""
@@ -91,13 +88,13 @@ class PartHost:
 
     Args:
         part: which of their models are kept.
-        device: where they run.
+        device: where they run; `auto` is the GPU where this process sees one.
         search: depths and time budgets of text search.
     """
 
     def __init__(self, part: Part, device: str, search: SearchConfig) -> None:
         self._part = part
-        self._device = device
+        self._device = pick_device(device)
         self._search = search
         self._held: dict[str, _Held] = {}
         self._now: set[str] = set()

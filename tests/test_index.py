@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranking import index as module
-from ranking.index import LEAST_LISTED, NONE, Index, IndexConfig, build, on_best_device
+from ranking.index import LEAST_LISTED, NONE, Index, IndexConfig, build
 from recsys.errors import BundleError, ConfigError
 
 WIDTH = 4
@@ -103,29 +103,42 @@ def test_equal_scores_are_ordered_by_row():
     assert found[0].tolist() == list(range(2, 32))
 
 
-@pytest.mark.parametrize("gpus", [0, 2])
-def test_a_gpu_is_used_where_there_is_one(monkeypatch, gpus):
+class Resources:
+    """Stands for what a GPU index works in."""
+
+    def setTempMemory(self, size: int) -> None:  # noqa: N802 - FAISS's name
+        assert size == module.GPU_SCRATCH
+
+
+def pretend_gpus(monkeypatch, gpus: int) -> list:
+    """Let FAISS say that there are so many; gives the list of shards that are moved to the first one."""
     moved = []
 
     def to_gpu(resources, number, shard):
-        moved.append((resources, number))
+        assert isinstance(resources, Resources)
+        assert number == 0
+        moved.append(shard)
         return shard
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+    return moved
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_a_gpu_is_used_where_there_is_one(monkeypatch, gpus):
+    moved = pretend_gpus(monkeypatch, gpus)
     vectors = np.eye(WIDTH, dtype=np.float32)
     index = build(vectors, np.arange(2, 2 + WIDTH), IndexConfig(rows_per_shard=2))
-    assert moved == [("resources", 0)] * (2 if gpus else 0)
+    assert len(moved) == (2 if gpus else 0)
     found, _ = index.search(vectors, 1)
     assert found[:, 0].tolist() == [2, 3, 4, 5]
-    shard = object()
-    assert on_best_device(shard) is shard
 
 
 def test_what_a_gpu_cannot_do_runs_on_the_cpu_shards(monkeypatch):
     """GPU shards take no filter and at most 2,048 neighbours; here the "GPU" refuses to search at all."""
-    monkeypatch.setattr(module, "on_best_device", lambda shard: None)
+    monkeypatch.setattr(module, "on_best_device", lambda shards: [None] * len(shards))
     vectors = np.eye(WIDTH, dtype=np.float32)
     index = build(vectors, np.arange(2, 2 + WIDTH))
     allowed = np.array([False, False, True, False, True, True])
@@ -155,10 +168,7 @@ def test_bad_input_is_named(tmp_path: Path):
 
 def test_a_gpu_compares_all_full_vectors(monkeypatch):
     """Codes and lists stay on the CPU; here the "GPU" keeps what it is given."""
-    given = []
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _, __, shard: given.append(shard) or shard, raising=False)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    given = pretend_gpus(monkeypatch, 1)
     vectors = np.random.default_rng(0).normal(size=(2_000, WIDTH)).astype(np.float32)
     rows = np.arange(2_001, 1, -1)
     index = build(vectors, rows, IndexConfig(exact_below=0, probes=1))

@@ -18,6 +18,7 @@ from benchmarks.studies.plan import DATASETS, Cell, Dataset
 from numpy.typing import NDArray
 
 from pipelines import datasets, leave_one_out
+from pipelines.environment import environment
 from pipelines.evaluate import evaluate
 from pipelines.evaluation import ALL_ITEMS, OUTSIDE, EvaluateConfig, Evaluation
 from pipelines.ingest import ingest
@@ -90,7 +91,11 @@ def _about(cell: Cell, trained: Trained, prepared: PreparedSet) -> dict[str, Any
         "training": summary,
         "commit": git_commit(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": {"processors": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "all")},
+        "machine": {
+            "processors": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+            "device": environment(summary["device"])["hardware device"],
+        },
     }
 
 
