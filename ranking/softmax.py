@@ -21,7 +21,9 @@ from ranking.products import product
 
 LOG2E = 1 / math.log(2)
 CHUNK_BYTES = 8 * 2**20
-"""Logits held at once by the chunked form: 8 MiB stay in cache (160 rows of 12,101 classes)."""
+"""Logits held at once by the chunked form: 8 MiB stay in a processor's cache (160 rows of 12,101 classes)."""
+GPU_CHUNK_BYTES = 512 * 2**20
+"""On a GPU: few launches, in memory that is small beside what it has."""
 CHUNK_ROWS = 32
 """Rows at once are a multiple of this: whole vectors of the processor."""
 FEW_ROWS = 96
@@ -72,7 +74,7 @@ class _ChunkedLogPartition(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, table: Tensor, weight: Tensor, pad_class: bool) -> Tensor:
         real, more = len(query), -len(query) % CHUNK_ROWS
         query, weight = F.pad(query, (0, 0, 0, more)), F.pad(weight, (0, more))  # whole vectors, few shapes
-        rows = CHUNK_BYTES // max(1, len(table) * table.element_size() * CHUNK_ROWS) * CHUNK_ROWS
+        rows = _chunk_bytes(table) // max(1, len(table) * table.element_size() * CHUNK_ROWS) * CHUNK_ROWS
         wanted = any(ctx.needs_input_grad[:2])
         if rows < FEW_ROWS:
             total, gradients = _by_tiles(query, table, weight, pad_class, wanted)
@@ -85,6 +87,10 @@ class _ChunkedLogPartition(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_query, grad_table = ctx.saved_tensors
         return grad_query * gradients[0], grad_table * gradients[0], None, None
+
+
+def _chunk_bytes(table: Tensor) -> int:
+    return CHUNK_BYTES if table.device.type == "cpu" else GPU_CHUNK_BYTES
 
 
 def _calm(query: Tensor, table: Tensor) -> bool:
@@ -128,7 +134,7 @@ def _by_tiles(
     more than the products.
     """
     block = max(1, min(len(query), TILE_ROWS))
-    tile = max(1, CHUNK_BYTES // (block * query.element_size()))
+    tile = max(1, _chunk_bytes(table) // (block * query.element_size()))
     scaled = query * LOG2E  # logits and partition in powers of two
     partition = torch.cat([_partition(part, table, pad_class, tile) for part in torch.split(scaled, block)])
     grad_query, grad_table = torch.zeros_like(query).T.contiguous(), torch.zeros_like(table)  # [D, R], [N, D]
