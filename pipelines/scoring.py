@@ -33,6 +33,7 @@ times as long with 2^18."""
 GPU_CANDIDATES = 1 << 18
 BATCH_EVENTS = 1 << 18  # most history events of one batch
 SCORE_MATRIX = 1 << 22  # most scores held when all items are ranked: 16 MiB
+GPU_SCORE_MATRIX = 1 << 24  # four times as many users at once: a GPU would wait for the next ones
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,11 @@ def targets(slots: Slots, following: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_length(lengths: Tensor) -> list[Tensor]:
-    """Group users with at least one event by length: up to 8, 16, 32, ... events; each group is int64 indices."""
+    """Group users with at least one event by length: up to 8, 16, 32, ... events; each group is int64 indices.
+
+    On a GPU all of them are one group: launching every layer once for each length costs more than padding.
+    """
+    if lengths.device.type != "cpu":
+        return [lengths.nonzero().squeeze(1)]
     group = torch.log2(lengths.clamp(min=8).double()).ceil().masked_fill(lengths == 0, 0)
     return [(group == value).nonzero().squeeze(1) for value in torch.unique(group).tolist() if value]
