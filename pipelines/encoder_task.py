@@ -19,7 +19,7 @@ from pipelines.text_measures import measure
 from pipelines.text_pairs import normalised
 from pipelines.text_train import TextTrainConfig, contrastive_loss
 from ranking.lexsembridge import LexSemBridge
-from ranking.text_backbone import padded
+from ranking.text_backbone import device_of, padded
 from ranking.text_models import Vectors
 from recsys.errors import DataError
 from recsys.randomness import generator
@@ -68,6 +68,11 @@ class EncoderTask:
         """The fusion's parameters."""
         return list(self.model.lexicon.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; what is kept between steps is in the CPU's memory."""
+        return device_of(self.model)
+
     @cached_property
     def texts(self) -> list[str]:
         """Normalised passages: equal ones are never each other's negatives."""
@@ -98,9 +103,10 @@ class EncoderTask:
         texts, grades, groups = self.batch(step)
         columns = [row for group in groups for row in group]
         target = torch.arange(len(groups)) * self.config.group
-        also = self.left_out(texts, grades, columns, target)
+        also = self.left_out(texts, grades, columns, target).to(self.device)
         plain, queries = self.query_vectors(texts)
-        loss = contrastive_loss(queries, self.passage_vectors(columns), target, also, self.config.temperature)
+        passages = self.passage_vectors(columns)
+        loss = contrastive_loss(queries, passages, target.to(self.device), also, self.config.temperature)
         return loss, {"cosine_to_plain": float((plain * queries).sum(dim=-1).mean().detach())}
 
     def left_out(
@@ -122,23 +128,33 @@ class EncoderTask:
     def query_vectors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Give plain and enhanced vectors [B, d]."""
         model = self.model
-        ids, mask = padded(model.tokenizer.encode(texts, model.config.max_query_len), model.tokenizer.pad)
-        if self.frozen:
-            hidden, raw, clr = self._kept(texts, ids, mask)
-        else:
-            hidden, raw = model.states(ids, mask)
-            clr = model.contextual(ids, mask)
+        rows = model.tokenizer.encode(texts, model.config.max_query_len)
+        if not self.frozen:
+            return self._read(rows, fused=True)
+        ids, mask = padded(rows, model.tokenizer.pad, self.device)
+        hidden, raw, clr = self._kept(texts, ids, mask)
         plain = F.normalize(raw, dim=-1)
         return plain, model.lexicon(plain, ids, mask, hidden, raw, clr)
 
     def passage_vectors(self, rows: Sequence[int]) -> Tensor:
         """Give vectors [C, d] of passages, with a gradient in full training."""
         if self.frozen:
-            return torch.from_numpy(self.stages.passage_vectors[list(rows)])
+            return torch.from_numpy(self.stages.passage_vectors[list(rows)]).to(self.device)
         model = self.model
         texts = [self.stages.corpus.passages[row] for row in rows]
-        ids, mask = padded(model.tokenizer.encode(texts, model.config.max_passage_len), model.tokenizer.pad)
-        return model(ids, mask) if model.config.fusion_passages else model.plain(ids, mask)
+        fused = model.config.fusion_passages
+        return self._read(model.tokenizer.encode(texts, model.config.max_passage_len), fused)[1]
+
+    def _read(self, rows: Sequence[Sequence[int]], fused: bool) -> tuple[Tensor, Tensor]:
+        """Give plain and enhanced vectors [B, d] of token ids, with a gradient; twice the plain ones unless `fused`."""
+        model = self.model
+        ids, mask = padded(rows, model.tokenizer.pad, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+            hidden, raw = model.states(ids, mask)
+            clr = model.contextual(ids, mask) if fused else None
+        hidden, raw = hidden.float(), raw.float()
+        plain = F.normalize(raw, dim=-1)
+        return plain, model.lexicon(plain, ids, mask, hidden, raw, clr) if fused else plain
 
     def validate(self) -> dict[str, float]:
         """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
@@ -175,7 +191,7 @@ class EncoderTask:
             self.query_vectors(texts[first : first + QUERIES_PER_PASS])[1]
             for first in range(0, len(texts), QUERIES_PER_PASS)
         ]
-        vectors: Vectors = torch.cat(parts).numpy()
+        vectors: Vectors = torch.cat(parts).cpu().numpy()
         return vectors
 
     @torch.no_grad()
@@ -186,6 +202,7 @@ class EncoderTask:
             self.model.eval()  # a frozen backbone drops nothing out
             hidden, raw = self.model.states(ids[missing], mask[missing])
             clr = self.model.contextual(ids[missing], mask[missing])
+            hidden, raw, clr = hidden.cpu(), raw.cpu(), None if clr is None else clr.cpu()
             for row, place in enumerate(missing):
                 own = hidden[row, : int(mask[place].sum())].clone() if self.model.lexicon.reads_hidden else None
                 weights = None if clr is None else clr[row].to_sparse()
@@ -195,7 +212,7 @@ class EncoderTask:
         tokens = [state[0] for state in states if state[0] is not None]
         sparse = [state[2].to_dense() for state in states if state[2] is not None]
         return (
-            nn.utils.rnn.pad_sequence(tokens, batch_first=True) if tokens else None,
-            torch.stack([state[1] for state in states]),
-            torch.stack(sparse) if sparse else None,
+            nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.device) if tokens else None,
+            torch.stack([state[1] for state in states]).to(self.device),
+            torch.stack(sparse).to(self.device) if sparse else None,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ranking.lexsembridge import enhance
 from ranking.text_models import Vectors
@@ -38,6 +39,7 @@ def head_room(
     gold: NDArray[np.int64],
     bounds: Sequence[float] = (0.16, 1.0, 2.0),
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> list[HeadRoom]:
     """Give the shares for the queries' own passages and for random wrong ones, one entry per bound of R.
 
@@ -47,21 +49,18 @@ def head_room(
         gold: [Q] the row of each query's passage.
         bounds: of R.
         seed: of the wrong targets.
+        device: where to search.
     """
     shift = generator(seed, 0, "wrong targets").integers(1, len(passages), len(gold))
     wrong = (np.asarray(gold) + shift) % len(passages)
-    return [
-        HeadRoom(bound, _share(queries, passages, gold, bound), _share(queries, passages, wrong, bound))
-        for bound in bounds
-    ]
+    e, p, own, other = (torch.from_numpy(np.asarray(one)).to(device) for one in (queries, passages, gold, wrong))
+    return [HeadRoom(bound, _share(e, p, own, bound), _share(e, p, other, bound)) for bound in bounds]
 
 
-def _share(queries: Vectors, passages: Vectors, target: NDArray[np.int64], bound: float) -> float:
-    e, p = torch.from_numpy(queries), torch.from_numpy(passages)
-    wanted = torch.from_numpy(np.asarray(target, np.int64))
+def _share(e: Tensor, p: Tensor, wanted: Tensor, bound: float) -> float:
     free = torch.zeros_like(e, requires_grad=True)
     optimiser = torch.optim.Adam([free], lr=RATE)
-    found = torch.zeros(len(e), dtype=torch.bool)
+    found = torch.zeros(len(e), dtype=torch.bool, device=e.device)
     for _ in range(STEPS + 1):
         scores = enhance(e, bound * torch.sigmoid(free)) @ p.T  # [Q, N]; the sigmoid keeps z within the bound
         found |= scores.argmax(dim=1) == wanted

@@ -30,7 +30,7 @@ from pipelines.text_pairs import PairSource, normalised
 from pipelines.text_train import TextTrainConfig, contrastive_loss
 from ranking.dense_encoder import pool
 from ranking.lexsembridge import LexSemBridge
-from ranking.text_backbone import padded, passes
+from ranking.text_backbone import device_of, padded, passes
 from ranking.text_models import Vectors
 from ranking.top_layers import TopLayers
 from recsys.errors import ConfigError, DataError
@@ -89,6 +89,11 @@ class NeighbourTask:
         ]
         if len(self.documents) < 2:
             raise DataError(f"{len(self.documents)} training documents; expected at least 2")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; what is kept between steps is in the CPU's memory."""
+        return device_of(self.model)
 
     @property
     def fresh(self) -> Sequence[nn.Parameter]:
@@ -187,8 +192,8 @@ class NeighbourTask:
             return self._frozen_loss(queries, [passages[column] for column in target])
         tokenizer = self.model.tokenizer
         windows = [[*tokenizer.prefix, *self.windows[one], *tokenizer.suffix] for one in passages]
-        targets = torch.tensor(target)
-        also = self._alike(torch.tensor(passages), targets)
+        targets = torch.tensor(target, device=self.device)
+        also = self._alike(torch.tensor(passages, device=self.device), targets)
         plain, enhanced = self._queries(queries)
         found = self._plain(windows, keep=True)
         each = (len(self.documents) - 1) / max(len(passages) - 1, 1)
@@ -196,32 +201,33 @@ class NeighbourTask:
         return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
 
     def _frozen_loss(self, queries: list[list[int]], passages: list[int]) -> tuple[Tensor, dict[str, float]]:
-        targets = torch.tensor(passages)
-        also = self._alike(torch.arange(len(self.documents)), targets)
+        targets = torch.tensor(passages, device=self.device)
+        also = self._alike(torch.arange(len(self.documents), device=self.device), targets)
         plain, enhanced = self._queries(queries)
-        loss = contrastive_loss(enhanced, torch.from_numpy(self.vectors), targets, also, self.config.temperature)
+        among = torch.from_numpy(self.vectors).to(self.device)
+        loss = contrastive_loss(enhanced, among, targets, also, self.config.temperature)
         return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
 
     def _alike(self, passages: Tensor, targets: Tensor) -> Tensor:
         """Tell bool [B, C] which of the passages [C] have the text of a query's own, at column `targets` [B]."""
         text = self._same[passages]
         also = text[None] == text[targets][:, None]
-        also[torch.arange(len(targets)), targets] = False
+        also[torch.arange(len(targets), device=self.device), targets] = False
         return also
 
     @cached_property
     def _same(self) -> Tensor:
         number: dict[str, int] = {}
-        return torch.tensor([number.setdefault(text, len(number)) for text in self.texts])
+        return torch.tensor([number.setdefault(text, len(number)) for text in self.texts], device=self.device)
 
     def _hidden(self, rows: Sequence[Sequence[int]], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Give ids and mask [N, L] and the last hidden states [N, L, d] in float32; `keep` those below for later."""
-        ids, mask = padded(rows, self.model.tokenizer.pad)
+        ids, mask = padded(rows, self.model.tokenizer.pad, self.device)
         if self.frozen:
             self.model.transformer.eval()  # what is not trained drops nothing out
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
-            torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16),
         ):
             if self.cut is None:
                 return ids, mask, self.model.transformer(input_ids=ids, attention_mask=mask).last_hidden_state.float()
@@ -234,8 +240,8 @@ class NeighbourTask:
         missing = [place for place, key in enumerate(keys) if key not in self.read]
         if missing:
             for place, states in zip(missing, self.cut.read(ids[missing], mask[missing]), strict=True):
-                self.read[keys[place]] = states[: len(rows[place])].half()
-        return nn.utils.rnn.pad_sequence([self.read[key].float() for key in keys], batch_first=True)
+                self.read[keys[place]] = states[: len(rows[place])].half().cpu()
+        return nn.utils.rnn.pad_sequence([self.read[key] for key in keys], batch_first=True).to(self.device).float()
 
     def _plain(self, rows: Sequence[Sequence[int]], keep: bool) -> Tensor:
         _, mask, hidden = self._hidden(rows, keep)
@@ -252,7 +258,7 @@ class NeighbourTask:
             plain.append(F.normalize(raw, dim=-1))
             enhanced.append(self.model.lexicon(plain[-1], ids, mask, hidden, raw))
             order.append(chosen)
-        back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
+        back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable")).to(self.device)
         return torch.cat(plain)[back], torch.cat(enhanced)[back]
 
     # Dev.
@@ -266,7 +272,7 @@ class NeighbourTask:
             for kind, queries in source.dev.items():
                 passages, judged = self._dev_passages(source, queries)
                 _, asked = self._queries(model.tokenizer.encode(queries.texts, model.config.max_query_len))
-                values = measure(dense_search(asked.numpy(), passages), judged)
+                values = measure(dense_search(asked.cpu().numpy(), passages), judged)
                 found[f"{source.stages.corpus.name}/{kind}/ndcg_at_10"] = float(values["ndcg_at_10"].mean())
         return {"ndcg_at_10": float(np.mean(list(found.values()))), **found}
 
@@ -282,6 +288,6 @@ class NeighbourTask:
         tokens = model.tokenizer.encode([corpus.passages[row] for row in rows], model.config.max_passage_len)
         vectors = torch.empty(len(rows), model.dim)
         for chosen in passes([len(one) for one in tokens]):
-            vectors[chosen] = self._plain([tokens[at] for at in chosen], keep=True)
+            vectors[chosen] = self._plain([tokens[at] for at in chosen], keep=True).cpu()
         grades = [{place[row]: grade for row, grade in one.items()} for one in queries.grades]
         return vectors.numpy(), Queries(queries.ids, queries.texts, grades)

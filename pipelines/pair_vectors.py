@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipelines.text_cache import VectorCache
 from ranking.mvp_apart import MvpApart, States
 from ranking.pair_prompt import PairPrompt
-from ranking.text_backbone import digest_of, in_passes
+from ranking.text_backbone import device_of, digest_of, in_passes
 from ranking.text_models import Report, Vectors
 
 BETWEEN = "\0"
@@ -81,7 +81,7 @@ def _together(model: PairModel, encode: Callable[[Tensor, Tensor], Tensor]) -> R
     def read(queries: Sequence[str], passages: Sequence[str]) -> Vectors:
         prompt = model.prompt
         rows = [prompt.rows(query, [passage])[0] for query, passage in zip(queries, passages, strict=True)]
-        return in_passes(rows, prompt.tokenizer.pad, torch.device("cpu"), encode)
+        return in_passes(rows, prompt.tokenizer.pad, device_of(model.transformer), encode)
 
     return read
 
@@ -105,5 +105,5 @@ class _ReadApart:
                 known.clear()
             missing = [text for text in dict.fromkeys(texts) if text not in known]
             known.update(zip(missing, self.model.states(missing, length), strict=True))
-        vectors: Vectors = self.model.joined(queries, passages, self.queries, self.passages).numpy()
+        vectors: Vectors = self.model.joined(queries, passages, self.queries, self.passages).cpu().numpy()
         return vectors

@@ -20,7 +20,7 @@ from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import NONE, Ranking
 from ranking.mvp import Mvp, orthogonal_loss, rank_loss, targets
 from ranking.mvp_apart import MvpApart
-from ranking.text_backbone import padded
+from ranking.text_backbone import device_of, padded
 from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator
 
@@ -105,6 +105,11 @@ class RerankerTask:
         backbone = {id(parameter) for parameter in self.model.transformer.parameters()}
         return [parameter for parameter in self.model.parameters() if id(parameter) not in backbone]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
     def lists(self, step: int) -> tuple[list[str], list[list[int]], Tensor, Tensor]:
         """Give queries, passages, teacher ranks [B, n] and grades [B, n] of one step; rank 0 is padding."""
         draws = generator(self.config.seed, step, "lists")
@@ -135,9 +140,9 @@ class RerankerTask:
         """Give the listwise loss of one step, and MVP's orthogonal term."""
         queries, lists, ranks, grades = self.lists(step)
         tau = self.config.rank_tau
-        y = targets(ranks, tau, grades if self.config.teacher == "qrels" else None)
+        y = targets(ranks, tau, grades if self.config.teacher == "qrels" else None).to(self.device)
         vectors = self._encoded(queries, lists)
-        mask = ranks > 0
+        mask = (ranks > 0).to(self.device)
         if isinstance(self.model, CrossEncoder):
             ranked = rank_loss(self.model.score(vectors, mask), y, tau)
             return ranked, {"rank": float(ranked.detach())}
@@ -157,16 +162,23 @@ class RerankerTask:
 
     def _encoded(self, queries: Sequence[str], lists: Sequence[Sequence[int]]) -> Tensor:
         """Give vectors [B, n, m, d] of all pairs, zeros past the end of a list."""
-        asked = [query for query, passages in zip(queries, lists, strict=True) for _ in passages]
-        read = [self.corpus.passages[passage] for passages in lists for passage in passages]
+        texts = [[self.corpus.passages[passage] for passage in passages] for passages in lists]
+        asked = [query for query, passages in zip(queries, texts, strict=True) for _ in passages]
+        read = [passage for passages in texts for passage in passages]
         if self.vectors is not None:
-            flat = torch.from_numpy(self.vectors.get(asked, read))
-        elif isinstance(self.model, MvpApart):
-            flat = self.model.pairs(asked, read)
+            flat = torch.from_numpy(self.vectors.get(asked, read)).to(self.device)
         else:
-            rows = [self.model.rows(query, [passage])[0] for query, passage in zip(asked, read, strict=True)]
-            flat = self.model.encode(*padded(rows, self.model.tokenizer.pad))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+                flat = self._read(queries, texts).float()
         encoded = list(torch.split(flat, [len(one) for one in lists]))
         widest = encoded[0].new_zeros(self.config.group, *encoded[0].shape[1:])
         whole = nn.utils.rnn.pad_sequence([*encoded, widest], batch_first=True)
         return whole[:-1]
+
+    def _read(self, queries: Sequence[str], lists: Sequence[Sequence[str]]) -> Tensor:
+        """Let the model read the pairs of all lists, with a gradient: [P, m, d]."""
+        if isinstance(self.model, MvpApart):
+            asked = [query for query, passages in zip(queries, lists, strict=True) for _ in passages]
+            return self.model.pairs(asked, [passage for passages in lists for passage in passages])
+        rows = [row for query, texts in zip(queries, lists, strict=True) for row in self.model.rows(query, texts)]
+        return self.model.encode(*padded(rows, self.model.tokenizer.pad, self.device))

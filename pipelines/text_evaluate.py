@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipelines.first_stages import PLACES, FirstStages, dense_search
 from pipelines.pair_vectors import PairVectors
@@ -43,13 +44,13 @@ class TextModelRun:
     frozen: bool  # passage vectors are those of the plain encoder
 
     @staticmethod
-    def load(name: str, directory: Path) -> "TextModelRun":
-        """Load a run's model."""
+    def load(name: str, directory: Path, device: torch.device | str = "cpu") -> "TextModelRun":
+        """Load a run's model, to run on a device."""
         _, place = finished_run(directory)
         is_encoder = read_config(place)["kind"] in ENCODERS
         config = read_json(directory / "run.json")["config"]
-        model = load_encoder(place) if is_encoder else load_reranker(place)
-        return TextModelRun(name, model, is_encoder, config["train"] == "fusion")
+        model: Any = load_encoder(place) if is_encoder else load_reranker(place)
+        return TextModelRun(name, model.to(device), is_encoder, config["train"] == "fusion")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_pairs import PairSource, Split, sample, split_of
-from pipelines.text_train import CorpusConfig, Report, Task, TextRun, TextTrainConfig, train_text
+from pipelines.text_train import CorpusConfig, Report, Task, TextRun, TextTrainConfig, own_draws, train_text
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.devices import pick_device
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
 from ranking.mvp import Mvp, MvpConfig
 from ranking.mvp_apart import MvpApart, MvpApartConfig
@@ -80,8 +81,7 @@ def training_queries(
 
 def build_model(config: TextTrainConfig) -> Any:
     """Build the model of a config with the initial weights its seed gives."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(config.seed, 0, "weights"))
+    with own_draws(torch.device("cpu"), derive(config.seed, 0, "weights")):
         return TEXT_MODELS[config.name][1].of(config.model)
 
 
@@ -127,8 +127,9 @@ def train(
             report(done, total, "passages encoded")
 
     def build() -> Task:
-        stages = FirstStages(corpus, encoder(config), cache, report=encoded)
-        made = model(config)
+        device = pick_device(config.device)
+        stages = FirstStages(corpus, encoder(config).to(device), cache, report=encoded)
+        made = model(config).to(device)
         if config.batches == "passages":
             also = [open_corpus(path, items) for path in config.corpus.also]
             each = [stages, *(FirstStages(one, stages.encoder, cache, report=encoded) for one in also)]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipelines import tracking
 from pipelines.checkpoint import Checkpoint, Progress, restore
+from ranking.text_backbone import device_of
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import read_json, sha256_json, write_json
 from recsys.randomness import derive
@@ -127,6 +128,14 @@ def contrastive_loss(
     return nn.functional.cross_entropy(scores.masked_fill(also, -torch.inf), target)
 
 
+@contextmanager
+def own_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's generators, the device's too, and give them back as they were: dropout depends on seed and step."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def train_text(
     build: Callable[[], Task],
     table: Mapping[str, Any],
@@ -149,7 +158,8 @@ def train_text(
         stop: length of the run.
         report: called after every step.
     """
-    digest = sha256_json({"config": dict(table), "data": dict(inputs)})
+    of_config = {key: value for key, value in table.items() if key != "device"}  # no other run on another device
+    digest = sha256_json({"config": of_config, "data": dict(inputs)})
     with _run(directory, digest, table, uri) as run:
         path = directory / CHECKPOINT
         if path.exists():
@@ -194,6 +204,7 @@ class TextLoop:
         run: tracking.Run | None = None,
     ) -> None:
         self.seed = seed
+        self.device = device_of(task.model)
         self.task, self.path, self.inputs, self.options, self.stop, self.run = task, path, inputs, optimiser, stop, run
         fresh = {id(parameter) for parameter in task.fresh}
         learned = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
@@ -247,8 +258,7 @@ class TextLoop:
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.task.model.train()
-        with torch.random.fork_rng(devices=[]):  # dropout, too, is a function of seed and step
-            torch.manual_seed(derive(self.seed, step, "dropout"))
+        with own_draws(self.device, derive(self.seed, step, "dropout")):
             loss, logged = self.task.loss(step)
         if not torch.isfinite(loss):
             raise TextTrainingError(f"loss is {float(loss.detach())} at step {step}; try a smaller learning rate")
@@ -316,6 +326,8 @@ class TextTrainConfig:
     name: str
     model: Any
     seed: int = 0
+    device: str = "auto"
+    """auto: cuda where there is one; which it is makes no other run"""
     rows: int = 64
     """queries or lists of a step"""
     group: int = 2

@@ -21,6 +21,7 @@ from ranking.text_backbone import (
     TOKENS_PER_PASS,
     TextTokenizer,
     build_transformer,
+    device_of,
     digest_of,
     in_passes,
     load_transformer,
@@ -91,7 +92,8 @@ class CrossEncoder(nn.Module):
     def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
         """Give scores of lists of vectors [n, 1, d]."""
         with torch.inference_mode():
-            return [self.head(torch.from_numpy(one[:, 0])).squeeze(-1).numpy() for one in lists]
+            vectors = [torch.from_numpy(one[:, 0]).to(device_of(self)) for one in lists]
+            return [self.head(one).squeeze(-1).cpu().numpy() for one in vectors]
 
     def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
         """Give float32 [n], higher is better."""
@@ -102,8 +104,7 @@ class CrossEncoder(nn.Module):
     ) -> list[Vectors]:
         """Rerank one list per query, all pairs batched by length."""
         rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        device = next(self.parameters()).device
-        scores = in_passes(rows, self.tokenizer.pad, device, self, report, self.config.tokens_per_pass)
+        scores = in_passes(rows, self.tokenizer.pad, device_of(self), self, report, self.config.tokens_per_pass)
         ends = np.cumsum([len(one) for one in lists])[:-1]
         return np.split(scores, ends) if len(lists) else []
 

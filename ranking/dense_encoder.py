@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ranking.text_backbone import (
     TextTokenizer,
     build_transformer,
+    device_of,
     digest_of,
     in_passes,
     load_transformer,
@@ -106,5 +107,4 @@ class DenseEncoder(nn.Module):
 
     def _encode(self, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
         rows = self.tokenizer.encode(texts, max_len)
-        device = next(self.parameters()).device
-        return in_passes(rows, self.tokenizer.pad, device, self, report).reshape(len(texts), self.dim)
+        return in_passes(rows, self.tokenizer.pad, device_of(self), self, report).reshape(len(texts), self.dim)

@@ -34,6 +34,7 @@ from ranking.splade import max_pooled
 from ranking.text_backbone import (
     TextTokenizer,
     build_transformer,
+    device_of,
     digest_of,
     in_passes,
     load_transformer,
@@ -170,7 +171,8 @@ class Lexicon(nn.Module):
         if not self.sparse:
             return self.over_vocabulary(raw, clr)
         places = self.at_places(ids, mask, hidden)
-        return torch.zeros(len(ids), len(self.W), dtype=places.dtype).scatter_add(1, ids, places)
+        empty = torch.zeros(len(ids), len(self.W), dtype=places.dtype, device=places.device)
+        return empty.scatter_add(1, ids, places)
 
     def forward(
         self, vectors: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
@@ -280,11 +282,13 @@ class LexSemBridge(nn.Module):
 
     @torch.no_grad()
     def _explained(self, text: str) -> tuple[Tensor, Tensor]:
-        ids, mask = padded(self.tokenizer.encode([text], self.config.max_query_len), self.tokenizer.pad)
+        rows = self.tokenizer.encode([text], self.config.max_query_len)
+        ids, mask = padded(rows, self.tokenizer.pad, device_of(self))
         hidden, raw = self.states(ids, mask)
         clr = self.contextual(ids, mask)
         w = torch.zeros(1, 0) if self.config.weights == "c_only" else self.lexicon.weights(ids, mask, hidden, raw, clr)
-        return w.float(), torch.softmax(self.lexicon.z(ids, mask, hidden, raw, clr), dim=-1).float()
+        share = torch.softmax(self.lexicon.z(ids, mask, hidden, raw, clr), dim=-1)
+        return w.float().cpu(), share.float().cpu()
 
     def save(self, directory: Path) -> None:
         """Write backbone, masked-LM head if used, and every fusion parameter."""
@@ -311,6 +315,5 @@ class LexSemBridge(nn.Module):
 
     def _encode(self, texts: Sequence[str], max_len: int, fused: bool, report: Report | None) -> Vectors:
         rows = self.tokenizer.encode(texts, max_len)
-        device = next(self.parameters()).device
         forward = self.forward if fused else self.plain
-        return in_passes(rows, self.tokenizer.pad, device, forward, report).reshape(len(texts), self.dim)
+        return in_passes(rows, self.tokenizer.pad, device_of(self), forward, report).reshape(len(texts), self.dim)

@@ -36,6 +36,7 @@ from ranking.text_backbone import (
     TOKENS_PER_PASS,
     TextTokenizer,
     build_transformer,
+    device_of,
     digest_of,
     in_passes,
     load_transformer,
@@ -196,8 +197,8 @@ class Mvp(nn.Module):
         return self._encode_rows(self.rows(query, passages), report)
 
     def _encode_rows(self, rows: Sequence[Sequence[int]], report: Report | None) -> Vectors:
-        device = next(self.parameters()).device
-        vectors = in_passes(rows, self.tokenizer.pad, device, self.encode, report, self.config.tokens_per_pass)
+        device, tokens = device_of(self), self.config.tokens_per_pass
+        vectors = in_passes(rows, self.tokenizer.pad, device, self.encode, report, tokens)
         return vectors.reshape(len(rows), self.config.views, self.width)
 
     # From relevance vectors to scores.
@@ -236,7 +237,7 @@ class Mvp(nn.Module):
         live = mask.any(dim=1)
         out = [np.empty(0, np.float32) for _ in lists]
         with torch.inference_mode():
-            device = next(self.parameters()).device
+            device = device_of(self)
             scores, _ = self.score(vectors[live].to(device), mask[live].to(device))
         for place, row in zip(torch.nonzero(live).flatten().tolist(), scores.float().cpu().numpy(), strict=True):
             out[place] = row[: len(lists[place])].copy()
@@ -269,7 +270,7 @@ class Mvp(nn.Module):
         if not len(passages):
             m = self.config.views
             return np.full((m, self.width), np.nan, np.float32), np.empty((0, m), np.float32)
-        device = next(self.parameters()).device
+        device = device_of(self)
         vectors = torch.from_numpy(self.encode_pairs(query, passages))[None].to(device)  # [1, n, m, d]
         with torch.inference_mode():
             anchors = self.decode(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=device))
@@ -328,7 +329,7 @@ def targets(ranks: Tensor, tau: float, grades: Tensor | None = None) -> Tensor:
     With grades, passages of one grade share the mean of their 1 / r (ours).
     """
     present = ranks > 0
-    inverse = torch.where(present, 1.0 / ranks.clamp(min=1), torch.zeros(()))
+    inverse = torch.where(present, 1.0 / ranks.clamp(min=1), 0.0)
     if grades is not None:
         same = (grades.unsqueeze(-1) == grades.unsqueeze(-2)) & present.unsqueeze(-1) & present.unsqueeze(-2)
         share = same.to(inverse.dtype)

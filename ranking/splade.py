@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from ranking.fusion import Ranking, best
-from ranking.text_backbone import TextTokenizer, load_transformer, padded, passes
+from ranking.text_backbone import TextTokenizer, device_of, load_transformer, padded, passes
 from ranking.text_models import Report
 
 TOKENS = 1024
@@ -37,9 +37,9 @@ class Splade:
     max_len: int = 256
 
     @staticmethod
-    def of(backbone: str = "splade-tiny") -> "Splade":
-        """Load a backbone that has a masked-LM head."""
-        return Splade(load_transformer(backbone, "mlm"), TextTokenizer.of(backbone))
+    def of(backbone: str = "splade-tiny", device: torch.device | str = "cpu") -> "Splade":
+        """Load a backbone that has a masked-LM head, to run on a device."""
+        return Splade(load_transformer(backbone, "mlm").to(device), TextTokenizer.of(backbone))
 
     def encode(self, texts: Sequence[str], report: Report | None = None) -> Any:
         """Give a float32 scipy CSR matrix [N, V]."""
@@ -48,9 +48,9 @@ class Splade:
         parts, order, done = [], [], 0
         for chosen in passes([len(row) for row in rows], TOKENS):
             with torch.inference_mode():
-                ids, mask = padded([rows[place] for place in chosen], self.tokenizer.pad)
+                ids, mask = padded([rows[place] for place in chosen], self.tokenizer.pad, device_of(self.model))
                 weights = max_pooled(self.model(input_ids=ids, attention_mask=mask).logits, mask)
-            parts.append(sparse.csr_matrix(weights.numpy()))
+            parts.append(sparse.csr_matrix(weights.cpu().numpy()))
             order.append(chosen)
             done += len(chosen)
             if report is not None:

@@ -219,6 +219,11 @@ def in_passes(
     return np.empty((0,), np.float32) if out is None else out
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Give where a module's parameters are."""
+    return next(module.parameters()).device
+
+
 def digest_of(module: nn.Module, options: Any) -> str:
     """Give 16 hexadecimal digits over options and every tensor of a module."""
     digest = hashlib.sha256(repr(options).encode())

@@ -68,4 +68,4 @@ class TopLayers:
 def _bias(mask: Tensor, hidden: Tensor) -> Tensor:
     """Give what is added to attention scores, [N, 1, 1, L]: 0 at tokens, the least number there is at padding."""
     least = torch.finfo(hidden.dtype).min
-    return torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(mask == 0, least)[:, None, None]
+    return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(mask == 0, least)[:, None, None]

@@ -1,6 +1,5 @@
 """Text corpora, first stages, training and evaluation, on a tiny corpus and tiny random models."""
 
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -27,12 +26,8 @@ from pipelines.text_measures import compare, measure
 from pipelines.text_models import load_text_config, train
 from pipelines.text_pairs import PairSource, split_of
 from ranking.bm25 import Bm25
-from ranking.cross_encoder import CrossEncoder
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
-from ranking.lexsembridge import LexSemBridge
-from ranking.mvp import Mvp
-from ranking.mvp_apart import MvpApart
 from ranking.text_backbone import in_passes, locate, passes
 from ranking.text_models import load_encoder
 from recsys.cli.text import TEXT_MODELS
@@ -260,25 +255,12 @@ QUICK = ["corpus.unit=word", "corpus.part_of_passage=[4]", "corpus.natural=train
 PASSAGES = ["train=full", "batches=passages", "layers=1", "train_tokens=12", "model.max_passage_len=48"]
 
 
-def tiny_model(config):
-    torch.manual_seed(config.seed)
-    tokenizer, transformer = tiny_text.tokenizer(), tiny_text.bert()
-    options = config.model
-    if config.name == "lexsembridge":
-        return LexSemBridge(options, transformer, tokenizer)
-    if config.name == "mvp":
-        model = Mvp(dataclasses.replace(options, decoder_heads=4, max_len=48), transformer, tokenizer)
-        model.begin()
-        return model
-    if config.name == "mvp_apart":
-        return MvpApart(dataclasses.replace(options, max_len=48), transformer, tokenizer)
-    return CrossEncoder(dataclasses.replace(options, max_len=48), transformer, tokenizer)
-
-
 def run(name, folder, directory, uri, encoder, *extra):
     sets = [*QUICK, f"corpus.path={folder}", "stop.steps=4", "stop.validate_every=2", "stop.checkpoint_every=2", *extra]
     config = load_text_config(CONFIGS / f"{name}.toml", sets)
-    return train(config, folder / "none", directory, folder / "cache", uri, encoder=lambda _: encoder, model=tiny_model)
+    return train(
+        config, folder / "none", directory, folder / "cache", uri, encoder=lambda _: encoder, model=tiny_text.model_of
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,7 +341,7 @@ def test_reranked_order_does_not_depend_on_the_order_of_candidates(name, folder,
     corpus = read_corpus(folder)
     queries = read_queries(folder, corpus, "test")
     pool = Pool(queries, best(np.random.default_rng(0).random((len(queries), len(corpus))), 20))
-    model = tiny_model(config)
+    model = tiny_text.model_of(config)
     straight = rerank_pool(model, corpus, pool, 20)
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(20).tolist()
@@ -372,7 +354,7 @@ def test_relevant_and_equal_passages_are_never_negatives(folder, encoder):
     corpus = Corpus("c", ["a", "b", "c"], ["wing flow", "Wing  flow", "heat"], [""] * 3)
     queries = Queries(["1", "2"], ["wing", "wing"], [{0: 1}, {2: 1}])
     config = load_text_config(CONFIGS / "lexsembridge.toml")
-    task = EncoderTask(config, tiny_model(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})
+    task = EncoderTask(config, tiny_text.model_of(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})
     also = task.left_out(queries.texts, queries.grades, [0, 1, 2, 1], torch.tensor([0, 2]))
     assert also.tolist() == [[False, True, True, True], [True, True, False, True]]
 

@@ -1,5 +1,6 @@
 """Tiny random text models with a vocabulary of their own: oracles run on them in milliseconds, nothing is installed."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
+from ranking.cross_encoder import CrossEncoder
+from ranking.lexsembridge import LexSemBridge
+from ranking.mvp import Mvp
+from ranking.mvp_apart import MvpApart
 from ranking.text_backbone import TextTokenizer
 
 WORDS = tuple("wing flow heat shock layer plate cone speed mach drag lift jet skin wall tube gas".split())  # noqa: SIM905
@@ -59,6 +64,21 @@ def t5(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
         decoder_start_token_id=0,
     )
     return T5Model(config).eval().to(dtype)
+
+
+def model_of(config):
+    """A tiny model of a text training config."""
+    torch.manual_seed(config.seed)
+    words, transformer, options = tokenizer(), bert(), config.model
+    if config.name == "lexsembridge":
+        return LexSemBridge(options, transformer, words)
+    if config.name == "mvp":
+        model = Mvp(dataclasses.replace(options, decoder_heads=4, max_len=48), transformer, words)
+        model.begin()
+        return model
+    if config.name == "mvp_apart":
+        return MvpApart(dataclasses.replace(options, max_len=48), transformer, words)
+    return CrossEncoder(dataclasses.replace(options, max_len=48), transformer, words)
 
 
 def beir(directory: Path, documents: int = 40, queries: int = 12) -> Path:

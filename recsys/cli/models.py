@@ -33,7 +33,7 @@ def train(
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one model, or go on with a run that was interrupted."""
+    """Train one model, or go on with a run that was interrupted; on CUDA where there is one (--set device=cpu)."""
     from pipelines.shipped import find_config
     from pipelines.train import load_config, suited
     from pipelines.train import train as run

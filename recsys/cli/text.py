@@ -49,6 +49,7 @@ def evaluate_text(
     from pipelines.text_pairs import PairSource, sample
     from pipelines.text_train import CorpusConfig
     from ranking.dense_encoder import DenseEncoder
+    from ranking.devices import pick_device
     from recsys.config import parse
     from recsys.files import read_json
 
@@ -56,8 +57,9 @@ def evaluate_text(
     options = parse(CorpusConfig, {**about["corpus"], **({"path": corpus} if corpus else {})}, "run.json [corpus]")
     require_corpus(options.path, split)
     opened = open_corpus(options.path, place.log / ITEMS)
-    loaded = [TextModelRun.load(name, place.run(name)) for name in runs]
-    encoder = DenseEncoder.of()
+    device = pick_device(about.get("device", "auto"))
+    loaded = [TextModelRun.load(name, place.run(name), device) for name in runs]
+    encoder = DenseEncoder.of().to(device)
     with Terminal().bar("evaluate") as bar:
         stages = FirstStages(
             opened, encoder, place.text_vectors, report=lambda done, total: bar(done, total, "passages encoded")
