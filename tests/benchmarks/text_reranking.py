@@ -7,17 +7,22 @@ view tokens, the cross-encoder's head on that of [CLS], out of the same pass. A 
 first of the four. Pools, folds, seeds, views and shuffled input then cost nothing but the last step. The first stage is
 RRF of BM25 and dense; its best 20 are reranked, and on Cranfield by those that read apart its best 100.
 
-Cranfield: five folds over its queries. SciFact: trained on 400 of its training queries.
+Trained in full (`_full`): each model reads every pair itself, at its own length of 256 tokens, and its encoder learns
+with what stands above it; both see the same lists at the same steps, out of the best 50 of RRF.
+
+Cranfield: five folds over its queries. SciFact: trained on 400 of its training queries, in full on all of them.
 """
 
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from text_place import Place
 
 from pipelines.first_stages import FirstStages
 from pipelines.pair_vectors import PairVectors
@@ -25,13 +30,14 @@ from pipelines.reranker_task import Pool, RerankerTask, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Queries, read_queries
 from pipelines.text_measures import best_possible, compare, measure
-from pipelines.text_models import load_text_config
+from pipelines.text_models import TEXT_MODELS, load_text_config
 from pipelines.text_pairs import split_of
-from pipelines.text_train import TextLoop
+from pipelines.text_train import TextLoop, TextTrainConfig
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import Ranking
 from ranking.mvp import Mvp, MvpConfig
 from ranking.mvp_apart import READINGS, MvpApart, MvpApartConfig
+from ranking.text_backbone import device_of
 from ranking.text_models import Vectors
 
 PLACES = 20
@@ -41,7 +47,9 @@ DEEP = {"cranfield": 100, "scifact": PLACES}
 LEARNED = {"cranfield": PLACES, "scifact": 9}
 """Places of the first stage that training lists draw from, if every pair has to be read."""
 QUERIES = 400
-"""Of SciFact's training queries, those that are used."""
+"""Of SciFact's training queries, those that are used if every pair has to be read and kept."""
+FULL_DEPTH = 50
+"""Places that lists of full training draw from."""
 FOLDS = 5
 TOKENS = 128
 VIEWS = 4
@@ -50,6 +58,14 @@ SETTINGS = [
     *("train=fusion", "rows=16", "group=10", "optimiser.learning_rate_fresh=5e-4"),
     *("stop.steps=120", "stop.validate_every=20", "stop.patience=6"),
 ]
+FULL = [
+    *("train=full", "rows=16", "group=8", "depth=50", "stop.patience=10"),
+    *("optimiser.learning_rate=5e-5", "optimiser.learning_rate_fresh=5e-4"),
+]
+FULL_STEPS = {
+    "cranfield": ["stop.steps=150", "stop.validate_every=30"],
+    "scifact": ["stop.steps=400", "stop.validate_every=50"],
+}
 APART = {
     "cranfield": [],
     "scifact": ["optimiser.learning_rate_fresh=1e-2", "stop.steps=300", "stop.patience=12"],
@@ -63,6 +79,11 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "mvp_2_views": ("mvp", ["model.views=2"]),
     "mvp_1_view": ("mvp", ["model.views=1"]),
     "mvp_4_views_not_orthogonal": ("mvp", ["orthogonal=0.0"]),
+    "cross_encoder_full": ("cross_encoder", []),
+    "mvp_full": ("mvp", []),
+    "mvp_full_2_views": ("mvp", ["model.views=2"]),
+    "mvp_full_1_view": ("mvp", ["model.views=1"]),
+    "mvp_full_not_orthogonal": ("mvp", ["orthogonal=0.0"]),
     "mvp_apart": ("mvp_apart", []),
     "mvp_apart_pointwise": ("mvp_apart", ["model.listwise=false"]),
     "mvp_apart_2_views": ("mvp_apart", ["model.views=2"]),
@@ -74,19 +95,31 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 """row -> model and what differs"""
 HEADLINE = ("mvp_apart", "mvp_apart_pointwise")
 """Rows of three seeds."""
+HEADLINE_SCIFACT = (*HEADLINE, "mvp_full", "cross_encoder_full")
+"""and on SciFact, which is no five folds"""
 PAIRS_TIMED, ROUNDS = 20, 5
 
 
-def reader(kind: str, stages: FirstStages) -> PairVectors:
+Family = Literal["together", "apart", "full"]
+Begin = Callable[[int], tuple[Any, PairVectors | None]]
+"""Gives the model of a fold, and what has read its pairs where the backbone is frozen."""
+
+
+def family(row: str) -> Family:
+    """Which pairs a row reads, and how."""
+    return "full" if "_full" in row else "apart" if row.startswith("mvp_apart") else "together"
+
+
+def reader(kind: str, place: Place, stages: FirstStages) -> PairVectors:
     """The frozen backbone and what it has read."""
     cache = stages.cache
     if kind == "mvp_apart":
-        apart = MvpApart.of(MvpApartConfig())
+        apart = MvpApart.of(MvpApartConfig()).to(place.device)
         apart.transformer.to(torch.bfloat16)
         apart.count_words(stages.corpus.passages)
         return PairVectors.of(apart, cache)
     torch.manual_seed(0)
-    model = Mvp.of(MvpConfig(views=VIEWS, max_len=TOKENS))
+    model = Mvp.of(MvpConfig(views=VIEWS, max_len=TOKENS)).to(place.device)
     model.transformer.to(torch.bfloat16)
 
     def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -96,22 +129,23 @@ def reader(kind: str, stages: FirstStages) -> PairVectors:
     return PairVectors.of(model, cache / "views_and_cls", encode)
 
 
-def pools(data: Path, stages: FirstStages, name: str, apart: bool) -> tuple[Pool, list[tuple[Pool, Pool, list[int]]]]:
+def pools(data: Path, stages: FirstStages, name: str, how: Family) -> tuple[Pool, list[tuple[Pool, Pool, list[int]]]]:
     """The test pool, and per fold a training and a dev pool and the test queries they may be judged on."""
     queries = read_queries(data / name, stages.corpus, "test")
-    test = pool(stages, queries, DEEP[name] if apart else PLACES)
+    test = pool(stages, queries, DEEP[name] if how == "apart" else PLACES)
     if name == "cranfield":
         known, folds = queries, [list(range(fold, len(queries), FOLDS)) for fold in range(FOLDS)]
     else:
-        known = read_queries(data / name, stages.corpus, "train").only(range(QUERIES))
+        known = read_queries(data / name, stages.corpus, "train")
+        known = known if how == "full" else known.only(range(QUERIES))
         folds = [list(range(len(queries)))]
+    depth = {"apart": PLACES, "together": LEARNED[name], "full": FULL_DEPTH}[how]
     made = []
     for fold in folds:
         held = set(fold) if name == "cranfield" else set()
         free = [place for place in range(len(known)) if place not in held]
         dev = {place for place in free if split_of(name, f"query/{known.ids[place]}") == "dev"}
         learn = known.only([place for place in free if place not in dev])
-        depth = PLACES if apart else LEARNED[name]
         made.append((pool(stages, learn, depth), pool(stages, known.only(sorted(dev)), depth), fold))
     return test, made
 
@@ -132,21 +166,32 @@ def prefetch(vectors: PairVectors, corpus_passages: list[str], pools: list[Pool]
     vectors.get(queries, passages, lambda done, total: print(f"  {name}: {done}/{total} pairs", flush=True))
 
 
-def reranking(data: Path, stages: FirstStages, name: str, row: str, seed: int) -> dict[str, Any]:
+def reranking(place: Place, name: str, row: str, seed: int) -> dict[str, Any]:
     """One row of one seed on one corpus, beside the first stage."""
     kind, changes = ROWS[row]
-    vectors = reader(kind, stages)
-    test, folds = pools(data, stages, name, kind == "mvp_apart")
-    learned = [one for learn, dev, _ in folds for one in (learn, dev)]
-    prefetch(vectors, stages.corpus.passages, [test, *learned], name)
-    settings = APART[name] if kind == "mvp_apart" else SETTINGS
-    found = row_of(stages, vectors, test, folds, kind, [*settings, NO_CHECKPOINT, *changes, f"seed={seed}"])
+    how, stages = family(row), place.stages(name)
+    test, folds = pools(place.data, stages, name, how)
+    settings = {
+        "full": [*FULL, *FULL_STEPS[name], f"bfloat16={place.half}"],
+        "apart": APART[name],
+        "together": SETTINGS,
+    }[how]
+    settings = [*settings, NO_CHECKPOINT, *changes, f"seed={seed}", *place.changes]
+    config = load_text_config(CONFIGS / f"{kind}.toml", settings)
+    if how == "full":
+        begin: Begin = lambda _: (TEXT_MODELS[kind][1].of(config.model).to(place.device), None)  # noqa: E731
+    else:
+        vectors = reader(kind, place, stages)
+        prefetch(vectors, stages.corpus.passages, [test, *(one for fold in folds for one in fold[:2])], name)
+        begin = lambda _: learner(kind, config.model, vectors)  # noqa: E731
+    found = row_of(stages, test, folds, config, begin)
     deep = max(found)
     first = measure(test.ranking, test.queries)
     hybrid = measure(stages.hybrid(test.queries.texts), test.queries)["ndcg_at_10"]
     each = {places: np.array(one["per_query"]) for places, one in found.items()}
     return {
         "places": PLACES,
+        "settings": settings,
         "best_possible": best_possible(test.ranking, test.queries, PLACES),
         "first_stage": {key: float(value.mean()) for key, value in first.items()},
         "reranked": found[PLACES],
@@ -168,55 +213,61 @@ def reranking(data: Path, stages: FirstStages, name: str, row: str, seed: int) -
 
 def row_of(
     stages: FirstStages,
-    vectors: PairVectors,
     test: Pool,
     folds: list[tuple[Pool, Pool, list[int]]],
-    kind: str,
-    changes: list[str],
+    config: TextTrainConfig,
+    begin: Begin,
 ) -> dict[int, dict[str, Any]]:
     """Train one model per fold and rank that fold's queries; gives measures by places reranked."""
-    config = load_text_config(CONFIGS / f"{kind}.toml", changes)
     depths = {PLACES, test.ranking.rows.shape[1]}
     ranked = {places: np.full((len(test.queries), places), -1, np.int32) for places in sorted(depths)}
-    seconds, moved, best_steps = 0.0, 0, []
+    seconds, moved, best_steps, curves = 0.0, 0, [], []
     for number, (learn, dev, judged) in enumerate(folds):
         torch.manual_seed(1000 * config.seed + number)
-        model, kept = learner(kind, config.model, vectors.model)
-        own = dataclasses.replace(vectors, keep=kept)
-        task = RerankerTask(config, model, stages.corpus, learn, dev, own)
-        nowhere = Path(tempfile.gettempdir()) / f"{time.time_ns()}.no_checkpoint"
-        loop = TextLoop(task, nowhere, "study", config.optimiser, config.stop, config.seed)
-        loop.run_to_end()
-        assert not nowhere.exists(), "a fold left a checkpoint"
-        seconds += loop.progress.seconds
-        best_steps.append(loop.progress.best_step)
-        part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
-        for places, rows in ranked.items():
-            rows[judged] = rerank_pool(model, stages.corpus, part, places, vectors=own).rows
-        for shuffle in range(SHUFFLES):
-            order = np.random.default_rng(shuffle).permutation(PLACES).tolist()
-            again = rerank_pool(model, stages.corpus, part, PLACES, order, own).rows
-            moved += int((again != ranked[PLACES][judged]).sum())
+        model, vectors = begin(number)
+        with tempfile.TemporaryDirectory() as kept:
+            task = RerankerTask(config, model, stages.corpus, learn, dev, vectors)
+            nowhere = Path(kept) / "no_checkpoint"
+            loop = TextLoop(task, nowhere, "study", config.optimiser, config.stop, config.seed)
+            loop.run_to_end(lambda done, total, what: print(f"  {done}/{total} {what}", flush=True))
+            assert not nowhere.exists(), "a fold left a checkpoint"
+            seconds += loop.progress.seconds
+            best_steps.append(loop.progress.best_step)
+            curves.append([round(point["valid/ndcg_at_10"], 5) for point in loop.progress.curve])
+            part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
+            read = vectors or PairVectors.of(model, Path(kept))  # shuffles then cost no reading
+            for places, rows in ranked.items():
+                rows[judged] = rerank_pool(model, stages.corpus, part, places, vectors=read).rows
+            for shuffle in range(SHUFFLES):
+                order = np.random.default_rng(shuffle).permutation(PLACES).tolist()
+                again = rerank_pool(model, stages.corpus, part, PLACES, order, read).rows
+                moved += int((again != ranked[PLACES][judged]).sum())
     out: dict[int, dict[str, Any]] = {}
     for places, rows in ranked.items():
         measured = measure(Ranking(rows, np.zeros(rows.shape, np.float32)), test.queries)
         out[places] = {key: float(value.mean()) for key, value in measured.items() if key != "recall_at_100"}
         out[places]["per_query"] = [round(float(value), 5) for value in measured["ndcg_at_10"]]
-    out[PLACES] |= {"train_seconds": round(seconds, 1), "places_moved_by_shuffling": moved, "best_steps": best_steps}
+    out[PLACES] |= {"train_seconds": round(seconds, 1), "places_moved_by_shuffling": moved}
+    out[PLACES] |= {"best_steps": best_steps, "dev_ndcg_at_10": curves}
     return out
 
 
-def learner(kind: str, options: Any, read_by: Any) -> tuple[Any, slice | list[int]]:
-    """A fresh model over the backbone that has read the pairs, and which of a pair's vectors it learns from."""
+def learner(kind: str, options: Any, vectors: PairVectors) -> tuple[Any, PairVectors]:
+    """A fresh model over the backbone that has read the pairs, and the ones of a pair's vectors it learns from."""
+    read_by: Any = vectors.model
+    device = device_of(read_by.transformer)
     transformer, tokenizer = read_by.transformer, read_by.tokenizer
+    keep: slice | list[int]
     if kind == "mvp":
-        return Mvp(options, transformer, tokenizer), slice(0, options.views)
-    if kind == "cross_encoder":
-        return CrossEncoder(options, transformer, tokenizer), slice(VIEWS, VIEWS + 1)
-    model = MvpApart(options, transformer, tokenizer)
-    model.idf.copy_(read_by.idf)
-    model.mean_length.copy_(read_by.mean_length)
-    return model, [*range(options.views), READINGS]
+        model: Any = Mvp(options, transformer, tokenizer)
+        keep = slice(0, options.views)
+    elif kind == "cross_encoder":
+        model, keep = CrossEncoder(options, transformer, tokenizer), slice(VIEWS, VIEWS + 1)
+    else:
+        model, keep = MvpApart(options, transformer, tokenizer), [*range(options.views), READINGS]
+        model.idf.copy_(read_by.idf)
+        model.mean_length.copy_(read_by.mean_length)
+    return model.to(device), dataclasses.replace(vectors, keep=keep)
 
 
 def rerank_cost(passages: list[str], query: str) -> dict[str, Any]:
