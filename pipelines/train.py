@@ -5,6 +5,7 @@ run that is killed and started again ends with the same weights, bit for bit, as
 same versions and number of threads).
 """
 
+import copy
 import dataclasses
 import json
 import resource
@@ -141,7 +142,6 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     if about["inputs"] != inputs:
         raise DataError(f"{directory}: trained on another prepared set than {prepared.directory}; train it again")
     model = build(config, prepared)
-    _module(model).to(pick_device(config.device))
     saved = Checkpoint.load(directory / CHECKPOINT, len(build_optimisers(_module(model), config.optimiser)))
     if not saved.progress.finished:
         raise DataError(f"{directory}: stopped at step {saved.progress.step}; run `recsys train` again to finish it")
@@ -152,10 +152,16 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
 
 
 def build(config: TrainConfig, prepared: PreparedSet) -> AnyRanker:
-    """Build the model of a config with the initial weights its seed gives."""
+    """Build the model of a config on its device, with the initial weights its seed gives.
+
+    A model on the processor shares the set's item table, one elsewhere has its own.
+    """
+    device = pick_device(config.device)
+    items = prepared.items if device.type == "cpu" else copy.deepcopy(prepared.items)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, 0, "weights"))
-        model: AnyRanker = RANKERS[config.name][1](config.model, prepared.items)  # type: ignore[call-arg]
+        model: AnyRanker = RANKERS[config.name][1](config.model, items)  # type: ignore[call-arg]
+    _module(model).to(device)
     return model
 
 
@@ -238,7 +244,7 @@ class Loop:
         self.path = directory / CHECKPOINT
         self.device = pick_device(config.device)
         self.model = build(config, prepared)
-        self.module = _module(self.model).to(self.device)
+        self.module = _module(self.model)
         self.optimisers = build_optimisers(self.module, config.optimiser)
         self.progress = Progress()
         self.best = _copy(self.module)

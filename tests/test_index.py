@@ -15,6 +15,14 @@ from recsys.errors import BundleError, ConfigError
 WIDTH = 4
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_gpu():
+    """Lists and codes are for the processor; what a GPU finds is in test_gpu.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faiss, "get_num_gpus", lambda: 0)
+        yield
+
+
 def brute_force(vectors, rows, queries, k, allowed):
     """Rows and scores by the definition: every inner product, best first, equal scores by ascending row."""
     scores = queries @ vectors.T
@@ -124,6 +132,19 @@ def pretend_gpus(monkeypatch, gpus: int) -> list:
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     return moved
+
+
+def test_an_index_that_a_gpu_has_no_room_for_stays_on_the_processor(monkeypatch, caplog):
+    moved = pretend_gpus(monkeypatch, 1)
+    room = 4 * 4 * WIDTH + module.GPU_SCRATCH
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    for free, fits in ((room, True), (room - 1, False)):
+        monkeypatch.setattr(module.torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * 2**30))
+        moved.clear()
+        index = build(np.eye(WIDTH, dtype=np.float32), np.arange(2, 2 + WIDTH))
+        assert bool(moved) == fits
+        assert index.search(np.eye(WIDTH, dtype=np.float32), 1)[0][:, 0].tolist() == [2, 3, 4, 5]
+    assert f"needs {room} bytes of the GPU and {room - 1} are free" in caplog.text
 
 
 @pytest.mark.parametrize("gpus", [0, 2])

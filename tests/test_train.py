@@ -30,7 +30,8 @@ STEPS = 9
 def config(name: str, **stop) -> TrainConfig:
     shipped = load_config(CONFIGS / f"{name}.toml")
     stop = {"max_steps": STEPS, "validate_every": 4, "checkpoint_every": 3, "requests": 30, "epochs": 50.0} | stop
-    return replace(shipped, batches=replace(shipped.batches, rows=16), stop=replace(shipped.stop, **stop))
+    batches = replace(shipped.batches, rows=16)
+    return replace(shipped, device="cpu", batches=batches, stop=replace(shipped.stop, **stop))
 
 
 class KilledError(Exception):

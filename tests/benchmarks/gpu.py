@@ -1,11 +1,12 @@
 """What a GPU does for this system, beside one and all cores of its machine, in one run.
 
-    python tests/benchmarks/gpu.py --out gpu.json                # about two minutes, a GPU with 8 GiB, 8 GiB of memory
+    python tests/benchmarks/gpu.py --out gpu.json                # about a minute, a GPU with 8 GiB, 8 GiB of memory
 
 - **search**: the best 100 of clustered vectors of width 64 by the index that a bundle of so many items has, one query
   and 64 at a time; recall against the exhaustive search of the same index.
 - **rank**: 200 candidates of one user from 1,000 raw events, transfers and the wait for the answer included.
-- **train**: samples (MQSA-TED: targets) a second, 256 samples a step, 1,000 events, 100,000 items of width 64.
+- **train** (on the processor with `--train-cpu` alone): samples (MQSA-TED: targets) a second, 256 samples a step, 1,000
+  events, 100,000 items of width 64.
 - **text**: passages of some 100 words encoded by the default encoder, and pairs read by a cross-encoder of its size.
 
 Seconds are of the clock, medians of `--rounds` calls after two that do not count; a CUDA call ends when its result is
@@ -13,11 +14,12 @@ there.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from ranking.index import IndexConfig, build, use_threads
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.sdim import Sdim, SdimConfig
 
+CORES = torch.get_num_threads()
 LENGTH, ITEMS, SAMPLES, K = 1_000, 100_000, 256, 100
 
 
@@ -66,14 +69,19 @@ def seconds(work: Callable[[], object], device: str, rounds: int) -> float:
     return statistics.median(taken)
 
 
-def searches(sizes: list[int], rounds: int, gpu: bool) -> Iterator[Row]:
-    """One query and 64 at a time, by the index that a bundle of so many items has."""
+def searches(sizes: list[int], rounds: int) -> Iterator[Row]:
+    """One query and 64 at a time, by the index that a bundle of so many items has: one core, all cores, the GPU."""
     centre = np.random.default_rng(0).standard_normal((CENTRES, WIDTH), dtype=np.float32)
     queries = clustered(64 * (rounds + 2), WIDTH, 2, centre, 0.5)
     for size in sizes:
         index = build(clustered(size, WIDTH, 1, centre, 0.5), np.arange(2, size + 2), IndexConfig())
-        for device in ("cpu", "cuda") if gpu else ("cpu",):
-            placed, index._placed = index._placed, index._placed if device == "cuda" else None
+        placed = index._placed
+        for threads in (*thread_counts(), 0):
+            if not threads and placed is None:
+                continue
+            device = f"cpu, {threads} threads" if threads else "cuda"
+            use_threads(threads or 1)
+            index._placed = None if threads else placed
             recall = index.recall(queries[:64], K)
             for number in (1, 64):
                 calls = iter(range(rounds + 2))
@@ -84,7 +92,12 @@ def searches(sizes: list[int], rounds: int, gpu: bool) -> Iterator[Row]:
 
                 took = seconds(search, device, rounds) / number
                 yield Row(f"search {size:,}, {number} at once", device, took * 1e3, "ms/query", f"recall {recall:.4f}")
-            index._placed = placed
+        index._placed = placed
+
+
+def thread_counts() -> list[int]:
+    """Give one, and as many as OMP_NUM_THREADS says or the machine has."""
+    return sorted({1, CORES})
 
 
 def models(items: int, length: int) -> Iterator[tuple[str, Any]]:
@@ -110,8 +123,8 @@ def stepper(model: Any, batch: Batch, device: str) -> Callable[[], object]:
     return step
 
 
-def rank_and_train(items: int, length: int, rounds: int, device: str) -> Iterator[Row]:
-    """Latency of one user's candidates, then training steps."""
+def rank_and_train(items: int, length: int, rounds: int, device: str, train: bool) -> Iterator[Row]:
+    """Latency of one user's candidates, and training steps."""
     asked, learned = random_batch(items, 1, length, 200), random_batch(items, SAMPLES // 8, length, 8)
     for name, model in models(items, length):
         ours = model.to(device).eval()
@@ -122,6 +135,8 @@ def rank_and_train(items: int, length: int, rounds: int, device: str) -> Iterato
 
         with torch.inference_mode():
             yield Row(f"rank 200 x {length:,} events, {name}", device, seconds(score, device, rounds) * 1e3, "ms")
+        if not train:
+            continue
         took = seconds(stepper(ours, learned, device), device, rounds)
         samples = len(learned) * length if name == "MQSA-TED" else SAMPLES
         unit = "targets/s" if name == "MQSA-TED" else "samples/s"
@@ -144,22 +159,17 @@ def texts(count: int, rounds: int, device: str) -> Iterator[Row]:
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
-    """Give all rows: first one core, then all of them, then the GPU."""
-    gpu = torch.cuda.is_available()
+    """Give all rows: searches, then the rest on one core, on all of them and on the GPU."""
     sizes = [2_000] if args.smoke else [100_000, 1_000_000]
-    items, length, count = (500, 60, 8) if args.smoke else (ITEMS, LENGTH, 256)
-    cores = torch.get_num_threads()
-    for threads in sorted({1, cores}):
+    items, length, count = (500, 60, 16) if args.smoke else (ITEMS, LENGTH, 256)
+    yield from searches(sizes, args.rounds)
+    for threads in thread_counts():
         torch.set_num_threads(threads)
-        use_threads(threads)
-        rows = [searches(sizes, args.rounds, gpu and threads == cores), texts(count // 8, 3, "cpu")]
-        if args.models:
-            rows.insert(1, rank_and_train(items, length, min(args.rounds, 5), "cpu"))
-        for part in rows:
-            for row in part:
-                yield row if row.device == "cuda" else Row(**asdict(row) | {"device": f"cpu, {threads} threads"})
-    if gpu:
-        yield from rank_and_train(items, length, args.rounds, "cuda")
+        rows = [rank_and_train(items, length, args.rounds, "cpu", args.train_cpu), texts(count // 16, 1, "cpu")]
+        for row in itertools.chain.from_iterable(rows):
+            yield replace(row, device=f"cpu, {threads} threads")
+    if torch.cuda.is_available():
+        yield from rank_and_train(items, length, args.rounds, "cuda", True)
         yield from texts(count, args.rounds, "cuda")
 
 
@@ -167,12 +177,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--no-models", dest="models", action="store_false", help="no rankers on the processor")
+    parser.add_argument("--train-cpu", action="store_true", help="training steps on the processor, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     found: dict[str, Any] = {"gpu": device, "faiss": faiss.__version__, "torch": torch.__version__, "rows": []}
-    print(f"{device}, {torch.get_num_threads()} cores\n\n| what | where | | |\n|---|---|---|---|")
+    print(f"{device}, {CORES} cores\n\n| what | where | | |\n|---|---|---|---|")
     for row in measured(args):
         found["rows"].append(asdict(row))
         print(f"| {row.what} | {row.device} | {row.value:,.3g} {row.unit} | {row.note} |", flush=True)
