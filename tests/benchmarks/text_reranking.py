@@ -137,7 +137,7 @@ def pools(data: Path, stages: FirstStages, name: str, how: Family) -> tuple[Pool
         known, folds = queries, [list(range(fold, len(queries), FOLDS)) for fold in range(FOLDS)]
     else:
         known = read_queries(data / name, stages.corpus, "train")
-        known = known if how == "full" else known.only(range(QUERIES))
+        known = known if how == "full" else known.only(range(min(QUERIES, len(known))))
         folds = [list(range(len(queries)))]
     depth = {"apart": PLACES, "together": LEARNED[name], "full": FULL_DEPTH}[how]
     made = []
