@@ -124,7 +124,7 @@ def learn(name, how, device, folder, directory, uri, steps=STEPS):
         *("corpus.unit=word", "corpus.part_of_passage=[4]", "corpus.natural=train", f"corpus.path={folder}"),
         *("rows=8", "seed=1", "temperature=0.1", f"device={device}", f"stop.steps={steps}", "stop.validate_every=4"),
         *("stop.checkpoint_every=4", "stop.patience=99", "optimiser.learning_rate=1e-3", *SETS[how]),
-        *("optimiser.learning_rate_fresh=1e-2", "optimiser.warmup=0.0"),
+        *("optimiser.learning_rate_fresh=1e-2", "optimiser.warmup=0.0", "rank_tau=0.2"),
     ]
     if name == "lexsembridge":
         sets.append("model.max_passage_len=48")
