@@ -90,7 +90,12 @@ PAPER_PARTS = {
     "L = 2": ("model.window=2",),
     "L = 5": ("model.window=5",),
 }
-FILMS_PARTS = {"MQSA-TED": ("model.lambda_kd=0.1",), "SASRec": ("model.alpha=1.0", "model.lambda_kd=0.0")}
+FILMS_CHOSEN = ("model.width=128",)
+"""By both models, of four trials each on validation (`results/films_tuning.json`)."""
+FILMS_PARTS = {
+    "MQSA-TED": ("model.lambda_kd=0.1", *FILMS_CHOSEN),
+    "SASRec": ("model.alpha=1.0", "model.lambda_kd=0.0", *FILMS_CHOSEN),
+}
 LOOKED_AT = ("stop.protocol=leave_one_out", "stop.metric=ndcg_at_20", "stop.requests=1000000")
 
 
