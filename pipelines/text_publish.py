@@ -2,10 +2,12 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
 import torch
+from torch import nn
 
 from pipelines.cold_start import item_names
 from pipelines.first_stages import NATURAL, FirstStages
@@ -18,6 +20,7 @@ from pipelines.tracking import git_commit
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.devices import pick_device
 from ranking.fusion import Mix
 from ranking.items import ItemTable
 from ranking.manifest import Provenance
@@ -30,6 +33,8 @@ from recsys.errors import ConfigError, DataError
 from recsys.files import sha256_file
 from recsys.history import Events, Histories
 
+M = TypeVar("M")
+
 BY_QUERY = "by-query"
 """How much words count is decided by the query (`ranking.fusion.Mix`)."""
 TUNED_ON = ("dev", "train")
@@ -41,7 +46,7 @@ WORDS_ALONE = "none"
 
 
 def find_encoder(name: str, runs: Path) -> TextEncoder | None:
-    """Load an encoder.
+    """Load an encoder, onto the GPU where there is one.
 
     Args:
         name: a finished run under `runs`, a directory that a text model was saved to, or a backbone as
@@ -51,19 +56,19 @@ def find_encoder(name: str, runs: Path) -> TextEncoder | None:
     if name == WORDS_ALONE:
         return None
     if (runs / name / "run.json").is_file():
-        return load_encoder(finished_run(runs / name)[1])
+        return _placed(load_encoder(finished_run(runs / name)[1]))
     if _is_saved(Path(name)):
-        return load_encoder(Path(name))
-    return DenseEncoder.of(DenseConfig(backbone=name))
+        return _placed(load_encoder(Path(name)))
+    return _placed(DenseEncoder.of(DenseConfig(backbone=name)))
 
 
 def find_reranker(name: str, runs: Path) -> TextReranker:
-    """Load a reranker: a finished run under `runs`, or a directory that one was saved to."""
+    """Load a reranker, onto the GPU where there is one: a finished run under `runs`, or where one was saved to."""
     if (runs / name / "run.json").is_file():
-        return load_reranker(finished_run(runs / name)[1])
+        return _placed(load_reranker(finished_run(runs / name)[1]))
     if not Path(name).is_dir():
         raise ConfigError(f"no run {name!r} under {runs} and no directory of that name; train one with `--config mvp`")
-    return load_reranker(Path(name))
+    return _placed(load_reranker(Path(name)))
 
 
 def mix_of(text: str) -> Mix:
@@ -187,6 +192,12 @@ def publish_text(corpus: Path, text: SearchContents, out: Path, snapshot: Path) 
     version = write_bundle(out, contents, Provenance(created=created, commit=git_commit(), data_digest=digest))
     write_snapshot(snapshot, [], Histories(Events.empty(), np.zeros(1, np.int64)), digest)
     return version
+
+
+def _placed(model: M) -> M:
+    if isinstance(model, nn.Module):
+        model.to(pick_device("auto"))
+    return model
 
 
 def _is_saved(directory: Path) -> bool:

@@ -379,26 +379,12 @@ def _message(kind: type[M], path: Path) -> M:
 
 
 def _answering(bundle: Bundle) -> Answering:
-    return Answering(
-        bundle.items,
-        bundle.item_ids,
-        bundle.key_to_row,
-        bundle.ranker,
-        bundle.retriever,
-        bundle.index,
-        bundle.device,
-    )
+    models = bundle.ranker, bundle.retriever, bundle.index, bundle.device
+    return Answering(bundle.items, bundle.item_ids, bundle.key_to_row, *models)
 
 
 def _answering_of(contents: Contents, ranker: AnyRanker, retriever: AnyRanker | None, index: Index | None) -> Answering:
     model = cast(nn.Module, ranker)
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    return Answering(
-        contents.items,
-        contents.item_ids,
-        contents.key_to_row,
-        ranker,
-        cast(Retriever, retriever) if retriever is not None else None,
-        index,
-        device,
-    )
+    models = ranker, cast(Retriever | None, retriever), index, device
+    return Answering(contents.items, contents.item_ids, contents.key_to_row, *models)
