@@ -65,10 +65,10 @@ def train_on_workers(config: TrainConfig, prepared: PreparedSet, directory: Path
     if workers < 1:
         raise ConfigError(f"workers is {workers}; expected at least 1")
     config = suited(config, prepared)
-    if build(config, prepared).trains_on == "nothing":
-        raise ConfigError(f"{config.name} takes no training steps that could be shared out; train it in one process")
     if pick_device(config.device).type != "cpu":
         raise ConfigError(f'device = "{config.device}": several workers train on CPUs; set device = "cpu"')
+    if build(config, prepared).trains_on == "nothing":
+        raise ConfigError(f"{config.name} takes no training steps that could be shared out; train it in one process")
     if config.batches.rows < workers:
         raise ConfigError(f"[batches] rows = {config.batches.rows} for {workers} workers; expected at least one each")
     with begin(config, prepared, directory, uri) as (run, inputs):

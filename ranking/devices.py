@@ -4,12 +4,20 @@ from typing import Literal
 
 import torch
 
+from recsys.errors import ConfigError
+
 Device = Literal["auto", "cpu", "cuda"]
 """`auto` is the first CUDA device that this process sees, else the processor."""
 
 
 def pick_device(name: str) -> torch.device:
-    """Give the device of a name, `auto` or one of torch's own; raises `RuntimeError` for what torch does not know."""
+    """Give the device of a name, `auto` or one of torch's own; raises `ConfigError` for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'device = "{name}": no such device; expected "auto", "cpu" or "cuda"') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device = "cuda": this process sees no CUDA device; set device = "auto" or "cpu"')
+    return device

@@ -14,10 +14,12 @@ from test_ranker_contract import SETTINGS, requests, trained
 import ranking.index as index_module
 from pipelines.train import load_config, train, trained_run
 from ranking.bundle import Bundle
+from ranking.devices import pick_device
 from ranking.golden import TOLERANCE
 from ranking.index import IndexConfig, build
 from ranking.recommender import Recommender
 from ranking.snapshot import SnapshotReader
+from recsys.errors import ConfigError
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -25,6 +27,14 @@ CUDA = pytest.param("cuda", marks=NO_CUDA)
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
 STEPPED = ("din", "dare", "dare_own_counts", "twin", "eta", "sim_hard", "sdim", "aw_moe", "mqsa_ted", "mean_pooling")
 RNG = np.random.default_rng(0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here_is_named():
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    for name, words in (("cuda", 'device = "cuda": this process sees no CUDA device'), ("tpu9", '"tpu9": no such')):
+        with pytest.raises(ConfigError, match=words):
+            pick_device(name)
 
 
 @DEVICES
