@@ -24,7 +24,7 @@ from serving.logs import LOGS, log_to
 from serving.parts import LOAD_SECONDS, Parts
 from serving.problems import RETRY_AFTER_SECONDS
 from serving.security import read_keys
-from serving.settings import ServeConfig, load_plan, open_service
+from serving.settings import ServeConfig, gpu_share, load_plan, open_service
 from serving.split import PARTS, Elsewhere, Part, PartHost, Refusal
 from serving.worker import Worker
 
@@ -150,7 +150,7 @@ def application(table: dict[str, Any]) -> Application:
         "graceful_shutdown_timeout_s": 5,
         "max_constructor_retry_count": 1,  # a damaged log or snapshot will not be mended by trying again
     }
-    gpus = config.gpus if ray.cluster_resources().get("GPU", 0.0) else 0.0  # type: ignore[no-untyped-call]
+    gpus = gpu_share(config, ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
     parts = []
     if config.topology == "split":
         cost = {"num_cpus": 0.1, "num_gpus": gpus}

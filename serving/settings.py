@@ -21,7 +21,7 @@ from serving.lineup import BundlePlace, NoRanker, Plan, Role, Served
 from serving.pairs import PairLog
 from serving.request_log import RequestLog, RequestLogConfig
 from serving.service import Service
-from serving.split import Elsewhere, SplitConfig
+from serving.split import PARTS, Elsewhere, SplitConfig
 from serving.telemetry import Telemetry
 from serving.view import HISTORY_EVENTS, LiveHistories, Snapshot
 from serving.view_files import remove_unused
@@ -58,7 +58,7 @@ class ServeConfig:
     device: Device = "auto"
     """where models run: on the GPU where a process sees one; the index is there then, whatever this says"""
     gpus: float = 0.25
-    """share of a GPU that each process with models takes of Ray, where Ray has GPUs; a fraction shares one"""
+    """most of a GPU that each process with models takes of Ray, where Ray has GPUs (`gpu_share`)"""
     split: SplitConfig = field(default_factory=SplitConfig)
     """sizes of those deployments"""
     cores: int = 1
@@ -105,6 +105,18 @@ class ServeConfig:
         for name in ("challenger_share", "recall_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"[serve] {name} is {getattr(self, name)}; expected 0 to 1")
+
+
+def gpu_share(config: ServeConfig, available: float) -> float:
+    """Give the share of a GPU that each process with models asks of Ray: `config.gpus`, or less so that all get one.
+
+    Args:
+        config: says how many such processes there are.
+        available: GPUs of Ray's cluster.
+    """
+    processes = config.replicas if config.topology == "fused" else sum(map(config.split.replicas, PARTS))
+    share = min(config.gpus, available / processes)
+    return float(int(share)) if share > 1 else share  # Ray knows whole GPUs and parts of one
 
 
 def redis_url(config: ServeConfig) -> str:

@@ -26,7 +26,7 @@ from recsys.errors import ConfigError, PartError
 from serving.app import Limits, create_app
 from serving.host import ServeConfig, node_settings, start
 from serving.lineup import BundlePlace, Plan
-from serving.settings import load_into, load_plan, open_service
+from serving.settings import gpu_share, load_into, load_plan, open_service
 from serving.split import FOUND, PARTS, Elsewhere, PartHost, Refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
@@ -250,6 +250,22 @@ def test_a_shell_reads_the_environment_of_a_node_as_the_service_does():
 def test_a_size_out_of_range_is_named(world, key, value):
     with pytest.raises(ConfigError, match=key):
         parse(ServeConfig, {"bundle": "b", "snapshot": "s", "state": "t", "split": {key: value}}, "[serve]")
+
+
+@pytest.mark.parametrize(
+    ("table", "available", "share"),
+    [
+        ({}, 0.0, 0.0),
+        ({}, 1.0, 0.25),
+        ({"replicas": 8}, 1.0, 0.125),  # a quarter each would leave four of them waiting for ever
+        ({"topology": "split", "split": {"rankers": 3}}, 1.0, 0.2),
+        ({"gpus": 2.0, "replicas": 2}, 3.0, 1.0),
+        ({"gpus": 0.0}, 4.0, 0.0),
+    ],
+)
+def test_every_process_gets_a_share_of_the_gpus(table, available, share):
+    config = parse(ServeConfig, {"bundle": "b", "snapshot": "s", "state": "t"} | table, "[serve]")
+    assert gpu_share(config, available) == pytest.approx(share)
 
 
 def test_all_of_a_search_travels():
