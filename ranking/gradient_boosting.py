@@ -40,10 +40,10 @@ from ranking.items import ItemTable
 from ranking.own_counts import (
     MICROSECONDS_PER_DAY,
     OwnEvents,
-    counts_and_newest,
     decayed_counts,
     decayed_total,
     own_events,
+    own_span,
 )
 from ranking.ranker import NEGATIVE, Loss
 from recsys.errors import ConfigError, RecsysError
@@ -179,7 +179,7 @@ class GradientBoosting(nn.Module):
         """
         item, at, config = candidates.item, request.at, self.config
         own = OwnEvents(state.item, state.time)
-        count, newest = counts_and_newest(own, item)
+        count, _, newest = own_span(own, item)
         everybody, recent = take(self.items.count, item), take(self.recent, item)
         if training is not None:
             label = training.held.label.long()
@@ -208,7 +208,7 @@ class GradientBoosting(nn.Module):
             nothing = torch.full(item.shape, math.nan, dtype=torch.float64, device=item.device)
             return nothing, nothing
         own, code = OwnEvents(state.category, state.category_time), take(self.items.column(self.config.category), item)
-        count, newest = counts_and_newest(own, code)
+        count, _, newest = own_span(own, code)
         total = decayed_total(own, at, self.config.long_days)[:, None]
         share = decayed_counts(own, at, code, self.config.long_days) / total.clamp_min(torch.finfo(total.dtype).tiny)
         return share, _age_days(at, newest, count > 0)

@@ -56,11 +56,21 @@ def decayed_total(own: OwnEvents, at: Tensor, half_life_days: float) -> Tensor:
     return _fresh(own, at, half_life_days).sum(1)
 
 
-def counts_and_newest(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the number of each candidate's events and the time of the newest of them (0 if none), int64 [B, C] each."""
+class OwnSpan(NamedTuple):
+    """Each candidate's own events: how many, and from when to when (0 if there are none), int64 [B, C] each."""
+
+    number: Tensor
+    oldest: Tensor
+    newest: Tensor
+
+
+def own_span(own: OwnEvents, item: Tensor) -> OwnSpan:
+    """Give number, first and last moment of the events of each candidate (int32 [B, C])."""
     start, end = _places(own, item)
     count = end - start
-    return count, own.time.gather(1, (end - 1).clamp_min(0)).masked_fill(count == 0, 0)
+    newest = (end - 1).clamp_min(0)
+    oldest = torch.minimum(start, newest)  # in bounds where there are none
+    return OwnSpan(count, *(own.time.gather(1, place).masked_fill(count == 0, 0) for place in (oldest, newest)))
 
 
 def _places(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:

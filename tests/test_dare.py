@@ -562,15 +562,21 @@ def test_own_counts_tell_the_head_what_the_window_does_not_hold() -> None:
     candidates = Candidates(torch.tensor([[7, 9, 4, UNKNOWN]], dtype=torch.int32))
     nothing = torch.empty(1, 4, 0, dtype=torch.float64)
     found = model._with_counts(nothing, state, Request(torch.tensor([20 * day])), candidates, model.items.embedding_row)
-    mine = [0.25 + 0.5, 2**-0.1, 0, 0]
-    assert found[0, :, 0].tolist() == pytest.approx([math.log(count + 1e-3) for count in mine])
-    assert found[0, :, 1].tolist() == pytest.approx(
-        [math.log(1 + days) for days in (10, 1, 100, 100)]
-    )  # never: 10 half-lives
-    assert found[0, :, 2].tolist() == pytest.approx([math.log(2), math.log(2), math.log(2), 0])
+    shown = found[0].T.tolist()
+    never = math.log(1 + 100)  # 10 half-lives
+    assert shown[0] == pytest.approx([math.log(count + 1e-3) for count in (0.25 + 0.5, 2**-0.1, 0, 0)])
+    assert shown[1] == pytest.approx(
+        [math.log(count + 1e-3) for count in (2 ** (-2 / 3) + 2 ** (-1 / 3), 2 ** (-1 / 30), 0, 0)]
+    )
+    assert shown[2] == pytest.approx([math.log(1 + 10), math.log(1 + 1), never, never])
+    assert shown[3] == pytest.approx([0, 0, 0, 0])  # 10 days after the second 7, which came 10 days after the first
+    assert shown[4] == pytest.approx([math.log(2), math.log(2), math.log(2), 0])
+    later = Request(torch.tensor([54 * day]))
+    found = model._with_counts(nothing, state, later, candidates, model.items.embedding_row)
+    assert found[0, :, 3].tolist() == pytest.approx([math.log((1 + 44) / (1 + 10)), 0, 0, 0])  # a single 9 is not late
     hidden = model.items.embedding_row.masked_fill(torch.arange(ROWS) == 7, UNKNOWN)
-    found = model._with_counts(nothing, state, Request(torch.tensor([20 * day])), candidates, hidden)
-    assert found[0, :, 2].tolist() == pytest.approx([0, math.log(2), math.log(2), 0])
+    found = model._with_counts(nothing, state, later, candidates, hidden)
+    assert found[0, :, 4].tolist() == pytest.approx([0, math.log(2), math.log(2), 0])
     assert model.window is None
 
 

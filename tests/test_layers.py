@@ -10,7 +10,14 @@ from torch import nn
 
 import ranking.layers
 from ranking.gate_units import ActivationUnit, GateUnit
-from ranking.layers import AttentionNetwork, Layers, ScoringHead, binary_cross_entropy, in_float64
+from ranking.layers import (
+    AttentionNetwork,
+    Layers,
+    ScoringHead,
+    binary_cross_entropy,
+    in_float64,
+    listwise_cross_entropy,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,58 @@ def test_with_the_offset_logits_learn_log_p_whatever_draws_the_negatives(q):
 
     optimiser.step(loss)
     assert torch.allclose(logits.detach().log_softmax(0), p.log(), atol=1e-4)
+
+
+@pytest.mark.parametrize("q", [[0.2] * 5, [0.7, 0.1, 0.1, 0.05, 0.05]])
+def test_listwise_with_the_offset_learns_log_p_whatever_draws_the_negatives(q):
+    """All pairs of a positive drawn by p and a negative drawn by q: the best logits are log p, up to a constant."""
+    p, q = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).double(), torch.tensor(q).double()
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    label = torch.tensor([1.0, 0.0]).double().expand(1, 2)
+    optimiser = torch.optim.LBFGS([logits], max_iter=200)
+
+    def loss():
+        optimiser.zero_grad()
+        value = torch.stack(
+            [
+                p[a]
+                * q[b]
+                * listwise_cross_entropy(logits[None, [a, b]], label, torch.ones(1, 2), q.log()[None, [a, b]])
+                for a, b in pairs.tolist()
+            ]
+        ).sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    assert torch.allclose(logits.detach().log_softmax(0), p.log(), atol=1e-3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
+def test_listwise_is_the_softmax_of_each_positive_among_its_own_negatives(seed, requests, candidates):
+    draws = torch.Generator().manual_seed(seed)
+    logits, offset = torch.randn(2, requests, candidates, generator=draws, dtype=torch.float64)
+    logits.requires_grad_()
+    label, weight = (torch.rand(2, requests, candidates, generator=draws) < 0.5).double()
+    found = listwise_cross_entropy(logits, label, weight, offset)
+    each = []
+    for b in range(requests):
+        row = (logits - offset)[b]
+        negatives = [row[c] for c in range(candidates) if weight[b, c] and not label[b, c]]
+        taken = [
+            -torch.log_softmax(torch.stack([row[c], *negatives]), 0)[0]
+            for c in range(candidates)
+            if weight[b, c] and label[b, c]
+        ]
+        if taken:
+            each.append(torch.stack(taken).mean())
+    expected = torch.stack(each).mean() if each else torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert gradient.isfinite().all()
+    assert not gradient[weight == 0].any()
 
 
 @pytest.mark.parametrize(

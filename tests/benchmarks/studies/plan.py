@@ -289,8 +289,8 @@ STUDIES = {
         ),
         "T = 200. Every model but the untrained two sees the same 102,400 training requests once, with half uniform "
         "and half popular negatives, log q taken off the logit (`correct = true`); LightGBM grows on the same rows. "
-        "`dare_own_counts` has one more negative per positive, of the user's own past, corrected likewise; "
-        "`dare_own_counts_alike` is the same model without them. "
+        "`dare_own_counts` compares each positive with the negatives of its request and has four more per positive, of "
+        "the user's own past, corrected likewise; `dare_own_counts_alike` is the same model without these. "
         "MQSA-TED trains on whole sequences instead (16 passes). Test: 2,000 requests, 100 negatives each; scores "
         "against negatives drawn by q are compared as score - log q, for all models alike.",
     ),
