@@ -15,7 +15,7 @@ from pipelines.own_negatives import OwnItems
 from pipelines.prepared import PreparedSet, Requests
 from pipelines.samplers import SAMPLERS, Ragged, Sampler, log_density
 from ranking.batch import Batch, assemble, rows_of
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator
 
 BLOCK = 16  # batches sorted by length together
@@ -41,6 +41,8 @@ class BatchConfig:
                 f"[batches] rows, negatives and max_positives must be at least 1, found {self.rows}, "
                 f"{self.negatives} and {self.max_positives}"
             )
+        if self.max_requests is not None and self.max_requests < 1:
+            raise ConfigError(f"[batches] max_requests must be at least 1, found {self.max_requests}")
         if self.own_negatives < 0:
             raise ConfigError(f"[batches] own_negatives must not be negative, found {self.own_negatives}")
         unknown = [name for name in self.samplers if name not in SAMPLERS]
@@ -72,6 +74,12 @@ class TrainingBatches:
         requests = self.prepared.requests("train")
         start = self.prepared.histories.offsets[requests.user]
         kept = np.flatnonzero((requests.end > start) & (np.diff(requests.offsets) > 0))
+        if not len(kept):
+            raise DataError(
+                f"{self.prepared.directory}: none of its {len(requests):,} training requests has an event before it, "
+                "and a model learns from those alone; take in a longer log or, under split.kind=time, prepare it with "
+                "shorter split.valid_days and split.test_days"
+            )
         limit = self.config.max_requests
         if limit is not None and limit < len(kept):
             kept = np.sort(generator(self.seed, 0, "training sample").choice(kept, limit, replace=False))

@@ -43,6 +43,11 @@ class TextStop:
     """validations without a gain before the run stops"""
     checkpoint_every: int = 100
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "validate_every", "patience", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"[stop] {name} must be at least 1, found {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class TextOptimiser:

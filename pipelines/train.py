@@ -8,6 +8,7 @@ same versions and number of threads).
 import copy
 import dataclasses
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,17 @@ class StopConfig:
     requests: int = 1000  # validation requests, the same ones every time
     checkpoint_every: int = 100  # steps
 
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("validate_every", "patience", "requests", "checkpoint_every")}
+        counts |= {} if self.max_steps is None else {"max_steps": self.max_steps}
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"[stop] {name} must be at least 1, found {value}")
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"[stop] epochs must be a number above 0, found {self.epochs}")
+        if not self.samplers:
+            raise ConfigError("[stop] samplers must name at least one, found none")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -100,7 +112,10 @@ def load_config(path: Path, assignments: Sequence[str] = (), overlay: Mapping[st
     table = overlaid(read_toml(path), overlay or {})
     for assignment in assignments:
         assign(table, assignment)
-    model = dict(table.pop("model", {}))
+    model = table.pop("model", {})
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{path}: model is a section, [model] with a name and options; found {model!r}")
+    model = dict(model)
     name = model.pop("name", None)
     if name not in RANKERS:
         raise ConfigError(f"{path} [model]: name must be one of {', '.join(RANKERS)}, found {name!r}")
@@ -145,7 +160,13 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     saved = Checkpoint.load(directory / CHECKPOINT, len(build_optimisers(_module(model), config.optimiser)))
     if not saved.progress.finished:
         raise DataError(f"{directory}: stopped at step {saved.progress.step}; run `recsys train` again to finish it")
-    _module(model).load_state_dict(saved.best)
+    try:
+        _module(model).load_state_dict(saved.best)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{directory}: its weights are of another version's {config.name}; train it again ({reason})"
+        ) from None
     _module(model).eval()
     summary = TrainingSummary.of(read_json(directory / "summary.json"))
     return Trained(model, config, summary, about["run_id"])
@@ -324,7 +345,7 @@ class Loop:
                 "try a smaller learning_rate"
             )
         loss.total.backward()  # type: ignore[no-untyped-call]
-        self.team.average(self.module, batch.weight.sum())
+        self.team.average(self.module, batch.weight.sum() if loss.counted is None else loss.counted)
         norm = update(self.optimisers, self.config.optimiser)
         seconds = self.progress.seconds + time.perf_counter() - started
         self.progress = dataclasses.replace(self.progress, step=step + 1, seconds=seconds)
@@ -342,6 +363,12 @@ class Loop:
         if stop.protocol == "candidates":
             values |= {f"valid/{name}/{key}": v[key] for name, v in zip(stop.samplers, found, strict=True) for key in v}
         value = means[stop.metric]
+        if math.isnan(value):
+            raise DataError(
+                f"{self.prepared.directory}: {stop.metric} is not defined on its validation requests, so no checkpoint "
+                "can be chosen; expected requests with items that were taken and items that were not (has the log more "
+                "than one item?)"
+            )
         values |= {f"train/{key}": float(part) for key, part in losses.items()}
         if self.run is not None:
             self.run.metrics(values, progress.step)

@@ -52,6 +52,7 @@ from ranking.layers import (
     pool_found,
     score_real,
     search,
+    with_positives,
 )
 from ranking.own_counts import (
     MICROSECONDS_PER_DAY,
@@ -203,7 +204,8 @@ class Dare(nn.Module):
             parts["auxiliary"] = self._objective(logits, batch)
         parts["l2"] = self.config.l2 * torch.stack([p.square().sum() for p in network_weights(self)]).sum()
         total = torch.stack(list(parts.values())).sum()
-        return Loss(total, {name: part.detach() for name, part in parts.items()})
+        counted = with_positives(batch.label, batch.weight) if self.config.objective == "listwise" else None
+        return Loss(total, {name: part.detach() for name, part in parts.items()}, counted)
 
     def _objective(self, logits: Tensor, batch: Batch) -> Tensor:
         return OBJECTIVES[self.config.objective](logits, batch.label, batch.weight, batch.offset)

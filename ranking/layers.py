@@ -379,6 +379,11 @@ def listwise_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, offset
     return by_request.sum() / (number > 0).sum().clamp_min(1)
 
 
+def with_positives(label: Tensor, weight: Tensor) -> Tensor:
+    """Give the number of requests that `listwise_cross_entropy` is a mean over, of the type of weight, []."""
+    return ((weight > 0) & (label > 0)).any(1).sum().to(weight.dtype)
+
+
 def candidate_chunks(candidates: int, elements_each: int) -> list[slice]:
     """Cut C candidates into runs whose temporaries stay within `CHUNK_ELEMENTS` numbers (at least one at a time)."""
     step = max(1, CHUNK_ELEMENTS // max(1, elements_each))

@@ -28,6 +28,7 @@ class Loss:
 
     total: Tensor  # []
     parts: dict[str, Tensor]
+    counted: Tensor | None = None  # [], how much `total` is a mean over; None: the weights of all candidates
 
 
 class Ranker(Protocol[S]):

@@ -17,7 +17,7 @@ from pipelines.distributed import train_on_workers
 from pipelines.ray_session import ray_session
 from pipelines.team import Alone, Processes
 from pipelines.tracking import tracking_client
-from pipelines.train import TrainConfig, load_config, train
+from pipelines.train import Loop, TrainConfig, load_config, train
 from ranking.embeddings import ItemEmbedding
 from recsys.errors import ConfigError
 
@@ -113,6 +113,23 @@ def test_alone_nothing_changes():
     team.average(model, torch.tensor(3.0))
     assert torch.equal(model.item.weight.grad.to_dense(), before.to_dense())
     assert team.agree({"a": 1}) == {"a": 1}
+
+
+class Listening(Alone):
+    """Remembers by what its share of a step was weighed."""
+
+    def average(self, module: nn.Module, weight: Tensor) -> None:
+        self.weight = weight
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_own_counts"])
+def test_a_share_weighs_as_much_as_its_loss_is_a_mean_over(prepared, tmp_path, name):
+    """A mean over candidates by its candidates, a mean over requests by its requests."""
+    team = Listening()
+    loop = Loop(replace(config(name), device="cpu"), prepared, tmp_path, "inputs", None, team)
+    loop.step()
+    batch = loop.batches.batch(0)
+    assert float(team.weight) == (len(batch) if name == "dare_own_counts" else float(batch.weight.sum()))
 
 
 def config(name: str, **stop) -> TrainConfig:

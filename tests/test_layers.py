@@ -17,6 +17,7 @@ from ranking.layers import (
     binary_cross_entropy,
     in_float64,
     listwise_cross_entropy,
+    with_positives,
 )
 
 
@@ -185,3 +186,19 @@ def test_runs_of_requests_change_nothing(network, candidates_first, monkeypatch)
         found.append([result, *torch.autograd.grad(result.square().sum(), [*inputs, *network.parameters()])])
     for whole, in_runs in zip(*found, strict=True):
         torch.testing.assert_close(in_runs, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_shares_of_a_batch_weighed_by_their_requests_give_the_gradient_of_the_whole():
+    """What a team of processes computes; the numbers of candidates of its shares differ."""
+    logits = torch.randn(4, 6, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor([[1.0] * 6, [1.0] * 2 + [0.0] * 4] * 2)
+    label = torch.zeros(4, 6)
+    label[:, 0] = 1
+    (whole,) = torch.autograd.grad(listwise_cross_entropy(logits, label, weight), logits)
+    together = torch.zeros(4, 6)
+    for rank in range(2):
+        mine = slice(rank, None, 2)
+        loss = listwise_cross_entropy(logits[mine], label[mine], weight[mine])
+        (found,) = torch.autograd.grad(loss, logits)
+        together += found * with_positives(label[mine], weight[mine]) / with_positives(label, weight)
+    torch.testing.assert_close(together, whole)

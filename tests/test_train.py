@@ -17,11 +17,12 @@ from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.optimise import OptimiserConfig
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.splits import DAY
-from pipelines.train import TrainConfig, TrainingError, load_config, suited, train, trained_run
+from pipelines.splits import DAY, SplitConfig
+from pipelines.train import Loop, TrainConfig, TrainingError, load_config, suited, train, trained_run
 from ranking.models import RANKERS
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError
+from recsys.files import sha256_json, write_json
 
 CONFIGS = Path("pipelines/configs")
 STEPS = 9
@@ -112,6 +113,19 @@ def test_a_finished_run_is_read_back_without_training(prepared, mlflow_uri, tmp_
     assert back.summary == trained.summary
     for key, tensor in weights(trained).items():
         assert torch.equal(tensor, weights(back)[key])
+
+
+def test_a_run_of_a_version_that_built_the_model_otherwise_is_refused_in_words(prepared, tmp_path):
+    found = config("dare")
+    loop = Loop(found, prepared, tmp_path, "inputs", None)
+    loop.progress = replace(loop.progress, finished=True)
+    loop.best["head.norm.weight"] = loop.best["head.norm.weight"][:-2]
+    loop.save()
+    table = found.table()
+    inputs = sha256_json({"config": table, "data": prepared.digest})
+    write_json(tmp_path / "run.json", {"config": table, "inputs": inputs, "run_id": "x"})
+    with pytest.raises(DataError, match=r"weights are of another version's dare; train it again.*head\.norm\.weight"):
+        trained_run(tmp_path, prepared)
 
 
 def test_an_unfinished_run_and_a_broken_checkpoint_are_told_apart(prepared, mlflow_uri, tmp_path):
@@ -233,6 +247,26 @@ def test_contradictions_are_refused_with_both_values():
         BatchConfig(samplers=("unifrom",))
     with pytest.raises(ConfigError, match="at least 1"):
         BatchConfig(rows=0)
+    with pytest.raises(ConfigError, match="max_requests must be at least 1, found 0"):
+        BatchConfig(max_requests=0)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("stop.validate_every=0", r"\[stop\] validate_every must be at least 1, found 0"),
+        ("stop.checkpoint_every=0", r"\[stop\] checkpoint_every must be at least 1, found 0"),
+        ("stop.patience=0", r"\[stop\] patience must be at least 1, found 0"),
+        ("stop.max_steps=-1", r"\[stop\] max_steps must be at least 1, found -1"),
+        ("stop.requests=0", r"\[stop\] requests must be at least 1, found 0"),
+        ("stop.epochs=inf", r"\[stop\] epochs must be a number above 0, found inf"),
+        ("stop.samplers=[]", r"\[stop\] samplers must name at least one"),
+        ("model=din", r"dare\.toml: model is a section.*found 'din'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_runs(assignment, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(CONFIGS / "dare.toml", [assignment])
 
 
 def test_a_metric_nobody_measures_is_refused(prepared, mlflow_uri, tmp_path):
@@ -255,6 +289,28 @@ def test_a_model_goes_without_a_category_the_catalogue_does_not_have(log, mlflow
         assert suited(asked, bare) == asked
         with pytest.raises(ConfigError, match="no categorical item column"):
             train(asked, bare, tmp_path / "refused", mlflow_uri)
+
+
+def test_a_set_whose_training_requests_have_no_past_is_refused_in_words(tmp_path):
+    """A small shop: three purchases each, the last tests, the one before validates, and before the first is nothing."""
+    rows = [(user, item, DAY * (15_000 + day)) for user in "ab" for day, item in enumerate(["tea", "jam", "bread"])]
+    events = pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")
+    ingest(RawLog("shop", events.lazy(), None), tmp_path / "log")
+    split = SplitConfig(kind="last_request")
+    shop = prepare(tmp_path / "log", tmp_path / "shop", PrepareConfig(split=split, workers=1, negatives=1))
+    with pytest.raises(DataError, match=r"shop: none of its 2 training requests has an event before it"):
+        TrainingBatches(shop, BatchConfig(), "requests", 50, 7).batch(0)
+
+
+def test_a_log_of_one_item_is_refused_in_words(tmp_path):
+    """Nothing to tell apart: no metric is defined, and a summary of NaN could not be written."""
+    rows = [(user, "tea", DAY * (15_000 + day)) for user in "ab" for day in range(6)]
+    events = pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")
+    ingest(RawLog("tea", events.lazy(), None), tmp_path / "log")
+    split = SplitConfig(kind="last_request")
+    tea = prepare(tmp_path / "log", tmp_path / "tea", PrepareConfig(split=split, workers=1, negatives=1))
+    with pytest.raises(DataError, match=r"tea: gauc is not defined on its validation requests"):
+        Loop(config("popularity"), tea, tmp_path, "inputs", None).run_to_end(None)
 
 
 def test_a_set_without_validation_requests_is_refused_in_words(log, mlflow_uri, tmp_path):
