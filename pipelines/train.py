@@ -156,6 +156,8 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
     inputs = sha256_json({"config": about["config"], "data": prepared.digest})
     if about["inputs"] != inputs:
         raise DataError(f"{directory}: trained on another prepared set than {prepared.directory}; train it again")
+    if not (directory / CHECKPOINT).exists():
+        raise DataError(f"{directory}: stopped before its first checkpoint; run `recsys train` again to finish it")
     model = build(config, prepared)
     saved = Checkpoint.load(directory / CHECKPOINT, len(build_optimisers(_module(model), config.optimiser)))
     if not saved.progress.finished:

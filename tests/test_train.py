@@ -136,6 +136,9 @@ def test_an_unfinished_run_and_a_broken_checkpoint_are_told_apart(prepared, mlfl
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(DataError, match="not a checkpoint"):
         trained_run(tmp_path, prepared)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(DataError, match="stopped before its first checkpoint; run `recsys train` again"):
+        trained_run(tmp_path, prepared)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(prepared, mlflow_uri, tmp_path, monkeypatch):
