@@ -143,10 +143,6 @@ class Bundle:
         """Model row of each item id."""
         return {item: row for row, item in enumerate(self.item_ids) if row >= FIRST_ITEM}
 
-    def has_vector(self, row: int) -> bool:
-        """Whether the retriever knows an item: from training, or by a vector learned from its content."""
-        return bool(self.items.trained[row]) or CONTENT_VECTORS in self.manifest.files
-
     @cached_property
     def _action_code(self) -> dict[str, int]:
         return {action: code for code, action in enumerate(self.manifest.actions)}

@@ -54,6 +54,10 @@ class ItemFilter:
     at_most: float | None = None
 
     def __post_init__(self) -> None:
+        try:
+            "".join((self.column, *(self.allow or ()), *(self.deny or ()))).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"a filter of {self.column!r} has half of a surrogate pair, which no text may") from None
         values = self.allow is not None or self.deny is not None
         numbers = self.at_least is not None or self.at_most is not None
         if values == numbers:

@@ -68,7 +68,7 @@ class SearchResponse(Message):
     covered: bool = Field(
         description="the reranker was left out because one passage holds nearly all words of the query"
     )
-    degraded: list[str] = Field(description="stages that were skipped for want of time: `dense`, `rerank`")
+    degraded: list[str] = Field(description="stages that were skipped: `dense`, `rerank`, `personal`, `history`")
     timings: dict[str, float] = Field(description="seconds by stage")
 
 

@@ -220,10 +220,11 @@ class SegmentLog:
     def _open_segment(self, start: int) -> None:
         if self._file >= 0:
             self._sync()
-            os.close(self._file)
         new = not self._path(start).exists()
-        self._file = os.open(self._path(start), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._segment_start = start
+        opened = os.open(self._path(start), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if self._file >= 0:  # only now: where the new one cannot be had, this one is still the log's
+            os.close(self._file)
+        self._file, self._segment_start = opened, start
         if new and self.durability == "fsync":
             descriptor = os.open(self.directory, os.O_RDONLY)
             os.fsync(descriptor)

@@ -79,10 +79,11 @@ class PairLog:
 def read_pairs(directory: Path) -> Iterator[Pair]:
     """Give all pairs of a directory; a line cut short by a kill is left out."""
     for path in sorted(directory.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
+        # As bytes: `str.splitlines` also ends a line at U+2028, which ids may hold, and a kill may cut a character.
+        for line in path.read_bytes().split(b"\n"):
             try:
                 fields: dict[str, Any] = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             answered, other = Listed(**fields["answered"]), Listed(**fields["other"])
             yield Pair(fields["at"], fields["user_id"], answered, other)

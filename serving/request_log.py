@@ -87,12 +87,14 @@ class RequestLog:
         while (request := self._queue.get()) is not None:
             try:
                 self._write(encode(request))
-            except OSError as error:
+            except Exception as error:  # a thread that ended here would log nothing ever after, and `close` would wait
                 self.dropped += 1
                 logger.warning("%s: an answer is not logged: %s", self._directory, error)
 
     def _write(self, line: bytes) -> None:
-        if self._path is None or self._path.stat().st_size >= self._config.segment_bytes:
+        # Another process may have removed the file to make room.
+        known = self._path is not None and self._path.exists()
+        if self._path is None or not known or self._path.stat().st_size >= self._config.segment_bytes:
             self._path = self._directory / f"{time.time_ns() // 1000:020d}-{uuid.uuid4().hex[:8]}.jsonl"
             self._path.touch()
             self._make_room()

@@ -71,6 +71,7 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
 
         The budget counts from the request's arrival. What does not fit is left out and named in `degraded`: `rerank`
         keeps the order of the first stage, `dense` goes by words alone, `personal` keeps the order of the search.
+        `history` says that the user's could not be read.
         """
         served, searcher = searches.open(request.user_id)
         deadline = searcher.deadline(request.budget_ms)
@@ -79,8 +80,12 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
         if request.user_id is not None or request.history is not None:
             if deadline.left > 0:
                 now = service.now
-                personal, waited = await worker.run(lambda: personal_order(served, searched, request, now))
+                (personal, missed), waited = await worker.run(
+                    lambda: (personal_order(served, searched, request, now), service.histories.missed())
+                )
                 searched = searched.after("queue", waited)
+                if missed:
+                    searched = searched.without("history")
             else:
                 searched = searched.without("personal")
         answer = search_answer(served.bundle, searched, request.k, personal)

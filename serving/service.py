@@ -136,7 +136,8 @@ class Service:
             found: what was found for the request's query, and by which bundle, which then ranks it too.
         """
         lineup, moment = self.lineup, self.state.now() if now is None else now
-        self.histories.observed()  # what an earlier request left behind
+        self.histories.observed()  # what an earlier request left behind, as one does that is refused
+        self.histories.missed()
         if found is None:
             response = lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
         else:
@@ -160,6 +161,7 @@ class Service:
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
         """Give the scores of given items for a user."""
+        self.histories.missed()  # what an earlier request left behind
         response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now(), budget)
         if self.histories.missed():
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
@@ -254,7 +256,7 @@ class Service:
         row = bundle.row_of.get(item_id)
         if row is None:
             raise RequestError(404, "unknown_item", f"bundle {bundle.version} does not know item {item_id!r}")
-        by: Literal["vectors", "content"] = "vectors" if bundle.has_vector(row) else "content"
+        by: Literal["vectors", "content"] = "vectors" if vectors[row].any() else "content"
         if by == "vectors":
             found, scores = (some[0] for some in bundle.index.search(vectors[row : row + 1], k + 1))
         else:

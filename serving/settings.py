@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,9 @@ WARM_REQUESTS = 3
 SWITCH_SECONDS = 1e-4
 """After which a thread lets another one have the interpreter. At Python's 5 ms a request waits that long, many times
 over, while a bundle is loaded beside it."""
+
+GPU_PARTS = 10_000
+"""Of which Ray counts a GPU; it rounds to the nearest, so that six times a sixth would be more than one."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +119,13 @@ def gpu_share(config: ServeConfig, available: float) -> float:
         available: GPUs of Ray's cluster.
     """
     processes = config.replicas if config.topology == "fused" else sum(map(config.split.replicas, PARTS))
-    share = min(config.gpus, available / processes)
-    return float(int(share)) if share > 1 else share  # Ray knows whole GPUs and parts of one
+    if processes <= available:
+        share = min(config.gpus, available // processes)
+        return float(int(share)) if share > 1 else share  # Ray knows whole GPUs and parts of one
+    if available < 1:
+        return 0.0
+    each = math.ceil(processes / int(available))  # a part is of one GPU: nobody gets what is left of two
+    return min(config.gpus, GPU_PARTS // each / GPU_PARTS)
 
 
 def redis_url(config: ServeConfig) -> str:
@@ -226,7 +235,9 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
     from ranking.rerank_depth import affordable_depth
     from ranking.searcher import Searcher
 
-    bundle = Bundle.load(place.directory, pick_device(service.device))
+    # Where models run elsewhere this process has no share of a GPU, and perhaps none at all.
+    device = pick_device(service.device if elsewhere is None else "cpu")
+    bundle = Bundle.load(place.directory, device)
     if place.version and bundle.version != place.version:
         raise BundleError(f"{place.directory}: holds bundle {bundle.version}, expected {place.version}")
     if elsewhere is not None:

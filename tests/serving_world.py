@@ -13,6 +13,7 @@ from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.content import content_features, match_content
+from ranking.content_vectors import ContentVectors
 from ranking.items import ItemTable
 from ranking.ladder import Deadlines
 from ranking.manifest import Provenance
@@ -60,12 +61,14 @@ def publish_world(directory: Path) -> Place:
     return place
 
 
-def publish_described(directory: Path) -> None:
+def publish_described(directory: Path, vectors: ContentVectors | None = None) -> None:
     """Write a bundle whose items without training events (`item-60`, `item-61`) are known by name and category only."""
-    _write(directory, make_world(users=USERS).items, ITEMS, described=True)
+    _write(directory, make_world(users=USERS).items, ITEMS, described=True, vectors=vectors)
 
 
-def _write(directory: Path, items: ItemTable, known: int, described: bool = False) -> None:
+def _write(
+    directory: Path, items: ItemTable, known: int, described: bool = False, vectors: ContentVectors | None = None
+) -> None:
     rows = known + FIRST_ITEM
     table = ItemTable(items.columns, items.categorical[:rows], items.cardinality, items.count[:rows])
     torch.manual_seed(known)
@@ -83,6 +86,7 @@ def _write(directory: Path, items: ItemTable, known: int, described: bool = Fals
         ),
         retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)),
         content=match_content(content_features(table, names), table.count) if described else None,
+        content_vectors=vectors,
     )
     write_bundle(directory, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest"))
 

@@ -1,5 +1,6 @@
 """The event log: nothing acknowledged is lost, nothing is written twice, and damage is never passed over."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -128,6 +129,21 @@ def test_damage_before_sound_records_is_refused_and_left_alone(place, bit):
         with pytest.raises(DataError, match=r"damaged record at byte \d+"):
             SegmentLog(Path(directory), "os")
         assert path.read_bytes() == damaged
+
+
+def test_a_segment_that_cannot_be_begun_leaves_the_log_as_it_was(tmp_path, monkeypatch):
+    log = SegmentLog(tmp_path, "os", segment_bytes=1)
+    log.append([event(1)])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.event_log.os.open", full)
+        with pytest.raises(OSError, match="No space"):
+            log.append([event(2)])
+    assert log.append([event(2)]) == ["accepted"]
+    assert replayed(log) == [event(1), event(2)]
 
 
 def test_a_missing_segment_is_named(tmp_path):

@@ -15,6 +15,7 @@ from serving_world import LATER, USERS, WAIT, Place, make_service, patient_app, 
 from starlette.testclient import TestClient
 
 from ranking.batch import FIRST_ITEM
+from ranking.content_vectors import ContentVectors
 from recsys.errors import StoreError
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
@@ -100,6 +101,18 @@ def test_an_item_without_a_vector_has_neighbours_by_content_or_none(tmp_path):
     wanted = dense @ dense[row]
     np.testing.assert_allclose(content.likeness(row), wanted, atol=1e-6)
     assert scores[0] == pytest.approx(np.delete(wanted, row).max(), abs=1e-6)
+
+
+def test_an_item_that_content_gave_no_vector_has_neighbours_by_content(tmp_path):
+    place = publish_world(tmp_path)
+    vectors = ContentVectors(np.array([60 + FIRST_ITEM], np.int32), np.ones((1, 8), np.float32))
+    publish_described(tmp_path / "described", vectors)
+    service = make_service(place, tmp_path / "state", tmp_path / "described")
+    with TestClient(patient_app(service)) as client:
+        given, not_given = (client.get(f"/v1/items/{item}/similar?k=4").json() for item in ("item-60", "item-61"))
+    service.close()
+    assert (given["by"], not_given["by"]) == ("vectors", "content")
+    assert all(item["score"] > 0 for item in not_given["items"])
 
 
 def test_look_ups(client, service):
@@ -280,6 +293,9 @@ def test_a_store_that_is_gone_degrades_answers_and_catches_up(place, tmp_path, m
             answer = recommend(client, user_id="user-1")
             assert (answer["degraded"], answer["user_known"], len(answer["items"])) == (["history"], False, 10)
             assert (recommend(client, **inline)["degraded"], recommend(client, **inline)["user_known"]) == ([], True)
+            unknown = {"user_id": "user-1", "filters": [{"column": "?", "deny": ["a"]}]}
+            assert client.post("/v1/recommend", json=unknown).status_code == 422
+            assert recommend(client, **inline)["degraded"] == []  # what was refused before has no part in this
             refused = client.delete("/v1/users/u")
             assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
         post(client, {"user_id": "u", "item_id": "item-2"})
@@ -365,6 +381,13 @@ REFUSALS = {
     "neither user nor history": ("recommend", {"k": 3}, 422, None, "user_id"),
     "moment beyond 64 bits": ("recommend", USER | {"at": 2**70}, 422, None, "at"),
     "half a surrogate": ("recommend", b'{"user_id": "\\ud800"}', 422, "validation", "user_id"),
+    "half a surrogate in a filter": (
+        "recommend",
+        b'{"user_id": "u", "filters": [{"column": "item_id", "deny": ["\\ud800"]}]}',
+        422,
+        "validation",
+        "filters.0",
+    ),
     "not an object": ("recommend", [1], 422, "validation", "body"),
     "no body": ("recommend", b"", 422, "validation", "body"),
     "no items": ("rank", USER | {"item_ids": []}, 422, "validation", "item_ids"),

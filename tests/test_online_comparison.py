@@ -12,7 +12,7 @@ from recsys.stores import Event
 from serving.event_log import SegmentLog
 from serving.lineup import BundlePlace, Plan
 from serving.online_comparison import compare_online, describe
-from serving.pairs import Listed, Pair, PairLog
+from serving.pairs import Listed, Pair, PairLog, read_pairs
 from serving.settings import load_plan
 
 HOUR = 3_600_000_000
@@ -35,6 +35,8 @@ def test_by_hand(tmp_path):
     pairs.close()
     with (tmp_path / "pairs" / "0.jsonl").open("w") as file:
         file.write('{"at": 100, "user_id": "cut sh')
+    with (tmp_path / "pairs" / "1.jsonl").open("wb") as file:
+        file.write('{"at": 100, "user_id": "é'.encode()[:-1])
     log = SegmentLog(tmp_path / "log", "os")
     log.append([Event("1", "u", "z", 150), Event("2", "u", "z", 100), Event("3", "u", "x", 201)])
     log.append([Event("4", "v", "a", 200), Event("5", "v", "q", 120), Event("6", "gone", "x", 120)])
@@ -50,6 +52,13 @@ def test_by_hand(tmp_path):
     assert [figure.value for figure in found.measures["ndcg"]] == pytest.approx([ours, theirs, theirs - ours])
     assert found.seconds == (0.002, 0.004)
     assert "3 requests of 3 users, 2 with an event afterwards; 1 too young" in describe([found])
+
+
+def test_a_pair_comes_back_whatever_characters_its_ids_have(tmp_path):
+    pairs, odd = PairLog(tmp_path), pair("u\u2028\x85\n", 100, "xyz", "zyx")
+    pairs.append(odd)
+    pairs.close()
+    assert list(read_pairs(tmp_path)) == [odd]
 
 
 def test_actions_choose_the_outcomes(tmp_path):

@@ -20,6 +20,7 @@ from text_world import (
 
 from ranking.bundle import Bundle, write_bundle
 from ranking.searcher import Searcher
+from recsys.errors import StoreError
 from recsys.messages import MAX_QUERY
 from recsys.search_messages import MAX_DOCUMENTS
 from serving.settings import ServeConfig, load_into, open_service
@@ -114,6 +115,19 @@ def test_an_answer_says_that_the_words_spared_the_reranker(client):
     assert "rerank" not in found["timings"]
     other = search(client, query="red tea and soap")
     assert (other["covered"], {hit["placed_by"] for hit in other["hits"]}) == (False, {"rerank"})
+
+
+def test_a_search_says_that_a_history_could_not_be_read_and_the_next_answer_does_not(opened, client, monkeypatch):
+    def gone(*_):
+        raise StoreError("gone")
+
+    with monkeypatch.context() as away:
+        away.setattr(opened["search"].store, "observe", gone)
+        found = search(client, query="red tea", user_id="user-3", at=LATER)
+    assert (found["user_known"], found["degraded"]) == (False, ["history"])
+    inline = {"history": [{"item_id": "item-1", "timestamp": 1}]}
+    assert client.post("/v1/recommend", json=inline).json()["degraded"] == []
+    assert client.post("/v1/rank", json=inline | {"item_ids": ["item-2"]}).json()["degraded"] == []
 
 
 def test_for_a_user_the_order_follows_the_ranker_too(client):

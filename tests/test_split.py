@@ -193,6 +193,14 @@ def test_a_part_that_is_out_is_a_step_down_or_a_503(world, tmp_path):
     service.close()
 
 
+def test_a_process_whose_models_run_elsewhere_needs_no_device_of_its_own(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    service = open_service(replace(world, state=tmp_path, device="cuda"))
+    load_plan(service, Plan(BundlePlace(world.bundle, "")), Elsewhere(Local(world)))
+    assert service.served.bundle.items.count.device.type == "cpu"
+    service.close()
+
+
 def test_a_part_keeps_only_its_models_and_the_plan_before(world, tmp_path):
     host = PartHost("ranker", "cpu", world.search)
     first, second = BundlePlace(world.bundle, ""), BundlePlace(publish(tmp_path / "other", 2), "")
@@ -261,11 +269,14 @@ def test_a_size_out_of_range_is_named(world, key, value):
         ({"topology": "split", "split": {"rankers": 3}}, 1.0, 0.2),
         ({"gpus": 2.0, "replicas": 2}, 3.0, 1.0),
         ({"gpus": 0.0}, 4.0, 0.0),
+        ({"replicas": 9}, 2.0, 0.2),  # of 2/9 each only four fit on a GPU, and the ninth waits for ever
+        ({"gpus": 0.7, "replicas": 3}, 2.0, 0.5),
+        ({"replicas": 6}, 1.0, 0.1666),  # Ray would take a sixth for .1667, and six of them for more than one
     ],
 )
 def test_every_process_gets_a_share_of_the_gpus(table, available, share):
     config = parse(ServeConfig, {"bundle": "b", "snapshot": "s", "state": "t"} | table, "[serve]")
-    assert gpu_share(config, available) == pytest.approx(share)
+    assert gpu_share(config, available) == pytest.approx(share, abs=1e-9)
 
 
 def test_all_of_a_search_travels():
