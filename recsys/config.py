@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,9 +67,10 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         where: how messages name this table, e.g. `train.toml [model]`.
 
     Raises:
-        ConfigError: an unknown key, a missing key, or a value of the wrong type or range.
+        ConfigError: an unknown key, a missing key, a value of the wrong type or range, or NaN, which passes any range.
     """
     _refuse_unknown(kind, table, where)
+    _refuse_nan(table, where)
     try:
         return TypeAdapter(kind, config=_config(kind)).validate_python(dict(table))
     except ValidationError as error:
@@ -76,6 +78,14 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         key = ".".join(str(part) for part in first["loc"]) or "(whole table)"
         found = "" if first["type"] == "missing" else f", found {first['input']!r}"
         raise ConfigError(f"{where}: {key}: {first['msg']}{found}") from None
+
+
+def _refuse_nan(table: Mapping[str, Any], where: str) -> None:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            _refuse_nan(value, f"{where} [{key}]")
+        elif any(isinstance(one, float) and math.isnan(one) for one in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{where}: {key}: expected a number, found {value!r}")
 
 
 def _config(kind: type[Any]) -> ConfigDict | None:

@@ -38,6 +38,8 @@ def test_values_arrive_typed():
         ({}, ["width", "required"]),
         ({"width": "many"}, ["width", "integer", "'many'"]),
         ({"width": 3, "inner": {"kind": "c"}}, ["inner.kind", "'a' or 'b'", "'c'"]),
+        ({"width": 3, "inner": {"rate": float("nan")}}, ["t.toml [inner]", "rate", "a number", "nan"]),
+        ({"width": 3, "names": ["x", float("nan")]}, ["t.toml", "names", "nan"]),
     ],
 )
 def test_what_is_wrong_is_named(table, words):
