@@ -117,6 +117,9 @@ def test_the_tutorial_runs_as_written(tmp_path: Path):
     manifest = json.loads((tmp_path / "shop" / "prepared" / "manifest.json").read_text())
     assert manifest["counts"]["items"] == 3
     assert manifest["counts"]["users"] == 2
+    card = json.loads((tmp_path / "shop" / "log" / "ingest.json").read_text())
+    assert (card["read"], card["filtered"], card["bad"]) == (10, {"positive pieces": 1}, {})
+    assert (tmp_path / "shop" / "runs" / "dare" / "summary.json").exists()
 
 
 def test_the_quickstart_goes_on_and_repeats_only_what_changed(tmp_path: Path):
