@@ -17,18 +17,8 @@ from pipelines import tracking
 from pipelines.prepared import PreparedSet
 from pipelines.ray_session import ray_session
 from pipelines.team import Processes
-from pipelines.train import (
-    Loop,
-    TrainConfig,
-    Trained,
-    TrainingError,
-    begin,
-    build,
-    config_of,
-    finish,
-    suited,
-    trained_run,
-)
+from pipelines.train import Loop, Trained, TrainingError, begin, build, finish, trained_run
+from pipelines.train_config import TrainConfig, config_of, suited
 from ranking.devices import pick_device
 from recsys.errors import ConfigError
 

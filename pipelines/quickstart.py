@@ -23,7 +23,8 @@ from pipelines.publish import publish, register
 from pipelines.report import write_report
 from pipelines.shipped import find_config
 from pipelines.steps import Step, forget_step, run_step
-from pipelines.train import Report, TrainConfig, Trained, load_config, train, trained_run
+from pipelines.train import Report, Trained, train, trained_run
+from pipelines.train_config import TrainConfig, load_config
 from pipelines.workspace import Workspace
 from ranking.fusion import Mix
 from recsys import __version__

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pipelines.environment import environment
-from pipelines.train import Report, Trained, config_of, train, trained_run
+from pipelines.train import Report, Trained, train, trained_run
+from pipelines.train_config import config_of
 from pipelines.workspace import Workspace
 from ranking.devices import pick_device
 from recsys.errors import DataError

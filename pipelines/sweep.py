@@ -22,7 +22,8 @@ import numpy as np
 from pipelines.evaluate import TrainingSummary
 from pipelines.prepared import PreparedSet
 from pipelines.shipped import find_config
-from pipelines.train import Report, TrainConfig, TrainingError, load_config, train
+from pipelines.train import Report, TrainingError, train
+from pipelines.train_config import TrainConfig, load_config
 from recsys.config import overlaid, parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json, sha256_json, whole_file, write_json

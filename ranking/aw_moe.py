@@ -44,7 +44,8 @@ from ranking.contrast import Against, Similarity, contrastive_loss, masked_view,
 from ranking.embeddings import INIT_STD, Fields, FieldWidths, ItemEmbedding, hide_items
 from ranking.gate_units import HIDDEN, ActivationUnit, GateUnit
 from ranking.items import ItemTable
-from ranking.layers import Layers, binary_cross_entropy, candidate_chunks, masked_softmax
+from ranking.layers import Layers, candidate_chunks, masked_softmax
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import ConfigError, DataError
 

@@ -44,16 +44,14 @@ from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, ne
 from ranking.items import ItemTable
 from ranking.layers import (
     ScoringHead,
-    binary_cross_entropy,
     candidate_chunks,
-    listwise_cross_entropy,
     masked_softmax,
     pool_by_scatter,
     pool_found,
     score_real,
     search,
-    with_positives,
 )
+from ranking.losses import binary_cross_entropy, listwise_cross_entropy, with_positives
 from ranking.own_counts import (
     MICROSECONDS_PER_DAY,
     OwnEvents,

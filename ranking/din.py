@@ -26,15 +26,8 @@ from ranking.attention import Attention
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
-from ranking.layers import (
-    AttentionNetwork,
-    ScoringHead,
-    binary_cross_entropy,
-    candidate_chunks,
-    interaction,
-    masked_softmax,
-    score_real,
-)
+from ranking.layers import AttentionNetwork, ScoringHead, candidate_chunks, interaction, masked_softmax, score_real
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import Loss
 from recsys.errors import ConfigError
 

@@ -26,15 +26,8 @@ from ranking.attention import Attention, of_found
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
-from ranking.layers import (
-    ScoringHead,
-    attend,
-    binary_cross_entropy,
-    candidate_chunks,
-    interaction,
-    score_real,
-    search,
-)
+from ranking.layers import ScoringHead, attend, candidate_chunks, interaction, score_real, search
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import Loss
 from recsys.errors import ConfigError
 from recsys.randomness import generator

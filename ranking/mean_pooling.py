@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
-from ranking.layers import ScoringHead, binary_cross_entropy, interaction, score_real
+from ranking.layers import ScoringHead, interaction, score_real
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import Loss
 from recsys.errors import ConfigError
 

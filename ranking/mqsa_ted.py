@@ -32,7 +32,8 @@ from ranking.baskets import Slots, arrange, by_length, targets
 from ranking.batch import FIRST_ITEM, PAD, UNKNOWN, Batch, Candidates, History, Padded, Request
 from ranking.embeddings import hide_items, take
 from ranking.items import ItemTable, Transitions
-from ranking.layers import binary_cross_entropy, dropout, in_float64
+from ranking.layers import dropout, in_float64
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from ranking.softmax import (
     Positives,

@@ -50,7 +50,8 @@ from ranking.bucket_sums import (
 )
 from ranking.embeddings import Fields, FieldWidths, hide_items
 from ranking.items import ItemTable
-from ranking.layers import AttentionNetwork, ScoringHead, binary_cross_entropy, candidate_chunks, score_real
+from ranking.layers import AttentionNetwork, ScoringHead, candidate_chunks, score_real
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator as fresh_generator

@@ -25,7 +25,8 @@ from ranking.attention import Attention, of_found
 from ranking.batch import Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions, take
 from ranking.items import ItemTable
-from ranking.layers import ScoringHead, attend, binary_cross_entropy, candidate_chunks, interaction, score_real
+from ranking.layers import ScoringHead, attend, candidate_chunks, interaction, score_real
+from ranking.losses import binary_cross_entropy
 from ranking.ranker import Loss
 from recsys.errors import ConfigError
 

@@ -49,7 +49,8 @@ class Published:
 def published(prepared, mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Published:
     """A bundle of a briefly trained DARE behind a briefly trained MQSA-TED, with its user snapshot."""
     from pipelines.publish import publish
-    from pipelines.train import load_config, train
+    from pipelines.train import train
+    from pipelines.train_config import load_config
 
     root = tmp_path_factory.mktemp("published")
     quick = ["stop.max_steps=4", "stop.requests=40", "batches.rows=32"]

@@ -17,7 +17,7 @@ from ranking.aw_moe import AwMoe, AwMoeConfig, attended, experts_view
 from ranking.batch import UNKNOWN, Batch, Candidates, History, Request
 from ranking.contrast import contrastive_loss, masked_view, others, some_of
 from ranking.items import ItemTable
-from ranking.layers import binary_cross_entropy
+from ranking.losses import binary_cross_entropy
 from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, ndcg, rank
 

@@ -20,7 +20,8 @@ from pipelines.prepared import IMPRESSIONS, VALID_IMPRESSIONS
 from pipelines.report import build_page, render_html, render_markdown
 from pipelines.shipped import find_config
 from pipelines.splits import DAY
-from pipelines.train import load_config, train
+from pipelines.train import train
+from pipelines.train_config import load_config
 from ranking.bundle import Bundle, write_bundle
 from ranking.calibration import Calibration
 from ranking.recommender import Recommender

@@ -60,7 +60,7 @@ def test_bad_usage_has_its_code_and_says_what_to_do(tmp_path: Path, arguments, c
 
 
 def test_every_model_has_a_shipped_config_that_loads():
-    from pipelines.train import load_config
+    from pipelines.train_config import load_config
 
     names = set()
     for path in CONFIGS.glob("*.toml"):

@@ -17,7 +17,8 @@ from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish
 from pipelines.replay import replay
 from pipelines.settings import SplitConfig
-from pipelines.train import load_config, train
+from pipelines.train import train
+from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender

@@ -19,7 +19,8 @@ from pipelines.publish import publish
 from pipelines.scoring import draw_requests
 from pipelines.segments import SegmentsConfig
 from pipelines.shipped import find_config
-from pipelines.train import load_config, train
+from pipelines.train import train
+from pipelines.train_config import load_config
 from pipelines.verdicts import Question, Rule, all_twins, of_files, of_methods, of_twins
 from pipelines.workspace import Workspace
 from ranking.models import RANKERS

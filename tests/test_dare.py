@@ -20,7 +20,8 @@ from ranking.dare import Dare, DareConfig, DareState
 from ranking.din import Din, DinConfig
 from ranking.embeddings import FieldWidths
 from ranking.items import ItemTable
-from ranking.layers import binary_cross_entropy, masked_softmax, pool_by_gather, pool_by_scatter, score_real, search
+from ranking.layers import masked_softmax, pool_by_gather, pool_by_scatter, score_real, search
+from ranking.losses import binary_cross_entropy
 from ranking.mean_pooling import MeanPooling, MeanPoolingConfig
 from recsys.errors import ConfigError, DataError
 

@@ -17,7 +17,8 @@ from pipelines.distributed import train_on_workers
 from pipelines.ray_session import ray_session
 from pipelines.team import Alone, Processes
 from pipelines.tracking import tracking_client
-from pipelines.train import Loop, TrainConfig, load_config, train
+from pipelines.train import Loop, train
+from pipelines.train_config import TrainConfig, load_config
 from ranking.embeddings import ItemEmbedding
 from recsys.errors import ConfigError
 

@@ -13,7 +13,8 @@ from pipelines.publish import publish
 from pipelines.scoring import draw_requests
 from pipelines.shipped import find_config
 from pipelines.text_publish import item_passages
-from pipelines.train import load_config, train
+from pipelines.train import train
+from pipelines.train_config import load_config
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender
 from ranking.search_part import SearchContents

@@ -12,7 +12,8 @@ import torch
 from test_ranker_contract import SETTINGS, requests, trained
 
 import ranking.index as index_module
-from pipelines.train import load_config, train, trained_run
+from pipelines.train import train, trained_run
+from pipelines.train_config import load_config
 from ranking.bundle import Bundle
 from ranking.devices import pick_device
 from ranking.golden import TOLERANCE

@@ -10,15 +10,8 @@ from torch import nn
 
 import ranking.layers
 from ranking.gate_units import ActivationUnit, GateUnit
-from ranking.layers import (
-    AttentionNetwork,
-    Layers,
-    ScoringHead,
-    binary_cross_entropy,
-    in_float64,
-    listwise_cross_entropy,
-    with_positives,
-)
+from ranking.layers import AttentionNetwork, Layers, ScoringHead, in_float64
+from ranking.losses import binary_cross_entropy, listwise_cross_entropy, with_positives
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from pipelines.leave_one_out import MASK, Ranks, evaluate, rank_of, ranks_by, ta
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shipped import find_config
 from pipelines.splits import SplitConfig
-from pipelines.train import load_config, train
+from pipelines.train import train
+from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
 from ranking.batch import FIRST_ITEM
 from ranking.popularity import Popularity, PopularityConfig

@@ -20,7 +20,8 @@ import ranking.layers
 import worlds
 from pipelines import boost
 from pipelines.publish import publish
-from pipelines.train import load_config, train, trained_run
+from pipelines.train import train, trained_run
+from pipelines.train_config import load_config
 from ranking.batch import FIRST_ITEM, UNKNOWN, Batch, Candidates, History, Request
 from ranking.bundle import Bundle
 from ranking.embeddings import FieldWidths

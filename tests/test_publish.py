@@ -16,7 +16,8 @@ from pipelines.publish import publish, register
 from pipelines.recommend import RECOMMENDATIONS, SCORES, rank_requests, recommend_users
 from pipelines.reference import score_reference
 from pipelines.tracking import run, tracking_client
-from pipelines.train import TrainConfig, Trained
+from pipelines.train import Trained
+from pipelines.train_config import TrainConfig
 from ranking.bundle import Bundle
 from ranking.models import RANKERS
 from ranking.recommender import Recommender

@@ -25,7 +25,8 @@ from ranking.embeddings import (
     sparse_parameters,
 )
 from ranking.items import ItemTable
-from ranking.layers import ScoringHead, binary_cross_entropy, dropout, masked_softmax, score_real
+from ranking.layers import ScoringHead, dropout, masked_softmax, score_real
+from ranking.losses import binary_cross_entropy
 from ranking.mean_pooling import MeanPooling, MeanPoolingConfig
 from ranking.own_counts import decayed_counts
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig

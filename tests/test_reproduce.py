@@ -5,7 +5,8 @@ from typer.testing import CliRunner
 
 from pipelines.reproduce import changes, find_run, reproduce
 from pipelines.shipped import find_config
-from pipelines.train import load_config, train
+from pipelines.train import train
+from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
 from recsys.cli import app
 from recsys.errors import DataError, GateError

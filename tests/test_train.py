@@ -18,7 +18,8 @@ from pipelines.ingest import ingest
 from pipelines.optimise import OptimiserConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import DAY, SplitConfig
-from pipelines.train import Loop, TrainConfig, TrainingError, load_config, suited, train, trained_run
+from pipelines.train import Loop, TrainingError, train, trained_run
+from pipelines.train_config import TrainConfig, load_config, suited
 from ranking.models import RANKERS
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError

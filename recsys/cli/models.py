@@ -35,8 +35,8 @@ def train(
 ) -> None:
     """Train one model, or go on with a run that was interrupted; on CUDA where there is one (--set device=cpu)."""
     from pipelines.shipped import find_config
-    from pipelines.train import load_config, suited
     from pipelines.train import train as run
+    from pipelines.train_config import load_config, suited
     from pipelines.workspace import Workspace
 
     place, path = Workspace(workspace), find_config(config)

@@ -26,7 +26,8 @@ from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet
 from pipelines.shipped import find_config
 from pipelines.tracking import git_commit
-from pipelines.train import Report, TrainConfig, Trained, load_config, train
+from pipelines.train import Report, Trained, train
+from pipelines.train_config import TrainConfig, load_config
 from pipelines.workspace import Workspace
 from ranking.ranker import AnyRanker
 from recsys.bootstrap import Ratio
