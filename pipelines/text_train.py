@@ -61,6 +61,8 @@ class TextOptimiser:
     warmup: float = 0.1
     """share of the steps"""
     clip: float = 1.0
+    dropout: bool = True
+    """the backbone's own; without it a step takes half the time on a processor, whose fused attention drops nothing"""
 
 
 class Task(Protocol):
@@ -262,7 +264,7 @@ class TextLoop:
         factor = min((step + 1) / warm, max(self.stop.steps - step, 1) / max(self.stop.steps - warm, 1), 1.0)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.task.model.train()
+        self.task.model.train(self.options.dropout)
         with own_draws(self.device, derive(self.seed, step, "dropout")):
             loss, logged = self.task.loss(step)
         if not torch.isfinite(loss):

@@ -59,7 +59,8 @@ class Bm25:
     def coverage(self, queries: Sequence[str], found: Ranking) -> NDArray[np.float64]:
         """Give [Q] the share of each query's words, weighed by idf, that the first passage found for it holds.
 
-        Words that no passage holds tell passages no better apart and count nothing; a query without any other gives 0.
+        A word that no passage holds is held by the first one neither: what is asked for in other words, or misspelt, is
+        not covered. A query of stop-words alone gives 0.
         """
         import bm25s
 
@@ -71,9 +72,7 @@ class Bm25:
         total = held = 0.0
         for word in words:
             token = self.retriever.vocab_dict.get(word)
-            holders = [] if token is None else postings[starts[token] : starts[token + 1]]
-            if not len(holders):
-                continue
+            holders = postings[:0] if token is None else postings[starts[token] : starts[token + 1]]
             idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
             total += idf
             held += idf * bool(np.isin(passage, holders))

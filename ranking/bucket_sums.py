@@ -212,7 +212,7 @@ def read(rows: Tensor, count: Tensor, code: Tensor, norm: Norm) -> Tensor:
             F.embedding_bag(index.flatten(0, 1), part.to(rows.dtype).reshape(-1, part.shape[-1]), mode="sum")
             for part in (rows, count.unsqueeze(-1))[: 2 if norm == "ratio" else 1]
         ]
-        total, number = (bag.view(*code.shape[:2], -1) for bag in (bags[0], bags[-1]))
+        total, number = (bag.view(*code.shape[:2], bag.shape[1]) for bag in (bags[0], bags[-1]))
     return total / (number.clamp_min(1) if norm == "ratio" else groups)
 
 

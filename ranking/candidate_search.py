@@ -125,7 +125,7 @@ class CandidateSearch:
             clock.lap("score")
             chosen = self._rules.select(pool.rows, k)
             if len(chosen.places) < k:
-                query = self._narrowed(query, np.concatenate([pool.rows, unscored]), chosen.full)
+                query = self._narrowed(asked.query, np.concatenate([pool.rows, unscored]), chosen.full)
             clock.lap("rules")
             ended = len(chosen.places) >= k or query.blocked == len(self._items) or asked.searched is not None
             if ended or asked.ladder.late("search"):
@@ -182,7 +182,7 @@ class CandidateSearch:
         return pool if keep.all() else pool.take(keep)
 
     def _narrowed(self, query: SourceQuery, scored: NDArray[np.int32], full: Sequence[tuple[int, int]]) -> SourceQuery:
-        """Give the query for what is neither scored yet nor full."""
+        """Give the first query without what is scored and what is full now: better items may free a place again."""
         allowed = np.ones(len(self._items), bool) if query.allowed is None else query.allowed.copy()
         allowed[:FIRST_ITEM] = False
         allowed[scored] = False

@@ -49,7 +49,10 @@ SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class Features:
-    """V sparse rows over F columns: row i has value[offsets[i]..offsets[i + 1]] in the columns of the same places."""
+    """V sparse rows over F columns: row i has value[offsets[i]..offsets[i + 1]] in the columns of the same places.
+
+    No column comes twice in a row.
+    """
 
     offsets: Tensor  # int64 [V + 1]
     column: Tensor  # int64 [entries]
@@ -108,10 +111,12 @@ def content_features(items: ItemTable, texts: Sequence[str], words: int = WORDS)
         width += items.codes(name)
     word_row, word_column, word_value = _word_entries(texts, words)
     entries.append((word_row, word_column + width, word_value))
-    rows, columns, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    order = torch.argsort(rows, stable=True)
-    offsets = F.pad(torch.bincount(rows, minlength=len(items)).cumsum(0), (1, 0))
-    return Features(offsets, columns[order], value[order], width + words)
+    rows, columns, values = (torch.cat(parts) for parts in zip(*entries, strict=True))
+    width += words
+    pairs, place = torch.unique(rows * width + columns, return_inverse=True)  # a text may repeat its words
+    value = torch.zeros(len(pairs)).index_add_(0, place, values)
+    offsets = F.pad(torch.bincount(pairs // width, minlength=len(items)).cumsum(0), (1, 0))
+    return Features(offsets, pairs % width, value, width)
 
 
 @dataclass(frozen=True)

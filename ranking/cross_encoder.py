@@ -28,6 +28,7 @@ from ranking.text_backbone import (
     load_weights,
     save_model,
     saved_parts,
+    within,
 )
 from ranking.text_models import Report, Vectors
 from recsys.config import parse
@@ -49,6 +50,7 @@ class CrossEncoder(nn.Module):
 
     def __init__(self, config: CrossEncoderConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
         super().__init__()
+        config = within(config, transformer)
         self.config, self.tokenizer = config, tokenizer
         self.transformer = transformer
         lengths = config.max_query_len, config.max_len

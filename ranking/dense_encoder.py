@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranking.text_backbone import (
@@ -23,6 +25,7 @@ from ranking.text_backbone import (
     load_weights,
     save_model,
     saved_parts,
+    within,
 )
 from ranking.text_models import Report, Vectors
 from recsys.config import parse
@@ -59,6 +62,7 @@ class DenseEncoder(nn.Module):
 
     def __init__(self, config: DenseConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
         super().__init__()
+        config = within(config, transformer)
         self.config, self.tokenizer = config, tokenizer
         self.transformer = transformer
         self.eval()
@@ -90,6 +94,10 @@ class DenseEncoder(nn.Module):
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
         """Give float32 [N, D] in input order."""
         return self._encode(texts, self.config.max_passage_len, report)
+
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Tell bool [N] of which passages only the beginning is read."""
+        return self.tokenizer.truncated(texts, self.config.max_passage_len)
 
     def save(self, directory: Path) -> None:
         """Write the encoder."""

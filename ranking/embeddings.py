@@ -193,7 +193,7 @@ class Fields(nn.Module):
             return self.category.each(*(take(column, item) for item in items))
         column_of = self.items.multi(self.category_name)
         means = (self.category.mean(*column_of.of(item.reshape(-1))) for item in items)
-        return tuple(mean.view(*item.shape, -1) for mean, item in zip(means, items, strict=True))
+        return tuple(mean.view(*item.shape, mean.shape[1]) for mean, item in zip(means, items, strict=True))
 
     def history(self, padded: Padded, position: Tensor, row_of: Tensor) -> Tensor:
         """Give all fields of the events, float32 [B, T, D], exactly zero at padding."""

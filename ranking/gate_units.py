@@ -47,7 +47,7 @@ class ActivationUnit(nn.Module):
         matrix = (context[:, :, None, :] * wp + (wh + wd)).flatten(1, 2)  # [B, C * 32, D]
         constant = _rows(context, wc - wd, self.training) + self.first.bias  # [B, C, 32]
         z = event @ matrix.mT if self.training else steady_each(event, matrix)
-        return self._weights(z.view(batch, -1, count, HIDDEN) + constant[:, None])
+        return self._weights(z.view(batch, event.shape[1], count, HIDDEN) + constant[:, None])
 
     def _weights(self, z: Tensor) -> Tensor:
         """Give [B, C, T] of the first layer's outputs [B, T, C, 32]."""

@@ -46,6 +46,9 @@ TRAINED_ON = 64
 does not help."""
 ROUNDS = 10
 
+ROUNDING = 1e-5
+"""Of an inner product: two ways to add it up may differ by as much."""
+
 GPU_MAX_K = 2048
 """Most neighbours FAISS gives from a GPU; searches for more run on the CPU shards."""
 GPU_SCRATCH = 256 * 2**20
@@ -101,7 +104,7 @@ class Index:
     def search(
         self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Give the k best rows of each query, best first; equal scores by ascending row.
+        """Give the k best rows of each query, best first; equal scores by ascending row among those found.
 
         Args:
             vectors: float32 [B, D] queries.
@@ -110,6 +113,7 @@ class Index:
 
         Returns:
             Rows int32 [B, k], `NONE` where there are no more, and their inner products float32 [B, k], -inf there.
+            Which of several rows with the score of the k-th place are found is not defined.
             No row is missing for want of probing: a search that comes back short is repeated over all lists.
 
         Raises:
@@ -126,16 +130,15 @@ class Index:
 
     def exact(
         self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
-    ) -> NDArray[np.int32]:
-        """Give rows int32 [B, k] of an exhaustive search, as `search` gives them; costs all inner products."""
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Give rows and scores [B, k] of an exhaustive search, as `search` gives them; costs all inner products."""
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        return _merged([_search_shard(shard, vectors, k, allowed, everything=True) for shard in self._shards], k)[0]
+        return _merged([_search_shard(shard, vectors, k, allowed, everything=True) for shard in self._shards], k)
 
     def recall(self, queries: NDArray[np.float32], k: int = RECALL_AT) -> float:
-        """Give the share of the exact best k of the queries float32 [B, D] that `search` finds."""
+        """Give the share of the exact best k of the queries float32 [B, D] that `search` finds; see `share_found`."""
         k = min(k, len(self))
-        found, truth = self.search(queries, k)[0], self.exact(queries, k)
-        return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, truth, strict=True)]))
+        return float(share_found(self.search(queries, k)[1], self.exact(queries, k)[1]).mean())
 
     def save(self, directory: Path) -> list[Path]:
         """Write one file per shard into an existing directory; gives their paths in order."""
@@ -179,6 +182,24 @@ def build(
     cuts = [*range(0, len(ids), config.rows_per_shard), len(ids)]
     sample = sample_of(vectors) if queries is None else np.ascontiguousarray(queries, dtype=np.float32)
     return Index([_build_shard(vectors[a:b], ids[a:b], config, sample) for a, b in itertools.pairwise(cuts)])
+
+
+def share_found(found: NDArray[np.float32], best: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Give the share of the best k that a search found, [B]; 1 where there is nothing to find.
+
+    Items of equal vectors are as good as each other, so it is scores that are compared: a place counts if what was
+    found is no worse than the last of the best.
+
+    Args:
+        found: float32 [B, k] scores of a search, best first, -inf where there are no more.
+        best: float32 [B, k] those of an exhaustive one.
+    """
+    real = np.isfinite(best)
+    number = real.sum(axis=1)
+    last = np.where(real, best, np.inf).min(axis=1)  # of what there is
+    last[number == 0] = 0
+    good = found >= (last - ROUNDING * np.abs(last))[:, None]
+    return np.where(number, np.minimum(good.sum(axis=1), number) / np.maximum(number, 1), 1.0)
 
 
 def sample_of(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -232,12 +253,11 @@ def _build_shard(
 def _settle(shard: Any, refined: Any, config: IndexConfig, queries: NDArray[np.float32]) -> None:
     """Read more lists, or compare more vectors, whichever finds more, until the recall is reached."""
     inverted, k = faiss.extract_index_ivf(refined), min(RECALL_AT, shard.ntotal)
-    truth = _search_shard(shard, queries, k, None, everything=True)[1]
+    best = _search_shard(shard, queries, k, None, everything=True)[0]
 
     def found(probes: int, factor: float) -> float:
         inverted.nprobe, refined.k_factor = probes, factor
-        rows = _search_shard(shard, queries, k, None)[1]
-        return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(rows, truth, strict=True)]))
+        return float(share_found(_search_shard(shard, queries, k, None)[0], best).mean())
 
     now = min(config.probes or 4, inverted.nlist), float(config.compared or 2)
     share = found(*now)

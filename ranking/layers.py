@@ -201,7 +201,9 @@ class AttentionNetwork(nn.Module):
         events, slope = F.pad(F.pad(s, (0, 1), value=1.0), (0, 0, 0, -s.shape[1] % LANES)), float(self.slope)
         weight = q.new_empty(*q.shape[:2], events.shape[1])
         for one, m, event in zip(weight, matrix, events, strict=True):
-            z = F.leaky_relu_(steady(m.flatten(0, 1), event), slope).view(len(one), len(scale), -1)  # [C, hidden, T]
+            z = F.leaky_relu_(steady(m.flatten(0, 1), event), slope).view(
+                len(one), len(scale), len(event)
+            )  # [C, hidden, T]
             torch.sub(z[:, :plus].sum(1), z[:, plus:].sum(1), out=one)
         return weight[..., : s.shape[1]] + self.outer.bias
 
@@ -345,9 +347,12 @@ def attend(query: Tensor, value: Tensor, index: Tensor, found: Tensor) -> Tensor
 
 
 def candidate_chunks(candidates: int, elements_each: int) -> list[slice]:
-    """Cut C candidates into runs whose temporaries stay within `CHUNK_ELEMENTS` numbers (at least one at a time)."""
+    """Cut C candidates into runs whose temporaries stay within `CHUNK_ELEMENTS` numbers, at least one at a time.
+
+    Of no candidates there is one run, and it is empty.
+    """
     step = max(1, CHUNK_ELEMENTS // max(1, elements_each))
-    return [slice(start, min(start + step, candidates)) for start in range(0, candidates, step)]
+    return [slice(start, min(start + step, candidates)) for start in range(0, max(candidates, 1), step)]
 
 
 def by_requests(function: Callable[..., Tensor], elements_each: int, *inputs: Tensor) -> Tensor:

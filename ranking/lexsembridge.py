@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ from ranking.text_backbone import (
     padded,
     save_model,
     saved_parts,
+    within,
 )
 from ranking.text_models import Report, Vectors
 from recsys.config import parse
@@ -198,6 +200,7 @@ class LexSemBridge(nn.Module):
         super().__init__()
         if config.weights == "clr" and lexical is None and config.clr_backbone != "own":
             raise ConfigError("[model] weights = clr needs a masked-LM head: name a clr_backbone")
+        config = within(config, transformer)
         self.config, self.tokenizer = config, tokenizer
         self.transformer = transformer
         self.lexical = lexical
@@ -260,6 +263,10 @@ class LexSemBridge(nn.Module):
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
         """Give float32 [N, D], plain unless `fusion_passages`."""
         return self._encode(texts, self.config.max_passage_len, self.config.fusion_passages, report)
+
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Tell bool [N] of which passages only the beginning is read."""
+        return self.tokenizer.truncated(texts, self.config.max_passage_len)
 
     # Diagnostics.
 

@@ -222,7 +222,7 @@ class MqsaTed(nn.Module):
         """Give state . E[item], [B, C]; `NEGATIVE` at padding and unknown, 0 at items without training events."""
         item = candidates.item  # [B, C]
         row = take(self.items.embedding_row, item)
-        vectors = self.item.index_select(0, row.flatten()).view(*item.shape, -1)  # [B, C, D]
+        vectors = self.item.index_select(0, row.flatten()).view(*item.shape, self.config.width)  # [B, C, D]
         logits = (vectors.double() @ state.double()[:, :, None]).squeeze(2).to(state.dtype)
         logits = logits.masked_fill(row == UNKNOWN, 0.0)
         return logits.masked_fill(item < FIRST_ITEM, NEGATIVE)
@@ -285,9 +285,10 @@ class MqsaTed(nn.Module):
         weight = batch.weight * (row >= FIRST_ITEM)
         positive = batch.label * weight
         if bool(((positive > 0).sum(1) == 1).all()):
+            logits = logits if batch.offset is None else logits - batch.offset
             logits = logits.masked_fill(weight == 0, torch.finfo(logits.dtype).min)
             return -(logits.log_softmax(1) * (positive > 0)).sum(1).mean()
-        return binary_cross_entropy(logits, positive, weight)
+        return binary_cross_entropy(logits, positive, weight, batch.offset)
 
     def forward(self, slots: Slots, drop: Drop, newest: bool = False) -> Tensor:
         """Give Zhat, both branches mixed, of every basket [B, G, D] or of the newest only [B, 1, D]."""

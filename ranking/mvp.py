@@ -43,6 +43,7 @@ from ranking.text_backbone import (
     load_weights,
     save_model,
     saved_parts,
+    within,
 )
 from ranking.text_models import Report, Vectors
 from recsys.config import parse
@@ -130,6 +131,7 @@ class Mvp(nn.Module):
 
     def __init__(self, config: MvpConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
         super().__init__()
+        config = within(config, transformer)
         self.config, self.tokenizer = config, tokenizer
         self.transformer = transformer
         about: Any = transformer.config

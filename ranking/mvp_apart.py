@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ranking.products import fast_linear
 from ranking.text_backbone import (
     TOKENS_PER_PASS,
     TextTokenizer,
@@ -46,6 +47,7 @@ from ranking.text_backbone import (
     passes,
     save_model,
     saved_parts,
+    within,
 )
 from ranking.text_models import Report, Vectors
 from recsys.config import parse
@@ -98,6 +100,7 @@ class MvpApart(nn.Module):
 
     def __init__(self, config: MvpApartConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
         super().__init__()
+        config = within(config, transformer)
         self.config, self.tokenizer, self.transformer = config, tokenizer, transformer
         self.width = int(transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
         m, d = config.views, self.width
@@ -145,8 +148,7 @@ class MvpApart(nn.Module):
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
         """Tell bool [n] which passages are cut."""
-        room = self.config.max_len - len(self.tokenizer.prefix) - len(self.tokenizer.suffix)
-        return np.array([len(ids) > room for ids in self.tokenizer.pieces(passages)], bool)
+        return self.tokenizer.truncated(passages, self.config.max_len)
 
     # From texts to the vectors of pairs.
 
@@ -156,7 +158,8 @@ class MvpApart(nn.Module):
         found: dict[int, States] = {}
         for chosen in passes([len(row) for row in rows], self.config.tokens_per_pass):
             ids, mask = padded([rows[place] for place in chosen], self.tokenizer.pad, self.idf.device)
-            hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [P, L, d]
+            with fast_linear(0 if torch.is_grad_enabled() else ids.numel()):
+                hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [P, L, d]
             for place, one, own in zip(chosen.tolist(), hidden, ids, strict=True):
                 length = len(rows[place])
                 found[place] = States(one[:length], own[:length])

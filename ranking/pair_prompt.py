@@ -39,5 +39,6 @@ class PairPrompt:
         return np.array([len(ids) > room for ids in self.tokenizer.pieces(passages)], bool)
 
     def _head(self, query: str) -> tuple[list[int], int]:
-        head = [*self.lead, *self.tokenizer.pieces([query])[0][: self.max_query_len], *self.middle]
+        most = min(self.max_query_len, max(self.max_len - len(self.lead) - len(self.middle) - len(self.tail), 0))
+        head = [*self.lead, *self.tokenizer.pieces([query])[0][:most], *self.middle]
         return head, max(self.max_len - len(head) - len(self.tail), 0)

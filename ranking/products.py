@@ -1,13 +1,18 @@
 """Matrix products of float32 by the fastest library that torch brings along, and such that no batch shape shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 _ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+FEWEST_ROWS = 16
+"""For which linear layers of a whole module are worth handing to oneDNN: its every other call takes longer for it."""
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -17,11 +22,42 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     called here, reaches 250. Where they are idle for a reason, on AVX2, both are equal. Other types and devices, and
     builds of torch without oneDNN, take torch.mm.
     """
-    if _ONEDNN is None or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() or not w.numel():
+    if not _takes(x, w):
         return x @ w.T
     if not (w.is_contiguous() or w.T.is_contiguous()):
         w = w.contiguous()  # oneDNN has no fast path for other strides of w: a thousand times the time
-    return _ONEDNN(x, w, None, "none", [], "")
+    return _ONEDNN(x, w, None, "none", [], "")  # type: ignore[misc]
+
+
+def fast_linear(rows: int) -> AbstractContextManager[object]:
+    """Within it, on this thread, the linear layers of any module go where `product` goes; for inference alone.
+
+    A transformer of a library, which calls `torch.nn.functional.linear` by itself, so reads nearly twice as many texts.
+
+    Args:
+        rows: of the inputs those layers will see; for a few it would cost more than it saves, and is left out.
+    """
+    return _OneDnnLinear() if rows >= FEWEST_ROWS else nullcontext()
+
+
+class _OneDnnLinear(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and _takes(*args[:2]) and args[1].is_contiguous():
+            x, w, *bias = args
+            return _ONEDNN(x, w, bias[0] if bias else None, "none", [], "")  # type: ignore[misc]
+        return func(*args, **(kwargs or {}))
+
+
+def _takes(x: Tensor, w: Tensor) -> bool:
+    """Whether oneDNN is there for factors like these."""
+    return (
+        _ONEDNN is not None
+        and x.dtype == w.dtype == torch.float32
+        and x.device.type == "cpu"
+        and bool(x.numel() and w.numel())
+    )
 
 
 def steady(x: Tensor, w: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ranking.batch import FIRST_ITEM
-from ranking.index import Index
+from ranking.index import Index, share_found
 
 REST = 99.0
 """Seconds of rest for each second of searching."""
@@ -33,18 +32,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Search:
-    """A search as it was served: `vector` float32 [1, D], `found` int32 [k]."""
+    """A search as it was served: `vector` float32 [1, D], `scores` float32 [k] of what was found."""
 
     index: Index
     vector: NDArray[np.float32]
     allowed: NDArray[np.bool_] | None
-    found: NDArray[np.int32]
+    scores: NDArray[np.float32]
 
     def recall(self) -> float | None:
         """Give the share of the exact best that was found; None if nothing could be."""
-        best = self.index.exact(self.vector, len(self.found), self.allowed)[0]
-        best = best[best >= FIRST_ITEM]
-        return len(np.intersect1d(best, self.found)) / len(best) if len(best) else None
+        best = self.index.exact(self.vector, len(self.scores), self.allowed)[1]
+        return float(share_found(self.scores[None], best)[0]) if np.isfinite(best).any() else None
 
 
 class RecallWatch:
@@ -81,12 +79,12 @@ class RecallWatch:
         index: Index,
         vector: NDArray[np.float32],
         allowed: NDArray[np.bool_] | None,
-        found: NDArray[np.int32],
+        scores: NDArray[np.float32],
     ) -> None:
-        """Take note of a search: of `vector` float32 [1, D] among `allowed`, which found rows int32 [k]."""
-        if index is self._index and len(found) and self._draws.random() < self._share:
+        """Take note of a search: of `vector` float32 [1, D] among `allowed`, which found scores float32 [k]."""
+        if index is self._index and len(scores) and self._draws.random() < self._share:
             with contextlib.suppress(queue.Full):
-                self._waiting.put_nowait(_Search(index, vector.copy(), allowed, found))
+                self._waiting.put_nowait(_Search(index, vector.copy(), allowed, scores))
 
     def close(self) -> None:
         """End the thread; the object can't be used afterwards."""

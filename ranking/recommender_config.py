@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
-from recsys.messages import ItemFilter
+from recsys.messages import MAX_DAYS, ItemFilter
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ class RecommenderConfig:
         for name in ("retrieval", "repeats", "transitions", "popularity", "new_items", "exclude_seen_days"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected 0 or more")
+        if not self.exclude_seen_days <= MAX_DAYS:
+            raise ConfigError(
+                f"[recommender] exclude_seen_days is {self.exclude_seen_days}; expected at most {MAX_DAYS}"
+            )
         for name in ("history_limit", "half_life_days", "recent_items", "edges_per_item"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"[recommender] {name} is {getattr(self, name)}; expected more than 0")

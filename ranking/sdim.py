@@ -312,7 +312,7 @@ class Sdim(nn.Module):
 
     def _codes(self, item: Tensor) -> Tensor:
         """Give the buckets of item rows [B, N] in every group, uint8 [B, N, G]."""
-        return self.item_signatures().index_select(0, item.flatten()).view(*item.shape, -1)
+        return self.item_signatures().index_select(0, item.flatten()).view(*item.shape, self.config.groups)
 
     def _hash_items(self) -> Tensor:
         row_of = self.items.embedding_row

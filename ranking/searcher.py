@@ -30,6 +30,7 @@ from ranking.sources import Proposal, SourceQuery
 from ranking.text_backbone import TextTokenizer
 from ranking.trace import Clock
 from recsys.errors import ConfigError, RequestError
+from recsys.messages import MAX_CANDIDATES
 from recsys.search_messages import Mode
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ class SearchConfig:
         for name in ("rerank", "personal_weight", "budget_ms", "rerank_budget_ms"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[search] {name} is {getattr(self, name)}; expected 0 or more")
+        if self.depth * self.items_per_passage > MAX_CANDIDATES:
+            raise ConfigError(
+                f"[search] depth is {self.depth} and items_per_passage {self.items_per_passage}: a ranker would score "
+                f"{self.depth * self.items_per_passage} items of one search; expected at most {MAX_CANDIDATES}"
+            )
 
 
 @dataclass(frozen=True)
@@ -275,7 +281,8 @@ class Searcher:
                 return Reranked(scores, cut | part.reranker.truncated(query, passages))
             assert part.encoder is not None, "a tokenizer comes with a model"
             vector = part.encoder.encode_queries([query])
-            return Reranked((part.encoder.encode_passages(passages, check) @ vector[0]), cut)
+            scores = part.encoder.encode_passages(passages, check) @ vector[0]
+            return Reranked(scores, cut | part.encoder.truncated(passages))
         except OutOfTimeError:
             return Reranked(None, np.zeros(len(documents), bool))
 
@@ -366,10 +373,13 @@ def shortened(
     """Cut texts after so many tokens; gives them and bool [n], which were cut."""
     cut = np.zeros(len(texts), bool)
     short = list(texts)
-    for place, text in enumerate(texts):
+    for place, given in enumerate(texts):
         if deadline is not None:
             deadline.check(place, len(texts))
+        text = given
         most = tokens * CHARACTERS_PER_TOKEN
+        if len(text) > most:  # blanks are no tokens, and there may be any number of them
+            text = " ".join(text.split())
         if len(text) <= tokens:  # a token has a character at least
             continue
         offsets = tokenizer.tokenizer.encode(text[:most], add_special_tokens=False).offsets

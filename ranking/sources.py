@@ -98,7 +98,7 @@ class Retrieval:
             rows, scores = self._index.search(vectors, min(limit, len(self._index)), allowed)
             for place, vector, row, score in zip(places, vectors, rows, scores, strict=True):
                 if self._watch is not None:
-                    self._watch.searched(self._index, vector[None], allowed, row)
+                    self._watch.searched(self._index, vector[None], allowed, score)
                 real = row >= FIRST_ITEM
                 found[place] = Proposal(row[real], score[real])
         return found

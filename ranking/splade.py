@@ -15,6 +15,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from ranking.fusion import Ranking, best
+from ranking.products import fast_linear
 from ranking.text_backbone import TextTokenizer, device_of, load_transformer, padded, passes
 from ranking.text_models import Report
 
@@ -47,8 +48,8 @@ class Splade:
         width = len(self.tokenizer)
         parts, order, done = [], [], 0
         for chosen in passes([len(row) for row in rows], TOKENS):
-            with torch.inference_mode():
-                ids, mask = padded([rows[place] for place in chosen], self.tokenizer.pad, device_of(self.model))
+            ids, mask = padded([rows[place] for place in chosen], self.tokenizer.pad, device_of(self.model))
+            with torch.inference_mode(), fast_linear(ids.numel()):
                 weights = max_pooled(self.model(input_ids=ids, attention_mask=mask).logits, mask)
             parts.append(sparse.csr_matrix(weights.cpu().numpy()))
             order.append(chosen)

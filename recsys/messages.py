@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_CANDIDATES = 10_000
+MAX_DAYS = 36_500
 """Most items one `rank` request may ask for; more is answered with 413."""
 
 
@@ -80,7 +81,7 @@ class RecommendRequest(Message):
     at: int | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
     exclude_seen: bool = Field(default=False, description="leave out every item of the history")
     exclude_seen_days: float | None = Field(
-        default=None, ge=0, le=36_500, description="leave out items of the last so many days; the config's if absent"
+        default=None, ge=0, le=MAX_DAYS, description="leave out items of the last so many days; the config's if absent"
     )
     filters: list[ItemFilter] = Field(
         default=[], max_length=MAX_FILTERS, description="an item must pass all of them, and those of the config"
@@ -104,7 +105,7 @@ class DroppedItem(Message):
     """An item that was proposed and is not in the answer."""
 
     item_id: str
-    stage: str = Field(description="`filter`, `rules` or `top_k`")
+    stage: str = Field(description="`filter`, `score`, `rules` or `top_k`")
     reason: str
 
 

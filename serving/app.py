@@ -101,7 +101,7 @@ def create_app(
     searches = Searches(service, Worker(limits.waiting), Worker(limits.waiting))
     app.state.worker = worker
     _add_answers(app, service, worker, searches, monitor, limits.deadlines)
-    add_search_routes(app, service, worker, searches)
+    add_search_routes(app, service, worker, searches, limits.deadlines)
     _add_lookups(app, service, worker)
     if service.path.availability is not None:
         add_availability(app, service.path.availability, json_response)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ranking.bundle import Bundle
 from ranking.deadline import Deadline
+from ranking.ladder import Budget
 from ranking.searcher import Personal, Searched, Searcher
 from recsys.errors import RequestError
 from recsys.messages import RankRequest
@@ -26,18 +27,30 @@ from serving.lineup import Served
 
 ALSO = 5
 """Most further documents of a hit that are named."""
+TOLD = {"history": "history", "rank": "personal"}
+"""Stages of a ranker's answer that a search's answer names, and what it calls them."""
 
 
 @dataclass(frozen=True)
 class UserOrder:
-    """What a user's ranker says of a search: whether it knows the user, and the blended order if it does."""
+    """What a user's ranker says of a search.
+
+    Attributes:
+        known: whether it knows the user.
+        order: the blended order, if it does and has said something.
+        left_out: stages that failed or were late: `history` of the user, `personal` for the ranker.
+        seconds: what it took.
+    """
 
     known: bool
     order: Personal | None
+    left_out: tuple[str, ...]
     seconds: float
 
 
-def personal_order(served: Served, searched: Searched, request: SearchRequest, now: int) -> UserOrder:
+def personal_order(
+    served: Served, searched: Searched, request: SearchRequest, now: int, budget: Budget | None = None
+) -> UserOrder:
     """Rank the items of what was found for a user or an inline history.
 
     Args:
@@ -45,6 +58,7 @@ def personal_order(served: Served, searched: Searched, request: SearchRequest, n
         searched: what was found.
         request: names the user.
         now: the moment, microseconds UTC, where the request names none.
+        budget: with one, a ranker that fails or is late leaves the order of the search.
 
     Raises:
         RequestError: 409 for a bundle without a ranker, 422 for a moment out of range.
@@ -53,14 +67,15 @@ def personal_order(served: Served, searched: Searched, request: SearchRequest, n
     rows, places = searched.items()
     ids = [served.bundle.item_ids[row] for row in rows.tolist()]
     ask = RankRequest(user_id=request.user_id, history=request.history, item_ids=ids or [""], at=request.at)
-    ranked = served.recommender.rank(ask, now)
-    if not ranked.user_known or not ids:
-        return UserOrder(ranked.user_known, None, time.perf_counter() - began)
+    ranked = served.recommender.rank(ask, now, budget)
+    left_out = tuple(TOLD[stage] for stage in ranked.degraded if stage in TOLD)
+    if "personal" in left_out or not ranked.user_known or not ids:
+        return UserOrder(ranked.user_known, None, left_out, time.perf_counter() - began)
     order = {item: -place for place, item in enumerate(ranked.ranked)}
     # Probabilities may be equal where the scores they were made of were not.
     known = [order.get(item) for item in ids] if ranked.calibrated else ranked.scores
     scores = np.array([-np.inf if score is None else score for score in known], np.float32)
-    return UserOrder(True, searched.for_user(places, rows, scores), time.perf_counter() - began)
+    return UserOrder(True, searched.for_user(places, rows, scores), left_out, time.perf_counter() - began)
 
 
 def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | None) -> SearchResponse:

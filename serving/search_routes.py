@@ -8,6 +8,7 @@ user is computed on the thread where all rankers work. A budget runs from the re
 from fastapi import FastAPI, Response
 
 from ranking.deadline import Deadline
+from ranking.ladder import Budget, Deadlines
 from ranking.searcher import Searched, Searcher
 from recsys.errors import RequestError
 from recsys.search_messages import RerankRequest, RerankResponse, SearchRequest, SearchResponse
@@ -54,7 +55,7 @@ class Searches:
         return searched.after("search_queue", waited)
 
 
-def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: Searches) -> None:
+def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: Searches, deadlines: Deadlines) -> None:
     """Add the routes that search and rerank.
 
     Args:
@@ -62,6 +63,7 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
         service: holds what is served.
         worker: the thread where rankers work.
         searches: the threads where text models work.
+        deadlines: of the user's ranker, counted from when the search is done.
     """
     telemetry = service.telemetry
 
@@ -79,13 +81,13 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
         personal = None
         if request.user_id is not None or request.history is not None:
             if deadline.left > 0:
-                now = service.now
+                now, ranked = service.now, Budget(deadlines)
                 (personal, missed), waited = await worker.run(
-                    lambda: (personal_order(served, searched, request, now), service.histories.missed())
+                    lambda: (personal_order(served, searched, request, now, ranked), service.histories.missed())
                 )
                 searched = searched.after("queue", waited)
-                if missed:
-                    searched = searched.without("history")
+                for stage in dict.fromkeys((*personal.left_out, *(("history",) if missed else ()))):
+                    searched = searched.without(stage)
             else:
                 searched = searched.without("personal")
         answer = search_answer(served.bundle, searched, request.k, personal)

@@ -201,7 +201,9 @@ def _nearest(
     return held.bundle.index.search(vectors, k, allowed)
 
 
-def _exact(held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None) -> NDArray[np.int32]:
+def _exact(
+    held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     assert held.bundle.index is not None, "asked for only where there is one"
     return held.bundle.index.exact(vectors, k, allowed)
 
@@ -336,8 +338,10 @@ class _Index:
 
     def exact(
         self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
-    ) -> NDArray[np.int32]:
-        found: NDArray[np.int32] = self.ask("retriever", "exact", self.place, vectors, k, allowed)
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        found: tuple[NDArray[np.int32], NDArray[np.float32]] = self.ask(
+            "retriever", "exact", self.place, vectors, k, allowed
+        )
         return found
 
 

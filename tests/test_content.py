@@ -84,7 +84,7 @@ def catalogue(items: int, new: int, seed: int = 0) -> tuple[ItemTable, list[str]
     table = ItemTable(["category"], torch.from_numpy(code), [10], torch.from_numpy(count))
     of_category, of_word = draws.normal(size=(8, 6)), draws.normal(size=(12, 6))
     vectors = of_category[category] + of_word[word] + 0.1 * draws.normal(size=(items, 6))
-    texts = ["", "", *(f"Fine {'abcdefghijkl'[w]}word, 8 oz" for w in word)]
+    texts = ["", "", *(f"Fine {'abcdefghijkl'[w]}word, 8 oz" + (" bon bon bon" if w % 3 == 0 else "") for w in word)]
     return table, texts, torch.from_numpy(np.concatenate([np.zeros((2, 6)), vectors])).float()
 
 

@@ -205,6 +205,29 @@ def test_caps_hold_and_answers_fill_up_as_far_as_they_let(bundle, data):
     assert all("at most" in entry.reason for entry in answer.explanation.dropped if entry.stage == "rules")
 
 
+def test_what_a_full_cap_held_back_is_given_once_better_items_freed_its_place(tmp_path):
+    """O1 and O2, scored in the second round, fill `kind` p and push A out; E, of A's colour, has its place then."""
+    names = ["A", "F1", "F2", "F3", "O1", "O2", "E"]
+    codes = {"colour": [0, 1, 1, 1, 2, 3, 0], "kind": [0, 1, 2, 3, 0, 0, 4]}
+    table = np.concatenate([np.arange(2)[:, None] * [1, 1], np.array([*codes.values()]).T + 2]).astype(np.int32)
+    count = torch.tensor([0, 0, 100, 90, 80, 70, 5, 4, 1])
+    items = ItemTable([*codes], torch.from_numpy(table), [6, 7], count)
+    config_class, model_class = RANKERS["personal_frequency"]
+    ranker = NamedModel("personal_frequency", config_class(), model_class(config_class(), items))
+    vocabulary = {"colour": [*"wxyz"], "kind": [*"pqrst"]}
+    ids, keys = ["", "", *names], np.arange(FIRST_ITEM, len(names) + FIRST_ITEM, dtype=np.int32)
+    contents = Contents(items, ids, ids, keys, vocabulary, [""], ranker)
+    write_bundle(tmp_path / "bundle", contents, Provenance(created="now", commit="none", data_digest="none"))
+    history = [InlineEvent(item_id=name, timestamp=at) for at, name in enumerate(("O1", "O2"))]
+    for popularity in (4, 7):  # in two rounds, in one
+        sources = {"retrieval": 0, "repeats": 0, "transitions": 0, "new_items": 0, "popularity": popularity}
+        config = RecommenderConfig(**sources, rules=(Cap("colour", 1), Cap("kind", 2)))
+        recommender = Recommender(Bundle.load(tmp_path / "bundle"), Store(), config)
+        answer = recommender.recommend(RecommendRequest(history=history, k=4, at=10), 10)
+        assert [item.item_id for item in answer.items] == ["O1", "O2", "F1", "E"]
+        assert answer.shortfall == 0
+
+
 def test_an_explanation_tells_every_stage_and_changes_nothing(bundle):
     config = RecommenderConfig(filters=(ItemFilter("brand", deny=("b0",)),), rules=(Cap("category", 2),))
     recommender = Recommender(bundle, Store(), config)
@@ -279,6 +302,7 @@ def test_settings_come_from_toml_and_are_strict(tmp_path, bundle):
         ('[[rules]]\ncolumn = "brand"\nat_most = 0\n', "at_most is 0; expected at least 1"),
         ("[recommender]\nfilters = []\n", r"write \[\[filters\]\]"),
         ("[serving]\n", "unknown key 'serving'"),
+        ("[recommender]\nexclude_seen_days = inf\n", "exclude_seen_days is inf; expected at most 36500"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -94,7 +94,7 @@ def test_an_index_finds_what_an_exhaustive_search_finds(config, k):
     vectors = RNG.normal(size=(4_000, 64)).astype(np.float32)
     index = build(vectors, np.arange(4_001, 1, -1), config)
     queries = RNG.normal(size=(9, 64)).astype(np.float32)
-    exact, (found, scores) = index.exact(queries, k), index.search(queries, k)
+    (exact, _), (found, scores) = index.exact(queries, k), index.search(queries, k)
     share = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(exact, found, strict=True)])
     assert share >= (0.999 if faiss.get_num_gpus() or config.exact_below else 0.98)
     np.testing.assert_allclose(scores, np.einsum("bd,bkd->bk", queries, vectors[4_001 - found]), atol=1e-4)

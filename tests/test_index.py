@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranking import index as module
-from ranking.index import LEAST_LISTED, NONE, Index, IndexConfig, build
+from ranking.index import LEAST_LISTED, NONE, Index, IndexConfig, build, share_found
 from recsys.errors import BundleError, ConfigError
 
 WIDTH = 4
@@ -96,12 +96,34 @@ def test_as_much_is_read_and_compared_as_the_recall_takes(shards):
             index.recall(queries, 50)
         )
         assert index.recall(queries) >= wanted
-        np.testing.assert_array_equal(index.exact(queries, 50), truth)
+        np.testing.assert_array_equal(index.exact(queries, 50)[0], truth)
         refined = faiss.downcast_index(index._shards[0].index)
         chosen[wanted] = faiss.extract_index_ivf(refined).nprobe * refined.k_factor
     assert chosen[0.5] < chosen[0.9] < chosen[1.0]
     few = build(vectors, rows, IndexConfig(0, 6_000 // shards, lists=6, probes=1), queries)
     assert few.recall(queries) < 0.5
+
+
+@pytest.mark.parametrize("config", [IndexConfig(exact_below=0), IndexConfig(exact_below=0, rows_per_shard=2_000)])
+def test_items_with_one_vector_are_as_good_as_each_other(config):
+    """New items of one category have one vector: which of them are found says nothing of the recall."""
+    rng = np.random.default_rng(2)
+    own = rng.normal(size=(4_000, 16))
+    alike = np.repeat(rng.normal(size=(10, 16)), 200, axis=0)
+    vectors = np.concatenate([own, alike]).astype(np.float32)
+    index = build(vectors, np.arange(2, 6_002), config)
+    assert index.recall(vectors[::60]) >= config.recall
+
+
+@given(st.lists(st.sets(st.integers(0, 5), max_size=4), min_size=1, max_size=4), st.integers(0, 4))
+def test_the_share_found_is_that_of_the_rows_where_no_scores_are_equal(found, there):
+    """Of items with the scores 0, -1, -2, ... the best 4 are looked for, of which `there` exist."""
+    best = np.where(np.arange(4) < there, -np.arange(4.0), -np.inf).astype(np.float32)
+    scores = np.full((len(found), 4), -np.inf, np.float32)
+    for row, items in enumerate(found):
+        scores[row, : len(items)] = [-item for item in sorted(items)]
+    expected = [len([item for item in items if item < there]) / there if there else 1.0 for items in found]
+    np.testing.assert_allclose(share_found(scores, np.tile(best, (len(found), 1))), expected)
 
 
 def test_equal_scores_are_ordered_by_row():

@@ -101,6 +101,9 @@ def test_view_tokens_stand_first_and_only_the_passage_is_cut(path):
     rows = model.rows(QUERY, [*PASSAGES, " ".join(WORDS * 5)])
     assert all(row[:4] == model.view_ids for row in rows)
     assert len(rows[-1]) == 40
+    long = " ".join(WORDS * 5)  # not even a query above the limit of its own makes a pair too long
+    assert {len(row) for row in model.rows(long, [*PASSAGES, long])} == {40}
+    assert model.truncated(long, PASSAGES).all()
     assert model.truncated(QUERY, [PASSAGES[0], " ".join(WORDS * 5)]).tolist() == [False, True]
     with pytest.raises(AssertionError, match="first places"):
         model.encode(torch.tensor([rows[0][1:]]), torch.ones(1, len(rows[0]) - 1, dtype=torch.int64))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import ranking.products
 from ranking.layers import AttentionNetwork, ScoringHead, search
-from ranking.products import product, steady
+from ranking.products import FEWEST_ROWS, fast_linear, product, steady
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (130, 64, 33), (1, 1, 1), (0, 4, 3), (4, 0, 3), (4, 3, 0)])
@@ -48,6 +48,43 @@ def test_a_number_does_not_depend_on_how_its_factors_lie_in_memory(seed, k, m, n
     ours, theirs = (place[::2, :k] for place in apart)
     assert torch.equal(product(ours, theirs), product(x, w))
     assert torch.equal(product(ours.T.contiguous().T, theirs.T.contiguous().T), product(x, w))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=0, max_size=3),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_a_linear_layer_gives_through_onednn_what_it_gives_by_itself(shape, k, n, bias, dtype):
+    layer = torch.nn.Linear(k, n, bias, dtype=dtype)
+    for x in (torch.randn(*shape, k, dtype=dtype), torch.randn(*shape, 2 * k, dtype=dtype)[..., ::2]):
+        with torch.inference_mode():
+            expected = layer(x)
+            with fast_linear(FEWEST_ROWS):
+                found = layer(x)
+        assert found.shape == expected.shape
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_of_any_module_are_asked_of_onednn_and_only_within(monkeypatch):
+    asked = []
+    onednn = ranking.products._ONEDNN
+    monkeypatch.setattr(ranking.products, "_ONEDNN", lambda *given: asked.append(1) or onednn(*given))
+    module = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True, dropout=0.0).train()  # no fast path of its own
+    x = torch.randn(2, 30, 8)
+    with torch.no_grad():
+        with fast_linear(60):
+            torch.testing.assert_close(module(x), module(x), rtol=0, atol=0)
+        inside = len(asked)
+        with fast_linear(FEWEST_ROWS - 1):
+            module(x)
+        module(x)
+    assert inside >= 4
+    assert len(asked) == inside
 
 
 def test_a_head_and_an_attention_score_a_row_alone_as_among_others():

@@ -32,6 +32,7 @@ class Setting:
     config: dict[str, Any] = field(default_factory=dict)
     steps: int = 250
     learning_rate: float = 0.01
+    trainings: int = 1  # of as many seeds, whose mean is held against the references
     exempt: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +70,7 @@ SETTINGS = {
         {"window": 20, "retrieved": 10, "widths": FIELDS},
         steps=500,  # with 5 found and 250 steps it was the seed that decided: 3 of 6 got past mean pooling
         learning_rate=0.02,
+        trainings=5,  # hard search goes either way by rounding: .76 to .87 over seeds and numbers of threads
     ),
     "twin": Setting(
         "dare",
@@ -116,9 +118,9 @@ def world() -> worlds.World:
 
 
 @cache
-def trained(name: str) -> Any:
+def trained(name: str, seed: int = SEED) -> Any:
     """A model trained on the world; shared, so tests must not change it."""
-    model = build(name, world())
+    model = build(name, world(), seed)
     if SETTINGS[name].model == "lightgbm":
         worlds.grow(model, world())
     elif model.trains_on != "nothing":
@@ -175,6 +177,12 @@ def test_padding_order_and_batch_size_change_nothing(name: str) -> None:
     found = worlds.scores(model, wider)
     agree(found[:, :-5], expected)
     assert (found[:, -5:] == NEGATIVE).all()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_candidates_have_no_scores(name: str) -> None:
+    model, batch = trained(name), requests()
+    assert worlds.scores(model, worlds.with_candidates(batch, batch.candidates.item[:, :0])).shape == (len(batch), 0)
 
 
 @held_to("strangers")
@@ -259,7 +267,8 @@ def test_it_beats_popularity_and_mean_pooling(name: str) -> None:
     test = world().requests("test", size=300, negatives=20)
     references = {other: worlds.auc(trained(other), test) for other in ("popularity", "mean_pooling")}
     assert references["popularity"] < 0.55 < references["mean_pooling"]
-    assert worlds.auc(trained(name), test) > max(references.values()) + 0.02
+    reached = [worlds.auc(trained(name, SEED + at), test) for at in range(SETTINGS[name].trainings)]
+    assert sum(reached) / len(reached) > max(references.values()) + 0.02
 
 
 @pytest.mark.parametrize("name", SETTINGS)

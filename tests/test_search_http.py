@@ -130,6 +130,21 @@ def test_a_search_says_that_a_history_could_not_be_read_and_the_next_answer_does
     assert client.post("/v1/rank", json=inline | {"item_ids": ["item-2"]}).json()["degraded"] == []
 
 
+def test_a_ranker_that_fails_leaves_the_order_of_the_search(opened, client, monkeypatch):
+    plain = search(client, query="red tea", k=30)
+    served = opened["search"].lineup.answering("user-3")
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(served.bundle.ranker, "score", fail)
+        found = search(client, query="red tea", user_id="user-3", at=LATER, k=30)
+    assert (found["user_known"], found["degraded"]) == (True, ["personal"])
+    assert found["hits"] == plain["hits"]
+    assert search(client, query="red tea", user_id="user-3", at=LATER)["degraded"] == []
+
+
 def test_for_a_user_the_order_follows_the_ranker_too(client):
     found = search(client, query="red tea", rerank=True, user_id="user-3", at=LATER, k=30)
     assert found["user_known"]

@@ -175,8 +175,10 @@ def test_coverage_is_the_share_of_a_query_that_its_best_passage_holds():
     index = Bm25.build(["wing flow heat", "heat shock", "flow", "jet"])
     queries = ["heat wing flow", "wing shock", "unheard heat shock", "the of", "unheard"]
     found = Ranking(np.array([[0], [0], [1], [NONE], [NONE]], np.int32), np.zeros((5, 1), np.float32))
+    heat, unheard = np.log1p(2.5 / 2.5), np.log1p(4.5 / 0.5)
     wing = shock = np.log1p(3.5 / 1.5)
-    np.testing.assert_allclose(index.coverage(queries, found), [1, wing / (wing + shock), 1, 0, 0])
+    known = (heat + shock) / (heat + shock + unheard)
+    np.testing.assert_allclose(index.coverage(queries, found), [1, wing / (wing + shock), known, 0, 0])
 
 
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))

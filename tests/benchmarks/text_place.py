@@ -40,7 +40,7 @@ class Place:
     @property
     def half(self) -> str:
         """Whether full training reads in bfloat16, as the config says it: where the processor multiplies it."""
-        return "true" if self.device.type == "cuda" else "false"
+        return "true" if self.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "false"
 
     @property
     def items(self) -> Path:

@@ -59,12 +59,12 @@ SETTINGS = [
     *("stop.steps=120", "stop.validate_every=20", "stop.patience=6"),
 ]
 FULL = [
-    *("train=full", "rows=16", "group=8", "depth=50", "stop.patience=10"),
-    *("optimiser.learning_rate=5e-5", "optimiser.learning_rate_fresh=5e-4"),
+    *("train=full", "rows=16", "group=5", "depth=50", "stop.patience=10"),
+    *("optimiser.learning_rate=5e-5", "optimiser.learning_rate_fresh=5e-4", "optimiser.dropout=false"),
 ]
 FULL_STEPS = {
-    "cranfield": ["stop.steps=150", "stop.validate_every=30"],
-    "scifact": ["stop.steps=400", "stop.validate_every=50"],
+    "cranfield": ["stop.steps=100", "stop.validate_every=25"],
+    "scifact": ["stop.steps=250", "stop.validate_every=50"],
 }
 APART = {
     "cranfield": [],
