@@ -18,11 +18,11 @@ from pipelines.attention_record import AttentionFound, Distance, Example, Looked
 from pipelines.cold_start import item_names
 from pipelines.prepared import CandidateSets, PreparedSet
 from pipelines.scoring import Sample, assemble_requests, evaluation_mode
-from pipelines.splits import DAY
 from ranking.attention import Attentive
 from ranking.batch import FIRST_ITEM, Batch
 from ranking.ranker import AnyRanker
 from recsys.bootstrap import Ratio, Resampling, Statistic, bootstrap
+from recsys.history import DAY
 from recsys.metrics import Floats, Ints
 
 CANDIDATES = 8

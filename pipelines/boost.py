@@ -18,8 +18,8 @@ from ranking.batch import Batch
 from ranking.embeddings import take
 from ranking.followers import Held
 from ranking.gradient_boosting import FEATURES, RISING, GradientBoosting, Training, lightgbm
-from ranking.own_counts import MICROSECONDS_PER_DAY
 from recsys.errors import DataError
+from recsys.history import DAY
 from recsys.randomness import derive
 
 Report = Callable[[int, int, str], None]
@@ -38,7 +38,7 @@ def recent_counts(requests: Requests, rows: int, days: float) -> Recent:
     """Count the positives of the last `days` of training requests by item row."""
     if not len(requests):
         return Recent(torch.zeros(rows, dtype=torch.int64), 0)
-    since = int(requests.at.max() - days * MICROSECONDS_PER_DAY)
+    since = int(requests.at.max() - days * DAY)
     kept = np.repeat(requests.at > since, np.diff(requests.offsets))
     return Recent(torch.from_numpy(np.bincount(requests.positive[kept], minlength=rows)), since)
 

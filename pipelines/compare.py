@@ -30,6 +30,8 @@ from recsys.files import write_json
 from recsys.metrics import groups_of
 
 FORMAT = 1
+OF_TARGETS = ("target_in_history", "target_outside_history")
+"""Segments that any set may have, and may have nothing in."""
 MOST_SEGMENTS = 5
 Metric = Literal["gauc", "auc", "auc_per_request", "ndcg_at_10", "mrr_at_10", "hit_rate_at_10", "recall_at_10"]
 SEGMENT_METRIC = "gauc"
@@ -192,6 +194,7 @@ def decide(
     names = {name.removeprefix("segment/").removesuffix(f"/{SEGMENT_METRIC}") for name in estimates[first.name]}
     known = {name for name in names if f"segment/{name}/{SEGMENT_METRIC}" in estimates[first.name]}
     absent = [segment.name for segment in segments if segment.name not in known]
+    absent += [name for name in OF_TARGETS if name in config.segments and name not in (*known, *absent)]
     for name in config.segments:
         if name not in known and name not in absent:
             raise ConfigError(f"[compare] segments: no segment {name!r}; there are {', '.join(sorted(known))}")

@@ -6,7 +6,7 @@ are ranked. Every value comes with an interval by resampling users, and beside i
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,10 @@ from pipelines.measures import (
 )
 from pipelines.prepared import IMPRESSIONS, CandidateSets, PreparedSet, Split
 from pipelines.scoring import (
-    Advance,
+    Progress,
     Sample,
     choose,
+    counter,
     distinct_items,
     draw_requests,
     in_history,
@@ -66,9 +67,6 @@ __all__ = ["EvaluateConfig", "Evaluation", "TrainingSummary", "evaluate", "valid
 
 SINGLE_REQUESTS = 20
 """Requests scored one by one for the median time of one."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as (what is being done, requests done, requests in all)."""
 
 
 def evaluate(
@@ -203,7 +201,7 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
     """Score one model on everything; a history is encoded once for the candidates of all samplers."""
     config, chosen, ranked = task.config, task.chosen, task.ranked
     joined, places = join_sets([pool.sets for pool in task.pools.values()])
-    advance = _counter(progress, f"{name}: scoring candidates", len(chosen))
+    advance = counter(progress, f"{name}: scoring candidates", len(chosen))
     started = time.perf_counter()
     scores = score_sets(model, task.prepared, chosen, joined, config.batch_requests, advance)
     cost = _cost(model, time.perf_counter() - started, chosen, joined, _single_ms(model, task))
@@ -221,7 +219,7 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
         sampler: ndcg(rank(predictions[sampler], pool.sets.label, pool.request, len(chosen)), 10)[task.few]
         for sampler, pool in task.pools.items()
     }
-    advance = _counter(progress, f"{name}: ranking all items", len(ranked))
+    advance = counter(progress, f"{name}: ranking all items", len(ranked))
     ranking = rank_all_items(model, task.prepared, ranked, DEPTH, config.batch_requests, advance=advance)
     results[ALL_ITEMS] = on_all_items(ranking, ranked)
     predictions |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
@@ -333,16 +331,3 @@ def _cost(model: AnyRanker, seconds: float, chosen: Sample, sets: CandidateSets,
         p50_ms=single_ms,
         bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
     )
-
-
-def _counter(progress: Progress | None, words: str, total: int) -> Advance | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(requests: int) -> None:
-        nonlocal done
-        done += requests
-        progress(words, done, total)
-
-    return advance

@@ -41,7 +41,6 @@ from recsys.stores import Encoder, Event, LogMark, Tombstone
 
 NAME = "serving.json"
 SERVICE = "service"
-DAY = 86_400_000_000
 
 
 @dataclass(frozen=True)

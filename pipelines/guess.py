@@ -131,7 +131,8 @@ def guess_columns(table: Table, sample: pl.DataFrame, items: pl.DataFrame | None
     for canonical, known in NAMES.items():
         if canonical == "position" and "timestamp" in guesses:
             continue
-        by_name = {_plain(name): name for name in reversed(left)}
+        by_name = {_plain(name.rpartition(".")[2]): name for name in reversed(left)}  # product.sku is a sku
+        by_name |= {_plain(name): name for name in reversed(left)}
         for plain in (canonical.replace("_", ""), *known):
             if plain in by_name and _fits(canonical, sample, by_name[plain]):
                 take(canonical, by_name[plain], "by its name")
@@ -148,6 +149,8 @@ def guess_columns(table: Table, sample: pl.DataFrame, items: pl.DataFrame | None
     for canonical in ("user_id", "item_id"):
         if canonical not in guesses and (likely := _most_like_ids(sample, left, canonical)):
             take(canonical, likely, "by its content: ids that come again; CHECK")
+    if "user_id" not in guesses and "session_id" in guesses:
+        guesses["user_id"] = Guess(guesses.pop("session_id").column, "nothing names users: each session is one; CHECK")
     return guesses
 
 

@@ -28,9 +28,11 @@ from pipelines.scoring import (
     GPU_SCORE_MATRIX,
     SCORE_MATRIX,
     Advance,
+    Progress,
     Sample,
     all_scores,
     assemble_requests,
+    counter,
     draw_requests,
     evaluation_mode,
     is_retriever,
@@ -190,13 +192,13 @@ def evaluate(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 2023,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Judge models by the protocol on all users of a split; see `target_ranks` for what it needs."""
     total = len(prepared.requests(split))
     found: dict[str, dict[str, Estimate]] = {}
     for name, model in models.items():
-        advance = None if progress is None else _counting(progress, f"{name}: ranking all items", total)
+        advance = counter(progress, f"{name}: ranking all items", total)
         found[name] = target_ranks(model, prepared, split, advance=advance).estimates(resamples, seed)
     metrics: dict[str, dict[str, float]] = {}
     for name, estimates in found.items():
@@ -292,14 +294,3 @@ def _seen(prepared: PreparedSet, part: Sample, items: int) -> NDArray[np.int64]:
 def _count(mask: Tensor) -> Tensor:
     """Give the number of True per row; eight times as fast as summing bools."""
     return mask.view(torch.int8).sum(1, dtype=torch.int32)
-
-
-def _counting(progress: Callable[[str, int, int], None], words: str, total: int) -> Advance:
-    done = 0
-
-    def advance(requests: int) -> None:
-        nonlocal done
-        done += requests
-        progress(words, done, total)
-
-    return advance

@@ -41,7 +41,7 @@ from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
 from recsys.columns import TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
-from recsys.history import Histories
+from recsys.history import DAY, Histories
 from recsys.memory import give_back_freed_memory
 
 __all__ = ["PrepareConfig", "Progress", "prepare"]
@@ -253,8 +253,9 @@ def _no_training(parts: Sequence[Part], config: PrepareConfig) -> DataError:
     where = f"{parts[0].directory / 'events.parquet'}: no training request"
     if config.split.kind == "last_request":
         return DataError(f"{where}; under last_request a user needs at least three requests")
-    days = (max(part.record.last for part in parts) - min(part.record.first for part in parts)) / splits.DAY
+    days = (max(part.record.last for part in parts) - min(part.record.first for part in parts)) / DAY
     return DataError(
         f"{where}; {TIMESTAMP} spans {days:.4g} days, validation and test take {config.split.valid_days:g} + "
-        f"{config.split.test_days:g} of them; shorten them, or use the split last_request"
+        f"{config.split.test_days:g} of them; shorten them by split.valid_days and split.test_days, or use "
+        "split.kind=last_request"
     )

@@ -56,7 +56,7 @@ SCORES = pl.Schema(
 
 
 def read_user_ids(path: Path) -> list[str]:
-    """Read the column `user_id` of a Parquet or CSV file as strings, in its order.
+    """Read the column `user_id` of a Parquet or CSV file as strings, each once, in the order of their first rows.
 
     Raises:
         DataError: the file is missing, is not of its kind, or has no such column.
@@ -67,7 +67,7 @@ def read_user_ids(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read as {path.suffix or 'Parquet'} ({error})") from None
     if USER_ID not in table.columns:
         raise DataError(f"{path}: no column {USER_ID!r}; found {', '.join(table.columns) or 'none'}")
-    return table[USER_ID].cast(pl.String).drop_nulls().to_list()
+    return table[USER_ID].cast(pl.String).drop_nulls().unique(maintain_order=True).to_list()
 
 
 @dataclass(frozen=True)

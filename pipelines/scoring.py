@@ -27,6 +27,9 @@ from recsys.randomness import generator
 Advance = Callable[[int], None]
 """Called with the number of requests just finished."""
 
+Progress = Callable[[str, int, int], None]
+"""Called as (a few words, requests done, requests in all)."""
+
 CPU_CANDIDATES = 1 << 14
 """Most scores of one call on a CPU, so that what a model makes of each candidate stays in cache: DARE and DIN take 1.6
 times as long with 2^18."""
@@ -329,3 +332,17 @@ def _packed(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArr
 
 def _pair(owner: NDArray[np.int64], row: NDArray[np.int32]) -> NDArray[np.int64]:
     return (owner << 32) | row
+
+
+def counter(progress: Progress | None, words: str, total: int) -> Advance | None:
+    """Give what adds up finished requests for a progress bar; None without one."""
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(requests: int) -> None:
+        nonlocal done
+        done += requests
+        progress(words, done, total)
+
+    return advance

@@ -28,8 +28,8 @@ from ranking.batch import FIRST_ITEM
 from recsys.columns import USER_ID, USER_KEY
 from recsys.errors import ConfigError
 from recsys.files import read_json
+from recsys.history import DAY
 
-DAY = 86_400_000_000
 POSITIONS = 1_000_000_000_000
 """Below it moments are positions of a log of order only, and an item has no age in days."""
 MISSING = "missing"

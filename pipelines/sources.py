@@ -6,8 +6,8 @@ value means is decided in `pipelines.fields`. Row numbers count from 1, a CSV's 
 
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +45,8 @@ class Table:
     Attributes:
         path: the file.
         kind: its format.
-        columns: names and types. A JSON Lines file may have more: these stand in its first 1,000 lines.
+        columns: names and types. A JSON Lines file may have more: these stand in its first 1,000 lines. What stands in
+            an object inside an object has the names of both with a dot between them: `user.id`.
         header: of a CSV file.
         trusted: whether a JSON Lines file is read at once, several times as fast, and fails as a whole at one wrong
             line; else every line stands alone.
@@ -56,6 +57,8 @@ class Table:
     columns: dict[str, pl.DataType]
     header: Header | None = None
     trusted: bool = False
+    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """of the columns of JSON Lines: the keys that lead there"""
 
     def require(self, name: str, meaning: str) -> pl.DataType:
         """Give the type of a column.
@@ -87,13 +90,18 @@ class Table:
         frame = pl.scan_lines(self.path, name=_LINE, row_index_name=ROW, row_index_offset=1, glob=False)
         line = pl.col(_LINE).str.strip_chars()
         whole = line.str.starts_with("{") & line.str.ends_with("}")
-        if self.trusted:
+        if self.trusted and all(len(self._path(name)) == 1 for name in names):
             kind = pl.Struct(dict.fromkeys(names, pl.String()))
             frame = frame.with_columns(pl.when(whole).then(line).alias(_LINE))
             return frame.with_columns(pl.col(_LINE).str.json_decode(kind).alias(_OBJECT)).unnest(_OBJECT)
         whole &= line.str.json_path_match("$").is_not_null()
         frame = frame.with_columns(pl.when(whole).then(line).alias(_LINE))
-        return frame.with_columns(pl.col(_LINE).str.json_path_match(_json_path(name)).alias(name) for name in names)
+        return frame.with_columns(
+            pl.col(_LINE).str.json_path_match(_json_path(self._path(name))).alias(name) for name in names
+        )
+
+    def _path(self, name: str) -> tuple[str, ...]:
+        return self.paths.get(name, (name,))
 
     def _csv(self) -> pl.LazyFrame:
         assert self.header is not None
@@ -162,12 +170,13 @@ def open_table(path: Path, max_line: int = MAX_LINE) -> Table:
         check_text(path, header, max_line)
         return Table(path, kind, dict.fromkeys(header.names, pl.String()), header)
     check_text(path, max_line=max_line)
-    return Table(path, kind, dict.fromkeys(_keys(path), pl.String()))
+    paths = _keys(path)
+    return Table(path, kind, dict.fromkeys(paths, pl.String()), paths=paths)
 
 
-def _keys(path: Path) -> list[str]:
-    """Give the keys of the first lines of JSON Lines."""
-    keys: dict[str, None] = {}
+def _keys(path: Path) -> dict[str, tuple[str, ...]]:
+    """Give the columns of the first lines of JSON Lines, and the keys that lead to each."""
+    keys: dict[str, tuple[str, ...]] = {}
     number = 0
     with path.open(encoding="utf-8-sig") as file:
         for number, line in zip(range(1, _SAMPLED_LINES + 1), file, strict=False):
@@ -178,17 +187,26 @@ def _keys(path: Path) -> list[str]:
             else:
                 problem = f"found {type(row).__name__}"
             if isinstance(row, dict):
-                keys |= dict.fromkeys(row)
+                keys |= _flat(row)
             elif number == 1:
                 raise DataError(f"{path}, line 1: not a JSON object ({problem}); expected one object per line")
     if not number:
         raise DataError(f"{path}: empty; expected one JSON object per line")
-    return list(keys)
+    return keys
 
 
-def _json_path(name: str) -> str:
-    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
-    return f"$['{quoted}']"
+def _flat(row: Mapping[str, object], before: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """Give the columns of an object and the keys that lead to each; lists are values."""
+    found: dict[str, tuple[str, ...]] = {}
+    for key, value in row.items():
+        path = (*before, key)
+        found |= _flat(value, path) if isinstance(value, dict) and value else {".".join(path): path}
+    return found
+
+
+def _json_path(path: Sequence[str]) -> str:
+    quoted = (key.replace("\\", "\\\\").replace("'", "\\'") for key in path)
+    return "$" + "".join(f"['{key}']" for key in quoted)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from recsys.history import DAY
+
 TRAIN, VALID, TEST, STRADDLES = 0, 1, 2, 3
-DAY = 86_400_000_000
-"""microseconds"""
 NEVER = np.iinfo(np.int64).max
 
 

@@ -25,7 +25,6 @@ class Corpus:
     name: str
     ids: list[str]
     passages: list[str]  # title + " " + text, stripped
-    titles: list[str]
     items: list[list[str]] | None = None  # of a catalogue: the items that have this very text
 
     def __len__(self) -> int:
@@ -61,7 +60,7 @@ def read_corpus(directory: Path) -> Corpus:
     """Read `corpus.jsonl` of a BEIR folder; raises `DataError` naming the line that is not as it should be."""
     path = directory / "corpus.jsonl"
     ids: list[str] = []
-    titles, passages = [], []
+    passages: list[str] = []
     first_line: dict[str, int] = {}
     for number, record in _lines(path):
         key = _string(path, number, record, "_id")
@@ -70,11 +69,10 @@ def read_corpus(directory: Path) -> Corpus:
         first_line[key] = number
         title, text = _string(path, number, record, "title", ""), _string(path, number, record, "text")
         ids.append(key)
-        titles.append(title)
         passages.append(f"{title} {text}".strip())
     if not ids:
         raise DataError(f"{path}: 0 documents; expected one JSON object per line")
-    return Corpus(directory.name, ids, passages, titles)
+    return Corpus(directory.name, ids, passages)
 
 
 def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
@@ -120,7 +118,7 @@ def catalogue_corpus(items: Path, name: str = "catalogue") -> Corpus:
     if grouped.is_empty():
         raise DataError(f"{items}: no item has a text; map a text column (`recsys init`) to search the catalogue")
     texts, members = grouped[TEXT].to_list(), grouped[ITEM_ID].to_list()
-    return Corpus(name, [str(group[0]) for group in members], texts, [""] * len(texts), members)
+    return Corpus(name, [str(group[0]) for group in members], texts, members)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from recsys.bootstrap import Estimate
+from recsys.bootstrap import LEAST_USERS, Estimate
 from recsys.metrics import Floats
 from recsys.randomness import generator
 
@@ -93,7 +93,7 @@ def of_twins(ask: Question, names: tuple[str, str], runs: Mapping[str, Estimate]
     difference = runs[names[0]].minus(runs[names[1]])
     if np.isnan(difference.value):
         return not_defined("twins", ask, *names)
-    if difference.users < 2:
+    if difference.users < LEAST_USERS:
         return _verdict("twins", ask, names, difference.value, (float("nan"), float("nan")), float("nan"), rule)
     luck = float(np.var([one.value for one in runs.values()], ddof=1))
     users = float(np.nanvar(difference.resampled))
@@ -114,7 +114,7 @@ def of_methods(
     value = float(ours.mean() - theirs.mean())
     if np.isnan(value):
         return not_defined("methods", ask, name, other)
-    if min(one.users for one in (*first[1], *second[1])) < 2:
+    if min(one.users for one in (*first[1], *second[1])) < LEAST_USERS:
         return _verdict("methods", ask, (name, other), value, (float("nan"), float("nan")), float("nan"), rule)
     fewest = min(len(ours), len(theirs))
     if fewest < rule.least_seeds:
@@ -162,7 +162,7 @@ def _verdict(
     if np.isnan(low) or np.isnan(high):
         return Verdict(
             kind, *names, ask.segment, ask.metric, "cannot tell", value, None, None, ask.users, None,
-            "no interval: it takes at least two users and two resamples",
+            f"no interval: it takes at least {LEAST_USERS} users and two resamples",
         )  # fmt: skip
     word: Word = "better" if low > 0 else "worse" if high < 0 else "cannot tell"
     needed = None

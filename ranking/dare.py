@@ -53,7 +53,6 @@ from ranking.layers import (
 )
 from ranking.losses import binary_cross_entropy, listwise_cross_entropy, with_positives
 from ranking.own_counts import (
-    MICROSECONDS_PER_DAY,
     OwnEvents,
     add_event,
     decayed_counts,
@@ -63,6 +62,7 @@ from ranking.own_counts import (
 from ranking.products import steady_each
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError
+from recsys.history import DAY
 
 OWN_FEATURES = 5
 """Numbers that the head sees more under `own_counts`."""
@@ -333,9 +333,9 @@ class Dare(nn.Module):
             (decayed_counts(own, request.at, item, times * half_life) + LEAST_COUNT).log() for times in (1, SLOW)
         )
         count, oldest, newest = own_span(own, item)
-        days = (request.at[:, None] - newest).clamp_min(0).double() / MICROSECONDS_PER_DAY
+        days = (request.at[:, None] - newest).clamp_min(0).double() / DAY
         days = days.masked_fill(count == 0, torch.inf).clamp_max(AS_GOOD_AS_NEVER * half_life)
-        between = (newest - oldest).double() / MICROSECONDS_PER_DAY / (count - 1).clamp_min(1)
+        between = (newest - oldest).double() / DAY / (count - 1).clamp_min(1)
         late = (days.log1p() - between.log1p()).masked_fill(count < 2, 0.0)
         known = take(row_of, item) != UNKNOWN  # a hidden item has no training events, as a new one has none
         everybody = take(self.items.count, item) * known

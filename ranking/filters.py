@@ -18,12 +18,11 @@ from ranking.attributes import Attributes
 from ranking.batch import FIRST_ITEM
 from ranking.users import User
 from recsys.errors import ConfigError, RequestError
+from recsys.history import DAY
 from recsys.messages import ItemFilter, RecommendRequest
 
 KEPT_MASKS = 64
 """Masks of requests that are kept, the least recently used go first."""
-
-DAY = 86_400_000_000  # microseconds
 
 
 class Unavailable(NamedTuple):

@@ -19,7 +19,7 @@ from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.ranker import AnyRanker, Retriever
 from recsys.errors import BundleError
-from recsys.history import UNKNOWN_KEY, Events
+from recsys.history import DAY, UNKNOWN_KEY, Events
 from recsys.messages import Message
 from recsys.randomness import generator
 
@@ -31,7 +31,6 @@ LENGTHS = (0, 1, 7, 60)
 
 CANDIDATES = 40
 NEIGHBOURS = 20
-DAY = 86_400_000_000
 MOMENT = 1_735_689_600_000_000
 """2025-01-01 00:00 UTC; only ages matter."""
 

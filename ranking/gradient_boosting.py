@@ -38,7 +38,6 @@ from ranking.embeddings import take
 from ranking.followers import Held, followed, newest_basket, out_weights
 from ranking.items import ItemTable
 from ranking.own_counts import (
-    MICROSECONDS_PER_DAY,
     OwnEvents,
     decayed_counts,
     decayed_total,
@@ -47,6 +46,7 @@ from ranking.own_counts import (
 )
 from ranking.ranker import NEGATIVE, Loss
 from recsys.errors import ConfigError, RecsysError
+from recsys.history import DAY
 
 FEATURES = (
     "own_count",
@@ -228,7 +228,7 @@ class GradientBoosting(nn.Module):
 
 def _age_days(at: Tensor, time: Tensor, known: Tensor) -> Tensor:
     """Give days from `time` to `at` int64 [B], float64 in the shape of `time` [B, ...]; NaN where not known."""
-    age = (at[:, None] - time).clamp_min(0).double() / MICROSECONDS_PER_DAY
+    age = (at[:, None] - time).clamp_min(0).double() / DAY
     return age.masked_fill(~known, math.nan)
 
 

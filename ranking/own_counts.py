@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ranking.batch import PAD, History
-
-MICROSECONDS_PER_DAY = 86_400_000_000
+from recsys.history import DAY
 
 
 class OwnEvents(NamedTuple):
@@ -81,5 +80,5 @@ def _places(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fresh(own: OwnEvents, at: Tensor, half_life_days: float) -> Tensor:
     """Give 2^(-age / half_life) of every event, float64 [B, T], 0 at padding."""
-    age = (at[:, None] - own.time).clamp_min(0).double() / (half_life_days * MICROSECONDS_PER_DAY)  # [B, T]
+    age = (at[:, None] - own.time).clamp_min(0).double() / (half_life_days * DAY)  # [B, T]
     return torch.exp2(-age).masked_fill(own.item == PAD, 0.0)

@@ -23,8 +23,7 @@ from ranking.content import ContentMatch
 from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.recall_watch import RecallWatch
-
-DAY = 86_400_000_000  # microseconds
+from recsys.history import DAY
 
 
 @dataclass(frozen=True)

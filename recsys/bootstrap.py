@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.metrics import Floats, ordered_bits
+from recsys.metrics import Floats, ordered_bits, ratio
 from recsys.randomness import generator
 
 Value = tuple[float | None, float | None, float | None]
@@ -51,7 +51,7 @@ class Ratio:
     def of(self, weights: NDArray[np.int32]) -> Floats:
         """Give the ratio per resample. Cost: two products of [R, U] with [U]."""
         above, below = (weights @ np.stack([self.numerator, self.denominator], axis=1)).T
-        return _quotient(above, below)
+        return ratio(above, below)
 
     def shares(self) -> Floats:
         """Give the denominator."""
@@ -107,7 +107,7 @@ class CalibrationError:
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
         """Give the error per resample. Cost: a product of [R, U] with [U, bins]."""
-        return _quotient(np.abs(weights @ self.gap).sum(axis=1), weights @ self.count)
+        return ratio(np.abs(weights @ self.gap).sum(axis=1), weights @ self.count)
 
     def shares(self) -> Floats:
         """Give the candidates of each user."""
@@ -162,7 +162,7 @@ class PooledAuc:
                 own = weight[self.positive_user]
                 above[first + row] = np.dot(own, (beaten >> shift[row]) & ((1 << bits) - 1))
                 positives[first + row] = own.sum()
-        return _quotient(above.astype(np.float64), 2.0 * positives * negatives)
+        return ratio(above.astype(np.float64), 2.0 * positives * negatives)
 
     def shares(self) -> Floats:
         """Give the candidates of each user, up to the last that has any."""
@@ -215,7 +215,7 @@ class BinnedAuc:
         # Each pair within a bin is in two users' sums, its positive's and its negative's.
         within = drawn @ self.within - 0.5 * self.within.sum()
         above = (positives * below).sum(axis=1) + within
-        return _quotient(above, positives.sum(axis=1) * negatives.sum(axis=1))
+        return ratio(above, positives.sum(axis=1) * negatives.sum(axis=1))
 
     def shares(self) -> Floats:
         """Give the candidates of each user."""
@@ -246,6 +246,11 @@ def _sorted_pairs(
     return negative, ours
 
 
+LEAST_USERS = 6
+"""That an interval needs. A resample lies between the users it is drawn from: where all of n users differ in one
+direction, as they do by chance 2^(1-n) of the time, no resample says otherwise. From 6 on that is less than 5 %."""
+
+
 @dataclass(frozen=True)
 class Basis:
     """The users an estimate rests on: how many, how many alike ones they are worth, and the freedom of their spread.
@@ -269,7 +274,7 @@ class Basis:
         return Basis(int(np.count_nonzero(shares)), float(scaled.sum()) ** 2 / square, square**2 / fourth)
 
     def tail(self, level: float) -> float:
-        """Give the share of resamples to leave out at each end; `users` must be 2 at least.
+        """Give the share of resamples to leave out at each end; `users` must be `LEAST_USERS` at least.
 
         The expanded percentile interval (Hesterberg, The American Statistician 69, 2015): it reaches as far as
         Student's t does, not the normal distribution, and makes up for resamples that vary (n - 1) / n too little.
@@ -296,11 +301,10 @@ class Estimate:
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Give the percentile interval (Efron 1979), expanded for few users (`Basis.tail`).
 
-        NaN twice where fewer than two resamples define the statistic, or where it depends on fewer than two users:
-        every resample of one user is that user, which says nothing of others.
+        NaN twice where fewer than two resamples define the statistic, or where it depends on fewer than `LEAST_USERS`.
         """
         known = self.resampled[~np.isnan(self.resampled)]
-        if len(known) < 2 or self.users < 2:
+        if len(known) < 2 or self.users < LEAST_USERS:
             return float("nan"), float("nan")
         tail = self.basis.tail(level)
         low, high = np.quantile(known, [tail, 1 - tail])
@@ -359,9 +363,3 @@ def _weights(users: int, resamples: int, seed: int) -> Iterator[NDArray[np.int32
                 for index in range(first, min(first + step, resamples))
             ]
         ).astype(np.int32)
-
-
-def _quotient(above: Floats, below: Floats) -> Floats:
-    result = np.full(len(below), np.nan)
-    np.divide(above, below, out=result, where=below != 0)
-    return result

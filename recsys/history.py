@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from recsys.errors import DataError
 
+DAY = 86_400_000_000
+"""Microseconds of a day: all times are whole microseconds UTC."""
+
 UNKNOWN_KEY = 2**32 - 1
 """Item key of an event whose item the catalogue does not know; every bundle maps it to the unknown row."""
 

@@ -158,7 +158,7 @@ def auc(ranking: Ranking) -> Floats:
     tied = ranking.size - ranking.positive
     below = negatives[ranking.group] - (ranking.start - above) - tied
     twice = np.bincount(ranking.group, ranking.positive * (2 * below + tied), len(positives))
-    return _ratio(twice, 2.0 * positives * negatives)
+    return ratio(twice, 2.0 * positives * negatives)
 
 
 def gauc(ranking: Ranking) -> float:
@@ -184,7 +184,7 @@ def ndcg(ranking: Ranking, k: int) -> Floats:
         after = placed + ranking.grades[:, grade - 1]
         ideal += grade * (discount[np.minimum(after, k)] - discount[np.minimum(placed, k)])
         placed = after
-    return _ratio(dcg, ideal)
+    return ratio(dcg, ideal)
 
 
 def recall(ranking: Ranking, k: int) -> Floats:
@@ -194,7 +194,7 @@ def recall(ranking: Ranking, k: int) -> Floats:
     """
     inside = np.minimum(ranking.start + ranking.size, _cutoff(ranking, k)) - np.minimum(ranking.start, k)
     found = np.bincount(ranking.group, ranking.positive * inside / ranking.size, len(ranking.candidates))
-    return _ratio(found, ranking.positives)
+    return ratio(found, ranking.positives)
 
 
 def mrr(ranking: Ranking, k: int) -> Floats:
@@ -267,7 +267,8 @@ def _cutoff(ranking: Ranking, k: int) -> int:
     return k
 
 
-def _ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
+def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
+    """Give above / below, float64 [N], NaN where below is 0."""
     result = np.full(len(below), np.nan)
     np.divide(above, below, out=result, where=below != 0)
     return result

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -166,8 +167,11 @@ def start(config: ServeConfig) -> Running:
     return running
 
 
-def run_bare(config: ServeConfig) -> None:
-    """Serve the same application in this process under plain uvicorn, until interrupted; always fused."""
+def run_bare(config: ServeConfig, ready: Callable[[str], None] = lambda _: None) -> None:
+    """Serve the same application in this process under plain uvicorn, until interrupted; always fused.
+
+    `ready` is called with the address once the bundle is loaded.
+    """
     import uvicorn
 
     from serving.app import create_app
@@ -179,6 +183,7 @@ def run_bare(config: ServeConfig) -> None:
     load_into(service, config.bundle)
     log_to(config.state / LOGS, config.log_requests)
     app = create_app(service, config.limits, keys=keys)
+    ready(f"http://{config.host}:{config.port}")
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ranking.users import LATEST
 from recsys.errors import RequestError, StoreError
+from recsys.history import DAY
 from recsys.messages import EventIn
 from recsys.stores import Encoder, Event
 from serving.event_log import STEP_BACK, SegmentLog
@@ -17,7 +18,7 @@ from serving.view import MAX_USER_BYTES, LiveHistories
 MAX_EVENTS = 1_000
 """Most events one post may carry; more is answered with 413."""
 
-MAX_FUTURE = 86_400_000_000
+MAX_FUTURE = DAY
 """Microseconds an event may be dated ahead of the service's clock; one further ahead is refused, as its unit or its
 sender's clock is wrong. One dated less far ahead is kept, and not used by requests whose moment is not later."""
 

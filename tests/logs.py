@@ -7,7 +7,7 @@ import polars as pl
 from hypothesis import strategies as st
 
 from pipelines.datasets import RawLog
-from pipelines.splits import DAY
+from recsys.history import DAY
 
 
 @dataclass(frozen=True)

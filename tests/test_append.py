@@ -25,13 +25,14 @@ from pipelines.merging import _inserted
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, Requests, contents
 from pipelines.quickstart import Job, QuickstartConfig
-from pipelines.splits import DAY, SplitConfig
+from pipelines.splits import SplitConfig
 from pipelines.train import Report
 from pipelines.transitions import pair_words
 from pipelines.waiting import Users, Waiting
 from pipelines.workspace import Workspace
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
+from recsys.history import DAY
 
 configs = st.builds(
     PrepareConfig,

@@ -28,13 +28,13 @@ from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import CandidateSets, PreparedSet, Requests, digest_of
 from pipelines.samplers import SAMPLERS
 from pipelines.scoring import take_sets
-from pipelines.splits import DAY, SplitConfig
+from pipelines.splits import SplitConfig
 from pipelines.transitions import block_edges, blocks, pair_words
 from ranking.items import ItemTable, Transitions
 from recsys.cli import main
 from recsys.errors import DataError, GateError
 from recsys.files import write_json
-from recsys.history import Events, Histories
+from recsys.history import DAY, Events, Histories
 
 TOP = 10
 

@@ -19,7 +19,6 @@ from pipelines.prepare import prepare
 from pipelines.prepared import IMPRESSIONS, VALID_IMPRESSIONS
 from pipelines.report import build_page, render_html, render_markdown
 from pipelines.shipped import find_config
-from pipelines.splits import DAY
 from pipelines.train import train
 from pipelines.train_config import load_config
 from ranking.bundle import Bundle, write_bundle
@@ -27,7 +26,7 @@ from ranking.calibration import Calibration
 from ranking.recommender import Recommender
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
-from recsys.history import Events
+from recsys.history import DAY, Events
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 
 TRUE_SLOPE, TRUE_INTERCEPT = 0.4, -1.5
@@ -203,3 +202,20 @@ def test_answers_tell_the_probabilities_of_the_scores_in_the_same_order(tmp_path
     by_popularity = told.recommend(RecommendRequest(user_id="nobody", k=3), 100)
     assert not by_popularity.calibrated
     assert by_popularity.items == raw.recommend(RecommendRequest(user_id="nobody", k=3), 100).items
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_number_of_examples_makes_a_probability_0_or_1(method):
+    """Not even of scores that part taken and others without an error: 1 / (n + 2) and (t + 1) / (t + 2) are left."""
+    label = np.repeat([False, True], [30, 50])
+    found = fit_scores(method, label.astype(np.float32), label, 80).of(np.array([-5.0, 0.0, 1.0, 5.0], np.float32))
+    assert found.min() >= (1 / 32 if method == "isotonic" else 0)
+    assert found.max() <= (51 / 52 if method == "isotonic" else 1)
+    np.testing.assert_allclose(found[1:3], [1 / 32, 51 / 52], atol=1e-4)
+
+
+def test_how_many_of_each_a_calibration_wants():
+    score = np.linspace(0, 1, 40).astype(np.float32)
+    fit_scores("platt", score, score > 0.5, 9)  # 20 of each
+    with pytest.raises(DataError, match="19 items taken and 21 not taken"):
+        fit_scores("platt", score, score > score[20], 9)

@@ -1,5 +1,6 @@
 """The command line: quick to answer, strict, and honest in its exit codes."""
 
+import dataclasses
 import subprocess
 import sys
 import tomllib
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.evaluation import EvaluateConfig
+from pipelines.settings import PrepareConfig
 from ranking.models import RANKERS
 from recsys.cli.text import TEXT_MODELS
+from recsys.config import parse
 from recsys.errors import BundleError, ConfigError, DataError, GateError, RecsysError
 
 CONFIGS = Path("pipelines/configs")
@@ -57,6 +61,23 @@ def test_bad_usage_has_its_code_and_says_what_to_do(tmp_path: Path, arguments, c
     for word in words:
         assert word in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "examples"),
+    [
+        ("prepare", PrepareConfig, {"min_value", "columns", "multi", "numeric", "max_eval_requests"}),
+        ("evaluate", EvaluateConfig, {"champion"}),
+    ],
+)
+def test_a_file_of_defaults_names_every_key_with_its_default(name, options, examples):
+    text = (CONFIGS / f"{name}.toml").read_text()
+    table = tomllib.loads("\n".join(line.removeprefix("#") for line in text.splitlines() if not line.startswith("# ")))
+    found = parse(options, {key: value for key, value in table.items() if key not in examples}, name)
+    assert found == options()
+    own = {"buckets", "workers"}  # of prepare: they change memory and time, never the result
+    assert set(table) == {field.name for field in dataclasses.fields(options)} - own
+    assert tomllib.loads(text) == {}
 
 
 def test_every_model_has_a_shipped_config_that_loads():

@@ -254,3 +254,24 @@ def test_everything_acknowledged_survives_a_kill(tmp_path):
     found = [int(record.event_id) for record in replayed(SegmentLog(tmp_path))]
     assert found == list(range(len(found)))
     assert len(found) in (len(acknowledged), len(acknowledged) + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "duplicate"),
+        ({"value": -0.0}, "duplicate"),
+        ({"value": 0.5}, "conflict"),
+        ({"user_id": "a", "item_id": "bc"}, "conflict"),  # the same letters, parted elsewhere
+        ({"item_id": "", "action": "c"}, "conflict"),
+        ({"time": 6}, "conflict"),
+        ({"time": 6, "stamped": True}, "duplicate"),  # the service gave the time: it tells nothing
+    ],
+)
+def test_what_makes_a_repeat_the_same_event(tmp_path, changes, verdict):
+    posted = Event("1", "ab", "c", 5)
+    log = SegmentLog(tmp_path, "os")
+    assert log.append([posted]) == ["accepted"]
+    assert log.append([replace(posted, **changes)]) == [verdict]
+    assert replayed(log) == [posted]
+    log.close()

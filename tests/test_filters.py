@@ -15,13 +15,15 @@ from ranking.availability import AvailabilityFile
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
-from ranking.filters import Unavailable
+from ranking.filters import Unavailable, seen_rows
 from ranking.items import ItemTable
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender
 from ranking.recommender_config import Cap, RecommenderConfig, load_recommender
+from ranking.users import User
 from recsys.errors import ConfigError, DataError, RequestError
+from recsys.history import Events
 from recsys.messages import InlineEvent, ItemFilter, RecommendRequest
 
 WORLD = worlds.make_world(users=40, length=20, known=50, repeats=0.2)
@@ -164,6 +166,25 @@ def test_no_filtered_item_is_given_and_a_shortfall_means_there_is_no_other(bundl
             assert not set(listed) & {item.item_id for item in answer.items}
             assert all((ITEMS.index(i) in fine) == (entry.stage != "filter") for i, entry in listed.items())
             assert sum(answer.explanation.dropped_counts.values()) >= len(listed)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "everything", "seen"),
+    [
+        (0, None, False, []),
+        (2, None, False, [3, 4]),  # the first moment of the window belongs to it
+        (2, 1, False, [4]),
+        (0, 3, False, [2, 3, 4]),
+        (2, 0, False, []),
+        (2, 1, True, [2, 3, 4]),
+    ],
+)
+def test_what_was_seen_within_so_many_days(config, asked, everything, seen):
+    times = np.array([NOW - 2 * DAY - 1, NOW - 2 * DAY, NOW - 1, NOW - 1])
+    rows = np.array([2, 3, 4, 4], np.int32)
+    user = User(Events(rows.astype(np.uint32), np.zeros(4, np.uint8), times), rows, NOW, "a")
+    request = RecommendRequest(user_id="a", exclude_seen_days=asked, exclude_seen=everything)
+    assert seen_rows(request, user, config).tolist() == seen
 
 
 def most_with_one_cap(fine, values, at_most):

@@ -25,12 +25,36 @@ def through(gate: Gate, audit: Audit | None = AUDIT, ranker: str = "dare") -> bo
         (Gate(metric="ms_per_request", at_most=0.0), False),
         (Gate(beats="personal_frequency"), True),  # 0.1 ahead, the interval from 0.09 on
         (Gate(beats="personal_frequency", margin=0.095), False),
+        (Gate(at_least=0.99, beats="personal_frequency"), False),  # ahead, but not high enough
+        (Gate(at_most=0.9), True),
+        (Gate(at_most=0.89), False),
         (Gate(metric="no_such_metric", at_least=0), False),
         (Gate(metric="audit"), True),
     ],
 )
 def test_what_is_let_through(gate, passed):
     assert through(gate) == passed
+
+
+@pytest.mark.parametrize(("margin", "passed"), [(-0.2, True), (-0.105, False), (0.0, False)])
+def test_no_worse_than_so_much(margin, passed):
+    """Personal frequency is 0.1 behind, by 0.11 at the far end of the interval."""
+    assert through(Gate(beats="dare", margin=margin), ranker="personal_frequency") == passed
+
+
+def test_a_gate_asks_of_the_sampler_it_names():
+    high, low = evaluation(), evaluation(gauc={"dare": 0.6, "personal_frequency": 0.5})
+    metrics = {"dare": {**high.metrics["dare"], "popularity": low.metrics["dare"]["popularity"]}}
+    mixed = replace(high, metrics={**high.metrics, **metrics})
+    for sampler, passed in (("uniform", True), ("popularity", False), ("", True)):
+        gate = Gate(at_least=0.8, **({"sampler": sampler} if sampler else {}))
+        assert judge({"it": gate}, "dare", mixed, AUDIT)[0].passed == passed, sampler
+
+
+def test_what_has_no_interval_beats_nothing():
+    (found,) = judge({"it": Gate(beats="personal_frequency")}, "dare", evaluation(width=0), AUDIT)
+    assert not found.passed
+    assert "no interval" in found.told
 
 
 def test_the_audit_must_be_of_this_data_and_have_passed():

@@ -42,6 +42,13 @@ REVIEWS = [
 PLAYLISTS = "customer;sku;pos\nx;1;0\nx;2;1\n"
 
 
+NESTED = [
+    {"user": {"id": "Ünï 1", "country": "DE"}, "product": {"sku": "a/b", "tags": ["x", "y"]}, "ts": 1700000000},
+    {"user": {"id": "Ünï 2"}, "product": {"sku": "it's", "tags": []}, "ts": 1700000060},
+]
+SESSIONS = "session_id,item_id,timestamp\ns1,a,1700000000\ns1,b,1700000060\ns2,a,1700000120\n"
+
+
 def file(folder: Path, name: str, content: str) -> Path:
     (folder / name).write_text(content)
     return folder / name
@@ -168,3 +175,24 @@ def test_the_command_line_from_a_file_to_a_card(tmp_path: Path, monkeypatch: pyt
     assert re.search(r"events kept +3\n", words)
     for wrong in (("--config", "my.toml", "--users", "3"), ("--set", "a.b=1"), ("--config", "no.toml")):
         assert isinstance(recsys("ingest", "-w", "w", *wrong).exception, ConfigError)
+
+
+def test_what_stands_in_an_object_inside_an_object_is_a_column(tmp_path):
+    events = file(tmp_path, "nested.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in NESTED))
+    table = open_table(events)
+    assert list(table.columns) == ["user.id", "user.country", "product.sku", "product.tags", "ts"]
+    config = tmp_path / "log.toml"
+    config.write_text(write_mapping(events, None, tmp_path))
+    assert 'user_id = "user.id"' in config.read_text()
+    assert 'item_id = "product.sku"' in config.read_text()
+    ingest_files(load_mapping(config), tmp_path, tmp_path / "log", "nested")
+    found = pl.read_parquet(tmp_path / "log" / "events.parquet")
+    assert found["user_id"].to_list() == ["Ünï 1", "Ünï 2"]
+    assert found["item_id"].to_list() == ["a/b", "it's"]
+    assert table.rows(["user.country", "product.tags"]).collect()["user.country"].to_list() == ["DE", None]
+
+
+def test_a_log_of_sessions_alone_has_each_for_a_user(tmp_path):
+    text = write_mapping(file(tmp_path, "sessions.csv", SESSIONS), None, tmp_path)
+    assert 'user_id = "session_id"  # nothing names users' in text
+    assert '# session_id = ""' in text

@@ -195,3 +195,9 @@ def test_shares_of_a_batch_weighed_by_their_requests_give_the_gradient_of_the_wh
         (found,) = torch.autograd.grad(loss, logits)
         together += found * with_positives(label[mine], weight[mine]) / with_positives(label, weight)
     torch.testing.assert_close(together, whole)
+
+
+def test_a_request_counts_if_it_has_a_positive_that_is_real():
+    label = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    weight = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    assert float(with_positives(label, weight)) == 1

@@ -7,7 +7,7 @@ that is not in it fails here.
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import comb, log2
@@ -22,6 +22,7 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 
 from recsys import metrics
 from recsys.bootstrap import PooledAuc
+from recsys.errors import DataError
 from recsys.metrics import groups_of, rank
 
 K = 5
@@ -165,3 +166,14 @@ def test_agrees_with_ir_measures_without_ties(name, highest):
     found = kit.of(rank(score, grade, owner, 200))
     theirs = {int(one.query_id): one.value for one in ir_measures.iter_calc([kit.ir], qrels, run)}
     np.testing.assert_allclose(found, [theirs[g] for g in range(200)], rtol=0, atol=1e-9)
+
+
+def test_what_a_ranking_does_not_keep_is_refused():
+    found = replace(rank(np.arange(6, dtype=np.float32), np.arange(6) == 2), depth=3)
+    metrics.ndcg(found, 3)
+    with pytest.raises(DataError, match="cutoff 4: expected 1 to 3"):
+        metrics.ndcg(found, 4)
+    with pytest.raises(DataError, match="AUC needs every rank, this ranking keeps the first 3"):
+        metrics.auc(found)
+    with pytest.raises(DataError, match=r"4294967297 groups of grades up to 1 do not fit"):
+        rank(np.zeros(1, np.float32), np.ones(1), groups=2**32 + 1)

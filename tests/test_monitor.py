@@ -46,6 +46,14 @@ def test_the_index_by_hand():
     assert stability(reference, live) == pytest.approx(np.sum((p - 0.5) * np.log(p / 0.5)), rel=1e-6)
 
 
+def test_a_score_on_an_edge_belongs_above_it():
+    """Scores of counts are few and lie on the edges: the reference and what is compared with it part them alike."""
+    reference = ScoreReference(edges=[0.0, 1.0], shares=[0.25, 0.5, 0.25], scores=10**9)
+    live = np.repeat([-1.0, 0.0, 1.0], [250, 500, 250])
+    assert stability(reference, live) == pytest.approx(0, abs=1e-4)
+    assert ScoreReference.of(np.repeat([0.0, 1.0], 500)).shares[-1] == pytest.approx(0.5)
+
+
 @given(st.lists(st.floats(-1e9, 1e9), max_size=50), st.lists(st.floats(-1e9, 1e9), max_size=50))
 def test_any_scores_have_a_finite_index_that_is_not_negative(old, new):
     index = stability(ScoreReference.of(np.array(old)), np.array(new))

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from logs import Line, logs, raw, synthetic
 
 import pipelines.prepare as prepare_module
-from pipelines import assembly, candidates, datasets, edges, spans, transitions
+from pipelines import assembly, candidates, datasets, edges, overview, spans, splits, transitions
 from pipelines.datasets import RawLog, completejourney
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, contents
-from pipelines.splits import DAY, SplitConfig
+from pipelines.splits import STRADDLES, TEST, TRAIN, VALID, SplitConfig
 from recsys.errors import ConfigError, DataError
 from recsys.files import sha256_tree
+from recsys.history import DAY
 
 SPLITS = ("train", "valid", "test")
 
@@ -371,3 +372,30 @@ def test_sampled_households_are_whole_and_nested(tmp_path: Path) -> None:
     summary = ingest(completejourney(3), tmp_path / "source")
     assert summary.events == few.height
     assert summary.catalogue_items == few["item_id"].n_unique()
+
+
+def test_a_session_over_a_cut_is_in_no_period():
+    cut = splits.Cuts("time", valid=100, test=200)
+    sessions = [(50, 99, TRAIN), (99, 100, STRADDLES), (100, 100, VALID), (100, 199, VALID), (199, 200, STRADDLES)]
+    sessions.append((200, 300, TEST))
+    at, last, expected = (np.array(part) for part in zip(*sessions, strict=True))
+    found, end = splits.assign(cut, 1, np.zeros(len(at), np.int64), at, last)
+    assert found.tolist() == expected.tolist()
+    assert end.tolist() == [100]
+
+
+def test_what_will_say_little_is_said(tmp_path: Path) -> None:
+    """What the verb tells of a prepared set: its periods, and where there is too little in them."""
+    cuts = {"valid": 1_700_000_000_000_000, "test": 1_701_000_000_000_000}
+    counts = {"users": 9, "items": 3, "trained_items": 3, "requests": {"train": 1_000, "valid": 0, "test": 19}}
+    manifest = {"counts": counts, "cuts": cuts, "config": {"negatives": 100}}
+    told = overview.overview(manifest)
+    assert told["requests"] == "1,000 train, 0 valid, 19 test"
+    assert told["periods"] == "validation from 2023-11-14, test from 2023-11-26 (UTC)"
+    assert overview.overview(manifest | {"cuts": None})["periods"] == "each user's last two"
+    valid, test, negatives = overview.warnings(manifest)
+    assert valid.startswith("Only 0 validation requests")
+    assert test.startswith("Only 19 test requests")
+    assert negatives.startswith("100 negatives a request out of 3 items")
+    counts |= {"trained_items": 200, "requests": {"train": 1_000, "valid": 20, "test": 20}}
+    assert overview.warnings(manifest) == []

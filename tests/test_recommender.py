@@ -18,9 +18,9 @@ from ranking.gradient_boosting import GradientBoosting
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender, RecommenderConfig
-from ranking.sources import DAY, Followers, Popularity, Proposal, Repeats, SourceQuery, merge
+from ranking.sources import Followers, Popularity, Proposal, Repeats, SourceQuery, merge
 from recsys.errors import ConfigError, RequestError
-from recsys.history import UNKNOWN_KEY, Events
+from recsys.history import DAY, UNKNOWN_KEY, Events
 from recsys.messages import MAX_CANDIDATES, InlineEvent, RankRequest, RecommendRequest
 
 WORLD = worlds.make_world(users=60, length=20, known=50, repeats=0.2)

@@ -6,11 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.samplers import SAMPLERS, Ragged, log_density
+from pipelines.mixing import mix
+from pipelines.samplers import ROUNDS, SAMPLERS, Ragged, log_density
 from ranking.batch import PAD
 from ranking.items import ItemTable
 from recsys.errors import ConfigError, DataError
-from recsys.randomness import generator
+from recsys.randomness import derive, generator
 
 ROWS = 14
 rows = st.lists(st.integers(1, ROWS - 1), unique=True, max_size=8).map(sorted)
@@ -84,6 +85,28 @@ def test_fixed_draws_belong_to_the_request_whatever_stands_beside_it(seed: int, 
         assert np.array_equal(sampler.draw_fixed(seed, keys[chosen], some, 5, some), together[chosen])
 
 
+def test_every_fixed_draw_has_a_number_of_its_own() -> None:
+    """Draw j of round r takes number r * count + j of its request's stream: a repeated round repeats no other draw."""
+    items = ItemTable([], torch.zeros(4, 0, dtype=torch.int32), [], torch.tensor([0, 0, 5, 5]))
+    sampler, count, seed = SAMPLERS["uniform"](items), 7, 3
+    keys = np.arange(1, 200, dtype=np.uint64)
+    found = sampler.draw_fixed(seed, keys, Ragged.of([[2]] * len(keys)), count)
+    assert (found == 3).all()
+    # Of four items one is allowed, so that most draws take several rounds; replay them by the stated formula.
+    items = ItemTable([], torch.zeros(6, 0, dtype=torch.int32), [], torch.tensor([0, 0, 5, 5, 5, 5]))
+    sampler = SAMPLERS["uniform"](items)
+    found = sampler.draw_fixed(seed, keys, Ragged.of([[2, 3]] * len(keys)), count)
+    base = mix(keys ^ np.uint64(derive(seed, 0, "candidates/uniform")))
+    for request in range(len(keys)):
+        for j in range(count):
+            for attempt in range(ROUNDS):
+                word = mix(base[request : request + 1] + np.uint64(attempt * count + j)) >> np.uint64(11)
+                row = 2 + int(float(word[0]) * 2.0**-53 * 4)
+                if row in (4, 5):
+                    assert found[request, j] == row
+                    break
+
+
 def test_popularity_is_by_training_count_and_uniform_is_by_trained_item() -> None:
     count = torch.tensor([0, 9, 6, 0, 2, 2, 0])  # row 1 stands for the unknown item and is never drawn
     items = ItemTable([], torch.zeros(7, 0, dtype=torch.int32), [], count)
@@ -110,4 +133,8 @@ def test_log_density_is_the_log_of_how_often_rows_are_drawn():
     assert np.allclose(log_density([popularity])[trained], np.log(np.array([8, 4, 2, 2]) / 4))
     both = (np.array([8, 4, 2, 2]) / 16 + 1 / 4) / 2
     assert np.allclose(log_density([uniform, popularity])[trained], np.log(both * 4))
+    of_the_same = SAMPLERS["in_category"](table(0))  # whose requests differ has no say
+    assert not log_density([of_the_same]).any()
+    alone = SAMPLERS["popularity"](table(0))
+    assert np.array_equal(log_density([alone, of_the_same]), log_density([alone]))
     assert log_density([popularity])[6] == log_density([popularity])[5]  # never drawn: as the rarest

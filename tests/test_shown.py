@@ -20,11 +20,12 @@ from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import IMPRESSIONS, PreparedSet
 from pipelines.shipped import find_config
-from pipelines.splits import DAY, SplitConfig
+from pipelines.splits import SplitConfig
 from recsys.bootstrap import CalibrationError
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError, DataError
 from recsys.files import write_json
+from recsys.history import DAY
 
 CONFIG = PrepareConfig(split=SplitConfig(valid_days=10, test_days=30), negatives=3, workers=1)
 EVALUATE = EvaluateConfig(split=IMPRESSIONS, samplers=(IMPRESSIONS,), resamples=20, full_ranking_requests=5)

@@ -16,7 +16,7 @@ from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender
 from ranking.recommender_config import StatesConfig
-from ranking.state_cache import StateCache, States, Vectors, model_digest
+from ranking.state_cache import Entry, StateCache, States, Vectors, model_digest
 from ranking.users import Users
 from recsys.errors import ConfigError
 from recsys.history import Events
@@ -212,3 +212,52 @@ def test_a_vector_is_made_again_only_for_another_history_or_retriever(bundles, m
     for _ in range(2):
         Recommender(first, store, states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
     assert [*counts, len(made)] == [1, 1, 1, 2, 3]
+
+
+def test_what_is_not_used_for_so_long_is_gone_and_what_is_used_stays():
+    now = [0.0]
+    cache = StateCache(StatesConfig(seconds=60.0), clock=lambda: now[0])
+    entry = Entry(np.arange(3, dtype=np.int32), np.arange(3), torch.zeros(1, 4))
+    for user in ("a", "b"):
+        cache.put(user, "model", entry)
+    now[0] = 60.0
+    assert cache.get("a", "model") is entry
+    now[0] = 61.0
+    assert cache.get("b", "model") is None
+    assert (cache.counts.entries, cache.counts.bytes, cache.counts.evictions) == (1, entry.bytes, 1)
+    assert cache.get("a", "model") is entry
+    now[0] = 122.0
+    assert cache.get("a", "model") is None
+    assert (cache.counts.entries, cache.counts.bytes, cache.counts.evictions) == (0, 0, 2)
+
+
+def test_what_is_too_much_pushes_out_the_least_lately_used():
+    entry = Entry(np.arange(3, dtype=np.int32), np.arange(3), torch.zeros(1, 4))
+    cache = StateCache(StatesConfig(bytes=2 * entry.bytes))
+    for user in "aba" + "c":
+        cache.put(user, "model", entry)
+    assert [user for user in "abc" if cache.get(user, "model")] == ["a", "c"]
+    assert cache.counts.evictions == 1
+
+
+def test_an_entry_owns_its_arrays(bundles):
+    """A view of a mapped snapshot would keep all of its pages."""
+    store, cache = Store(), StateCache(StatesConfig(least_events=1))
+    for number in range(5):
+        store.add("a", number, worlds.START + number)
+    bundle, held = bundles["dare"][0], store.read("a")
+    Recommender(bundle, Fixed(held), states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
+    for part in ("ranker", "retriever"):
+        entry = cache.get("a", model_digest(bundle, part))
+        assert entry.times.tolist() == held.time.tolist()
+        assert not np.shares_memory(entry.times, held.time)
+
+
+class Fixed:
+    """Gives one history, as a mapped snapshot does."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+
+    def read(self, user_id: str) -> Events:
+        return self.events

@@ -165,7 +165,7 @@ def test_the_best_setting_has_the_largest_mean_and_the_first_of_equals_wins():
         ('models = ["din", "din"]', "distinct names"),
         ('models = ["din"]\nmetric = "beauty"', "metric must be one of gauc, .* found 'beauty'"),
         ('models = ["din"]\nseeds = []', "seeds must be distinct"),
-        ('models = ["din"]\n[own.dare]\nmodel.window = [1]', r"\[own.dare\] is no model of this sweep"),
+        ('models = ["din"]\n[own.dear]\nmodel.window = [1]', r"\[own.dear\] is no model of this sweep"),
         ('models = ["din"]\n[space]\noptimiser.learning_rate = 0.1', "space.optimiser.learning_rate: .* found 0.1"),
         ('models = ["din"]\n[space]\noptimiser.learning_rat = [0.1]', "did you mean 'learning_rate'"),
         ('models = ["popularity"]\n[space]\nmodel.window = [1]', "unknown key 'window'; there is nothing to set"),
@@ -177,3 +177,10 @@ def test_a_sweep_that_cannot_be_meant_is_refused_before_anything_is_trained(text
     path.write_text(text)
     with pytest.raises(ConfigError, match=names):
         trials(load_sweep(path), "digest")
+
+
+def test_a_ranker_left_out_of_the_models_may_have_its_space_all_the_same():
+    own = {"lightgbm": {"model": {"leaves": [15, 31]}}}
+    assert len(SweepConfig(models=("din", "dare"), own=own, trials=1).settings("din")) == 1
+    with pytest.raises(ConfigError, match=r"\[own.lihgtgbm\] is no model of this sweep"):
+        SweepConfig(models=("din",), own={"lihgtgbm": {}})

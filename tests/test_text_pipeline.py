@@ -27,7 +27,7 @@ from pipelines.text_models import load_text_config, train
 from pipelines.text_pairs import PairSource, split_of
 from ranking.bm25 import Bm25
 from ranking.dense_encoder import DenseConfig, DenseEncoder
-from ranking.fusion import NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
+from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.text_backbone import in_passes, locate, passes
 from ranking.text_models import load_encoder
 from recsys.cli.text import TEXT_MODELS
@@ -158,6 +158,20 @@ def test_fusions_by_arithmetic():
     mixed = convex_fusion(one, two, 0.25, 3)
     assert mixed.rows[0].tolist() == [1, 2, 0]
     assert mixed.scores[0] == pytest.approx([0.75, 0.75 * 0.75, 0.25])
+    # What stands alone, or beside its equals, is the best there is; equal sums stand by row.
+    alone = Ranking(np.array([[2, NONE]], np.int32), np.array([[4.0, -np.inf]], np.float32))
+    equal = Ranking(np.array([[3, 1]], np.int32), np.array([[0.5, 0.5]], np.float32))
+    mixed = convex_fusion(alone, equal, 0.5, 4)
+    assert mixed.rows[0].tolist() == [1, 2, 3, NONE]
+    assert mixed.scores[0, :3] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_query_is_covered_from_nine_tenths_on():
+    lexical = Ranking(np.array([[0, 1]] * 2, np.int32), np.array([[2.0, 1.0]] * 2, np.float32))
+    dense = Ranking(np.array([[1, 0]] * 2, np.int32), np.array([[2.0, 1.0]] * 2, np.float32))
+    mixed = Mix(0.4, 0.9).fuse(lexical, dense, np.array([COVERED, np.nextafter(COVERED, 0)]), 2)
+    assert mixed.rows[:, 0].tolist() == [0, 1]
+    assert mixed.scores[:, 0] == pytest.approx([0.9, 0.6])
 
 
 def test_bm25_survives_save_and_load_and_odd_queries(tmp_path):
@@ -353,7 +367,7 @@ def test_reranked_order_does_not_depend_on_the_order_of_candidates(name, folder,
 def test_relevant_and_equal_passages_are_never_negatives(folder, encoder):
     from pipelines.encoder_task import EncoderTask
 
-    corpus = Corpus("c", ["a", "b", "c"], ["wing flow", "Wing  flow", "heat"], [""] * 3)
+    corpus = Corpus("c", ["a", "b", "c"], ["wing flow", "Wing  flow", "heat"])
     queries = Queries(["1", "2"], ["wing", "wing"], [{0: 1}, {2: 1}])
     config = load_text_config(CONFIGS / "lexsembridge.toml")
     task = EncoderTask(config, tiny_text.model_of(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})

@@ -17,13 +17,14 @@ from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.optimise import OptimiserConfig
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.splits import DAY, SplitConfig
+from pipelines.splits import SplitConfig
 from pipelines.train import Loop, TrainingError, train, trained_run
 from pipelines.train_config import TrainConfig, load_config, suited
 from ranking.models import RANKERS
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError
 from recsys.files import sha256_json, write_json
+from recsys.history import DAY
 
 CONFIGS = Path("pipelines/configs")
 STEPS = 9

@@ -52,7 +52,9 @@ def recommend(
             count = recommend_on_workers(
                 place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
             )
-    typer.echo(f"{out}: {count} rows for {len(ids)} users, bundle {version}")
+    strangers = sum(snapshot.read(user) is None for user in ids) if users else 0
+    told = f", {strangers} of them unknown and served by popularity" if strangers else ""
+    typer.echo(f"{out}: {count} rows for {len(ids)} users{told}, bundle {version}")
 
 
 def replay(
@@ -101,11 +103,15 @@ def serve(
     if recommender:
         options = replace(options, recommender=load_recommender(recommender))
     if bare:
-        run_bare(options)
+        run_bare(options, lambda address: Terminal().say(_serving_at(address)))
         return
     with start(options) as running:
-        Terminal().say(f"Serving at {running.address}; documentation at {running.address}/docs. Stop with Ctrl-C.")
+        Terminal().say(_serving_at(running.address))
         running.wait()
+
+
+def _serving_at(address: str) -> str:
+    return f"Serving at {address}; documentation at {address}/docs. Stop with Ctrl-C."
 
 
 def compare_online(

@@ -90,7 +90,8 @@ def ingest(
 def _ingest_from_serving(place: Any, state: Path, window_days: float, as_of: int | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from pipelines.from_serving import DAY, Attribution, ingest_from_serving
+    from pipelines.from_serving import Attribution, ingest_from_serving
+    from recsys.history import DAY
 
     moment = time.time_ns() // 1000 if as_of is None else as_of
     found = ingest_from_serving(state, place, Attribution(round(window_days * DAY), moment))
@@ -112,6 +113,7 @@ def prepare(
     """Pack histories, split by time, build requests, candidates, counts and transitions."""
     from pipelines.append import add_part
     from pipelines.cards import prepare_defaults
+    from pipelines.overview import overview, warnings
     from pipelines.prepare import PrepareConfig
     from pipelines.prepare import prepare as run
     from pipelines.shipped import find_config
@@ -134,7 +136,9 @@ def prepare(
             prepared = add_part(part, place.parts, place.later_parts, out, report)
         if not add:
             prepared = run(place.parts, out, options, report, _numbering(place))
-    print_result(prepared.manifest, as_json)
+    print_result(prepared.manifest | ({} if as_json else overview(prepared.manifest)), as_json)
+    for line in warnings(prepared.manifest):
+        Terminal().say(line)
 
 
 def _numbering(place: Any) -> Path | None:

@@ -1,0 +1,41 @@
+"""What a person should see of a prepared set at once: how it is divided, and what makes figures on it say little."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+FEWEST = 20
+"""Requests of a period below which no figure on it says anything."""
+
+
+def overview(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Give how many requests each period has and when the periods begin, in words, by what they are about."""
+    counts = manifest["counts"]
+    requests = ", ".join(f"{counts['requests'][split]:,} {split}" for split in ("train", "valid", "test"))
+    cuts = manifest.get("cuts") or {}
+    begin = {split: _day(cuts[split]) for split in ("valid", "test") if split in cuts}
+    periods = f"validation from {begin['valid']}, test from {begin['test']} (UTC)" if begin else "each user's last two"
+    return {"users": f"{counts['users']:,}", "items": f"{counts['items']:,}", "requests": requests, "periods": periods}
+
+
+def warnings(manifest: Mapping[str, Any]) -> list[str]:
+    """Give what will make figures on this set say little, each with what to do about it."""
+    counts, config = manifest["counts"], manifest["config"]
+    told = []
+    for split, words in (("valid", "validation"), ("test", "test")):
+        number = counts["requests"][split]
+        if number < FEWEST:
+            told.append(
+                f"Only {number} {words} requests: figures on them say little. The periods count back from the newest "
+                "event; give --set split.valid_days and --set split.test_days, or --set split.kind=last_request"
+            )
+    if counts["trained_items"] < 2 * config["negatives"]:
+        told.append(
+            f"{config['negatives']} negatives a request out of {counts['trained_items']} items that were trained on: "
+            "they repeat, so metrics with a cutoff say little; give --set negatives, a tenth of the items or less"
+        )
+    return told
+
+
+def _day(moment: int) -> str:
+    return datetime.fromtimestamp(moment / 1e6, UTC).date().isoformat()
