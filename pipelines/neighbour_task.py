@@ -28,10 +28,10 @@ from pipelines.text_corpus import Queries
 from pipelines.text_measures import measure
 from pipelines.text_pairs import PairSource, normalised
 from pipelines.text_train import TextTrainConfig, contrastive_loss
-from ranking.dense_encoder import pool
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import device_of, padded, passes
 from ranking.text_models import Vectors
+from ranking.text_pooling import pool
 from ranking.top_layers import TopLayers
 from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator

@@ -28,6 +28,7 @@ from ranking.text_backbone import (
     within,
 )
 from ranking.text_models import Report, Vectors
+from ranking.text_pooling import pool
 from recsys.config import parse
 
 
@@ -41,14 +42,6 @@ class DenseConfig:
     max_query_len: int = 256
     """tokens, special ones included"""
     max_passage_len: int = 256
-
-
-def pool(hidden: Tensor, mask: Tensor, how: Literal["cls", "mean"]) -> Tensor:
-    """Pool hidden states [N, L, d] to [N, d]: the first position, or the mean over those not padding."""
-    if how == "cls":
-        return hidden[:, 0]
-    weight = mask.unsqueeze(-1).to(hidden.dtype)  # [N, L, 1]
-    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 class DenseEncoder(nn.Module):

@@ -30,8 +30,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
-from ranking.dense_encoder import pool
-from ranking.splade import max_pooled
 from ranking.text_backbone import (
     TextTokenizer,
     build_transformer,
@@ -46,6 +44,7 @@ from ranking.text_backbone import (
     within,
 )
 from ranking.text_models import Report, Vectors
+from ranking.text_pooling import max_pooled, pool
 from recsys.config import parse
 from recsys.errors import ConfigError
 

@@ -12,21 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor, nn
+from torch import nn
 
 from ranking.fusion import Ranking, best
 from ranking.products import fast_linear
 from ranking.text_backbone import TextTokenizer, device_of, load_transformer, padded, passes
 from ranking.text_models import Report
+from ranking.text_pooling import max_pooled
 
 TOKENS = 1024
 """Most tokens of a pass: each of them makes a row of V logits."""
-
-
-def max_pooled(logits: Tensor, mask: Tensor) -> Tensor:
-    """Give w [N, V] of logits [N, L, V]; the maximum is taken first, which is the same and far cheaper."""
-    highest = logits.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)  # [N, V]
-    return torch.log1p(torch.relu(highest))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pipelines.text_train import contrastive_loss
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import best
 from ranking.lexsembridge import Lexicon, LexSemBridge, LexSemBridgeConfig, enhance
-from ranking.splade import max_pooled
 from ranking.text_backbone import padded
 from ranking.text_models import load_encoder
+from ranking.text_pooling import max_pooled
 from recsys.errors import ConfigError
 
 TEXTS = ["wing flow heat wing", "shock", "", "layer plate cone speed mach drag lift jet skin wall tube gas gas"]
