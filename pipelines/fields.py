@@ -6,16 +6,13 @@ row a bad one. Nothing is decided row by row in Python: all of it is polars expr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import polars as pl
 
 from pipelines.mapping import MICROSECONDS, TimeConfig
 from recsys.errors import DataError
+from recsys.history import EARLIEST, LATEST
 
-EARLIEST = int(datetime(1980, 1, 1, tzinfo=UTC).timestamp() * 1e6)
-LATEST = int(datetime(2200, 1, 1, tzinfo=UTC).timestamp() * 1e6)
-"""Microseconds. Within them no time in one unit can pass for one in another: that is how mixed units are found."""
 _TIME_OF_DAY = ("%H", "%I", "%k", "%l", "%T", "%R", "%X", "%c", "%s")
 """parts of a format without which a text is a date"""
 _OFFSET = r"\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})$"

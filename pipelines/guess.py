@@ -13,10 +13,11 @@ from pathlib import Path
 
 import polars as pl
 
-from pipelines.fields import EARLIEST, LATEST, time_reader
+from pipelines.fields import time_reader
 from pipelines.mapping import MICROSECONDS, TimeConfig, Unit
 from pipelines.sources import BROKEN, Table, open_table
 from recsys.errors import DataError
+from recsys.history import EARLIEST, LATEST
 
 SAMPLE = 10_000
 """rows looked at"""

@@ -16,6 +16,9 @@ from recsys.errors import DataError
 DAY = 86_400_000_000
 """Microseconds of a day: all times are whole microseconds UTC."""
 
+EARLIEST, LATEST = 315_532_800_000_000, 7_258_118_400_000_000
+"""1980 and 2200. Within them no time in one unit can pass for one in another: that is how wrong units are found."""
+
 UNKNOWN_KEY = 2**32 - 1
 """Item key of an event whose item the catalogue does not know; every bundle maps it to the unknown row."""
 

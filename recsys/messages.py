@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from recsys.history import EARLIEST, LATEST
 
 MAX_CANDIDATES = 10_000
-MAX_DAYS = 36_500
 """Most items one `rank` request may ask for; more is answered with 413."""
 
+MAX_DAYS = 36_500
+"""For which items may be left out as seen."""
 
 Id = Annotated[str, Field(max_length=512)]
 """An outside id. The bound also makes half of a surrogate pair, which no UTF-8 can carry, an error of its field."""
@@ -18,6 +21,18 @@ MAX_QUERY = 4096
 
 Query = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY, pattern=r"\S")]
 """A text to search for; not blank."""
+
+
+def _microseconds(value: int) -> int:
+    """Refuse a time in seconds or milliseconds, which would pass for one of 1970."""
+    for unit, scale in (("seconds", 1_000_000), ("milliseconds", 1_000)):
+        if EARLIEST <= value * scale < LATEST:
+            raise ValueError(f"{value} is a time of this day and age in {unit}; expected microseconds since 1970")
+    return value
+
+
+Moment = Annotated[int, AfterValidator(_microseconds)]
+"""Microseconds since 1970, UTC; of a log that knows only an order positions, which are small numbers."""
 
 
 class Message(BaseModel):
@@ -30,7 +45,7 @@ class InlineEvent(Message):
     """One event of a history sent along with a request."""
 
     item_id: Id
-    timestamp: int = Field(description="microseconds since 1970, UTC")
+    timestamp: Moment = Field(description="microseconds since 1970, UTC")
     action: str = Field(default="", max_length=64)
 
 
@@ -78,7 +93,7 @@ class RecommendRequest(Message):
     user_id: Id | None = None
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
     k: int = Field(default=10, ge=1, le=1000)
-    at: int | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
+    at: Moment | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
     exclude_seen: bool = Field(default=False, description="leave out every item of the history")
     exclude_seen_days: float | None = Field(
         default=None, ge=0, le=MAX_DAYS, description="leave out items of the last so many days; the config's if absent"
@@ -149,7 +164,7 @@ class RankRequest(Message):
     user_id: Id | None = None
     history: list[InlineEvent] | None = None
     item_ids: list[Id] = Field(min_length=1)
-    at: int | None = None
+    at: Moment | None = None
 
 
 class RankResponse(Message):
@@ -171,7 +186,7 @@ class EventIn(Message):
 
     user_id: str = Field(min_length=1, max_length=512)
     item_id: str = Field(min_length=1, max_length=512)
-    timestamp: int | None = Field(default=None, description="microseconds since 1970, UTC; now if absent")
+    timestamp: Moment | None = Field(default=None, description="microseconds since 1970, UTC; now if absent")
     action: str = Field(default="", max_length=64)
     value: float = 0.0
     event_id: str | None = Field(default=None, max_length=128, description="makes a repeated post harmless")

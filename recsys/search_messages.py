@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from recsys.messages import Id, InlineEvent, Message, Query
+from recsys.messages import Id, InlineEvent, Message, Moment, Query
 
 MAX_DOCUMENTS = 1000
 """Most documents of one `rerank` request; more is answered with 413. Cohere advises no more either."""
@@ -37,7 +37,7 @@ class SearchRequest(Message):
     )
     user_id: Id | None = Field(default=None, description="blend the order with what the ranker says of this user")
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
-    at: int | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
+    at: Moment | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
 
 
 class SearchHit(Message):

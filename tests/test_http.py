@@ -214,6 +214,21 @@ def test_verdicts(client):
     ]
 
 
+@pytest.mark.parametrize(("scale", "unit"), [(1, "seconds"), (1_000, "milliseconds")])
+def test_a_time_in_another_unit_is_refused_and_not_taken_for_1970(client, scale, unit):
+    moment = int(time.time()) * scale
+    event = {"user_id": "u", "item_id": "item-1"}
+    for path, body in (
+        ("/v1/events", {"events": [event | {"timestamp": moment}]}),
+        ("/v1/recommend", {"user_id": "u", "at": moment}),
+        ("/v1/rank", {"history": [{"item_id": "item-1", "timestamp": moment}], "item_ids": ["item-2"]}),
+    ):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 422
+        assert f"{moment} is a time of this day and age in {unit}" in answer.json()["detail"]
+    assert post(client, event | {"timestamp": 5})["accepted"] == 1  # a position, or a day in 1970
+
+
 def test_an_id_used_twice_a_far_future_and_what_the_log_promises(client, service):
     one = {"user_id": "u", "item_id": "item-1", "event_id": "one"}
     now = time.time_ns() // 1000
