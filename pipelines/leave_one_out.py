@@ -167,7 +167,7 @@ class Report:
     split: str
     data_digest: str
     users: int
-    metrics: dict[str, dict[str, float]]  # model -> name, name.ci_low, name.ci_high
+    metrics: dict[str, dict[str, float | None]]  # model -> name, name.ci_low, name.ci_high; None: no interval
     differences: list[dict[str, Any]]  # of NDCG, every two models
 
     def save(self, directory: Path) -> None:
@@ -180,7 +180,8 @@ class Report:
         lines = [f"| model | {' | '.join(heads)} | 95 % of NDCG@10 |", "|---" * (len(heads) + 2) + "|"]
         for model, values in self.metrics.items():
             cells = [f"{values[f'{name}_at_{cut}']:.4f}" for cut in CUTS for name in ("hr", "ndcg")]
-            interval = f"[{values['ndcg_at_10.ci_low']:.4f}, {values['ndcg_at_10.ci_high']:.4f}]"
+            low, high = (values[f"ndcg_at_10.{end}"] for end in ("ci_low", "ci_high"))
+            interval = "–" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
             lines.append(f"| {model} | {' | '.join(cells)} | {interval} |")
         return "\n".join(lines) + "\n"
 
@@ -200,12 +201,12 @@ def evaluate(
     for name, model in models.items():
         advance = counter(progress, f"{name}: ranking all items", total)
         found[name] = target_ranks(model, prepared, split, advance=advance).estimates(resamples, seed)
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float | None]] = {}
     for name, estimates in found.items():
         metrics[name] = {}
         for key, estimate in estimates.items():
-            low, high = estimate.interval(level)
-            metrics[name] |= {key: estimate.value, f"{key}.ci_low": low, f"{key}.ci_high": high}
+            value, low, high = estimate.told(level)
+            metrics[name] |= {key: value, f"{key}.ci_low": low, f"{key}.ci_high": high}
     names = list(models)
     pairs = [(one, two) for place, one in enumerate(names) for two in names[place + 1 :]]
     return Report(split, prepared.digest, total, metrics, [_difference(one, two, found, level) for one, two in pairs])
@@ -213,12 +214,12 @@ def evaluate(
 
 def _difference(one: str, two: str, found: Mapping[str, Mapping[str, Estimate]], level: float) -> dict[str, Any]:
     difference = found[one]["ndcg_at_10"].minus(found[two]["ndcg_at_10"])
-    low, high = difference.interval(level)
+    value, low, high = difference.told(level)
     return {
         "metric": "ndcg_at_10",
         "model": one,
         "other": two,
-        "difference": difference.value,
+        "difference": value,
         "ci_low": low,
         "ci_high": high,
     }

@@ -74,12 +74,12 @@ class TaskResult:
 
     def table(self) -> dict[str, Any]:
         """Give everything as JSON values."""
-        systems: dict[str, dict[str, dict[str, float]]] = {}
+        systems: dict[str, dict[str, dict[str, float | None]]] = {}
         for name, values in self.values.items():
             systems[name] = {}
             for key, estimate in mean_of(values).items():
-                low, high = estimate.interval()
-                systems[name][key] = {"value": estimate.value, "ci_low": low, "ci_high": high}
+                value, low, high = estimate.told()
+                systems[name][key] = {"value": value, "ci_low": low, "ci_high": high}
         differences = {
             name: {"baseline": self.baseline[name], **found.table()} for name, found in self.against_baseline().items()
         }

@@ -51,11 +51,11 @@ class Comparison:
     lost: int
     tied: int
 
-    def table(self) -> dict[str, float]:
-        """Give JSON values."""
-        low, high = self.difference.interval()
+    def table(self) -> dict[str, float | None]:
+        """Give JSON values; None for the ends of an interval that a few queries do not give."""
+        value, low, high = self.difference.told()
         counts = {"won": self.won, "lost": self.lost, "tied": self.tied}
-        return {"difference": self.difference.value, "ci_low": low, "ci_high": high, **counts}
+        return {"difference": value, "ci_low": low, "ci_high": high, **counts}
 
 
 def compare(ours: Floats, theirs: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:

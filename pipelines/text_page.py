@@ -1,6 +1,7 @@
 """What an evaluation of text models says to a person: a sentence per model, tables, queries won and lost by most."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from pipelines import pages, plots
 from pipelines.plots import Point, Series
 from pipelines.tables import Cell, Table
 from pipelines.text_measures import MEASURES, Comparison, mean_of
+from recsys.bootstrap import Estimate
 from recsys.files import whole_file
 
 if TYPE_CHECKING:
@@ -61,12 +63,13 @@ def build_page(results: Sequence["TaskResult"], about: Mapping[str, Any]) -> Tex
 
 def sentence(result: "TaskResult", name: str, found: Comparison) -> str:
     """Say whether a model is better than the first stage it starts from on one task."""
-    low, high = found.difference.interval()
+    low, high = found.difference.interval()  # NaN of a few queries, which tell nothing apart
     base = result.baseline[name]
     word = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+    bounds = "no interval" if math.isnan(low) else f"[{points(low)}, {points(high)}]"
     return (
         f"{result.name}: `{name}` is {word} `{base}`: nDCG@10 {points(found.difference.value)} "
-        f"[{points(low)}, {points(high)}], {found.won} queries won, {found.lost} lost, {found.tied} alike."
+        f"{bounds}, {found.won} queries won, {found.lost} lost, {found.tied} alike."
     )
 
 
@@ -105,15 +108,12 @@ def _table(result: "TaskResult") -> Table:
     for name, values in measured.items():
         cells = [Cell(name)]
         for key, estimate in values.items():
-            low, high = estimate.interval()
-            cells.append(
-                Cell(f"{100 * estimate.value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", estimate.value == best[key])
-            )
+            bounds = _ends(estimate, lambda end: f"{100 * end:.1f}", "–")
+            cells.append(Cell(f"{100 * estimate.value:.1f}", bounds, estimate.value == best[key]))
         if name in found:
-            low, high = found[name].difference.interval()
             gain = f"{result.baseline[name]} {points(found[name].difference.value)}"
             cells += [
-                Cell(gain, f"{points(low)} to {points(high)}"),
+                Cell(gain, _ends(found[name].difference, points, " to ")),
                 Cell(f"{found[name].won} / {found[name].lost} / {found[name].tied}"),
             ]
         else:
@@ -125,12 +125,18 @@ def _table(result: "TaskResult") -> Table:
     return Table(title, header, tuple(rows), note)
 
 
+def _ends(estimate: Estimate, words: Callable[[float], str], between: str) -> str:
+    """Give the ends of an interval in words, nothing where there is none."""
+    low, high = estimate.interval()
+    return "" if math.isnan(low) else f"{words(low)}{between}{words(high)}"
+
+
 def _plot(result: "TaskResult") -> str:
     found = result.against_baseline()
     if not found:
         return ""
     estimates = [one.difference for one in found.values()]
-    marks = [Point(one.value, one.interval()) for one in estimates]
+    marks = [Point(one.value, None if math.isnan(one.interval()[0]) else one.interval()) for one in estimates]
     names = [f"{name} − {result.baseline[name]}" for name in found]
     title = f"nDCG@10 gained on {result.name}"
     return plots.ranges(title, "difference in nDCG@10", names, [Series("difference", marks)], zero=True)

@@ -389,3 +389,18 @@ def test_head_room_grows_with_its_bound_and_starts_at_the_plain_encoder():
     assert none.gold == pytest.approx(plain)
     assert none.gold <= some.gold <= much.gold
     assert none.wrong <= some.wrong <= much.wrong <= much.gold + 0.2
+
+
+def test_a_few_queries_have_values_and_no_intervals(folder, tmp_path, mlflow_uri, encoder):
+    """JSON knows no NaN, and nothing is told apart by three queries."""
+    run("mvp_apart", folder, tmp_path / "run", mlflow_uri, encoder)
+    corpus = read_corpus(folder)
+    queries = read_queries(folder, corpus, "test").only(range(3))
+    runs, stages = [TextModelRun.load("mvp_apart", tmp_path / "run")], FirstStages(corpus, encoder, folder / "cache")
+    write_text_report(evaluate_text(runs, stages, {"natural": queries}, 0.4, 10), {"corpus": "few"}, tmp_path)
+    told = json.loads((tmp_path / "metrics.json").read_text())["tasks"]["natural"]
+    assert told["systems"]["bm25"]["ndcg_at_10"]["value"] >= 0
+    assert told["systems"]["bm25"]["ndcg_at_10"]["ci_low"] is None
+    page = (tmp_path / "report.md").read_text()
+    assert "not told apart" in page
+    assert "nan" not in page

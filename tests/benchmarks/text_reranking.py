@@ -63,7 +63,7 @@ FULL = [
     *("optimiser.learning_rate=5e-5", "optimiser.learning_rate_fresh=5e-4", "optimiser.dropout=false"),
 ]
 FULL_STEPS = {
-    "cranfield": ["stop.steps=60", "stop.validate_every=20"],
+    "cranfield": ["stop.steps=40", "stop.validate_every=20"],
     "scifact": ["stop.steps=250", "stop.validate_every=50"],
 }
 APART = {
