@@ -12,6 +12,8 @@ from ranking.fusion import Ranking, best
 from recsys.errors import DataError
 
 K1, B = 0.9, 0.4
+UNKNOWN = 2
+"""Words a query must have for each that no passage holds, to be covered by one."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Bm25:
     def coverage(self, queries: Sequence[str], found: Ranking) -> NDArray[np.float64]:
         """Give [Q] the share of each query's words, weighed by idf, that the first passage found for it holds.
 
-        A word that no passage holds is held by the first one neither: what is asked for in other words, or misspelt, is
-        not covered. A query of stop-words alone gives 0.
+        Words that no passage holds tell passages no better apart and count nothing: a span cut inside a word keeps what
+        it has. Where there is more than one of them to two others the query is in the reader's own words, or misspelt,
+        and gives 0; so does one of stop-words alone.
         """
         import bm25s
 
@@ -70,13 +73,17 @@ class Bm25:
     def _covered(self, words: set[str], passage: int) -> float:
         postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]
         total = held = 0.0
+        unknown = 0
         for word in words:
             token = self.retriever.vocab_dict.get(word)
             holders = postings[:0] if token is None else postings[starts[token] : starts[token + 1]]
+            if not len(holders):
+                unknown += 1
+                continue
             idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
             total += idf
             held += idf * bool(np.isin(passage, holders))
-        return held / total if total else 0.0
+        return held / total if total and UNKNOWN * unknown <= len(words) - unknown else 0.0
 
     def save(self, directory: Path) -> None:
         """Write the index as arrays and JSON into a directory."""

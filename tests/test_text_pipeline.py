@@ -189,10 +189,12 @@ def test_coverage_is_the_share_of_a_query_that_its_best_passage_holds():
     index = Bm25.build(["wing flow heat", "heat shock", "flow", "jet"])
     queries = ["heat wing flow", "wing shock", "unheard heat shock", "the of", "unheard"]
     found = Ranking(np.array([[0], [0], [1], [NONE], [NONE]], np.int32), np.zeros((5, 1), np.float32))
-    heat, unheard = np.log1p(2.5 / 2.5), np.log1p(4.5 / 0.5)
     wing = shock = np.log1p(3.5 / 1.5)
-    known = (heat + shock) / (heat + shock + unheard)
-    np.testing.assert_allclose(index.coverage(queries, found), [1, wing / (wing + shock), known, 0, 0])
+    np.testing.assert_allclose(index.coverage(queries, found), [1, wing / (wing + shock), 1, 0, 0])
+    # Up to one word that no passage holds to two that some do: a query cut inside a word, not one in other words.
+    first = Ranking(np.zeros((3, 1), np.int32), np.zeros((3, 1), np.float32))
+    told = index.coverage(["wing unheard", "wing heat unheard", "wing heat flow unheard offhand"], first)
+    np.testing.assert_allclose(told, [0, 1, 0])
 
 
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
