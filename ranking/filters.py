@@ -163,7 +163,7 @@ class Filters:
 
 
 def seen_rows(request: RecommendRequest, user: User, days: float) -> NDArray[np.int32]:
-    """Give the distinct rows that a user has seen too lately to see again.
+    """Give the distinct rows that a user has seen too lately to see again, those of exactly so many days ago included.
 
     Args:
         request: asks for all of the history, for its own number of days, or for neither.

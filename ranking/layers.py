@@ -140,12 +140,12 @@ class ScoringHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Give logits [R] for features [R, width].
 
-        In training every row counts in the batch statistics; else a row's logit does not depend on the others and
-        has no gradient.
+        In training every row counts in the batch statistics, and a single one, which has none, takes those learned so
+        far; else a row's logit does not depend on the others and has no gradient.
         """
         if not self.training:
             return self._score(x.to(self.norm.weight.dtype))
-        if self.training and len(x) < 2:  # one row has no variance: use what was learned so far
+        if len(x) < 2:
             norm = self.norm
             x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:

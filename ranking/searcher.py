@@ -78,7 +78,8 @@ class Searched:
 
     Attributes:
         rows: int32 [n] passages, best first.
-        scores: float32 [n]; of the reranker for the first `reranked`, of the first stage below.
+        scores: float32 [n]; of the reranker for the first `reranked`, of the first stage below: two scales, which fall
+            within each part but not from one to the other.
         first: int64 [n] rank in the first stage, from 1.
         reranked: how many at the head the reranker ordered.
         truncated: bool [n], of which the reranker read only the beginning.

@@ -37,6 +37,9 @@ def write_snapshot(
         histories: over item keys, one row per user.
         data_digest: digest of the prepared set the histories come from.
         logs: what they contain of event logs; the live store adds the rest.
+
+    Raises:
+        DataError: not one id per history.
     """
     if len(user_ids) != len(histories):
         raise DataError(f"{directory}: {len(user_ids)} user ids, but {len(histories)} histories; expected one for one")
