@@ -123,7 +123,8 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
         DataError: there is no log, a log is damaged, or a history that was served differs from the rebuilt one; nothing
             is taken in then.
 
-    Cost: the service's logs are read once, from where they were left the last time.
+    Cost: the logs are read from where they were left the last time; where answers have matured since, the event log is
+    gone through once more from its beginning, for an event may come late.
     """
     log = LogReader(state / "log")
     taken = last_taken(place.parts, log.id)
