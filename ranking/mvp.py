@@ -10,8 +10,9 @@
 
 Two paths. A T5 encoder-decoder is the paper's: sentinels as view tokens, one start vector for all views, plain dot
 products. An encoder-only backbone (ours, the default without network) gets a fresh decoder of two cross-attention
-blocks, unused vocabulary rows as view tokens, a start vector per view since a fresh decoder's anchors would otherwise
-coincide, and scores divided by sqrt(d), since they must start near the temperature.
+blocks, unused vocabulary rows as view tokens, a start vector of width 1 per view since a fresh decoder's anchors would
+otherwise coincide (with N(0, 0.02^2) their cosine begins at .98 and the orthogonal term at 11.6 of 12), and scores
+divided by sqrt(d), since they must start near the temperature.
 
 Scores belong to one list: they may be neither cached per passage nor merged from chunks. Encodings E may be cached.
 
@@ -144,7 +145,7 @@ class Mvp(nn.Module):
             if self.width % config.decoder_heads:
                 raise ConfigError(f"[model] decoder_heads = {config.decoder_heads} does not divide {self.width}")
             self.decoder = CrossDecoder(self.width, config.decoder_layers, config.decoder_heads)
-            self.start = nn.Parameter(torch.randn(1 if config.shared_start else config.views, self.width) * 0.02)
+            self.start = nn.Parameter(torch.randn(1 if config.shared_start else config.views, self.width))
         self.eval()
 
     @staticmethod
