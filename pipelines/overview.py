@@ -21,14 +21,17 @@ def overview(manifest: Mapping[str, Any]) -> dict[str, str]:
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
     """Give what will make figures on this set say little, each with what to do about it."""
     counts, config = manifest["counts"], manifest["config"]
+    mend = "every user gives one to each, so it takes more users"
+    if manifest.get("cuts"):
+        mend = (
+            "the periods count back from the newest event; give --set split.valid_days and --set split.test_days, or "
+            "--set split.kind=last_request"
+        )
     told = []
     for split, words in (("valid", "validation"), ("test", "test")):
         number = counts["requests"][split]
         if number < FEWEST:
-            told.append(
-                f"Only {number} {words} requests: figures on them say little. The periods count back from the newest "
-                "event; give --set split.valid_days and --set split.test_days, or --set split.kind=last_request"
-            )
+            told.append(f"Only {number} {words} requests, on which figures say little: {mend}")
     if counts["trained_items"] < 2 * config["negatives"]:
         told.append(
             f"{config['negatives']} negatives a request out of {counts['trained_items']} items that were trained on: "

@@ -396,6 +396,8 @@ def test_what_will_say_little_is_said(tmp_path: Path) -> None:
     valid, test, negatives = overview.warnings(manifest)
     assert valid.startswith("Only 0 validation requests")
     assert test.startswith("Only 19 test requests")
+    assert "split.valid_days" in valid
+    assert "takes more users" in overview.warnings(manifest | {"cuts": None})[0]  # there are no days to choose
     assert negatives.startswith("100 negatives a request out of 3 items")
     counts |= {"trained_items": 200, "requests": {"train": 1_000, "valid": 20, "test": 20}}
     assert overview.warnings(manifest) == []
