@@ -7,7 +7,8 @@
         for item in client.recommend(user_id="ana", k=5).items:
             print(item.item_id, item.score)
 
-A request is sent again once: at once if the connection breaks, after the time asked for if the answer is 502, 503, 504.
+A request is sent again once: at once if the connection breaks, after the time asked for if the answer is 502, 503, 504
+or a 500 that is not the service's own: so say Ray Serve's proxies that a replica died.
 That is safe: answers change nothing, and every event gets an id here, so a repeat of a post is recognised.
 """
 
@@ -33,6 +34,7 @@ from recsys.messages import (
     RecommendResponse,
 )
 from serving.replies import (
+    PROBLEM,
     ForgottenResponse,
     HistoryResponse,
     ItemsResponse,
@@ -42,7 +44,6 @@ from serving.replies import (
 )
 
 PASSING = frozenset({502, 503, 504})
-"""Statuses after which the same request may well succeed."""
 
 LONGEST_WAIT = 5.0  # seconds
 
@@ -133,7 +134,7 @@ class Client:
             response = self._http.request(method, path, content=body, params=params, headers=headers)
         except httpx.TransportError:
             response = self._http.request(method, path, content=body, params=params, headers=headers)
-        if response.status_code in PASSING:
+        if _passing(response):
             time.sleep(min(float(response.headers.get("retry-after", 1)), LONGEST_WAIT))
             response = self._http.request(method, path, content=body, params=params, headers=headers)
         if response.status_code != httpx.codes.OK:
@@ -143,6 +144,12 @@ class Client:
         except ValidationError as error:
             detail = f"{method} {path}: the answer is not a {kind.__name__}; do client and service differ in version?"
             raise RequestError(response.status_code, "unexpected_answer", detail) from error
+
+
+def _passing(response: httpx.Response) -> bool:
+    """Say whether the same request may well succeed the next time."""
+    own = response.headers.get("content-type", "").startswith(PROBLEM)
+    return response.status_code in PASSING or (response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and not own)
 
 
 def _refusal(response: httpx.Response) -> RequestError:

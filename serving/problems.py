@@ -18,6 +18,7 @@
     overloaded                503      too many requests wait; `Retry-After` says when to come back
     too_late                  503      the request waited for its turn beyond its deadline
     not_ready                 503      no bundle is loaded yet
+    no_replica                503      the process that had the request died; said by the proxy in front of it
     log_unavailable           503      the event log cannot be written, so no event of the post was taken
     stuck                     503      a piece of work does not end; the process is to be replaced
     internal                  500      a defect; the log has the details under the request id
@@ -36,10 +37,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from recsys.errors import PartError, RequestError, StoreError
+from serving.replies import PROBLEM
 
 logger = logging.getLogger(__name__)
 
-MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
 
 
@@ -65,7 +66,7 @@ def responses() -> dict[int | str, dict[str, Any]]:
     """Give the problem documents as OpenAPI responses."""
     schema = Problem.model_json_schema()
     schema["properties"]["errors"]["items"] = schema.pop("$defs")["FieldError"]
-    content = {MEDIA_TYPE: {"schema": schema}}
+    content = {PROBLEM: {"schema": schema}}
     return {
         "4XX": {"description": "Refused; 409 if the bundle lacks a part that is asked for", "content": content},
         "503": {"description": "Overloaded, or no bundle yet", "content": content},
@@ -99,7 +100,7 @@ def problem(
     all_headers = dict(headers or {})
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         all_headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return Response(body.model_dump_json(), status, all_headers, MEDIA_TYPE)
+    return Response(body.model_dump_json(), status, all_headers, PROBLEM)
 
 
 def install(app: FastAPI) -> None:

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from recsys.messages import Message
 
+PROBLEM = "application/problem+json"
+"""The media type of every refusal (`serving.problems`)."""
+
 
 class ModelInfo(Message):
     """A model of the bundle being served."""

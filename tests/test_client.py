@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from recsys.errors import RequestError
 from recsys.messages import EventIn
 from serving.client import Client
+from serving.problems import unexpected
 from serving.security import ApiKeys
 
 KEY = "0123456789abcdef"
@@ -105,8 +106,18 @@ def test_refusals_carry_status_and_code(client, way):
         client.models()
 
 
+SOON = {"retry-after": "0"}
+
+
 @pytest.mark.parametrize(
-    "fault", [httpx.ConnectError("gone"), httpx.ReadError("cut"), httpx.Response(503, headers={"retry-after": "0"})]
+    "fault",
+    [
+        httpx.ConnectError("gone"),
+        httpx.ReadError("cut"),
+        httpx.Response(503, headers=SOON),
+        httpx.Response(500, headers=SOON, text="Internal Server Error"),
+    ],
+    ids=["no connection", "cut", "no replica", "a proxy's"],
 )
 def test_what_breaks_once_is_sent_again_and_recorded_once(client, way, fault):
     way.faults = [fault]
@@ -114,6 +125,14 @@ def test_what_breaks_once_is_sent_again_and_recorded_once(client, way, fault):
     assert sent.accepted == 1
     assert way.bodies[0] == way.bodies[1]  # the very same event id
     assert client.events(EventIn.model_validate({"user_id": "again", "item_id": "item-1"} | _id(sent))).accepted == 0
+
+
+def test_an_error_of_the_service_is_told_at_once(client, way):
+    own = unexpected()
+    way.faults = [httpx.Response(500, headers=dict(own.headers), content=own.body)]
+    with pytest.raises(RequestError) as refused:
+        client.models()
+    assert (refused.value.status, refused.value.code, len(way.bodies)) == (500, "internal", 1)
 
 
 def test_what_breaks_twice_is_told(client, way):

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import select
 import socket
 import sys
 import threading
@@ -19,6 +21,8 @@ from recsys.messages import EventIn, RankRequest, RecommendRequest
 from serving.app import Limits
 from serving.client import Client
 from serving.host import Running, ServeConfig, start
+from serving.problems import Problem
+from serving.replies import PROBLEM
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
 
@@ -228,3 +232,17 @@ class TestServed:
         with Client(running.address, timeout=WAIT) as client:
             verdicts = client.events(*acknowledged[-900:]).verdicts
         assert {verdict.verdict for verdict in verdicts} == {"duplicate"}
+
+    def test_a_request_that_dies_with_its_replica_is_refused_as_one_to_send_again(self, running):  # the last: all die
+        port = int(os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"])  # of Serve's proxy, behind HAProxy
+        head = "POST /v1/events HTTP/1.1\r\nHost: -\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        with socket.create_connection(("127.0.0.1", port), WAIT) as half_sent:
+            half_sent.sendall(head.encode())
+            while not select.select([half_sent], [], [], 1.0)[0]:  # whichever replica has it
+                for replica in replicas(running):
+                    replica.kill()
+            answer = http.client.HTTPResponse(half_sent)
+            answer.begin()
+            refusal = Problem.model_validate_json(answer.read())
+        assert (answer.status, answer.headers["content-type"], answer.headers["retry-after"]) == (503, PROBLEM, "1")
+        assert refusal.code == "no_replica"
