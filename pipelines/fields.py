@@ -4,17 +4,20 @@ A field turns a column of whatever type the file has into the canonical type and
 row a bad one. Nothing is decided row by row in Python: all of it is polars expressions over the stream.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
 
-from pipelines.mapping import MICROSECONDS, TimeConfig
+from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig
 from recsys.errors import DataError
 from recsys.history import EARLIEST, LATEST
 
 _TIME_OF_DAY = ("%H", "%I", "%k", "%l", "%T", "%R", "%X", "%c", "%s")
 """parts of a format without which a text is a date"""
+_MARKED = r"^[+-]?\d[\d.,' ]*\d$"
+"""a number, whatever its marks"""
 _OFFSET = r"\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})$"
 
 
@@ -61,17 +64,42 @@ def read_name(column: str, kind: pl.DataType, file: str) -> Field:
     return Field(pl.when(text != "").then(text), lambda _: (Problem(odd, "a name or a number without decimals"),))
 
 
-def read_number(column: str, kind: pl.DataType, file: str) -> Field:
-    """Give a float64 that may be missing; text that is no number, and one that is not finite, make the row bad."""
-    number = _number(column, kind, file)
+def number_reader(config: NumbersConfig) -> Reader:
+    """Give the reader of float64 that may be missing; text that is no number, or one that is not finite, is bad."""
 
-    def problems(parsed: pl.Expr) -> tuple[Problem, ...]:
-        unreadable = pl.lit(False)
-        if kind == pl.String:
-            unreadable = parsed.is_null() & (pl.col(column).str.strip_chars() != "").fill_null(False)
-        return (Problem(unreadable | ~parsed.is_finite().fill_null(True), "a finite number"),)
+    def read(column: str, kind: pl.DataType, file: str) -> Field:
+        if kind != pl.String:
+            return Field(_number(column, kind, file), lambda parsed: (_not_finite(parsed, pl.lit(False)),))
+        text = pl.col(column).str.strip_chars()
 
-    return Field(number, problems)
+        def problems(parsed: pl.Expr) -> tuple[Problem, ...]:
+            unreadable = parsed.is_null() & (text != "").fill_null(False)
+            marked = unreadable & text.str.contains(_MARKED).fill_null(False)
+            found = f"a number as {config.example}; other marks are named in [numbers] decimal and thousands"
+            return Problem(marked, found), _not_finite(parsed, unreadable)
+
+        return Field(parse_numbers(text, config), problems)
+
+    return read
+
+
+def parse_numbers(text: pl.Expr, config: NumbersConfig) -> pl.Expr:
+    """Give text, without blanks around it, as float64; what is written otherwise is null.
+
+    Thousands stand in threes or without a mark: of `1.23` with points between thousands nobody knows what it means.
+    """
+    if config != NumbersConfig():
+        digits, decimal = r"\d+", re.escape(config.decimal)
+        if config.thousands:
+            digits = rf"(\d{{1,3}}({re.escape(config.thousands)}\d{{3}})+|\d+)"
+        written = text.str.contains(rf"^[+-]?{digits}({decimal}\d*)?$")
+        plain = text.str.replace_all(config.thousands, "", literal=True) if config.thousands else text
+        text = pl.when(written).then(plain.str.replace(config.decimal, ".", literal=True))
+    return text.cast(pl.Float64, strict=False)
+
+
+def _not_finite(number: pl.Expr, unreadable: pl.Expr) -> Problem:
+    return Problem(unreadable | ~number.is_finite().fill_null(True), "a finite number")
 
 
 def read_label(column: str, kind: pl.DataType, file: str) -> Field:

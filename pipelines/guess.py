@@ -13,8 +13,8 @@ from pathlib import Path
 
 import polars as pl
 
-from pipelines.fields import time_reader
-from pipelines.mapping import MICROSECONDS, TimeConfig, Unit
+from pipelines.fields import parse_numbers, time_reader
+from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig, Unit
 from pipelines.sources import BROKEN, Table, open_table
 from recsys.errors import DataError
 from recsys.history import EARLIEST, LATEST
@@ -55,8 +55,12 @@ _FORMATS = (
     "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d", "%Y%m%d",
 )  # fmt: skip
 MULTI_SEPARATORS = "|;"
+STYLES = (NumbersConfig(), NumbersConfig(","), NumbersConfig(",", "."), NumbersConfig(".", ","))
+"""ways of writing numbers that are tried, the likeliest first"""
 _MOST_VALUES = 0.5
 """of the rows: a text column with more different values than this is not a category"""
+_FEWEST_NUMBERS = 20
+"""different values of a column of numbers that are no categories"""
 _ENOUGH_SHARED = 0.5
 UNKNOWN = "?"
 
@@ -98,7 +102,9 @@ def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
     if catalogue is not None and rows is not None:
         key = guess_item_key(sample, guesses["item_id"].column if "item_id" in guesses else None, rows)
         parts.append(_items(catalogue, rows, key))
-    parts += [_time(time), _sessions(guesses), _filters(guesses, sample), _requests(guesses, sample), _QUALITY]
+    numbers = guess_numbers(_numeric(sample, guesses, rows))
+    parts += [_time(time), _numbers(numbers), _sessions(guesses), _filters(guesses, sample, numbers)]
+    parts += [_requests(guesses, sample), _QUALITY]
     return "\n".join(parts)
 
 
@@ -159,8 +165,10 @@ def _fits(canonical: str, sample: pl.DataFrame, column: str) -> bool:
     """Whether a column's content can be what its name says."""
     if canonical == "timestamp":
         return guess_time(sample, column) is not None
-    if canonical in ("value", "position"):
+    if canonical == "value":
         return _share_of_numbers(sample[column]) > 0.9
+    if canonical == "position":
+        return _share_of_numbers(sample[column], STYLES[:1]) > 0.9
     return sample.schema[column].is_integer() or sample.schema[column] in (pl.String, pl.Float64)
 
 
@@ -226,11 +234,39 @@ def guess_time(sample: pl.DataFrame, column: str) -> Time | None:
     return Time("datetime", best, f"text such as {values[column][0]}") if inside[best] > 0.9 * values.height else None
 
 
-def _share_of_numbers(values: pl.Series) -> float:
+def guess_numbers(columns: Sequence[pl.Series]) -> NumbersConfig:
+    """Give the way of writing numbers that suits most values of some columns, the likeliest of equals."""
+    return max(STYLES, key=lambda style: sum(_share_of_numbers(values, [style]) for values in columns))
+
+
+def _numeric(sample: pl.DataFrame, guesses: Mapping[str, Guess], items: pl.DataFrame | None) -> list[pl.Series]:
+    """Give the columns that the mapping reads as numbers, or may."""
+    names = [guesses["value"].column] if "value" in guesses else []
+    columns = [sample[name] for name in [*names, *_amounts(sample)]]
+    return columns + [values for values in ([] if items is None else items) if _is_numeric(values)]
+
+
+def _amounts(sample: pl.DataFrame) -> list[str]:
+    return [name for name in sample.columns if _plain(name) in POSITIVE and _share_of_numbers(sample[name]) > 0.9]
+
+
+def _is_numeric(values: pl.Series) -> bool:
+    known = values.drop_nulls()
+    return _share_of_numbers(known) == 1.0 and known.n_unique() > _FEWEST_NUMBERS
+
+
+def _share_of_numbers(values: pl.Series, styles: Sequence[NumbersConfig] = STYLES) -> float:
+    """Give the share of the values that are numbers, in the style that suits best."""
     known = values.drop_nulls()
     if known.is_empty() or not (known.dtype.is_numeric() or known.dtype == pl.String):
         return 0.0
-    return known.cast(pl.Float64, strict=False).count() / len(known)
+    return max(_as_numbers(known, style).count() for style in styles) / len(known)
+
+
+def _as_numbers(values: pl.Series, style: NumbersConfig) -> pl.Series:
+    if values.dtype != pl.String:
+        return values.cast(pl.Float64)
+    return values.to_frame().select(parse_numbers(pl.col(values.name).str.strip_chars(), style)).to_series()
 
 
 def _quoted(text: str) -> str:
@@ -289,7 +325,7 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None) -> str:
         separator = _separator(values)
         if separator is not None:
             multi[name] = separator
-        elif _share_of_numbers(values) == 1.0 and values.n_unique() > 20:
+        elif _is_numeric(values):
             numeric.append(name)
         elif values.dtype == pl.String and not texts and values.n_unique() > _MOST_VALUES * sample.height:
             texts.append(name)
@@ -331,17 +367,24 @@ def _time(time: Time | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _numbers(style: NumbersConfig) -> str:
+    return (
+        f"[numbers]  # in text, such as {style.example}\n"
+        f"decimal = {_quoted(style.decimal)}{'  # a guess: CHECK' if style != STYLES[0] else ''}\n"
+        f"thousands = {_quoted(style.thousands)}  # what stands between them\n"
+    )
+
+
 def _sessions(guesses: Mapping[str, Guess]) -> str:
     line = '# gap = "30m"  # cut a session where a user was away longer; without, every moment is its own'
     return f"[sessions]\n{line if 'session_id' not in guesses else '# the log has sessions of its own'}\n"
 
 
-def _filters(guesses: Mapping[str, Guess], sample: pl.DataFrame) -> str:
+def _filters(guesses: Mapping[str, Guess], sample: pl.DataFrame, style: NumbersConfig) -> str:
     needed = [guesses[name].column for name in ("user_id", "item_id") if name in guesses]
     empty = [name for name in needed if sample[name].null_count()]
     shares = ", ".join(f"{sample[name].null_count() / sample.height:.1%} of {_one_line(name)}" for name in empty)
-    positive = [name for name in sample.columns if _plain(name) in POSITIVE and _share_of_numbers(sample[name]) > 0.9]
-    low = [name for name in positive if (sample[name].cast(pl.Float64, strict=False) <= 0).any()]
+    low = [name for name in _amounts(sample) if (_as_numbers(sample[name], style) <= 0).any()]
     lines = ["[filters]  # rows left out on purpose; they are counted apart from bad ones"]
     if empty:
         lines.append(f"drop_null = {_listed(empty)}  # {shares} is missing in the first {sample.height:,} rows")

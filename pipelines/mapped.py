@@ -17,7 +17,7 @@ import polars as pl
 from pipelines import thinning
 from pipelines.cards import Tally
 from pipelines.datasets import RawLog
-from pipelines.fields import read_id, read_label, read_name, read_number, read_position, time_reader
+from pipelines.fields import Reader, number_reader, read_id, read_label, read_name, read_position, time_reader
 from pipelines.mapping import FiltersConfig, IngestConfig, ItemsConfig
 from pipelines.quarantine import FILE, KEPT, Checked, Wanted, check_rows, refuse_if_too_bad, write_quarantine
 from pipelines.sources import BROKEN, ROW, WHOLE_ROW, Table, find_files, open_table
@@ -53,14 +53,12 @@ def read_mapped(config: IngestConfig, folder: Path, name: str, work: Path, quara
 
     Cost: streaming; memory grows with the users and items, not with the events.
     """
-    checked = {
-        "events": check_rows(
-            _tables(config.source.events, folder, "events"), _events(config), config.filters, work / "events.parquet"
-        )
-    }
+    read_number = number_reader(config.numbers)
+    tables = _tables(config.source.events, folder, "events")
+    checked = {"events": check_rows(tables, _events(config), config.filters, read_number, work / "events.parquet")}
     if config.source.impressions:
-        tables = _tables(config.source.impressions, folder, "impressions")
-        checked["impressions"] = check_rows(tables, _impressions(config), FiltersConfig(), work / "impressions.parquet")
+        tables, wanted = _tables(config.source.impressions, folder, "impressions"), _impressions(config)
+        checked["impressions"] = check_rows(tables, wanted, FiltersConfig(), read_number, work / "impressions.parquet")
     write_quarantine(checked, quarantine)
     for what, one in checked.items():
         refuse_if_too_bad(what, one, config.quality.max_bad_share, quarantine)
@@ -92,7 +90,7 @@ def _events(config: IngestConfig) -> list[Wanted]:
         wanted.append(Wanted(TIMESTAMP, str(columns.position), read_position))
     optional = (
         (ACTION, columns.action, read_name),
-        (VALUE, columns.value, read_number),
+        (VALUE, columns.value, number_reader(config.numbers)),
         (SESSION_ID, columns.session_id, read_name),
         (EVENT_ID, columns.event_id, read_name),
     )
@@ -145,11 +143,11 @@ def _items(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
     if config.source.items is None:
         return None
     tables = _tables(config.source.items, folder, "items")
-    rows = [_item_rows(place, table, config.items) for place, table in enumerate(tables)]
+    rows = [_item_rows(place, table, config.items, number_reader(config.numbers)) for place, table in enumerate(tables)]
     return _whole_table(tables, rows, ITEM_ID, [config.items.item_id] * len(tables))
 
 
-def _item_rows(place: int, table: Table, config: ItemsConfig) -> pl.LazyFrame:
+def _item_rows(place: int, table: Table, config: ItemsConfig, read_number: Reader) -> pl.LazyFrame:
     file = str(table.path)
     key = read_id(config.item_id, table.require(config.item_id, "[items] item_id"), file)
     values: dict[str, pl.Expr] = {ITEM_ID: key.value}

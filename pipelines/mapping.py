@@ -115,6 +115,23 @@ class TimeConfig:
 
 
 @dataclass(frozen=True)
+class NumbersConfig:
+    """How numbers are written in text: the mark before the decimals, and between thousands ("": nothing)."""
+
+    decimal: Literal[".", ","] = "."
+    thousands: Literal["", ".", ",", " ", "'"] = ""
+
+    def __post_init__(self) -> None:
+        if self.decimal == self.thousands:
+            raise ConfigError(f"[numbers]: decimal and thousands are both {self.decimal!r}; expected two marks")
+
+    @property
+    def example(self) -> str:
+        """A number written so."""
+        return f"1{self.thousands}234{self.decimal}5"
+
+
+@dataclass(frozen=True)
 class SessionsConfig:
     """`gap`: a user's events further apart than this, e.g. 30m, 12h or 1d, belong to two sessions."""
 
@@ -179,6 +196,7 @@ class IngestConfig:
     items: ItemsConfig = field(default_factory=ItemsConfig)
     impressions: ImpressionsConfig = field(default_factory=ImpressionsConfig)
     time: TimeConfig = field(default_factory=TimeConfig)
+    numbers: NumbersConfig = field(default_factory=NumbersConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     requests: RequestsConfig = field(default_factory=RequestsConfig)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import polars as pl
 
-from pipelines.fields import Field, Reader, read_number
+from pipelines.fields import Field, Reader
 from pipelines.mapping import FiltersConfig
 from pipelines.sources import BROKEN, ROW, WHOLE_ROW, Table
 from recsys.errors import DataError
@@ -79,7 +79,9 @@ class Checked:
         return pl.scan_parquet(self.path).filter(pl.col(VERDICT) == KEPT).drop(VERDICT, FOUND)
 
 
-def check_rows(tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersConfig, out: Path) -> Checked:
+def check_rows(
+    tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersConfig, read_number: Reader, out: Path
+) -> Checked:
     """Read files into `out` (Parquet), every row with its verdict.
 
     A filter on missing values comes before everything wrong with a row, and that before a filter on numbers: a row
@@ -92,14 +94,16 @@ def check_rows(tables: Sequence[Table], wanted: Sequence[Wanted], filters: Filte
     """
     files = tuple(table.path for table in tables)
     try:
-        codes = _write(tables, wanted, filters, out)
+        codes = _write(tables, wanted, filters, read_number, out)
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{', '.join(map(str, files))}: cannot be read ({error})") from None
     counted = pl.scan_parquet(out).group_by(VERDICT).agg(pl.len()).collect(engine="streaming")
     return Checked(out, files, tuple(codes), dict(counted.iter_rows()))
 
 
-def _write(tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersConfig, out: Path) -> dict[Rule, int]:
+def _write(
+    tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersConfig, read_number: Reader, out: Path
+) -> dict[Rule, int]:
     """Write all tables' rows with verdicts; give the rules' numbers.
 
     JSON Lines are trusted at first, and read line by line only if that fails.
@@ -107,7 +111,9 @@ def _write(tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersCo
     trusted = [replace(table, trusted=table.kind == "jsonl") for table in tables]
     for attempt in (trusted, tables) if trusted != list(tables) else (tables,):
         codes: dict[Rule, int] = {}
-        frames = [_with_verdicts(place, table, wanted, filters, codes) for place, table in enumerate(attempt)]
+        frames = [
+            _with_verdicts(place, table, wanted, filters, read_number, codes) for place, table in enumerate(attempt)
+        ]
         try:
             pl.concat(frames).sink_parquet(out, compression="lz4")
             break
@@ -118,7 +124,12 @@ def _write(tables: Sequence[Table], wanted: Sequence[Wanted], filters: FiltersCo
 
 
 def _with_verdicts(
-    place: int, table: Table, wanted: Sequence[Wanted], filters: FiltersConfig, codes: dict[Rule, int]
+    place: int,
+    table: Table,
+    wanted: Sequence[Wanted],
+    filters: FiltersConfig,
+    read_number: Reader,
+    codes: dict[Rule, int],
 ) -> pl.LazyFrame:
     """Give one file's rows in canonical columns with verdicts; `codes` numbers the rules and grows."""
     file = str(table.path)

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from pipelines import thinning
 from pipelines.cards import prepare_defaults
 from pipelines.event_facts import measure_events, write_users
-from pipelines.fields import time_reader
+from pipelines.fields import number_reader, time_reader
 from pipelines.ingest import ingest_files
-from pipelines.mapping import IngestConfig, TimeConfig, load_mapping
+from pipelines.mapping import IngestConfig, NumbersConfig, TimeConfig, load_mapping
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.sources import open_table
 from pipelines.textfiles import check_text, read_header
@@ -255,6 +255,36 @@ def test_parquet_of_wrong_types_is_refused_by_column(tmp_path: Path, column: str
     pl.DataFrame({**good, column: values}).write_parquet(tmp_path / "events.parquet")
     with pytest.raises(DataError, match=message):
         run(mapping(), tmp_path)
+
+
+STYLES = [NumbersConfig(d, t) for d in ".," for t in ("", ".", ",", " ", "'") if d != t]
+
+
+@given(st.lists(st.integers(-(10**9), 10**9), min_size=1, max_size=20), st.sampled_from(STYLES))
+def test_numbers_are_read_as_they_are_written(cents: list[int], style: NumbersConfig) -> None:
+    """With its decimals a number is never taken for another: in another style it is itself or a bad row."""
+    marks = str.maketrans({".": style.decimal, ",": style.thousands})
+    rows = pl.DataFrame({"paid": [f"{number / 100:,.2f}".translate(marks) for number in cents]})
+    for other in STYLES:
+        field = number_reader(other)("paid", pl.String(), "events.csv")
+        parsed = rows.select(field.value).to_series()
+        bad = rows.select(pl.any_horizontal(one.holds for one in field.problems(field.value))).to_series()
+        assert (bad == parsed.is_null()).all()
+        assert all(found in (number / 100, None) for found, number in zip(parsed, cents, strict=True))
+        assert other != style or not bad.any()
+
+
+def test_marks_of_numbers_are_named_where_they_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(f'who,what,when,paid\na,x,{START},"1.012,50"\nb,x,{START},-\n')
+    with pytest.raises(DataError, match=r"found '1.012,50': expected a number as 1234.5; other marks are named in \["):
+        run(mapping(), tmp_path)
+    marks = {"decimal": ",", "thousands": "."}
+    with pytest.raises(DataError, match=r"row 2, column 'paid', found '-': expected a finite number"):
+        run(mapping(numbers=marks), tmp_path)
+    card, events = run(mapping(numbers=marks, quality={"max_bad_share": 0.5}), tmp_path)
+    assert (card.read, events["value"].to_list()) == (2, [1012.5])
+    with pytest.raises(ConfigError, match=r"\[numbers\]: decimal and thousands are both ','; expected two marks"):
+        mapping(numbers={"decimal": ",", "thousands": ","})
 
 
 def test_types_may_differ_between_files_and_float_ids_are_whole_numbers(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from pipelines.guess import guess_columns, guess_time, write_mapping
 from pipelines.ingest import ingest_files
-from pipelines.mapping import load_mapping
+from pipelines.mapping import NumbersConfig, load_mapping
 from pipelines.sources import open_table
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
@@ -141,6 +141,19 @@ def test_a_catalogue_is_sorted_into_text_categories_values_and_numbers(tmp_path:
     config = load_mapping(tmp_path / "my.toml").items
     assert (config.item_id, config.text, config.categorical) == ("movieId", ("title",), ("language",))
     assert (config.multi, config.numeric) == ({"genres": "|"}, ("length",))
+
+
+def test_how_numbers_are_written_is_guessed(tmp_path: Path) -> None:
+    rows = [f"u{n % 5};{n % 7};2024-01-{n % 28 + 1:02};{n},{n % 10}0;{n % 3 - 1},0" for n in range(40)]
+    events = file(tmp_path, "buys.csv", "\n".join(["user;item;date;price;quantity", *rows]))
+    items = file(tmp_path, "items.csv", "\n".join(["item;weight", *(f"{n};{n}.000,25" for n in range(1, 30))]))
+    (tmp_path / "my.toml").write_text(write_mapping(events, items, tmp_path))
+    config = load_mapping(tmp_path / "my.toml")
+    assert (config.numbers, config.items.numeric) == (NumbersConfig(",", "."), ("weight",))
+    assert config.filters.positive == ("quantity",)
+    card = ingest_files(config, tmp_path, tmp_path / "log", "x")
+    assert (card.bad, card.filtered) == ({}, {"positive quantity": 27})
+    assert pl.read_parquet(tmp_path / "log/items.parquet")["weight"].max() == 29_000.25
 
 
 def test_the_command_line_from_a_file_to_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
