@@ -1,9 +1,11 @@
 """What another bundle would have answered: the request log scored again over the histories as they were.
 
 The bundle that answered gives what it gave, to the bit: any difference is then a defect. Answers whose history can't be
-rebuilt (made over another snapshot or log, or of users who are forgotten) are skipped and counted.
+rebuilt (made over another snapshot or log, or of users who are forgotten) are skipped and counted. Those made with
+other filters, rules or quotas, or when other items could not be had, are replayed by those of now, and counted.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 from pydantic import ValidationError
 
 from ranking.as_served import as_served, forgotten_users
+from ranking.availability import AVAILABILITY, AvailabilityFile
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender
+from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.snapshot import SnapshotReader
 from recsys.errors import DataError
 from recsys.history import Events
@@ -59,6 +63,7 @@ class Replay:
         replayed: scored again.
         skipped: whose history can't be rebuilt, or whose user is forgotten.
         other_history: replayed with a history that differs from the one served, as the bundle knows other items.
+        other_settings: made with other quotas, filters or rules, or when other items could not be had.
         identical: the same items, order and scores.
         overlap: mean.
         rank_correlation: mean of those that have one.
@@ -72,6 +77,7 @@ class Replay:
     replayed: int
     skipped: int
     other_history: int
+    other_settings: int
     identical: int
     overlap: float | None
     rank_correlation: float | None
@@ -93,7 +99,8 @@ class Replay:
             f"rank correlation   {_shown(self.rank_correlation)} (mean, items in both)",
             f"score delta        {_shown(self.score_delta)} (largest, items in both)",
         ]
-        return "\n".join(lines + [f"other history      {self.other_history}"] * (self.other_history > 0))
+        others = (("other history", self.other_history), ("other settings", self.other_settings))
+        return "\n".join(lines + [f"{name:<18} {count}" for name, count in others if count])
 
 
 class _One:
@@ -108,14 +115,20 @@ class _One:
 
 
 def replay(
-    state: Path, bundle: Bundle, snapshot: SnapshotReader, limit: int | None = None, progress: Progress | None = None
+    state: Path,
+    bundle: Bundle,
+    snapshot: SnapshotReader,
+    config: RecommenderConfig = DEFAULTS,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> Replay:
     """Score the newest `limit` logged answers (all if None) with a bundle, and compare.
 
     Args:
-        state: the service's state directory, with its event log and its request log.
+        state: the service's state directory, with its event log, its request log and what cannot be had now.
         bundle: any bundle whose item keys go with the snapshot's.
         snapshot: the one that was served.
+        config: that of the service.
         limit: how many at most.
         progress: told after every answer.
 
@@ -134,22 +147,24 @@ def replay(
         if (one.snapshot, one.log) == (snapshot.id, log.id) and one.position >= forgotten.get(one.user_id, 0)
     ]
     history = _One()
-    recommender = Recommender(bundle, history)
+    recommender = Recommender(bundle, history, config, AvailabilityFile(state / AVAILABILITY))
+    settings = recommender.settings_digest()
     found: list[Difference] = []
-    other = 0
+    others: Counter[str] = Counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the service: more threads add the numbers up in another order
     try:
         for request, events in as_served(can, snapshot, log, Encoder(bundle.key_of, bundle.action_of)):
             history.events = events
-            other += history_digest(events or Events.empty(), request.at) != request.history
+            others["history"] += history_digest(events or Events.empty(), request.at) != request.history
+            others["settings"] += request.settings not in ("", settings)
             answer = recommender.recommend(_asked(request, state), request.at)
             found.append(difference(request.request_id, request.items, answer.items))
             if progress is not None:
                 progress(len(found), len(can))
     finally:
         torch.set_num_threads(threads)
-    return _summed(bundle.version, answers, can, found, other)
+    return _summed(bundle.version, answers, can, found, others)
 
 
 def difference(request_id: str, logged: Sequence[LoggedItem], given: Sequence[RecommendedItem]) -> Difference:
@@ -188,7 +203,7 @@ def _summed(
     answers: Sequence[LoggedRequest],
     replayed: Sequence[LoggedRequest],
     found: Sequence[Difference],
-    other: int,
+    others: Counter[str],
 ) -> Replay:
     models = [request.model for request in replayed]
     correlations = [one.rank_correlation for one in found if one.rank_correlation is not None]
@@ -199,7 +214,8 @@ def _summed(
         answers=len(answers),
         replayed=len(found),
         skipped=len(answers) - len(found),
-        other_history=other,
+        other_history=others["history"],
+        other_settings=others["settings"],
         identical=sum(one.identical for one in found),
         overlap=float(np.mean([one.overlap for one in found])) if found else None,
         rank_correlation=float(np.mean(correlations)) if correlations else None,

@@ -21,6 +21,9 @@ from recsys.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+AVAILABILITY = "availability.json"
+"""Name of the file, in a service's state."""
+
 Stamp = tuple[int, int, int]
 """Of a file: inode, time of change in nanoseconds, bytes."""
 

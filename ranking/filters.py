@@ -18,6 +18,7 @@ from ranking.attributes import Attributes
 from ranking.batch import FIRST_ITEM
 from ranking.users import User
 from recsys.errors import ConfigError, RequestError
+from recsys.files import sha256_json
 from recsys.history import DAY
 from recsys.messages import ItemFilter, RecommendRequest
 
@@ -74,6 +75,7 @@ class Filters:
         self._lock = Lock()
         self._masks: OrderedDict[object, NDArray[np.bool_]] = OrderedDict()
         self._joined: tuple[object, Allowed] | None = None
+        self._digest = (-1, "")
         self._always = [(f"filter of {one.column}", self._of_attribute(one)) for one in self._config]
 
     def allowed(self, request: RecommendRequest, seen: NDArray[np.int32]) -> Allowed:
@@ -100,6 +102,13 @@ class Filters:
             else:
                 found[place] = next((name for name, mask in parts if not mask[row]), None)
         return found
+
+    def unavailable_digest(self) -> str:
+        """Name what cannot be had now; hashed once per change of the table."""
+        table = self._unavailable()
+        if self._digest[0] != table.version:
+            self._digest = (table.version, sha256_json(sorted(table.item_ids)))
+        return self._digest[1]
 
     def _base(self, request: RecommendRequest) -> Allowed:
         """Give what passes all filters but that of the seen items; like requests share one mask."""

@@ -27,7 +27,7 @@ from ranking.candidate_search import Asked, CandidateSearch, by_score, sources_i
 from ranking.filters import Availability, Filters, seen_rows
 from ranking.ladder import Budget, Ladder
 from ranking.recall_watch import RecallWatch
-from ranking.recommender_config import DEFAULTS, RecommenderConfig
+from ranking.recommender_config import DEFAULTS, RecommenderConfig, StatesConfig
 from ranking.rules import Rules
 from ranking.scorer import Encoded, Scorer
 from ranking.searcher import Searched
@@ -36,6 +36,7 @@ from ranking.state_cache import StateCache
 from ranking.trace import Clock, Found, explain, stages_of
 from ranking.users import LATEST, User, Users
 from recsys.errors import RequestError
+from recsys.files import sha256_json
 from recsys.messages import (
     MAX_CANDIDATES,
     RankRequest,
@@ -81,6 +82,7 @@ class Recommender:
         self.bundle = bundle
         self.histories = histories
         self.config = config
+        self._settings = repr(replace(config, states=StatesConfig()))  # kept states change no answer
         self._row_of = bundle.row_of  # built here, not by the first request
         attributes = Attributes(bundle)
         self._users = Users(bundle, histories, config.history_limit)
@@ -90,6 +92,10 @@ class Recommender:
         popularity = Popularity(bundle.items)
         self._sources = [*sources_in_use(bundle, config, popularity, watch), *more_sources]
         self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
+
+    def settings_digest(self) -> str:
+        """Name what answers depend on beside bundle, history and request: the config, and what cannot be had now."""
+        return sha256_json([self._settings, self._filters.unavailable_digest()])[:16]
 
     def recommend(
         self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None

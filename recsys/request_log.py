@@ -49,6 +49,7 @@ class LoggedRequest:
         model: version of the bundle that answered.
         request: the request's fields that are not defaults, but user and moment.
         items: the answer, best first.
+        settings: `Recommender.settings_digest` when it was made; empty in logs from before there was one.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class LoggedRequest:
     model: str
     request: dict[str, Any]
     items: tuple[LoggedItem, ...]
+    settings: str = ""
 
 
 def history_digest(events: Events, at: int) -> str:

@@ -43,6 +43,10 @@ class Answers(Protocol):
         """Give the scores of given items."""
         ...
 
+    def settings_digest(self) -> str:
+        """Name what answers depend on beside bundle, history and request."""
+        ...
+
 
 @dataclass(frozen=True)
 class NoRanker:
@@ -68,6 +72,10 @@ class NoRanker:
     ) -> RankResponse:
         """Raise `RequestError` 409."""
         raise self._error()
+
+    def settings_digest(self) -> str:
+        """Give none."""
+        return ""
 
     def _error(self) -> RequestError:
         text = f"bundle {self.version} has no ranker, it only searches text; publish one with `recsys publish --ranker`"

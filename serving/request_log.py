@@ -113,7 +113,13 @@ class RequestLog:
 
 
 def logged(
-    request: RecommendRequest, response: RecommendResponse, at: int, observed: Observed, log: str, champion: str
+    request: RecommendRequest,
+    response: RecommendResponse,
+    at: int,
+    observed: Observed,
+    log: str,
+    champion: str,
+    settings: str,
 ) -> LoggedRequest:
     """Give the entry of an answer.
 
@@ -124,6 +130,7 @@ def logged(
         observed: the history it was made from.
         log: id of the event log.
         champion: version of the bundle whose item keys the histories have.
+        settings: the recommender's digest of them.
     """
     asked = request.model_dump(mode="json", exclude_defaults=True, exclude={"user_id", "at", "explain"})
     return LoggedRequest(
@@ -139,4 +146,5 @@ def logged(
         request=asked,
         # Answers are not randomised: what was shown was certain to be.
         items=tuple(LoggedItem(item.item_id, item.score, tuple(item.sources), 1.0) for item in response.items),
+        settings=settings,
     )

@@ -147,16 +147,17 @@ class Service:
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.recommended(request.k, len(response.items), response.candidates)
         if found is None:  # what a text search proposed can't be made again from the history
-            self._log_answer(request, response, moment, lineup.champion.bundle.version)
+            self._log_answer(request, response, moment, lineup.champion)
         return response
 
-    def _log_answer(self, request: RecommendRequest, response: RecommendResponse, now: int, champion: str) -> None:
+    def _log_answer(self, request: RecommendRequest, response: RecommendResponse, now: int, champion: Served) -> None:
         """Offer an answer to the request log, if it was made whole from a stored history and is drawn."""
         log, observed = self._requests, self.histories.observed()
         if log is None or observed is None or request.user_id is None or response.degraded or not log.wanted():
             return
         at = now if request.at is None else request.at
-        taken = log.offer(logged(request, response, at, observed, self.state.log.id, champion))
+        version, settings = champion.bundle.version, champion.recommender.settings_digest()
+        taken = log.offer(logged(request, response, at, observed, self.state.log.id, version, settings))
         self.telemetry.logged(taken)
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:

@@ -141,7 +141,7 @@ def open_service(config: ServeConfig) -> Service:
     """
     import torch
 
-    from ranking.availability import AvailabilityFile
+    from ranking.availability import AVAILABILITY, AvailabilityFile
     from ranking.index import use_threads
     from ranking.recall_watch import RecallWatch
     from ranking.request_path import RequestPath
@@ -159,7 +159,7 @@ def open_service(config: ServeConfig) -> Service:
     telemetry.recovered(*log.recovered())
     states = StateCache(config.recommender.states) if config.recommender.states.bytes else None
     watch = RecallWatch(config.recall_share, telemetry.recall) if config.recall_share else None
-    path = RequestPath(config.recommender, AvailabilityFile(config.state / "availability.json"), states, watch)
+    path = RequestPath(config.recommender, AvailabilityFile(config.state / AVAILABILITY), states, watch)
     return Service(
         log,
         store,

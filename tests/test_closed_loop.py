@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from serving_world import Place, make_service
+from serving_world import LATER, Place, make_service, publish_world
 
 from pipelines.datasets import RawLog
 from pipelines.from_serving import Attribution, FromServing, contained, ingest_from_serving
@@ -20,8 +20,10 @@ from pipelines.settings import SplitConfig
 from pipelines.train import train
 from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
+from ranking.availability import AVAILABILITY, AvailabilityFile
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender
+from ranking.recommender_config import Cap, RecommenderConfig
 from ranking.snapshot import SnapshotReader
 from recsys.errors import DataError
 from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
@@ -191,6 +193,28 @@ def test_a_history_that_was_not_served_as_it_is_rebuilt_stops_the_loop(loop, tmp
     path.write_bytes(b"".join(map(encode, answers)))
     part = pl.read_parquet(Path(str(loop.take(ROUNDS[-1] + 2).part)) / "impressions.parquet")
     assert set(part["label"]) == {0, 1}
+
+
+def test_replay_counts_answers_made_with_other_rules_or_when_other_items_could_be_had(tmp_path):
+    place, state = publish_world(tmp_path / "world"), tmp_path / "state"
+    capped = RecommenderConfig(rules=(Cap("category", 2),))
+    bundle, snapshot = Bundle.load(place.bundle), SnapshotReader(place.snapshot)
+    requests = [RecommendRequest(user_id=f"user-{number}", k=5, at=LATER) for number in range(6)]
+
+    def serve(asked: list[RecommendRequest]) -> list[str]:
+        service = make_service(place, state, request_log=RequestLogConfig(share=1.0), recommender=capped)
+        items = [item.item_id for request in asked for item in service.recommend(request).items]
+        service.close()
+        return items
+
+    before = serve(requests[:3])
+    AvailabilityFile(state / AVAILABILITY).put(dict.fromkeys(before, False))
+    assert not {*serve(requests)} & {*before}
+    found = replay(state, bundle, snapshot, capped)
+    assert (found.replayed, found.other_settings, found.identical) == (9, 3, 6)
+    assert "other settings     3" in found.text()
+    found = replay(state, bundle, snapshot)
+    assert (found.replayed, found.other_settings, found.identical < 6) == (9, 9, True)
 
 
 def test_answers_whose_window_has_not_passed_wait(loop):

@@ -65,6 +65,7 @@ def replay(
     ] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of the newest answers.")] = None,
+    recommender: RecommenderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score logged answers again with any bundle, over the histories as they were, and say what differs."""
@@ -73,12 +74,15 @@ def replay(
     from pipelines.replay import replay as run
     from pipelines.workspace import Workspace
     from ranking.bundle import Bundle
+    from ranking.recommender_config import DEFAULTS, load_recommender
     from ranking.snapshot import SnapshotReader
 
     place = Workspace(workspace)
+    config = load_recommender(recommender) if recommender else DEFAULTS
     chosen = Bundle.load(bundle or place.require(place.bundle, "publish"), golden=False)
     with Terminal().bar("replay") as bar:
-        found = run(log, chosen, SnapshotReader(snapshot or place.snapshot), limit, lambda done, n: bar(done, n, ""))
+        base = SnapshotReader(snapshot or place.snapshot)
+        found = run(log, chosen, base, config, limit, lambda done, n: bar(done, n, ""))
     typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else found.text())
 
 
