@@ -34,6 +34,16 @@ TEXT_MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """name -> config and model"""
 CATALOGUE = "catalogue"
+_RERANKERS = frozenset({"mvp", "mvp_apart", "cross_encoder"})
+_READ_BY = {
+    "batches": frozenset({"queries", "passages"}),
+    "temperature": frozenset({"queries", "passages"}),
+    "group": frozenset({"queries", *_RERANKERS}),
+    **dict.fromkeys(("cuts", "layers", "train_tokens"), frozenset({"passages"})),
+    **dict.fromkeys(("depth", "teacher", "positives", "rank_tau"), _RERANKERS),
+    "orthogonal": frozenset({"mvp", "mvp_apart"}),
+}
+"""key of a config -> rerankers that read it, and batches of LexSemBridge that do; what is not here all read"""
 
 
 def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainConfig:
@@ -46,7 +56,13 @@ def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainCo
     if name not in TEXT_MODELS:
         raise ConfigError(f"{path} [model]: name must be one of {', '.join(TEXT_MODELS)}, found {name!r}")
     options = parse(TEXT_MODELS[name][0], model, f"{path} [model]")
-    return parse(TextTrainConfig, {"name": name, "model": options, **table}, str(path))
+    config = parse(TextTrainConfig, {"name": name, "model": options, **table}, str(path))
+    reader = name if name in _RERANKERS else config.batches
+    for key in table:
+        if reader not in _READ_BY.get(key, {reader}):
+            of = name if name in _RERANKERS else f"{name} with batches = {reader!r}"
+            raise ConfigError(f"{path}: {key} would do nothing for {of}; leave it out")
+    return config
 
 
 def open_corpus(path: str, items: Path) -> Corpus:

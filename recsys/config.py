@@ -4,9 +4,9 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -67,7 +67,8 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         where: how messages name this table, e.g. `train.toml [model]`.
 
     Raises:
-        ConfigError: an unknown key, a missing key, a value of the wrong type or range, or NaN, which passes any range.
+        ConfigError: an unknown key, a missing key, a value of the wrong type (text is no number, nor is true) or range,
+            or NaN, which passes any range.
     """
     _refuse_unknown(kind, table, where)
     _refuse_nan(table, where)
@@ -92,8 +93,8 @@ def _config(kind: type[Any]) -> ConfigDict | None:
     return None if dataclasses.is_dataclass(kind) else ConfigDict(extra="forbid")
 
 
-def _refuse_unknown(kind: type[Any], table: Mapping[str, Any], where: str) -> None:
-    if not dataclasses.is_dataclass(kind):
+def _refuse_unknown(kind: Any, table: Mapping[str, Any], where: str) -> None:
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         return
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in table.items():
@@ -101,6 +102,25 @@ def _refuse_unknown(kind: type[Any], table: Mapping[str, Any], where: str) -> No
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "there is nothing to set"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-        nested = fields[key].type
-        if isinstance(value, Mapping) and isinstance(nested, type):
-            _refuse_unknown(nested, value, f"{where} [{key}]")
+        types = set(_types(fields[key].type))
+        for one in value if isinstance(value, list) else [value]:
+            _refuse_coerced(types, one, f"{where}: {key}")
+            for nested in types if isinstance(one, Mapping) else ():
+                _refuse_unknown(nested, one, f"{where} [{key}]")
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Give an annotation and all within it: of `tuple[Cap, ...] | None` also Cap."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _types(inner)
+
+
+def _refuse_coerced(types: set[Any], value: Any, where: str) -> None:
+    """Refuse text for a number or a flag, and a flag for a number: pydantic would take both."""
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    wanted = [name for kind, name in names.items() if kind in types]
+    text = isinstance(value, str) and str not in types and value not in types
+    flag = isinstance(value, bool) and bool not in types
+    if wanted and (text or flag):
+        raise ConfigError(f"{where}: expected {wanted[-1]}, found {value!r}")

@@ -1,6 +1,7 @@
 """The command line: quick to answer, strict, and honest in its exit codes."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ import pytest
 from pipelines.evaluation import EvaluateConfig
 from pipelines.settings import PrepareConfig
 from ranking.models import RANKERS
+from recsys.cli import app
 from recsys.cli.text import TEXT_MODELS
 from recsys.config import parse
 from recsys.errors import BundleError, ConfigError, DataError, GateError, RecsysError
@@ -50,6 +52,13 @@ def test_help_imports_nothing_heavy():
         (["serve", "-w", "{tmp}"], 3, ["recsys publish --workspace"]),
         (["quickstart", "-w", "{tmp}", "--set", "evaluate.max_request=3"], 2, ["'max_request'", "'max_requests'"]),
         (["quickstart", "-w", "{tmp}", "--config", "{tmp}/no.toml"], 2, ["no.toml: no such file"]),
+        (["publish", "-w", "{tmp}", "--gates", "gates"], 2, ["--gates would do nothing without --ranker"]),
+        (["publish", "-w", "{tmp}", "--fusion", "rrf"], 2, ["--fusion, name a --text-encoder"]),
+        (
+            ["train", "-w", "{tmp}", "--config", "mvp", "--workers", "2"],
+            2,
+            ["--workers would do nothing for a text"],
+        ),
         (["ingest", "-w", "{tmp}", "--users", "0"], 2, ["--users"]),
         (["ingest", "-w", "{tmp}", "--dataset", "nope"], 2, ["completejourney", "'nope'"]),
     ],
@@ -123,3 +132,19 @@ recsys.cli.main()
         process.terminate()
         assert process.wait(120) == 128 + 15
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("text", ["--set", "max_requests=9"], "--set would do nothing for text models"),
+        ("text", ["--config", "mine"], "--config would do nothing for text models"),
+        ("ranker", ["--split", "valid"], "--split would do nothing for rankers"),
+        ("ranker", ["--corpus", "c", "--split", "dev"], "--corpus and --split would do nothing"),
+    ],
+)
+def test_evaluation_refuses_what_means_nothing_for_its_models(tmp_path, kind, given, words):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text(json.dumps({"kind": kind}))
+    with pytest.raises(ConfigError, match=words):
+        app(["evaluate", "a", "-w", str(tmp_path), *given], standalone_mode=False)

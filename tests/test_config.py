@@ -23,11 +23,14 @@ class Outer:
     width: int
     names: tuple[str, ...] = ()
     inner: Inner = field(default_factory=Inner)
+    more: tuple[Inner, ...] = ()
+    most: int | None = None
+    shown: bool = False
 
 
 def test_values_arrive_typed():
-    config = parse(Outer, {"width": 3, "names": ["x"], "inner": {"rate": 1}}, "t.toml")
-    assert config == Outer(3, ("x",), Inner(1.0))
+    config = parse(Outer, {"width": 3, "names": ["x"], "inner": {"rate": 1}, "more": [{"kind": "b"}]}, "t.toml")
+    assert config == Outer(3, ("x",), Inner(1.0), (Inner(kind="b"),))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,14 @@ def test_values_arrive_typed():
         ({"width": 3, "widht": 4}, ["t.toml", "'widht'", "'width'"]),
         ({"width": 3, "inner": {"rte": 1}}, ["t.toml [inner]", "'rte'", "'rate'"]),
         ({}, ["width", "required"]),
-        ({"width": "many"}, ["width", "integer", "'many'"]),
+        ({"width": "many"}, ["width", "a whole number", "'many'"]),
+        ({"width": "3"}, ["width", "a whole number", "'3'"]),
+        ({"width": True}, ["width", "a whole number", "True"]),
+        ({"width": 3, "inner": {"rate": "1"}}, ["t.toml [inner]", "rate", "a number", "'1'"]),
+        ({"width": 3, "shown": "yes"}, ["shown", "true or false", "'yes'"]),
+        ({"width": 3, "most": "1"}, ["most", "a whole number", "'1'"]),
+        ({"width": 3, "more": [{"rate": 1}, {"rte": 1}]}, ["t.toml [more]", "'rte'", "'rate'"]),
+        ({"width": 3, "more": [{"rate": True}]}, ["t.toml [more]", "rate", "a number", "True"]),
         ({"width": 3, "inner": {"kind": "c"}}, ["inner.kind", "'a' or 'b'", "'c'"]),
         ({"width": 3, "inner": {"rate": float("nan")}}, ["t.toml [inner]", "rate", "a number", "nan"]),
         ({"width": 3, "names": ["x", float("nan")]}, ["t.toml", "names", "nan"]),

@@ -317,6 +317,20 @@ def test_every_shipped_text_config_is_read():
         load_text_config(CONFIGS / "lexsembridge.toml", ["model.weigths=slr"])
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "of"),
+    [
+        ("mvp", "cuts=2", "mvp"),
+        ("cross_encoder", "orthogonal=1.0", "cross_encoder"),
+        ("lexsembridge", "teacher=qrels", "lexsembridge with batches = 'queries'"),
+        ("lexsembridge", "layers=1", "lexsembridge with batches = 'queries'"),
+    ],
+)
+def test_what_another_kind_of_training_reads_is_refused(name, key, of):
+    with pytest.raises(ConfigError, match=f"{key.split('=')[0]} would do nothing for {of}; leave it out"):
+        load_text_config(CONFIGS / f"{name}.toml", [key])
+
+
 def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, mlflow_uri, encoder):
     for name in ("lexsembridge", "mvp", "mvp_apart"):
         run(name, folder, tmp_path / name, mlflow_uri, encoder)

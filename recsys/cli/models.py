@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption
+from recsys.cli.options import DEFAULT_WORKSPACE, JsonOption, SetOption, UriOption, WorkspaceOption, refuse_given
 from recsys.cli.search import publish_search, search_parts
 from recsys.cli.text import all_text, evaluate_text, is_text_config, train_text
 from recsys.errors import ConfigError
@@ -41,6 +41,7 @@ def train(
 
     place, path = Workspace(workspace), find_config(config)
     if is_text_config(path):
+        refuse_given("for a text model", workers=workers > 1)
         train_text(path, place, name, mlflow, assignments or (), as_json)
         return
     prepared = _prepared(place)
@@ -113,8 +114,10 @@ def evaluate(
 
     place, path = Workspace(workspace), find_config(config)
     if all_text(place, runs):
+        refuse_given("for text models", config=config != "evaluate", set=assignments)
         evaluate_text(runs, place, corpus, split, mlflow, as_json)
         return
+    refuse_given("for rankers, whose split is in the config", corpus=corpus, split=split)
     options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
     if len({Path(name).name for name in runs}) < len(runs):
         raise ConfigError(
@@ -261,6 +264,7 @@ def publish(
     place = Workspace(workspace)
     uri = mlflow or place.tracking_uri
     if ranker is None:
+        refuse_given("without --ranker", retriever=retriever, gates=gates, calibration=calibration)
         text = search_parts(text_encoder, reranker, corpus, fusion, place, items=False)
         publish_search(text, corpus, place, uri, alias)
         return

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from recsys.errors import ConfigError
+
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="Directory of the log and all made from it.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the config file.")]
 UriOption = Annotated[
@@ -15,3 +17,14 @@ RecommenderOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEFAULT_WORKSPACE = Path("workspace")
+
+
+def refuse_given(where: str, **options: object) -> None:
+    """Refuse options that would do nothing; those at None, "", False or () were not given.
+
+    Raises:
+        ConfigError: names them.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise ConfigError(f"{' and '.join(given)} would do nothing {where}")

@@ -21,8 +21,9 @@ def search_parts(
     from pipelines import text_publish
 
     if encoder is None:
-        if reranker or corpus or not items:
-            raise ConfigError("without --ranker, or with --reranker or --corpus, name a --text-encoder (none: words)")
+        if reranker or corpus or not items or fusion != text_publish.BY_QUERY:
+            why = "without --ranker, or with --reranker, --corpus or --fusion"
+            raise ConfigError(f"{why}, name a --text-encoder (none: words)")
         return None
     if corpus is not None:
         rows = text_publish.item_rows(place.prepared) if items else None
