@@ -17,7 +17,9 @@ env: $(VENV)/installed-$(FAISS)
 
 $(VENV)/installed-$(FAISS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/installed-*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
+	$(BIN)/python -m pip uninstall -qq --yes faiss-cpu faiss-gpu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 

@@ -19,6 +19,9 @@ SMALLEST = 1 << 21
 MOST = 1 << 29
 """Bytes kept at once, in all."""
 
+HELD_BY_NONE = [sys.getrefcount(block) for block in [np.empty(1, np.uint8)]][0]
+"""References to a block in a list that nobody uses, counted as below: how many differs between versions of Python."""
+
 _blocks: list[NDArray[np.uint8]] = []
 _lock = threading.Lock()
 
@@ -53,7 +56,3 @@ def _free(size: int) -> NDArray[np.uint8]:
     if kept + size <= MOST:
         _blocks.append(new)
     return new
-
-
-HELD_BY_NONE = 3
-"""References to a block in the list above that nobody uses: of the list, the loop, and the call that counts."""

@@ -1,12 +1,13 @@
 """Every error the system raises on purpose, with the exit code of the command line.
 
-A message says what was found, what was wanted and what to do next. Nothing in the system returns None for failure.
+A message says what was found, what was wanted and what to do next. No public operation returns None for failure.
 
     RecsysError           1  unexpected
     |-- ConfigError       2  a configuration or command line that cannot be meant
     |-- DataError         3  files, rows or bundles that are not what they should be
     |   `-- BundleError   3  a bundle that is damaged, of another format, or answers differently than when published
     |-- StoreError        1  a store of live histories that cannot be had for now
+    |-- PartError         1  a deployment of the split topology that did not answer
     |-- GateError         4  a check the user asked for did not pass
     `-- RequestError      -  a request the service refuses; carries the HTTP status and a stable code
 """

@@ -14,6 +14,7 @@
     unknown_item              404      the bundle does not know the item asked about
     method_not_allowed        405
     not_supported             409      the bundle lacks a part that the route needs
+    part_unavailable          503      a model in a deployment of its own can't be had for now
     store_unavailable         503      the live histories can't be had for now
     overloaded                503      too many requests wait; `Retry-After` says when to come back
     too_late                  503      the request waited for its turn beyond its deadline

@@ -1,4 +1,7 @@
-"""Every command the README shows, run in its order in a fresh directory; long ones with smaller settings."""
+"""Every command of the README: its steps run in their order in a fresh directory, long ones with smaller settings.
+
+What stands in `sh` and `bash` blocks is run; what stands in `console` blocks, which would take hours, is read.
+"""
 
 import contextlib
 import json
@@ -14,6 +17,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.main import get_command
+
+from pipelines.shipped import find_config
+from pipelines.text_models import load_text_config
+from pipelines.train_config import load_config
+from recsys.cli import app
+from recsys.cli.text import is_text_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.serve]
 
@@ -38,6 +48,13 @@ def commands() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+def shown() -> list[str]:
+    """Give the commands of all console blocks, which are too long or too many to run, comments cut off."""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "tests/benchmarks/RESULTS.md"))
+    lines = "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).splitlines()
+    return [line.split("  #")[0].strip() for line in lines]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,6 +68,19 @@ def run(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[st
     )
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@pytest.mark.parametrize("line", shown())
+def test_what_is_shown_is_a_command_with_options_and_keys_that_exist(line: str):
+    words, verbs = shlex.split(line), get_command(app)
+    assert words[0] == "recsys"
+    context = verbs.make_context("recsys", [words[1], "--help"], resilient_parsing=True)
+    name, verb, rest = verbs.resolve_command(context, words[1:])
+    given = verb.make_context(name, rest, parent=context).params
+    if given.get("config"):
+        path = find_config(given["config"])
+        if name == "train":
+            (load_text_config if is_text_config(path) else load_config)(path, given["assignments"] or ())
 
 
 def test_make_commands_name_targets_that_exist():
