@@ -19,7 +19,7 @@ SMALLEST = 1 << 21
 MOST = 1 << 29
 """Bytes kept at once, in all."""
 
-HELD_BY_NONE = [sys.getrefcount(block) for block in [np.empty(1, np.uint8)]][0]
+[HELD_BY_NONE] = [sys.getrefcount(block) for block in [np.empty(1, np.uint8)]]
 """References to a block in a list that nobody uses, counted as below: how many differs between versions of Python."""
 
 _blocks: list[NDArray[np.uint8]] = []

@@ -10,7 +10,7 @@ Runs and prepared sets lie in a workspace (default: runs/studies), results besid
 
 import os
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it is imported; see the README
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it is imported
 
 import argparse
 import sys
