@@ -5,11 +5,8 @@ s_i = W h_[CLS](query, passage i) + b
 P pairs    L tokens    d width
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,19 +16,13 @@ from torch import Tensor, nn
 from ranking.pair_prompt import PairPrompt
 from ranking.text_backbone import (
     TOKENS_PER_PASS,
+    TextModel,
     TextTokenizer,
-    build_transformer,
     device_of,
-    digest_of,
     in_passes,
     load_transformer,
-    load_weights,
-    save_model,
-    saved_parts,
-    within,
 )
 from ranking.text_models import Report, Vectors
-from recsys.config import parse
 
 
 @dataclass(frozen=True)
@@ -45,28 +36,24 @@ class CrossEncoderConfig:
     tokens_per_pass: int = TOKENS_PER_PASS
 
 
-class CrossEncoder(nn.Module):
+class CrossEncoder(TextModel):
     """A `TextReranker` that reads every pair on its own."""
 
+    kind, options = "cross_encoder", CrossEncoderConfig
+    config: CrossEncoderConfig
+
     def __init__(self, config: CrossEncoderConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
-        super().__init__()
-        config = within(config, transformer)
-        self.config, self.tokenizer = config, tokenizer
-        self.transformer = transformer
+        super().__init__(config, transformer, tokenizer)
+        config = self.config
         lengths = config.max_query_len, config.max_len
         self.prompt = PairPrompt(tokenizer, tokenizer.prefix, tokenizer.suffix, tokenizer.suffix, *lengths)
-        self.head = nn.Linear(int(transformer.config.hidden_size), 1)  # type: ignore[union-attr, arg-type]
+        self.head = nn.Linear(self.hidden_size, 1)
         self.eval()
 
     @staticmethod
     def of(config: CrossEncoderConfig = CrossEncoderConfig()) -> "CrossEncoder":
         """Load the backbone of a config; the head is drawn from torch's global generator."""
         return CrossEncoder(config, load_transformer(config.backbone), TextTokenizer.of(config.backbone))
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of weights and options; stale after further training."""
-        return digest_of(self, self.config)
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
         """Give the token ids of every pair."""
@@ -109,17 +96,3 @@ class CrossEncoder(nn.Module):
         scores = in_passes(rows, self.tokenizer.pad, device_of(self), self, report, self.config.tokens_per_pass)
         ends = np.cumsum([len(one) for one in lists])[:-1]
         return np.split(scores, ends) if len(lists) else []
-
-    def save(self, directory: Path) -> None:
-        """Write encoder and head."""
-        options = dataclasses.asdict(self.config)
-        save_model(directory, self, "cross_encoder", options, self.tokenizer, {"architecture": self.transformer})
-
-    @staticmethod
-    def load(directory: Path) -> "CrossEncoder":
-        """Read what `save` wrote."""
-        about, tokenizer = saved_parts(directory)
-        config = parse(CrossEncoderConfig, about["options"], str(directory))
-        model = CrossEncoder(config, build_transformer(about["architecture"]), tokenizer)
-        load_weights(directory, model)
-        return model

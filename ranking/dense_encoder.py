@@ -3,11 +3,8 @@
 H = transformer(ids)  [N, L, d];   e = pool(H, mask) / |pool(H, mask)|  [N, d];   sim(q, p) = e_q . e_p
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,20 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranking.text_backbone import (
+    TextModel,
     TextTokenizer,
-    build_transformer,
     device_of,
-    digest_of,
     in_passes,
     load_transformer,
-    load_weights,
-    save_model,
-    saved_parts,
-    within,
 )
 from ranking.text_models import Report, Vectors
 from ranking.text_pooling import pool
-from recsys.config import parse
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class DenseConfig:
     max_passage_len: int = 256
 
 
-class DenseEncoder(nn.Module):
+class DenseEncoder(TextModel):
     """A `TextEncoder` without anything added.
 
     Args:
@@ -53,11 +44,11 @@ class DenseEncoder(nn.Module):
         tokenizer: the backbone's tokenizer.
     """
 
+    kind, options = "dense", DenseConfig
+    config: DenseConfig
+
     def __init__(self, config: DenseConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
-        super().__init__()
-        config = within(config, transformer)
-        self.config, self.tokenizer = config, tokenizer
-        self.transformer = transformer
+        super().__init__(config, transformer, tokenizer)
         self.eval()
 
     @staticmethod
@@ -68,12 +59,7 @@ class DenseEncoder(nn.Module):
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return int(self.transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of weights and options."""
-        return digest_of(self, self.config)
+        return self.hidden_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Give vectors [N, d] of length 1 for ids and mask [N, L]."""
@@ -91,20 +77,6 @@ class DenseEncoder(nn.Module):
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Tell bool [N] of which passages only the beginning is read."""
         return self.tokenizer.truncated(texts, self.config.max_passage_len)
-
-    def save(self, directory: Path) -> None:
-        """Write the encoder."""
-        options = dataclasses.asdict(self.config)
-        save_model(directory, self, "dense", options, self.tokenizer, {"architecture": self.transformer})
-
-    @staticmethod
-    def load(directory: Path) -> "DenseEncoder":
-        """Read what `save` wrote."""
-        about, tokenizer = saved_parts(directory)
-        config = parse(DenseConfig, about["options"], str(directory))
-        encoder = DenseEncoder(config, build_transformer(about["architecture"]), tokenizer)
-        load_weights(directory, encoder)
-        return encoder
 
     def _encode(self, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
         rows = self.tokenizer.encode(texts, max_len)

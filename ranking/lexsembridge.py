@@ -16,12 +16,9 @@ the plain one: it cannot add to a passage's vector what the encoder dropped.
     B queries    L tokens    d width    V vocabulary
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -31,21 +28,16 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from ranking.text_backbone import (
+    TextModel,
     TextTokenizer,
     build_transformer,
     device_of,
-    digest_of,
     in_passes,
     load_transformer,
-    load_weights,
     padded,
-    save_model,
-    saved_parts,
-    within,
 )
 from ranking.text_models import Report, Vectors
 from ranking.text_pooling import max_pooled, pool
-from recsys.config import parse
 from recsys.errors import ConfigError
 
 Kind = Literal["slr", "llr", "clr", "c_only", "linear_map", "off"]
@@ -186,8 +178,11 @@ class Lexicon(nn.Module):
         return enhance(vectors, self.z(ids, mask, hidden, raw, clr), self.config.normalized)
 
 
-class LexSemBridge(nn.Module):
+class LexSemBridge(TextModel):
     """A `TextEncoder` whose query side is enhanced."""
+
+    kind, options = "lexsembridge", LexSemBridgeConfig
+    config: LexSemBridgeConfig
 
     def __init__(
         self,
@@ -196,12 +191,10 @@ class LexSemBridge(nn.Module):
         tokenizer: TextTokenizer,
         lexical: nn.Module | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(config, transformer, tokenizer)
+        config = self.config
         if config.weights == "clr" and lexical is None and config.clr_backbone != "own":
             raise ConfigError("[model] weights = clr needs a masked-LM head: name a clr_backbone")
-        config = within(config, transformer)
-        self.config, self.tokenizer = config, tokenizer
-        self.transformer = transformer
         self.lexical = lexical
         excluded = tokenizer.special(*(EXCLUDED if config.ignore_special else ("[PAD]",)))
         if config.ignore_sep:
@@ -222,12 +215,7 @@ class LexSemBridge(nn.Module):
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return int(self.transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of weights and options; stale after further training."""
-        return digest_of(self, self.config)
+        return self.hidden_size
 
     def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Give the last hidden states [B, L, d] and the pooled state before normalisation [B, d]."""
@@ -296,28 +284,16 @@ class LexSemBridge(nn.Module):
         share = torch.softmax(self.lexicon.z(ids, mask, hidden, raw, clr), dim=-1)
         return w.float().cpu(), share.float().cpu()
 
-    def save(self, directory: Path) -> None:
-        """Write backbone, masked-LM head if used, and every fusion parameter."""
-        save_model(
-            directory,
-            self,
-            "lexsembridge",
-            dataclasses.asdict(self.config),
-            self.tokenizer,
-            {"architecture": self.transformer} | ({"lexical": self.lexical} if self.lexical is not None else {}),
-        )
+    def transformers(self) -> dict[str, nn.Module]:
+        """Give the backbone, and the masked-LM head where it is a model of its own."""
+        return super().transformers() | ({"lexical": self.lexical} if self.lexical is not None else {})
 
-    @staticmethod
-    def load(directory: Path) -> "LexSemBridge":
-        """Read what `save` wrote."""
-        about, tokenizer = saved_parts(directory)
-        config = parse(LexSemBridgeConfig, about["options"], str(directory))
+    @classmethod
+    def built(cls, config: LexSemBridgeConfig, about: dict[str, Any], tokenizer: TextTokenizer) -> Self:
+        """Build the model of a config.json, weights not yet read."""
         own = config.weights == "clr" and config.clr_backbone == "own"
         lexical = build_transformer(about["lexical"], "mlm").requires_grad_(False) if "lexical" in about else None
-        transformer = build_transformer(about["architecture"], "mlm" if own else "none")
-        model = LexSemBridge(config, transformer, tokenizer, lexical)
-        load_weights(directory, model)
-        return model
+        return cls(config, build_transformer(about["architecture"], "mlm" if own else "none"), tokenizer, lexical)
 
     def _encode(self, texts: Sequence[str], max_len: int, fused: bool, report: Report | None) -> Vectors:
         rows = self.tokenizer.encode(texts, max_len)

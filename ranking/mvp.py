@@ -19,11 +19,8 @@ Scores belong to one list: they may be neither cached per passage nor merged fro
     B queries    n passages of a list    P pairs    L tokens    m views    d width
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,19 +32,13 @@ from torch import Tensor, nn
 from ranking.pair_prompt import PairPrompt
 from ranking.text_backbone import (
     TOKENS_PER_PASS,
+    TextModel,
     TextTokenizer,
-    build_transformer,
     device_of,
-    digest_of,
     in_passes,
     load_transformer,
-    load_weights,
-    save_model,
-    saved_parts,
-    within,
 )
 from ranking.text_models import Report, Vectors
-from recsys.config import parse
 from recsys.errors import ConfigError
 
 
@@ -121,7 +112,7 @@ def scores_by_view(anchors: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("bmd,bnmd->bnm", anchors, vectors)
 
 
-class Mvp(nn.Module):
+class Mvp(TextModel):
     """A `TextReranker`.
 
     Args:
@@ -130,11 +121,12 @@ class Mvp(nn.Module):
         tokenizer: its tokenizer.
     """
 
+    kind, options = "mvp", MvpConfig
+    config: MvpConfig
+
     def __init__(self, config: MvpConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
-        super().__init__()
-        config = within(config, transformer)
-        self.config, self.tokenizer = config, tokenizer
-        self.transformer = transformer
+        super().__init__(config, transformer, tokenizer)
+        config = self.config
         about: Any = transformer.config
         self.t5 = bool(about.is_encoder_decoder)
         self.width = int(about.hidden_size)
@@ -166,11 +158,6 @@ class Mvp(nn.Module):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(len(self.view_ids), self.width, generator=generator) * 0.02
             table[self.view_ids] = table[self.tokenizer.prefix[0]] + noise
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of weights and options; stale after further training."""
-        return digest_of(self, self.config)
 
     @property
     def scale(self) -> float:
@@ -279,20 +266,6 @@ class Mvp(nn.Module):
             anchors = self.decode(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=device))
             each = scores_by_view(anchors, vectors) / self.scale
         return anchors[0].float().cpu().numpy(), each[0].float().cpu().numpy()
-
-    def save(self, directory: Path) -> None:
-        """Write encoder, decoder, start vectors and view rows."""
-        options = dataclasses.asdict(self.config)
-        save_model(directory, self, "mvp", options, self.tokenizer, {"architecture": self.transformer})
-
-    @staticmethod
-    def load(directory: Path) -> "Mvp":
-        """Read what `save` wrote."""
-        about, tokenizer = saved_parts(directory)
-        config = parse(MvpConfig, about["options"], str(directory))
-        model = Mvp(config, build_transformer(about["architecture"]), tokenizer)
-        load_weights(directory, model)
-        return model
 
 
 def ragged(lists: Sequence[Vectors]) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,9 @@ As for MVP, scores speak of one list.
     B queries    n passages of a list    P pairs    L tokens    m views    d width
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,19 +35,14 @@ from torch import Tensor, nn
 from ranking.products import fast_linear
 from ranking.text_backbone import (
     TOKENS_PER_PASS,
+    TextModel,
     TextTokenizer,
-    build_transformer,
     digest_of,
     load_transformer,
-    load_weights,
     padded,
     passes,
-    save_model,
-    saved_parts,
-    within,
 )
 from ranking.text_models import Report, Vectors
-from recsys.config import parse
 from recsys.errors import ConfigError
 
 READINGS = 4
@@ -89,7 +81,7 @@ class States:
     ids: Tensor
 
 
-class MvpApart(nn.Module):
+class MvpApart(TextModel):
     """A `TextReranker`.
 
     Args:
@@ -98,11 +90,13 @@ class MvpApart(nn.Module):
         tokenizer: its tokenizer.
     """
 
+    kind, options = "mvp_apart", MvpApartConfig
+    config: MvpApartConfig
+
     def __init__(self, config: MvpApartConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
-        super().__init__()
-        config = within(config, transformer)
-        self.config, self.tokenizer, self.transformer = config, tokenizer, transformer
-        self.width = int(transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        super().__init__(config, transformer, tokenizer)
+        config = self.config
+        self.width = self.hidden_size
         m, d = config.views, self.width
         self.D = nn.Parameter(torch.zeros(m, d))
         self.c = nn.Parameter(torch.tensor(math.log(SCALE)))
@@ -124,11 +118,6 @@ class MvpApart(nn.Module):
     def of(config: MvpApartConfig = MvpApartConfig()) -> "MvpApart":
         """Load the backbone of a config; nothing is drawn."""
         return MvpApart(config, load_transformer(config.backbone), TextTokenizer.of(config.backbone))
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of weights and options; stale after further training."""
-        return digest_of(self, self.config)
 
     @property
     def reading(self) -> str:
@@ -267,20 +256,6 @@ class MvpApart(nn.Module):
                 for query, passages in zip(of_query, lists, strict=True)
             ]
         return self.rank_vectors(found)
-
-    def save(self, directory: Path) -> None:
-        """Write backbone, weights and idf."""
-        options = dataclasses.asdict(self.config)
-        save_model(directory, self, "mvp_apart", options, self.tokenizer, {"architecture": self.transformer})
-
-    @staticmethod
-    def load(directory: Path) -> "MvpApart":
-        """Read what `save` wrote."""
-        about, tokenizer = saved_parts(directory)
-        config = parse(MvpApartConfig, about["options"], str(directory))
-        model = MvpApart(config, build_transformer(about["architecture"]), tokenizer)
-        load_weights(directory, model)
-        return model
 
 
 def readings(query: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:

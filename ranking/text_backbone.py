@@ -10,8 +10,9 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ranking.products import fast_linear
 from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Report, Vectors, read_config
+from recsys.config import parse
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
 
@@ -254,37 +256,6 @@ def digest_of(module: nn.Module, options: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_model(
-    directory: Path,
-    module: nn.Module,
-    kind: str,
-    options: dict[str, Any],
-    tokenizer: TextTokenizer,
-    transformers: dict[str, nn.Module],
-) -> None:
-    """Write a text model: config.json, model.safetensors (tied tensors once), tokenizer.json.
-
-    Args:
-        directory: replaced as a whole.
-        module: all that is learned; its transformers are parts of it.
-        kind: key of `ENCODERS` or `RERANKERS`.
-        options: the model's own config.
-        tokenizer: its tokenizer.
-        transformers: those whose architecture is written down, under the key it gets in config.json.
-    """
-    with whole_directory(directory) as place:
-        architectures = {name: architecture_of(model) for name, model in transformers.items()}
-        write_json(place / CONFIG, {"format": FORMAT, "kind": kind, "options": options, **architectures})
-        seen: set[int] = set()
-        tensors = {}
-        for name, tensor in module.state_dict().items():
-            if tensor.data_ptr() not in seen or not tensor.numel():
-                tensors[name] = tensor.detach().cpu().contiguous().clone()
-                seen.add(tensor.data_ptr())
-        save_file(tensors, place / WEIGHTS)
-        tokenizer.save(place)
-
-
 def load_weights(directory: Path, module: nn.Module) -> None:
     """Put saved weights into a module that was built alike; raises `DataError` unless every one is there."""
     if not (directory / WEIGHTS).is_file():
@@ -304,6 +275,66 @@ def load_weights(directory: Path, module: nn.Module) -> None:
             own[name].copy_(tensor)
 
 
-def saved_parts(directory: Path) -> tuple[dict[str, Any], TextTokenizer]:
-    """Give config.json and the tokenizer of a saved text model."""
-    return read_config(directory), TextTokenizer.of(str(directory))
+class TextModel(nn.Module):
+    """A transformer with what stands above it, its tokenizer and its options; written to a directory and read back.
+
+    Args:
+        config: options; lengths above the backbone's positions are cut to them.
+        transformer: the backbone.
+        tokenizer: its tokenizer.
+
+    Attributes:
+        kind: key of `ENCODERS` or `RERANKERS`.
+        options: what `config` is.
+    """
+
+    kind: ClassVar[str]
+    options: ClassVar[type[Any]]
+
+    def __init__(self, config: Any, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = within(config, transformer), tokenizer
+        self.transformer = transformer
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the backbone."""
+        return int(self.transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of weights and options; stale after further training."""
+        return digest_of(self, self.config)
+
+    def transformers(self) -> dict[str, nn.Module]:
+        """Give the transformers whose architecture is written down, by their key in config.json."""
+        return {"architecture": self.transformer}
+
+    def save(self, directory: Path) -> None:
+        """Write config.json, model.safetensors (tied tensors once) and tokenizer.json in place of the directory."""
+        with whole_directory(directory) as place:
+            architectures = {name: architecture_of(model) for name, model in self.transformers().items()}
+            about = {"format": FORMAT, "kind": self.kind, "options": dataclasses.asdict(self.config), **architectures}
+            write_json(place / CONFIG, about)
+            seen: set[int] = set()
+            tensors = {}
+            for name, tensor in self.state_dict().items():
+                if tensor.data_ptr() not in seen or not tensor.numel():
+                    tensors[name] = tensor.detach().cpu().contiguous().clone()
+                    seen.add(tensor.data_ptr())
+            save_file(tensors, place / WEIGHTS)
+            self.tokenizer.save(place)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read what `save` wrote; raises `DataError` unless it is whole."""
+        about = read_config(directory)
+        config = parse(cls.options, about["options"], str(directory))
+        model = cls.built(config, about, TextTokenizer.of(str(directory)))
+        load_weights(directory, model)
+        return model
+
+    @classmethod
+    def built(cls, config: Any, about: dict[str, Any], tokenizer: TextTokenizer) -> Self:
+        """Build the model of a config.json, weights not yet read."""
+        return cls(config, build_transformer(about["architecture"]), tokenizer)
