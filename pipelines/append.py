@@ -116,7 +116,7 @@ def add_part(
 
 
 def known_parts(prepared: PreparedSet) -> tuple[PartRecord, ...]:
-    """Give the parts a set was made of."""
+    """Return the parts a set was made of."""
     return tuple(PartRecord(**record) for record in prepared.manifest.get("parts", ()))
 
 
@@ -229,7 +229,7 @@ def _divide(
 
 
 def _newest(earlier: PreparedSet) -> pl.DataFrame:
-    """Give each user's newest moment."""
+    """Return each user's newest moment."""
     histories = earlier.histories
     some = np.flatnonzero(np.diff(histories.offsets))
     newest = histories.events.time[histories.offsets[some + 1] - 1]
@@ -274,12 +274,12 @@ class _Shift:
         return end + self.moved[user]
 
     def plain(self, requests: Requests) -> Requests:
-        """Give old requests with new rows and ends."""
+        """Return old requests with new rows and ends."""
         user, end = self.row_of[requests.user], self.ends(requests.user, requests.end)
         return Requests(user, requests.at, end, requests.offsets, requests.positive)
 
     def fresh(self, requests: Sessions) -> Sessions:
-        """Give requests among the new events with ends counted in all events."""
+        """Return requests among the new events with ends counted in all events."""
         user = requests.user
         end = requests.end + (self.start + self.old_length - self.fresh_start)[user]
         return Sessions(user, requests.at, requests.last, end, requests.offsets, requests.positive)
@@ -314,7 +314,7 @@ def _write_training(old: Requests, trained: Sessions, path: Path) -> None:
 def _transitions(
     earlier: PreparedSet, old: Requests, trained: Sessions, folder: Path, rows: int, top_n: int
 ) -> EdgeRuns:
-    """Give the new matrix; write the pairs of growth into the new `folder`."""
+    """Return the new matrix; write the pairs of growth into the new `folder`."""
     added, removed = changed_words(old, _plain(trained))
     folder.mkdir()
     runs = PairRuns.open(earlier.directory / GROWTH / "pairs").grown(folder, added, removed, rows)
@@ -323,7 +323,7 @@ def _transitions(
 
 
 def changed_words(old: Requests, trained: Requests) -> tuple[Words, Words]:
-    """Give the pair words that new training requests add, and those they take away, both ascending.
+    """Return the pair words that new training requests add, and those they take away, both ascending.
 
     Args:
         old: training requests by (at, user).

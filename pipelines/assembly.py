@@ -105,7 +105,7 @@ class Pieces:
             yield self._piece([place[edges].tolist() for place in places], [head[edges].tolist() for head in heads])
 
     def _moments(self, pieces: int) -> NDArray[np.int64]:
-        """Give ascending moments that divide the requests into about equal pieces, beyond both ends of them."""
+        """Return ascending moments that divide the requests into about equal pieces, beyond both ends of them."""
         sample = [
             _array(folder, f"{self.kind}_at")[:: max(1, summary.requests[self.kind] // (4 * pieces))]
             for folder, summary in self.buckets
@@ -153,13 +153,13 @@ def write_requests(path: Path, count: int, positives: int, pieces: Iterable[Requ
 
 
 def count_waiting(buckets: Buckets) -> tuple[int, int]:
-    """Give the number of the requests that do not train, and of their positives."""
+    """Return the number of the requests that do not train, and of their positives."""
     summaries = [summary for _, summary in buckets]
     return sum(one.requests[WAITING] for one in summaries), sum(one.positives[WAITING] for one in summaries)
 
 
 def waiting(buckets: Buckets) -> Iterator[Sessions]:
-    """Give the requests that do not train, bucket by bucket and so by user, ends counted in the packed events."""
+    """Yield the requests that do not train, bucket by bucket and so by user, ends counted in the packed events."""
     base = 0
     for folder, summary in buckets:
         found = {
@@ -177,7 +177,7 @@ def waiting(buckets: Buckets) -> Iterator[Sessions]:
 
 
 def _running(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give offsets from sizes: 0, then the running sum."""
+    """Return offsets from sizes: 0, then the running sum."""
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets

@@ -69,7 +69,7 @@ def measure_attention(
 def _distances(
     model: AnyRanker, prepared: PreparedSet, sample: Sample, sets: CandidateSets
 ) -> tuple[Floats, Floats] | None:
-    """Give both distances of every request, float64 [R], means over its candidates; None for an exact model."""
+    """Return both distances of every request, float64 [R], means over its candidates; None for an exact model."""
     sizes = np.diff(sets.offsets)
     place = sets.offsets[:-1, None] + np.arange(CANDIDATES) * sizes[:, None] // CANDIDATES  # [R, C]
     item = np.append(sets.item, 0)[place] * (sizes > 0)[:, None]
@@ -143,7 +143,7 @@ def _examples(
 
 
 def _looked(model: Attentive, batch: Batch, names: Sequence[str], timed: bool) -> list[Looked]:
-    """Give the items with most attention of a single candidate of a single request; an item's events are summed."""
+    """Return the items with most attention of a single candidate of a single request; an item's events are summed."""
     weight = model.attention_of(batch.history, batch.candidates).weight[0, 0].abs().double().cpu().numpy()  # [T]
     padded = batch.history.padded(len(weight))
     item: Ints = padded.item[0].cpu().numpy().astype(np.int64)

@@ -10,7 +10,7 @@ from recsys.bootstrap import Value
 
 
 def distances(evaluation: Evaluation) -> list[Table]:
-    """Give a table per distance: models by history length; none where no model approximates."""
+    """Return a table per distance: models by history length; none where no model approximates."""
     found = evaluation.attention
     if found is None or not found.distances:
         return []
@@ -26,7 +26,7 @@ def distances(evaluation: Evaluation) -> list[Table]:
 
 
 def examples(evaluation: Evaluation) -> list[Table]:
-    """Give a table per example: each model's rank of what was taken, and the items it looked at most."""
+    """Return a table per example: each model's rank of what was taken, and the items it looked at most."""
     found = evaluation.attention
     tables = []
     for one in found.examples if found is not None else ():

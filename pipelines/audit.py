@@ -130,7 +130,7 @@ def refuse_failed(found: Audit) -> None:
 def _period(
     prepared: PreparedSet, requests: AllRequests, config: PrepareConfig, parts: Sequence[Part]
 ) -> tuple[Period, list[Check]]:
-    """Give the training period, by the log where there is one, and the checks against the log."""
+    """Return the training period, by the log where there is one, and the checks against the log."""
     cuts = stored_cuts(prepared, config)
     if not parts:
         return period_of_requests(prepared, cuts, requests), []

@@ -26,7 +26,7 @@ FLOORS = {"min_user_events": "users", "min_item_events": "items"}
 
 
 def split_facts(prepared: PreparedSet, requests: AllRequests, period: Period, counts: Counts) -> Iterator[SplitFacts]:
-    """Give the facts of each split. Cost: one sort of the events of at most `SAMPLED` users."""
+    """Yield the facts of each split. Cost: one sort of the events of at most `SAMPLED` users."""
     offsets, time = np.asarray(prepared.histories.offsets), prepared.histories.events.time
     for split in SPLITS:
         some = requests[split]
@@ -50,7 +50,7 @@ def split_facts(prepared: PreparedSet, requests: AllRequests, period: Period, co
 
 
 def _in_history(prepared: PreparedSet, split: Split) -> tuple[float | None, int]:
-    """Give the share of positives that occur in their request's history, and on how many requests."""
+    """Return the share of positives that occur in their request's history, and on how many requests."""
     sample = draw_requests(prepared, split, SAMPLED, SEED)
     some: Requests = sample.requests
     positives = CandidateSets(some.offsets, some.positive, np.ones(len(some.positive), np.uint8))
@@ -92,7 +92,7 @@ def _events_of_users(prepared: PreparedSet, period: Period) -> tuple[Counts, Cou
 
 
 def sampler_facts(prepared: PreparedSet, samplers: Sequence[str]) -> Iterator[SamplerFacts]:
-    """Give the facts of each split and sampler of fixed candidates."""
+    """Yield the facts of each split and sampler of fixed candidates."""
     for split in SPLITS[1:]:
         sample = draw_requests(prepared, split, SCORED, SEED)
         for sampler in samplers if len(sample) else ():

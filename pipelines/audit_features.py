@@ -167,7 +167,7 @@ def _ordered(series: pl.Series) -> bool:
 
 
 def _codes(series: pl.Series) -> NDArray[np.int64] | None:
-    """Give each value's place among the sorted distinct ones, from 1; 0 is missing. None for lists and the like."""
+    """Return each value's place among the sorted distinct ones, from 1; 0 is missing. None for lists and the like."""
     if not (_ordered(series) or series.dtype in (pl.String, pl.Categorical, pl.Enum)):
         return None
     values = series.fill_nan(None) if series.dtype.is_float() else series

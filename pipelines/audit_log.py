@@ -92,7 +92,7 @@ def _events(part: Part) -> int:
 
 
 def _unlike(prepared: PreparedSet, frame: pl.DataFrame, begin: int, end: int) -> NDArray[np.int64]:
-    """Give the users first..last whose events are not the same in log and histories; their order does not matter."""
+    """Return the users first..last whose events are not the same in log and histories; their order does not matter."""
     offsets, events = np.asarray(prepared.histories.offsets), prepared.histories.events
     low, high = int(offsets[begin]), int(offsets[end])
     stored = _event_names(*(np.asarray(part[low:high]) for part in (events.item, events.action, events.time)))
@@ -114,7 +114,7 @@ def _sums(names: Names, offsets: NDArray[np.int64]) -> Names:
 
 
 def _sessions(frame: pl.DataFrame, key_to_row: NDArray[np.int32]) -> pl.DataFrame:
-    """Give user, first and last moment and the basket's name of every session with a positive."""
+    """Return user, first and last moment and the basket's name of every session with a positive."""
     names = item_names(rows_of(frame[ITEM_KEY].to_numpy(), key_to_row))
     moments = frame.group_by(USER_ROW, SESSION).agg(
         pl.col(TIMESTAMP).min().alias(AT), pl.col(TIMESTAMP).max().alias(LAST)
@@ -130,7 +130,7 @@ def _sessions(frame: pl.DataFrame, key_to_row: NDArray[np.int32]) -> pl.DataFram
 
 
 def period_of_log(prepared: PreparedSet, cuts: splits.Cuts, sessions: LogSessions) -> Period:
-    """Give the training period as the log tells it: under `last_request` it ends at the newest session but one."""
+    """Return the training period as the log tells it: under `last_request` it ends at the newest session but one."""
     users = len(prepared.histories)
     if cuts.kind == "time":
         return Period(cuts, np.full(users, cuts.valid, np.int64))

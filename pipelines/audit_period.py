@@ -46,7 +46,7 @@ class Period:
 
 
 def stored_cuts(prepared: PreparedSet, config: PrepareConfig) -> splits.Cuts:
-    """Give the cuts the manifest states."""
+    """Return the cuts the manifest states."""
     if config.split.kind == "last_request":
         return splits.Cuts("last_request")
     stated = prepared.manifest.get("cuts")
@@ -56,7 +56,7 @@ def stored_cuts(prepared: PreparedSet, config: PrepareConfig) -> splits.Cuts:
 
 
 def period_of_requests(prepared: PreparedSet, cuts: splits.Cuts, requests: AllRequests) -> Period:
-    """Give the training period as the stored requests tell it, where there is no log to ask.
+    """Return the training period as the stored requests tell it, where there is no log to ask.
 
     Under `last_request` it ends, for each user, at the validation request, or the test request of a user with one only.
 

@@ -29,14 +29,14 @@ POSITIONS = 1_000_000_000_000
 
 
 def moment(microseconds: int) -> str:
-    """Give a moment as a person reads it; a plain position, as in a log without times, stays a number."""
+    """Return a moment as a person reads it; a plain position, as in a log without times, stays a number."""
     if abs(microseconds) < POSITIONS:
         return str(microseconds)
     return f"{datetime.fromtimestamp(microseconds // 1_000_000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def counted(number: int, noun: str) -> str:
-    """Give e.g. "1 request" or "2,928 requests"."""
+    """Return e.g. "1 request" or "2,928 requests"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -145,7 +145,7 @@ class Audit:
         return f"The audit of this data failed {len(self.failed)} of {len(self.checks)} checks: {names}."
 
     def table(self) -> dict[str, Any]:
-        """Give the audit as plain values, for JSON."""
+        """Return the audit as plain values, for JSON."""
         return {"format": FORMAT, "passed": self.passed, **asdict(self)}
 
     def save(self, path: Path) -> None:
@@ -167,12 +167,12 @@ class Audit:
 
 
 def last_audit(path: Path) -> Audit | None:
-    """Give the audit saved at `path`; None where nobody has audited yet."""
+    """Return the audit saved at `path`; None where nobody has audited yet."""
     return Audit.load(path) if path.exists() else None
 
 
 def tables(audit: Audit) -> list[Table]:
-    """Give the checks, then the facts, as tables; what failed first."""
+    """Return the checks, then the facts, as tables; what failed first."""
     found = [_checks(audit)]
     if audit.splits:
         found.append(_splits(audit))
@@ -182,7 +182,7 @@ def tables(audit: Audit) -> list[Table]:
 
 
 def text(audit: Audit) -> str:
-    """Give the audit in aligned columns for a terminal, the verdict last."""
+    """Return the audit in aligned columns for a terminal, the verdict last."""
     parts = [f"{table.title}\n{_aligned(table)}" + (f"\n{table.note}" if table.note else "") for table in tables(audit)]
     return "\n\n".join([*parts, audit.verdict]).replace("`", "")
 
@@ -260,7 +260,7 @@ def _samplers(audit: Audit) -> Table:
 
 
 def _aligned(table: Table) -> str:
-    """Give a table in columns: words to the left, numbers to the right."""
+    """Return a table in columns: words to the left, numbers to the right."""
     lines = [table.header, *(tuple(cell.text for cell in row) for row in table.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
     right = [column > 0 and _numeric(line[column] for line in lines[1:]) for column in range(len(widths))]

@@ -31,7 +31,7 @@ AllRequests = Mapping[Split, Requests]
 
 
 def well_formed(prepared: PreparedSet, split: Split) -> Requests:
-    """Give the requests of a split; raises `DataError` where its arrays do not fit each other or the set."""
+    """Return the requests of a split; raises `DataError` where its arrays do not fit each other or the set."""
     found = prepared.requests(split)
     path = prepared.directory / "requests" / f"{split}.safetensors"
     sizes = {len(found.user), len(found.at), len(found.end), len(found.offsets) - 1}
@@ -54,7 +54,7 @@ def well_formed(prepared: PreparedSet, split: Split) -> Requests:
 
 
 def aligned_samplers(prepared: PreparedSet, requests: AllRequests, samplers: Sequence[str]) -> list[str]:
-    """Give the samplers with one candidate list per request; raises `DataError` where arrays do not fit each other."""
+    """Return the samplers with one candidate list per request; raises `DataError` where arrays do not fit."""
     aligned = []
     for sampler in samplers:
         sizes = []
@@ -78,7 +78,7 @@ def aligned_samplers(prepared: PreparedSet, requests: AllRequests, samplers: Seq
 
 
 def user_slices(offsets: NDArray[np.int64], events: int) -> Iterator[tuple[int, int]]:
-    """Give runs of users first..last (exclusive) that hold at most so many events, at least one user each."""
+    """Yield runs of users first..last (exclusive) that hold at most so many events, at least one user each."""
     begin, users = 0, len(offsets) - 1
     while begin < users:
         end = max(int(np.searchsorted(offsets, offsets[begin] + events, side="right")) - 1, begin + 1)
@@ -87,17 +87,17 @@ def user_slices(offsets: NDArray[np.int64], events: int) -> Iterator[tuple[int, 
 
 
 def moment_names(user: NDArray[np.int64], at: NDArray[np.int64]) -> Names:
-    """Give one 64-bit name per (user, moment)."""
+    """Return one 64-bit name per (user, moment)."""
     return mix(user.astype(np.uint64) ^ mix(at.view(np.uint64)))
 
 
 def item_names(rows: NDArray[np.int32]) -> Names:
-    """Give one 40-bit name per item row, so small that sums over any basket stay exact."""
+    """Return one 40-bit name per item row, so small that sums over any basket stay exact."""
     return mix(rows.astype(np.uint64)) >> np.uint64(24)
 
 
 def basket_names(requests: Requests) -> Names:
-    """Give one name per set of positives: the sum of its items' names."""
+    """Return one name per set of positives: the sum of its items' names."""
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(item_names(requests.positive))])
     names: Names = running[requests.offsets[1:]] - running[requests.offsets[:-1]]
     return names

@@ -112,11 +112,11 @@ class TrainingBatches:
         return min(len(self) * self.config.rows, rows)
 
     def chosen(self, step: int) -> NDArray[np.int64]:
-        """Give which of `requests` make up the batch of one step."""
+        """Return which of `requests` make up the batch of one step."""
         return self._epoch(step // len(self))[step % len(self)]
 
     def batch(self, step: int, rank: int = 0, size: int = 1) -> Batch:
-        """Give the batch of one step, counted from 0 over the whole run, or the share of one of `size` workers in it.
+        """Return the batch of one step, counted from 0 over the whole run, or the share of one of `size` workers in it.
 
         Worker `rank` gets every size-th row from its own on: the rows lie by length, so shares cost alike.
         """
@@ -179,7 +179,7 @@ class TrainingBatches:
         return _per_positive(drawn, positives, each)
 
     def _offset_with(self, own: OwnItems, items: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Give log of how often each item is drawn by the samplers and from the user's own together, float32 [B, C].
+        """Return log of how often each item is drawn by the samplers and from the user's own together, float32 [B, C].
 
         In the units of `log_density`: as a multiple of the samplers' average over the trained items.
         """
@@ -188,7 +188,7 @@ class TrainingBatches:
         return np.log(drawn).astype(np.float32)
 
     def _histories(self, requests: Requests) -> Ragged:
-        """Give the item rows of each request's whole history so far."""
+        """Return the item rows of each request's whole history so far."""
         starts = self.prepared.histories.offsets[requests.user]
         keys = self.prepared.histories.events.item.view(np.int32)
         packed = Ragged.slices(keys, starts, requests.end)
@@ -196,7 +196,7 @@ class TrainingBatches:
 
     @lru_cache(maxsize=2)  # noqa: B019 - one instance lives as long as its run
     def _epoch(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Give the request indices of every batch of an epoch."""
+        """Return the request indices of every batch of an epoch."""
         draws = generator(self.seed, epoch, "epoch order")
         if self.trains_on == "requests":
             rows = draws.permutation(len(self.requests))
@@ -227,7 +227,7 @@ def _per_positive(drawn: NDArray[np.int32], positives: NDArray[np.int32], each: 
 
 
 def _some_positives(requests: Requests, limit: int, draws: np.random.Generator) -> NDArray[np.int32]:
-    """Give at most `limit` positives per request, a seeded choice among more, int32 [B, P] with 0 = padding."""
+    """Return at most `limit` positives per request, a seeded choice among more, int32 [B, P] with 0 = padding."""
     lengths = np.diff(requests.offsets)
     row = np.repeat(np.arange(len(requests)), lengths)
     order = np.lexsort((draws.random(len(row)), row))  # a shuffle inside each request

@@ -102,7 +102,7 @@ class Rows(NamedTuple):
 
 
 def _rows(model: GradientBoosting, batches: Iterable[tuple[Batch, Tensor]], since: int) -> Rows:
-    """Give the rows to learn from.
+    """Return the rows to learn from.
 
     A positive whose only training event is this very request is left out: no negative has a count of 0 (samplers draw
     trained items), so every item new after training would look like a positive.

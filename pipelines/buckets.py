@@ -91,7 +91,7 @@ class Sessions:
         return len(self.user)
 
     def take(self, index: NDArray[np.int64]) -> "Sessions":
-        """Give the requests at `index`, in that order."""
+        """Return the requests at `index`, in that order."""
         size = np.diff(self.offsets)[index]
         offsets = np.concatenate([[0], np.cumsum(size)])
         where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], size)
@@ -113,19 +113,19 @@ class SortedEvents:
 
 
 def user_hashes(user_ids: Sequence[str]) -> NDArray[np.uint64]:
-    """Give xxh64 with seed 0 of each id's UTF-8 bytes: the same on every machine and in every version."""
+    """Return xxh64 with seed 0 of each id's UTF-8 bytes: the same on every machine and in every version."""
     return np.fromiter((xxhash.xxh64_intdigest(user.encode()) for user in user_ids), np.uint64, len(user_ids))
 
 
 def bucket_of(hashes: NDArray[np.uint64], buckets: int) -> NDArray[np.uint32]:
-    """Give the bucket of each hash: equal ranges of the high 32 bits."""
+    """Return the bucket of each hash: equal ranges of the high 32 bits."""
     return ((hashes >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.uint32)
 
 
 def numbered(
     part: Part, index: int, users: pl.DataFrame, items: pl.DataFrame, actions: Sequence[str], rule: Rule
 ) -> pl.LazyFrame:
-    """Give a part's events with numbers for ids, a session for every event, and whether it is a positive.
+    """Return a part's events with numbers for ids, a session for every event, and whether it is a positive.
 
     Args:
         part: the events.
@@ -170,7 +170,7 @@ def partition(events: pl.DataFrame, buckets: int, out: Path) -> None:
 
 
 def bucket_file(folder: Path, bucket: int) -> Path:
-    """Give where the events of a bucket lie; there is no such file if it has none."""
+    """Return where the events of a bucket lie; there is no such file if it has none."""
     return folder / f"{bucket}.events"
 
 
@@ -275,7 +275,7 @@ def sort_events(frame: pl.DataFrame, first_user: int) -> SortedEvents:
 
 
 def session_requests(log: SortedEvents) -> Sessions:
-    """Give every session that has a positive, with the events strictly before its first moment as history."""
+    """Return every session that has a positive, with the events strictly before its first moment as history."""
     session, first, last = _number_sessions(log)
     index = np.arange(len(log.user))
     new_moment = np.ones(len(index), np.bool_)
@@ -321,6 +321,6 @@ def _number_sessions(log: SortedEvents) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 def distinct(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Give the distinct words, ascending. Sorts in place: five times as fast as `np.unique`."""
+    """Return the distinct words, ascending. Sorts in place: five times as fast as `np.unique`."""
     words.sort()
     return words[np.concatenate([[True], words[1:] != words[:-1]])] if len(words) else words

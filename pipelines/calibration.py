@@ -156,7 +156,7 @@ def reliability_of(
 def _validation(
     model: AnyRanker, prepared: PreparedSet, most: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8], int]:
-    """Give scores and labels of what was shown in the validation period, and the number of answers."""
+    """Return scores and labels of what was shown in the validation period, and the number of answers."""
     sample = draw_requests(prepared, VALID_IMPRESSIONS, most, seed)
     sets = take_sets(prepared.candidates(VALID_IMPRESSIONS, IMPRESSIONS), sample.index)
     return score_sets(model, prepared, sample, sets), sets.label, len(sample)

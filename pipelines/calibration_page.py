@@ -25,7 +25,7 @@ def why_not(evaluation: Evaluation) -> str:
 
 
 def table(evaluation: Evaluation) -> Table:
-    """Give calibration error and log loss of every model: of scores as logits, and by each map."""
+    """Return calibration error and log loss of every model: of scores as logits, and by each map."""
     rows = []
     for name in ordered(evaluation, IMPRESSIONS, PRIMARY):
         readings = evaluation.reliability[name].readings
@@ -36,7 +36,7 @@ def table(evaluation: Evaluation) -> Table:
 
 
 def figures(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
-    """Give a reliability plot per model: its name, and what it shows with the SVG."""
+    """Return a reliability plot per model: its name, and what it shows with the SVG."""
     found = {}
     for name in ordered(evaluation, IMPRESSIONS, PRIMARY)[:MOST_PLOTS]:
         readings = evaluation.reliability[name].readings

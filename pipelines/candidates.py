@@ -29,7 +29,7 @@ LookUp = Callable[[Requests], Ragged]
 
 
 def request_keys(requests: Requests, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Give a 64-bit name to each request that depends on its user id and moment only."""
+    """Return a 64-bit name to each request that depends on its user id and moment only."""
     return _keys(requests.user, requests.at, hashes)
 
 
@@ -40,7 +40,7 @@ def _keys(user: NDArray[np.int64], at: NDArray[np.int64], hashes: NDArray[np.uin
 def chosen(
     pieces: Iterable[Requests], hashes: NDArray[np.uint64], at_most: int | None, seed: int
 ) -> Iterator[Requests]:
-    """Give the requests to evaluate, piece by piece: those whose hash of (user id, at) is smallest.
+    """Yield the requests to evaluate, piece by piece: those whose hash of (user id, at) is smallest.
 
     Args:
         pieces: all requests of a split by (at, user); gone through twice.
@@ -138,7 +138,7 @@ def fixed_candidates(
     seed: int,
     history_of: LookUp,
 ) -> CandidateSets:
-    """Give each request its positives and `negatives` sampled items, drawn from the request's own key.
+    """Return each request its positives and `negatives` sampled items, drawn from the request's own key.
 
     A request that allows no negative at all has its positives only.
 
@@ -162,7 +162,7 @@ def fixed_candidates(
 def _after_positives(
     basket: Ragged, drawn: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.uint8]]:
-    """Give sizes, items and labels of candidate lists: the positives, then the drawn items without padding."""
+    """Return sizes, items and labels of candidate lists: the positives, then the drawn items without padding."""
     real = drawn != PAD
     negatives = real.sum(1)
     size = basket.lengths + negatives
@@ -174,7 +174,7 @@ def _after_positives(
 
 
 def history_rows(histories: Histories, key_to_row: NDArray[np.int32]) -> LookUp:
-    """Give a function that looks up the item rows of requests' whole histories."""
+    """Return a function that looks up the item rows of requests' whole histories."""
 
     def look_up(requests: Requests) -> Ragged:
         keys = histories.events.item.view(np.int32)  # same bits; a ragged array holds int32

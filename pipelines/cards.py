@@ -72,7 +72,7 @@ class DataCard:
     digest: str
 
     def describe(self) -> list[tuple[str, str]]:
-        """Give the card as (label, words), for a person."""
+        """Return the card as (label, words), for a person."""
         rows = [
             ("source", self.source),
             ("events read", f"{self.read:,}"),
@@ -99,7 +99,7 @@ class DataCard:
 
 
 def prepare_defaults(directory: Path) -> dict[str, Any]:
-    """Give the settings of `prepare` that a log brings along, as TOML would hold them; the caller lays its own over.
+    """Return the settings of `prepare` that a log brings along, as TOML would hold them; the caller lays its own over.
 
     They are the rule for positives, and, for a log that knows only an order, the split by each user's last requests.
     """

@@ -32,7 +32,7 @@ CODES_OF_NO_VALUE = 2
 
 
 def catalogue(parts: Sequence[Part], spans: Sequence[Spans], previous: PreparedSet | None) -> pl.DataFrame:
-    """Give item_key, item_id, text and the catalogue's columns; row i is item key i.
+    """Return item_key, item_id, text and the catalogue's columns; row i is item key i.
 
     Holds every item of the log, of the item tables, and of the previous preparation.
     """
@@ -60,7 +60,7 @@ def users(
     newest: pl.DataFrame | None = None,
     hashes: NDArray[np.uint64] | None = None,
 ) -> pl.DataFrame:
-    """Give user_key, user_id and the users' columns by history row, with user_row, user_hash and bucket beside them.
+    """Return user_key, user_id and the users' columns by history row, with user_row, user_hash and bucket beside them.
 
     Args:
         parts: the log.
@@ -111,7 +111,7 @@ def users(
 
 
 def _late(span: pl.DataFrame, newest: pl.DataFrame) -> pl.DataFrame:
-    """Give the users with an event that is not later than those before."""
+    """Return the users with an event that is not later than those before."""
     return span.drop(NEWEST).join(newest, on=USER_ID).filter(pl.col(TIMESTAMP) <= pl.col(NEWEST))
 
 
@@ -127,7 +127,7 @@ def _refuse_late(part: Part, found: Sequence[pl.DataFrame]) -> None:
 
 
 def action_names(spans: Sequence[Spans], known: Sequence[str]) -> list[str]:
-    """Give the names of action codes 1, 2, ...: those known, then each part's new ones in alphabetical order.
+    """Return the names of action codes 1, 2, ...: those known, then each part's new ones in alphabetical order.
 
     Raises:
         DataError: more names than a byte can number.
@@ -143,7 +143,7 @@ def action_names(spans: Sequence[Spans], known: Sequence[str]) -> list[str]:
 def _described(
     first: pl.DataFrame, table: pl.DataFrame, earlier: pl.DataFrame | None, id_: str, key: str
 ) -> pl.DataFrame:
-    """Give every id with its key, null if it is new, its first moment, null if it has no events, and its attributes.
+    """Return every id with its key, null if it is new, its first moment, null if it has no events, and its attributes.
 
     `first` holds the first moment of every id with events, `table` the ids with attributes, `earlier` what was known.
     """
@@ -155,7 +155,7 @@ def _described(
 
 
 def _keyed(rows: pl.DataFrame, known: int, id_: str, key: str) -> pl.DataFrame:
-    """Give keys (uint32, ascending) to the rows of `_described` that have none; `known` keys are given already."""
+    """Return keys (uint32, ascending) to the rows of `_described` that have none; `known` keys are given already."""
     old = rows.filter(pl.col(key).is_not_null()).drop(_FIRST).sort(key)
     new = rows.filter(pl.col(key).is_null()).drop(key).sort(_FIRST, id_, nulls_last=True).drop(_FIRST)
     new = new.with_row_index(key, offset=known).with_columns(pl.col(key).cast(pl.UInt32))
@@ -163,7 +163,7 @@ def _keyed(rows: pl.DataFrame, known: int, id_: str, key: str) -> pl.DataFrame:
 
 
 def _laid_over(newer: pl.DataFrame, older: pl.DataFrame, id_: str, key: str) -> pl.DataFrame:
-    """Give the ids of both tables once, with keys as the older one has them, and attributes.
+    """Return the ids of both tables once, with keys as the older one has them, and attributes.
 
     What the newer table leaves empty keeps its older value.
     """
@@ -175,7 +175,7 @@ def _laid_over(newer: pl.DataFrame, older: pl.DataFrame, id_: str, key: str) -> 
 
 
 def categorical_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> list[str]:
-    """Give the columns to code: those asked for, or all text-like ones of the catalogue except id and text.
+    """Return the columns to code: those asked for, or all text-like ones of the catalogue except id and text.
 
     Raises:
         DataError: a column asked for that the catalogue does not have; the message names those it has.
@@ -194,7 +194,7 @@ def categorical_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> li
 
 
 def multi_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> list[str]:
-    """Give the columns of several values per item: those asked for, or all lists of the catalogue.
+    """Return the columns of several values per item: those asked for, or all lists of the catalogue.
 
     Raises:
         DataError: a column asked for that is not there, or holds one value per item.
@@ -209,7 +209,7 @@ def multi_columns(items: pl.DataFrame, wanted: Sequence[str] | None) -> list[str
 
 
 def numeric_columns(items: pl.DataFrame, wanted: Sequence[str] | None, categorical: Sequence[str]) -> list[str]:
-    """Give the columns of the table's dense part: those asked for, or all numbers that are not coded as categories.
+    """Return the columns of the table's dense part: those asked for, or all numbers that are not coded as categories.
 
     Raises:
         DataError: a column asked for that is not there, or holds no numbers.
@@ -236,12 +236,12 @@ def _existing(items: pl.DataFrame, wanted: Sequence[str], purpose: str) -> list[
 
 
 def vocabulary(items: pl.DataFrame, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Give the sorted values of each column; value i has code i + 2."""
+    """Return the sorted values of each column; value i has code i + 2."""
     return {name: _single(items[name]).drop_nulls().unique().sort().to_list() for name in columns}
 
 
 def _single(column: pl.Series) -> pl.Series:
-    """Give the values of a column as text, one after the other; a row without any has one null."""
+    """Return the values of a column as text, one after the other; a row without any has one null."""
     if isinstance(column.dtype, pl.List):
         column = column.list.explode(empty_as_null=True, keep_nulls=True)
     return column.cast(pl.String)
@@ -284,7 +284,7 @@ def item_table(
 
 
 def _multi_valued(column: pl.Series, known: Sequence[str]) -> MultiValued:
-    """Give the codes of a column of lists; null, an empty list and a list of nulls are one missing value."""
+    """Return the codes of a column of lists; null, an empty list and a list of nulls are one missing value."""
     lists = column.list.drop_nulls().list.unique(maintain_order=True)
     length = lists.list.len().fill_null(0).clip(lower_bound=1).cast(pl.Int64).to_numpy()
     code = np.concatenate([np.arange(FIRST_ITEM, dtype=np.int32), _codes(_single(lists), known)])

@@ -42,7 +42,7 @@ Say = Callable[[str, int, int], None]
 
 
 def item_names(prepared: PreparedSet) -> list[str]:
-    """Give the text of every model row, its id where there is none, "" for rows 0 and 1."""
+    """Return the text of every model row, its id where there is none, "" for rows 0 and 1."""
     catalogue = prepared.catalogue
     ids = catalogue[ITEM_ID].cast(pl.String)
     texts = catalogue[TEXT].cast(pl.String).fill_null(ids) if TEXT in catalogue.columns else ids
@@ -54,7 +54,7 @@ def item_names(prepared: PreparedSet) -> list[str]:
 
 
 def features_of(prepared: PreparedSet) -> Features:
-    """Give what is known of every model row."""
+    """Return what is known of every model row."""
     return content_features(prepared.items, item_names(prepared))
 
 
@@ -135,11 +135,11 @@ class _Task:
         self.size = len(self.sets.item)
 
     def score(self, model: AnyRanker) -> Floats:
-        """Give the model's scores, float32 [R * n]."""
+        """Return the model's scores, float32 [R * n]."""
         return score_sets(model, self.prepared, self.sample, self.sets)
 
     def match(self, content: ContentMatch) -> Floats:
-        """Give the lift of every item, 0 for those of which nothing is known, float32 [R * n]."""
+        """Return the lift of every item, 0 for those of which nothing is known, float32 [R * n]."""
         lift = np.zeros((len(self.sample), len(self.cold)), np.float32)
         where = np.searchsorted(self.cold, content.row)
         for place, rows in enumerate(self.histories()):
@@ -147,7 +147,7 @@ class _Task:
         return lift.reshape(-1)
 
     def histories(self) -> Iterator[NDArray[np.int32]]:
-        """Give the item rows of each request's whole history."""
+        """Yield the item rows of each request's whole history."""
         item = self.prepared.histories.events.item
         for start, end in zip(self.sample.start, self.sample.requests.end, strict=True):
             yield rows_of(np.asarray(item[start:end]), self.prepared.key_to_row)
@@ -172,7 +172,7 @@ class _Task:
 
 
 def _cold_requests(prepared: PreparedSet, config: EvaluateConfig, cold: NDArray[np.int32]) -> Sample:
-    """Give the requests with a positive among the cold items, with those positives alone."""
+    """Return the requests with a positive among the cold items, with those positives alone."""
     whole = draw_requests(prepared, config.split, np.iinfo(np.int64).max, config.seed)
     requests = whole.requests
     ours = np.isin(requests.positive, cold)
@@ -202,7 +202,7 @@ def _by_category(task: _Task) -> dict[str, dict[str, ColdScore]]:
 
 
 def _own(code: NDArray[np.int64], rows: NDArray[np.int32], codes: int) -> NDArray[np.int64]:
-    """Give how often each known code occurs among these rows, int64 [C]."""
+    """Return how often each known code occurs among these rows, int64 [C]."""
     own = np.bincount(code[rows], minlength=codes)
     own[:FIRST_CODE] = 0
     return own

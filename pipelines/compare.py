@@ -124,7 +124,7 @@ class Compared:
     agrees: float | None
 
     def table(self) -> dict[str, Any]:
-        """Give the comparison as plain values, for JSON."""
+        """Return the comparison as plain values, for JSON."""
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, directory: Path) -> None:
@@ -172,7 +172,7 @@ def predict(
 def decide(
     predictions: Sequence[Predictions], methods: Mapping[str, str | None], prepared: PreparedSet, file: CompareFile
 ) -> Compared:
-    """Give the verdicts on models that have scored the same candidates.
+    """Return the verdicts on models that have scored the same candidates.
 
     Args:
         predictions: one per model.
@@ -242,7 +242,7 @@ def _estimates(
 
 
 def _groups(names: Sequence[str], methods: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Give the runs of each method, by the name of its first run."""
+    """Return the runs of each method, by the name of its first run."""
     leader: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -254,7 +254,7 @@ def _groups(names: Sequence[str], methods: Mapping[str, str | None]) -> dict[str
 def _verdicts(
     ask: Question, groups: Mapping[str, list[str]], estimates: Mapping[str, Mapping[str, Estimate]], rule: Rule
 ) -> list[Verdict]:
-    """Give one verdict per pair of methods: on the files where either has one run each, else on the methods."""
+    """Return one verdict per pair of methods: on the files where either has one run each, else on the methods."""
     name = f"segment/{ask.segment}/{SEGMENT_METRIC}" if ask.segment else ask.metric
     found = []
     for one, other in combinations(groups, 2):

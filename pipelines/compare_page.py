@@ -55,7 +55,7 @@ def build_page(found: Compared) -> ComparePage:
 
 
 def summary(found: Compared, metric: str) -> list[str]:
-    """Give what to know in a minute, the verdict first; `backticks` mark names."""
+    """Return what to know in a minute, the verdict first; `backticks` mark names."""
     config = found.config
     lines = [
         conclusion(found, metric),
@@ -77,7 +77,7 @@ def summary(found: Compared, metric: str) -> list[str]:
 
 
 def conclusion(found: Compared, metric: str) -> str:
-    """Give the verdict on the best model in one sentence, of two models with its numbers."""
+    """Return the verdict on the best model in one sentence, of two models with its numbers."""
     if not found.primary:
         return "All runs are seeds of one method: there is nothing to decide."
     if len(found.primary) == 1:
@@ -113,7 +113,7 @@ def _best(found: Compared) -> str:
 
 
 def _from_best(found: Compared, one: Verdict) -> Verdict:
-    """Give a verdict read from the side of the best model, if it is about that."""
+    """Return a verdict read from the side of the best model, if it is about that."""
     return one.turned if one.other == _best(found) else one
 
 
@@ -148,7 +148,7 @@ def write_page(found: Compared, directory: Path) -> None:
 
 
 def render_markdown(page: ComparePage) -> str:
-    """Give the page in Markdown."""
+    """Return the page in Markdown."""
     parts = [f"# {page.title}", *page.summary]
     for table in page.decisive:
         parts += [f"## {table.title}", pages.markdown(table), *([table.note] if table.note else [])]
@@ -203,7 +203,7 @@ def _plot(found: Compared, metric: str) -> str:
 
 
 def _shortened(name: str) -> str:
-    """Give the end of a long name, such as a path."""
+    """Return the end of a long name, such as a path."""
     return name if len(name) <= 20 else f"…{name[-19:]}"
 
 

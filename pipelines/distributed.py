@@ -110,6 +110,6 @@ def _work(told: dict[str, Any]) -> None:
 
 
 def _absolute(uri: str) -> str:
-    """Give a tracking URI that means the same in every working directory."""
+    """Return a tracking URI that means the same in every working directory."""
     place = uri.removeprefix("sqlite:///")
     return uri if place == uri else f"sqlite:///{Path(place).resolve()}"

@@ -79,7 +79,7 @@ class EncoderTask:
         return [normalised(text) for text in self.stages.corpus.passages]
 
     def batch(self, step: int) -> tuple[list[str], list[dict[int, int]], list[list[int]]]:
-        """Give texts, grades and passages (a positive, then hard negatives) of one step's queries."""
+        """Return texts, grades and passages (a positive, then hard negatives) of one step's queries."""
         draws = generator(self.config.seed, step, "text batch")
         kinds = [queries for queries in self.train.values() if len(queries)]
         texts, grades, groups = [], [], []
@@ -99,7 +99,7 @@ class EncoderTask:
         return texts, grades, groups
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Give the contrastive loss of one step, and how far the fusion turns the queries."""
+        """Return the contrastive loss of one step, and how far the fusion turns the queries."""
         texts, grades, groups = self.batch(step)
         columns = [row for group in groups for row in group]
         target = torch.arange(len(groups)) * self.config.group
@@ -112,7 +112,7 @@ class EncoderTask:
     def left_out(
         self, texts: Sequence[str], grades: Sequence[dict[int, int]], columns: Sequence[int], target: Tensor
     ) -> Tensor:
-        """Tell bool [B, C] which columns are no negatives of a row.
+        """Return bool [B, C]: which columns are no negatives of a row.
 
         Those are relevant to it, equal its positive in text, or belong to another row of the same query.
         """
@@ -126,7 +126,7 @@ class EncoderTask:
         return also
 
     def query_vectors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Give plain and enhanced vectors [B, d]."""
+        """Return plain and enhanced vectors [B, d]."""
         model = self.model
         rows = model.tokenizer.encode(texts, model.config.max_query_len)
         if not self.frozen:
@@ -137,7 +137,7 @@ class EncoderTask:
         return plain, model.lexicon(plain, ids, mask, hidden, raw, clr)
 
     def passage_vectors(self, rows: Sequence[int]) -> Tensor:
-        """Give vectors [C, d] of passages, with a gradient in full training."""
+        """Return vectors [C, d] of passages, with a gradient in full training."""
         if self.frozen:
             return torch.from_numpy(self.stages.passage_vectors[list(rows)]).to(self.device)
         model = self.model
@@ -146,7 +146,7 @@ class EncoderTask:
         return self._read(model.tokenizer.encode(texts, model.config.max_passage_len), fused)[1]
 
     def _read(self, rows: Sequence[Sequence[int]], fused: bool) -> tuple[Tensor, Tensor]:
-        """Give plain and enhanced vectors [B, d] of token ids, with a gradient; twice the plain ones unless `fused`."""
+        """Return plain and enhanced vectors [B, d] of token ids, with a gradient; plain twice unless `fused`."""
         model = self.model
         ids, mask = padded(rows, model.tokenizer.pad, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
@@ -157,7 +157,7 @@ class EncoderTask:
         return plain, model.lexicon(plain, ids, mask, hidden, raw, clr) if fused else plain
 
     def validate(self) -> dict[str, float]:
-        """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
+        """Return the mean nDCG@10 over the kinds of dev queries, then that of each."""
         found = {}
         for kind, queries in self.dev.items():
             if self.frozen:

@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def environment(device: str) -> dict[str, str]:
-    """Give facts by name: `code`, `package <name>`, `hardware <what>`; packages that are not installed are left out."""
+    """Return facts by name: `code`, `package <name>`, `hardware <what>`; packages not installed are left out."""
     import torch
 
     facts = {"code": git_commit(), "package python": platform.python_version()}

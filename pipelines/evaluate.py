@@ -136,7 +136,7 @@ def validate(
     max_requests: int = 1000,
     seed: int = 2023,
 ) -> dict[str, float]:
-    """Give the metrics a training loop watches, without intervals; the same requests at every call.
+    """Return the metrics a training loop watches, without intervals; the same requests at every call.
 
     `gauc`, `auc`, `auc_per_request` and `ndcg_at_10` are on the sampler's candidates. A retriever also gets
     `ndcg_at_20` and `recall_at_20` over all known items, by the inner product of its vectors. NaN where not defined.
@@ -290,7 +290,7 @@ def _all_items_facts(prepared: PreparedSet, ranked: Sample) -> CandidateFacts:
 
 
 def _requests_record(task: _Task) -> dict[str, NDArray[Any]]:
-    """Give what was scored, in the order of every model's scores."""
+    """Return what was scored, in the order of every model's scores."""
     chosen = task.chosen
     record: dict[str, NDArray[Any]] = {
         "index": chosen.index,
@@ -307,7 +307,7 @@ def _requests_record(task: _Task) -> dict[str, NDArray[Any]]:
 
 
 def _single_ms(model: AnyRanker, task: _Task) -> float:
-    """Give the median milliseconds of a request scored alone, after one to warm up."""
+    """Return the median milliseconds of a request scored alone, after one to warm up."""
     sets = task.pools[task.config.samplers[0]].sets
     places = choose(len(task.chosen), SINGLE_REQUESTS + 1, task.config.seed, "evaluate/single requests")
     seconds = []

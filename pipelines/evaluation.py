@@ -265,7 +265,7 @@ class TrainingSummary:
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def table(self) -> dict[str, Any]:
-        """Give the summary as plain values, for JSON."""
+        """Return the summary as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @staticmethod
@@ -309,16 +309,16 @@ class Evaluation:
         return list(self.metrics)
 
     def metric(self, model: str, sampler: str, name: str) -> float | None:
-        """Give one value, e.g. `gauc` or `segment/history_50_199/auc`; None where it is not defined or absent."""
+        """Return one value, e.g. `gauc` or `segment/history_50_199/auc`; None where it is not defined or absent."""
         return self.metrics.get(model, {}).get(sampler, {}).get(f"{self.split}/{name}")
 
     def interval(self, model: str, sampler: str, name: str) -> tuple[float, float] | None:
-        """Give the interval of one value; None where there is none."""
+        """Return the interval of one value; None where there is none."""
         low, high = (self.metric(model, sampler, f"{name}.{end}") for end in ("ci_low", "ci_high"))
         return None if low is None or high is None else (low, high)
 
     def flat(self, model: str) -> dict[str, float]:
-        """Give a model's defined metrics as `<split>/<sampler>/<name>`, ready to be logged."""
+        """Return a model's defined metrics as `<split>/<sampler>/<name>`, ready to be logged."""
         return {
             f"{self.split}/{sampler}/{name.removeprefix(self.split + '/')}": value
             for sampler, values in self.metrics[model].items()
@@ -327,7 +327,7 @@ class Evaluation:
         }
 
     def compare(self, sampler: str, name: str, model: str, other: str) -> Comparison | None:
-        """Give the paired difference of two models in one metric, whichever way round it was stored."""
+        """Return the paired difference of two models in one metric, whichever way round it was stored."""
         for found in self.comparisons:
             if (found.sampler, found.metric) != (sampler, f"{self.split}/{name}"):
                 continue
@@ -368,7 +368,7 @@ class Evaluation:
 
 
 def _reversed(found: Comparison) -> Comparison:
-    """Give the same comparison read the other way round."""
+    """Return the same comparison read the other way round."""
     return dataclasses.replace(
         found,
         model=found.other,
@@ -381,12 +381,12 @@ def _reversed(found: Comparison) -> Comparison:
 
 
 def defined(value: float) -> float | None:
-    """Give the value, or None in place of NaN: how "not defined" is written in JSON."""
+    """Return the value, or None in place of NaN: how "not defined" is written in JSON."""
     return None if math.isnan(value) else float(value)
 
 
 def length_segments(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
-    """Give the history segments: name, least length, and the length it ends before (None: no end)."""
+    """Return the history segments: name, least length, and the length it ends before (None: no end)."""
     starts = [0, *edges]
     ends: list[int | None] = [*edges, None]
     return [

@@ -40,7 +40,7 @@ class EventFacts:
 
 
 def measure_events(events: Path, count: int, work: Path, at_once: int = ROWS_AT_ONCE) -> EventFacts:
-    """Give the facts of a canonical Parquet file of events.
+    """Return the facts of a canonical Parquet file of events.
 
     Args:
         events: the file.
@@ -109,7 +109,7 @@ def _divide(events: Path, count: int, work: Path, at_once: int) -> _Whole:
 
 
 def _quantiles(lengths: NDArray[np.int64]) -> dict[str, int]:
-    """Give quantiles of the events per user, lower ones, where `lengths[n]` users have n events."""
+    """Return quantiles of the events per user, lower ones, where `lengths[n]` users have n events."""
     until = np.cumsum(lengths)
     places = [(int(until[-1]) - 1) * percent // 100 for percent in QUANTILES]
     found = np.searchsorted(until, places, side="right")

@@ -47,7 +47,7 @@ Reader = Callable[[str, pl.DataType, str], Field]
 
 
 def read_id(column: str, kind: pl.DataType, file: str) -> Field:
-    """Give an id as text, exactly as it stands; a missing or empty one makes the row bad."""
+    """Return an id as text, exactly as it stands; a missing or empty one makes the row bad."""
     text, odd = _id_text(column, kind, file)
     return Field(
         text,
@@ -59,13 +59,13 @@ def read_id(column: str, kind: pl.DataType, file: str) -> Field:
 
 
 def read_name(column: str, kind: pl.DataType, file: str) -> Field:
-    """Give a text that may be missing: an action, a session, an event id."""
+    """Return a text that may be missing: an action, a session, an event id."""
     text, odd = _id_text(column, kind, file)
     return Field(pl.when(text != "").then(text), lambda _: (Problem(odd, "a name or a number without decimals"),))
 
 
 def number_reader(config: NumbersConfig) -> Reader:
-    """Give the reader of float64 that may be missing; text that is no number, or one that is not finite, is bad."""
+    """Return the reader of float64 that may be missing; text that is no number, or one that is not finite, is bad."""
 
     def read(column: str, kind: pl.DataType, file: str) -> Field:
         if kind != pl.String:
@@ -84,7 +84,7 @@ def number_reader(config: NumbersConfig) -> Reader:
 
 
 def parse_numbers(text: pl.Expr, config: NumbersConfig) -> pl.Expr:
-    """Give text, without blanks around it, as float64; what is written otherwise is null.
+    """Return text, without blanks around it, as float64; what is written otherwise is null.
 
     Thousands stand in threes or without a mark: of `1.23` with points between thousands nobody knows what it means.
     """
@@ -103,7 +103,7 @@ def _not_finite(number: pl.Expr, unreadable: pl.Expr) -> Problem:
 
 
 def read_label(column: str, kind: pl.DataType, file: str) -> Field:
-    """Give 1.0 for a click or the like and 0.0 for none; anything else makes the row bad."""
+    """Return 1.0 for a click or the like and 0.0 for none; anything else makes the row bad."""
     number = pl.col(column).cast(pl.Float64) if kind == pl.Boolean else _number(column, kind, file)
     if kind == pl.String:
         flag = pl.col(column).str.to_lowercase().replace_strict(["true", "false"], [1.0, 0.0], default=None)
@@ -112,7 +112,7 @@ def read_label(column: str, kind: pl.DataType, file: str) -> Field:
 
 
 def read_position(column: str, kind: pl.DataType, file: str) -> Field:
-    """Give an int64 that says only which event came first."""
+    """Return an int64 that says only which event came first."""
     number = _number(column, kind, file, "positions, whole numbers")
 
     def problems(parsed: pl.Expr) -> tuple[Problem, ...]:
@@ -122,7 +122,7 @@ def read_position(column: str, kind: pl.DataType, file: str) -> Field:
 
 
 def time_reader(config: TimeConfig) -> Reader:
-    """Give the reader of times in a stated unit and zone; it gives int64 microseconds UTC."""
+    """Return the reader of times in a stated unit and zone; it gives int64 microseconds UTC."""
 
     def read(column: str, kind: pl.DataType, file: str) -> Field:
         if isinstance(kind, pl.Date | pl.Datetime):
@@ -149,7 +149,7 @@ def time_reader(config: TimeConfig) -> Reader:
 
 
 def _moment_problems(column: str, kind: pl.DataType, parsed: pl.Expr, config: TimeConfig) -> tuple[Problem, ...]:
-    """Tell a missing datetime, a number, a text that cannot be read and one out of the calendar apart."""
+    """Tell apart a missing datetime, a number, a text that cannot be read and one out of the calendar."""
     value = pl.col(column)
     missing = value.is_null() if kind != pl.String else value.is_null() | (value == "")
     wanted = f"a time as {config.format}" if config.format else "a time such as 2017-01-31 18:05:00"
@@ -164,7 +164,7 @@ def _moment_problems(column: str, kind: pl.DataType, parsed: pl.Expr, config: Ti
 
 
 def _number_problems(column: str, number: pl.Expr, unit: str) -> tuple[Problem, ...]:
-    """Tell a missing time, one that is no number, one in another unit and one out of the calendar apart.
+    """Tell apart a missing time, one that is no number, one in another unit and one out of the calendar.
 
     Floats are compared: whole microseconds of a time in the wrong unit may not fit 64 bits.
     """
@@ -189,7 +189,7 @@ def _inside(number: pl.Expr, unit: str) -> pl.Expr:
 
 
 def _parsed_text(text: pl.Expr, config: TimeConfig) -> pl.Expr:
-    """Give int64 microseconds UTC of text: year first, with or without a time, a fraction, an offset; or `format`.
+    """Return int64 microseconds UTC of text: year first, with or without a time, a fraction, an offset; or `format`.
 
     Cost: 0.5 us a row, most of it the parse; so every shape is brought into one and parsed once.
     """
@@ -218,7 +218,7 @@ def _parsed_text(text: pl.Expr, config: TimeConfig) -> pl.Expr:
 
 
 def _localised(moment: pl.Expr, kind: pl.DataType, config: TimeConfig) -> pl.Expr:
-    """Give int64 microseconds UTC of a datetime; a naive one is read in the stated zone.
+    """Return int64 microseconds UTC of a datetime; a naive one is read in the stated zone.
 
     A moment the zone's clocks skip does not exist and becomes null; of one they pass twice the first is meant.
     """
@@ -228,7 +228,7 @@ def _localised(moment: pl.Expr, kind: pl.DataType, config: TimeConfig) -> pl.Exp
 
 
 def _id_text(column: str, kind: pl.DataType, file: str) -> tuple[pl.Expr, pl.Expr]:
-    """Give an id as text, and where a number with decimals makes it odd."""
+    """Return an id as text, and where a number with decimals makes it odd."""
     value = pl.col(column)
     if kind.is_float():  # a column of whole numbers with gaps comes out of pandas as floats
         whole = value.cast(pl.Int64, strict=False)
@@ -248,7 +248,7 @@ def _number(column: str, kind: pl.DataType, file: str, expected: str = "numbers"
 
 
 def _whole(column: str, kind: pl.DataType, number: pl.Expr) -> pl.Expr:
-    """Give int64, exact where the file has whole numbers: floats hold them up to 2^53 only."""
+    """Return int64, exact where the file has whole numbers: floats hold them up to 2^53 only."""
     if kind.is_float():
         return number.cast(pl.Int64, strict=False)
     value = pl.col(column).str.strip_chars() if kind == pl.String else pl.col(column)

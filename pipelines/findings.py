@@ -33,7 +33,7 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def points(evaluation: Evaluation) -> list[str]:
-    """Give at most four short findings behind the verdict."""
+    """Return at most four short findings behind the verdict."""
     if not evaluation.models:
         return []
     first = evaluation.config.samplers[0]
@@ -42,14 +42,14 @@ def points(evaluation: Evaluation) -> list[str]:
 
 
 def best(evaluation: Evaluation, sampler: str, metric: str) -> str | None:
-    """Give the model with the highest value, the first of equals; None where no model has one."""
+    """Return the model with the highest value, the first of equals; None where no model has one."""
     values = {name: evaluation.metric(name, sampler, metric) for name in evaluation.models}
     known = {name: value for name, value in values.items() if value is not None}
     return max(known, key=lambda name: known[name]) if known else None
 
 
 def conditions(facts: CandidateFacts, sampler: str, split: str) -> str:
-    """Give what stands beside every AUC: the split, where the candidates come from, and how many are in the history."""
+    """Return what stands beside every AUC: the split, the source of the candidates, how many are in the history."""
     source = "all known items" if sampler == ALL_ITEMS else f"sampler `{sampler}`"
     return (
         f"Split `{split}`, {source}: {facts.requests:,} requests of {facts.users:,} users, "
@@ -60,23 +60,23 @@ def conditions(facts: CandidateFacts, sampler: str, split: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Give four decimals, or a dash for what is not defined."""
+    """Return four decimals, or a dash for what is not defined."""
     return "–" if value is None else f"{value:.4f}"
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """Give `low–high`, or nothing where there is no interval."""
+    """Return `low–high`, or nothing where there is no interval."""
     return "" if bounds is None else f"{bounds[0]:.4f}–{bounds[1]:.4f}"
 
 
 def signed(value: float) -> str:
-    """Give four decimals with a sign, a true minus; no sign on what rounds to nothing."""
+    """Return four decimals with a sign, a true minus; no sign on what rounds to nothing."""
     text = f"{value:+.4f}".replace("-", "−")
     return "0.0000" if text[1:] == "0.0000" else text
 
 
 def percent(share: float) -> str:
-    """Give a share in percent, with as many digits as it needs to be told from none and from all."""
+    """Return a share in percent, with as many digits as it needs to be told from none and from all."""
     for digits in (1, 2):
         text = f"{100 * share:.{digits}f}"
         if share in (0, 1) or 0 < float(text) < 100:
@@ -85,7 +85,7 @@ def percent(share: float) -> str:
 
 
 def difference(found: Comparison) -> str:
-    """Give a paired difference with its interval."""
+    """Return a paired difference with its interval."""
     if found.ci_low is None or found.ci_high is None:
         return signed(found.difference)
     return f"{signed(found.difference)} [{signed(found.ci_low)} to {signed(found.ci_high)}]"
@@ -200,7 +200,7 @@ def _estimate(evaluation: Evaluation, name: str, sampler: str, metric: str) -> s
 
 
 def _margin(found: Comparison) -> str:
-    """Give how far the better is ahead, without a sign, with its interval."""
+    """Return how far the better is ahead, without a sign, with its interval."""
     ends = sorted((abs(found.ci_low or 0.0), abs(found.ci_high or 0.0)))
     return f"{abs(found.difference):.4f} [{ends[0]:.4f} to {ends[1]:.4f}]"
 

@@ -81,7 +81,7 @@ class FirstStages:
         return sparse_search(self.splade.encode(texts), self._sparse_passages, PLACES)
 
     def all(self, texts: Sequence[str], weight: float | None = None) -> dict[str, Ranking]:
-        """Give every first stage by name; the convex fusion and the hybrid where a BM25 weight is given."""
+        """Return every first stage by name; the convex fusion and the hybrid where a BM25 weight is given."""
         lexical, dense = self.bm25.search(texts, POOL), self.dense(texts, places=POOL)
         rankings = {"bm25": lexical.top(PLACES), "dense": dense.top(PLACES)}
         if self.splade is not None:
@@ -102,7 +102,7 @@ class FirstStages:
         return Mix(weight).fuse(lexical, dense, self.bm25.coverage(texts, lexical), PLACES)
 
     def choose_weight(self, dev: Mapping[str, Queries]) -> float:
-        """Give the BM25 weight of the best nDCG@10 on natural dev queries, or the shipped one where there are none.
+        """Return the BM25 weight of the best nDCG@10 on natural dev queries, or the shipped one where there are none.
 
         Queries cut from passages would choose words alone, which is wrong for natural ones.
         """

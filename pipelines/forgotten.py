@@ -17,7 +17,7 @@ NAME = "forgotten.json"
 
 
 def read_list(workspace: Path) -> dict[str, int]:
-    """Give the tombstone list of a workspace: user -> number of the first parts that forget the user."""
+    """Return the tombstone list of a workspace: user -> number of the first parts that forget the user."""
     path = workspace / NAME
     return {str(user): int(parts) for user, parts in read_json(path).items()} if path.exists() else {}
 
@@ -42,7 +42,7 @@ def mark_parts(workspace: Path, parts: Sequence[Path]) -> None:
 
 
 def hidden_users(part: Path) -> tuple[str, ...]:
-    """Give the users whom a part gives none of."""
+    """Return the users whom a part gives none of."""
     path = part / NAME
     return tuple(read_json(path)) if path.exists() else ()
 

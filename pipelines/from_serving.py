@@ -157,7 +157,7 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
 
 
 def last_taken(parts: Sequence[Path], log: str) -> Taken:
-    """Give up to where a service's logs are in the parts of a log."""
+    """Return up to where a service's logs are in the parts of a log."""
     for part in reversed(parts):
         found = _taken(part)
         if found is not None and found.log == log:
@@ -184,7 +184,7 @@ def _taken(part: Path) -> Taken | None:
 
 
 def _newest(parts: Sequence[Path]) -> dict[str, int]:
-    """Give each user's newest moment in all parts."""
+    """Return each user's newest moment in all parts."""
     newest: dict[str, int] = {}
     for path in parts:
         if not path.exists():
@@ -224,7 +224,7 @@ def _read_events(log: LogReader, taken: Taken, newest: dict[str, int], as_of: in
 def _read_requests(
     directory: Path, taken: Taken, log: LogReader, forgotten: dict[str, int]
 ) -> Iterator[tuple[LoggedRequest, str, int]]:
-    """Give the new answers of users who are not forgotten, with file and the byte after each."""
+    """Yield the new answers of users who are not forgotten, with file and the byte after each."""
     for path in files(directory):
         for request, end in read_file(path, taken.requests.get(path.name, 0)):
             if request.log == log.id and request.position < forgotten.get(request.user_id, -1):
@@ -253,7 +253,7 @@ def _verify(requests: Sequence[LoggedRequest], place: Workspace, log: LogReader)
 def _mature(
     found: Sequence[tuple[LoggedRequest, str, int]], taken: Taken, attribution: Attribution, verified: set[str]
 ) -> tuple[list[Shown], dict[str, int], int]:
-    """Give the answers to learn from, up to where each file is used, and how many are not mature."""
+    """Return the answers to learn from, up to where each file is used, and how many are not mature."""
     shown: list[Shown] = []
     cursors, held, waiting = dict(taken.requests), set[str](), 0
     for request, file, end in found:
@@ -269,7 +269,7 @@ def _mature(
 
 
 def _attributable(log: LogReader, shown: Sequence[Shown]) -> Iterator[Event]:
-    """Give the events of the users who were shown something; all of the log, as late ones may stand anywhere."""
+    """Yield the events of the users who were shown something; all of the log, as late ones may stand anywhere."""
     users = {one.user_id for one in shown}
     if users:
         for record in log.replay():
@@ -278,7 +278,7 @@ def _attributable(log: LogReader, shown: Sequence[Shown]) -> Iterator[Event]:
 
 
 def _rule(place: Workspace) -> PositiveRule:
-    """Give which events are positives, as the log's own card says."""
+    """Return which events are positives, as the log's own card says."""
     if not (place.log / "ingest.json").exists():
         return PositiveRule()
     return parse(PositiveRule, read_json(place.log / "ingest.json").get("positive", {}), "ingest.json [positive]")

@@ -100,7 +100,7 @@ class PreparedHistories:
         self._row = {user: row for row, user in enumerate(self.ids)}
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's whole history, None for one the set does not know."""
+        """Return the user's whole history, None for one the set does not know."""
         row = self._row.get(user_id)
         return None if row is None else self._prepared.histories.of(row)
 
@@ -181,7 +181,7 @@ def lists_are(prepared: PreparedSet, lists: Sequence[NDArray[np.int32]], sample:
 
 
 def tables(funnel: Funnel) -> list[Table]:
-    """Give the funnel and what the lists are like, as tables of the report."""
+    """Return the funnel and what the lists are like, as tables of the report."""
     rows = [_row(stage) for stage in funnel.stages]
     note = (
         f"Bundle `{funnel.bundle}` on {funnel.requests:,} `{funnel.split}` requests of {funnel.users:,} users, all "
@@ -246,7 +246,7 @@ def _follow(
 
 
 def _held(sample: Sample, lists: Sequence[NDArray[np.int32]]) -> Floats:
-    """Give the share of each request's positives among its rows, float64 [R]; NaN where it has none."""
+    """Return the share of each request's positives among its rows, float64 [R]; NaN where it has none."""
     offsets, positive = sample.requests.offsets, sample.requests.positive
     return np.array(
         [

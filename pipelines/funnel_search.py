@@ -42,7 +42,7 @@ def measure_search(
     seed: int = 2023,
     say: Callable[[str, int, int], None] | None = None,
 ) -> tuple[int, list[Stage]]:
-    """Give the number of requests a query could be made for, and the stages; 0 and none without text in the bundle.
+    """Return the number of requests a query could be made for, and the stages; 0 and none without text in the bundle.
 
     Cost: a search for each, one with the reranker if there is one, and a request of the service.
     """
@@ -70,7 +70,7 @@ def measure_search(
 
 
 def with_queries(sample: Sample, names: Sequence[str], seed: int) -> tuple[Sample, list[str]]:
-    """Give the requests a query can be made for, with the positives it is to find, and the queries."""
+    """Return the requests a query can be made for, with the positives it is to find, and the queries."""
     queries: list[str] = []
     kept: list[int] = []
     positives: list[NDArray[np.int32]] = []

@@ -51,7 +51,7 @@ class PairRuns:
         )
 
     def grown(self, folder: Path, added: Words, removed: Words, rows: int) -> "PairRuns":
-        """Give these runs and one more in the empty directory `folder`, as one base if there have been many.
+        """Return these runs and one more in the empty directory `folder`, as one base if there have been many.
 
         The newest of 1, 2, 4, ... appends are one run, as the digits of a binary number: of 15 there are four at most.
         """
@@ -85,7 +85,7 @@ class PairRuns:
         return PairRuns.open(self.folder)
 
     def ranges(self, rows: int) -> list[tuple[int, int]]:
-        """Give the ranges of source rows the base is divided into, up to `rows`."""
+        """Return the ranges of source rows the base is divided into, up to `rows`."""
         return list(pairwise((*self.lows, rows)))
 
     def base(self, low: int) -> Words:
@@ -95,14 +95,14 @@ class PairRuns:
 
 
 def _number(path: Path) -> int:
-    """Give the number of the newest append whose words a run's file holds."""
+    """Return the number of the newest append whose words a run's file holds."""
     return int(path.stem.partition("-")[0])
 
 
 def updated_edges(
     runs: PairRuns, old: Transitions, added: Words, removed: Words, rows: int, top_n: int
 ) -> Iterator[Edges]:
-    """Give the edges after an append, range by range, two at a time.
+    """Yield the edges after an append, range by range, two at a time.
 
     Args:
         runs: all words, those of the append with them.
@@ -146,7 +146,7 @@ def updated_edges(
 
 
 def _replaced(block: Edges, mine: NDArray[np.bool_], stays: NDArray[np.bool_], by: Edges) -> Edges:
-    """Give a block of edges with those of the marked rows replaced; `stays` marks the edges of all other rows."""
+    """Return a block of edges with those of the marked rows replaced; `stays` marks the edges of all other rows."""
     degree = block.degree.copy()
     degree[mine] = by.degree
     goes_on = np.repeat(~mine, degree)
@@ -160,7 +160,7 @@ def _replaced(block: Edges, mine: NDArray[np.bool_], stays: NDArray[np.bool_], b
 def _sums(
     runs: PairRuns, added: Words, removed: Words, lost: NDArray[np.int64], limits: tuple[int, int]
 ) -> tuple[Words, NDArray[np.int64]]:
-    """Give the pairs of a range to sum again, ascending, and their sums.
+    """Return the pairs of a range to sum again, ascending, and their sums.
 
     They are those with words added or removed, and all pairs of the rows that lost a word.
     """
@@ -174,7 +174,7 @@ def _sums(
 
 
 def _enough(degree: NDArray[np.int64], weight: NDArray[np.float32], top_n: int) -> NDArray[np.float32]:
-    """Give the weight below which a new edge need not be looked at: that of the lightest edge of a full row, else 0."""
+    """Return the weight below which a new edge can be ignored: that of the lightest edge of a full row, else 0."""
     enough = np.zeros(len(degree), np.float32)
     full = np.flatnonzero(degree == top_n) if top_n else np.empty(0, np.int64)
     if len(full):
@@ -186,7 +186,7 @@ def _enough(degree: NDArray[np.int64], weight: NDArray[np.float32], top_n: int) 
 
 
 def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
-    """Give the summed steps of each pair's words; both ascending."""
+    """Return the summed steps of each pair's words; both ascending."""
     total = np.zeros(len(pair), np.int64)
     if not len(words):
         return total
@@ -204,7 +204,7 @@ def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
 
 
 def _places(words: Words, keys: Words) -> NDArray[np.int64]:
-    """Give `np.searchsorted(words, keys)` of ascending keys, run by run of words: half the time of one long search."""
+    """Return `np.searchsorted(words, keys)` of ascending keys, run by run of words: half the time of one search."""
     starts = np.arange(0, len(words), SEARCHED_AT_ONCE)
     ends = np.append(np.searchsorted(keys, words[starts[1:]]), len(keys)).tolist()
     place = np.empty(len(keys), np.int64)
@@ -224,7 +224,7 @@ def _updated(
     total: NDArray[np.int64],
     enough: NDArray[np.float32],
 ) -> tuple[Words, NDArray[np.float32], NDArray[np.int8]]:
-    """Give the edges (ascending pairs, weights) with the sums of the changed pairs, less new ones below `enough`.
+    """Return the edges (ascending pairs, weights) with the sums of the changed pairs, less new ones below `enough`.
 
     Beside them int8 [changed]: 1 for a pair that is new among the edges, -1 for one that is no longer an edge.
     """
@@ -244,7 +244,7 @@ def _updated(
 
 
 def _slices(files: tuple[Path, ...], low: int, high: int) -> list[Words]:
-    """Give each file's words of source rows low..high, memory-mapped."""
+    """Return each file's words of source rows low..high, memory-mapped."""
     return [_slice(np.memmap(file, np.uint64, "r"), low, high) for file in files if file.stat().st_size]
 
 

@@ -83,7 +83,7 @@ class Time:
 
 
 def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
-    """Give the commented TOML for an events file and an items file; paths are written relative to `folder` if they can.
+    """Return the commented TOML for an events file and an items file; paths are relative to `folder` if they can be.
 
     Raises:
         DataError: a file that cannot be read, or an empty one.
@@ -119,12 +119,12 @@ def _sample(table: Table) -> pl.DataFrame:
 
 
 def _plain(name: str) -> str:
-    """Give a name without case, punctuation and the type some tools append (`user_id:token`)."""
+    """Return a name without case, punctuation and the type some tools append (`user_id:token`)."""
     return re.sub(r"[^a-z0-9]", "", name.split(":")[0].lower())
 
 
 def guess_columns(table: Table, sample: pl.DataFrame, items: pl.DataFrame | None = None) -> dict[str, Guess]:
-    """Give canonical name -> column, for those that could be guessed; `timestamp` or `position`, never both.
+    """Return canonical name -> column, for those that could be guessed; `timestamp` or `position`, never both.
 
     `items`, the first rows of the catalogue, tells which column names items where its name does not.
     """
@@ -173,7 +173,7 @@ def _fits(canonical: str, sample: pl.DataFrame, column: str) -> bool:
 
 
 def guess_item_key(sample: pl.DataFrame, item_id: str | None, items: pl.DataFrame) -> Guess | None:
-    """Give the catalogue's column of item ids: the one that holds the log's ids, else by its name."""
+    """Return the catalogue's column of item ids: the one that holds the log's ids, else by its name."""
     if item_id is not None:
         shares = {name: _shared(sample[item_id], items[name]) for name in items.columns}
         best = max(shares, key=lambda name: shares[name])
@@ -185,7 +185,7 @@ def guess_item_key(sample: pl.DataFrame, item_id: str | None, items: pl.DataFram
 
 
 def _shared(ids: pl.Series, keys: pl.Series) -> float:
-    """Give the share of the ids that are among the keys; 0 where the keys are not one per row."""
+    """Return the share of the ids that are among the keys; 0 where the keys are not one per row."""
     if ids.dtype.is_nested() or keys.dtype.is_nested() or keys.n_unique() < len(keys):
         return 0.0
     known = ids.drop_nulls().cast(pl.String)
@@ -193,7 +193,7 @@ def _shared(ids: pl.Series, keys: pl.Series) -> float:
 
 
 def _most_like_ids(sample: pl.DataFrame, columns: Sequence[str], canonical: str) -> str | None:
-    """Give the column of text or whole numbers whose values come again; users come more often than items."""
+    """Return the column of text or whole numbers whose values come again; users come more often than items."""
     counts = {}
     for name in columns:
         kind = sample.schema[name]
@@ -209,7 +209,7 @@ def _most_like_ids(sample: pl.DataFrame, columns: Sequence[str], canonical: str)
 
 
 def guess_time(sample: pl.DataFrame, column: str) -> Time | None:
-    """Give how a column writes times, or None if it has none: datetimes, numbers by their magnitude, text by trial."""
+    """Return how a column writes times, or None if it has none: datetimes, numbers by magnitude, text by trial."""
     values = sample.select(pl.col(column).drop_nulls())
     kind = values.schema[column]
     if values.is_empty():
@@ -235,12 +235,12 @@ def guess_time(sample: pl.DataFrame, column: str) -> Time | None:
 
 
 def guess_numbers(columns: Sequence[pl.Series]) -> NumbersConfig:
-    """Give the way of writing numbers that suits most values of some columns, the likeliest of equals."""
+    """Return the way of writing numbers that suits most values of some columns, the likeliest of equals."""
     return max(STYLES, key=lambda style: sum(_share_of_numbers(values, [style]) for values in columns))
 
 
 def _numeric(sample: pl.DataFrame, guesses: Mapping[str, Guess], items: pl.DataFrame | None) -> list[pl.Series]:
-    """Give the columns that the mapping reads as numbers, or may."""
+    """Return the columns that the mapping reads as numbers, or may."""
     names = [guesses["value"].column] if "value" in guesses else []
     columns = [sample[name] for name in [*names, *_amounts(sample)]]
     return columns + [values for values in ([] if items is None else items) if _is_numeric(values)]
@@ -256,7 +256,7 @@ def _is_numeric(values: pl.Series) -> bool:
 
 
 def _share_of_numbers(values: pl.Series, styles: Sequence[NumbersConfig] = STYLES) -> float:
-    """Give the share of the values that are numbers, in the style that suits best."""
+    """Return the share of the values that are numbers, in the style that suits best."""
     known = values.drop_nulls()
     if known.is_empty() or not (known.dtype.is_numeric() or known.dtype == pl.String):
         return 0.0
@@ -344,7 +344,7 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None) -> str:
 
 
 def _separator(values: pl.Series) -> str | None:
-    """Give what separates the values of a multi-valued column ("" for a list), or None if it is not one."""
+    """Return what separates the values of a multi-valued column ("" for a list), or None if it is not one."""
     if isinstance(values.dtype, pl.List):
         return ""
     if values.dtype != pl.String or values.is_empty():

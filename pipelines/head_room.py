@@ -41,7 +41,7 @@ def head_room(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[HeadRoom]:
-    """Give the shares for the queries' own passages and for random wrong ones, one entry per bound of R.
+    """Return the shares for the queries' own passages and for random wrong ones, one entry per bound of R.
 
     Args:
         queries: float32 [Q, d], plain vectors.

@@ -35,7 +35,7 @@ class Shown:
 
 
 def labelled(shown: Sequence[Shown], events: Iterable[Event], rule: PositiveRule, window: int) -> pl.DataFrame:
-    """Give a row for every item shown, in the order of `SCHEMA`.
+    """Return a row for every item shown, in the order of `SCHEMA`.
 
     Args:
         shown: answers whose window has passed.

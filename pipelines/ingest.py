@@ -68,7 +68,7 @@ def ingest_files(config: IngestConfig, folder: Path, directory: Path, name: str)
 
 
 def quarantine_of(directory: Path) -> Path:
-    """Give where the bad rows of a log are kept: beside it, so that they are there when the log is refused."""
+    """Return where the bad rows of a log are kept: beside it, so that they are there when the log is refused."""
     return directory.with_name("quarantine.parquet")
 
 
@@ -109,7 +109,7 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
 
 
 def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: int, missing_text: int) -> DataCard:
-    """Give the data card of what was written under `out`."""
+    """Return the data card of what was written under `out`."""
     rows = {name: int(pl.scan_parquet(out / name).select(pl.len()).collect().item()) for name in names}
     tally = raw.tally or Tally(count)
     return DataCard(
@@ -136,7 +136,7 @@ def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: in
 
 
 def _canonical_events(raw: RawLog) -> pl.LazyFrame:
-    """Give the events' known columns in their canonical types; columns of other names are dropped."""
+    """Return the events' known columns in their canonical types; columns of other names are dropped."""
     schema = _schema(raw.name, "events", raw.events)
     missing = [name for name in REQUIRED if name not in schema]
     if missing:
@@ -150,7 +150,7 @@ def _canonical_events(raw: RawLog) -> pl.LazyFrame:
 
 
 def _time(source: str, kind: pl.DataType) -> pl.Expr:
-    """Give int64 microseconds UTC: integers as they are, dates and datetimes converted (naive ones are UTC)."""
+    """Return int64 microseconds UTC: integers as they are, dates and datetimes converted (naive ones are UTC)."""
     column = pl.col(TIMESTAMP)
     if kind.is_integer():
         return column.cast(pl.Int64)
@@ -198,7 +198,7 @@ def _write_items(raw: RawLog, out: Path, with_events: pl.Series) -> int:
 
 
 def _canonical_table(source: str, table: str, frame: pl.LazyFrame, key: str) -> pl.DataFrame:
-    """Give an item or user table with string ids, once each."""
+    """Return an item or user table with string ids, once each."""
     schema = _schema(source, table, frame)
     if key not in schema:
         raise DataError(f"{source}, {table}: no column {key!r}; found {', '.join(schema) or 'none'}")

@@ -58,7 +58,7 @@ class Ranks:
     rank: NDArray[np.int64]
 
     def gains(self) -> dict[str, NDArray[np.float64]]:
-        """Give HR and NDCG at each cut, float64 [R] each."""
+        """Return HR and NDCG at each cut, float64 [R] each."""
         gain = 1 / np.log2(self.rank + 2.0)
         values: dict[str, NDArray[np.float64]] = {}
         for cut in CUTS:
@@ -67,11 +67,11 @@ class Ranks:
         return values
 
     def metrics(self) -> dict[str, float]:
-        """Give the means over users."""
+        """Return the means over users."""
         return {name: float(values.mean()) for name, values in self.gains().items()}
 
     def estimates(self, resamples: int, seed: int) -> dict[str, Estimate]:
-        """Give the same with resamples of the users; equal seeds give equal resamples, so differences are paired."""
+        """Return the same with resamples of the users; equal seeds give equal resamples, so differences are paired."""
         ones, everybody = np.ones(len(self.rank)), np.arange(len(self.rank))
         statistics: dict[str, Statistic] = {
             name: Ratio.of_groups(values, everybody, len(ones), ones) for name, values in self.gains().items()
@@ -138,7 +138,7 @@ def ranks_by(
 
 
 def rank_of(scores: Tensor, target: Tensor, order: Tensor | None = None) -> Tensor:
-    """Give the rank of one item per row of scores [B, N], int64 [B] from 0.
+    """Return the rank of one item per row of scores [B, N], int64 [B] from 0.
 
     Args:
         scores: any float type.
@@ -156,7 +156,7 @@ def rank_of(scores: Tensor, target: Tensor, order: Tensor | None = None) -> Tens
 
 
 def validate(model: AnyRanker, prepared: PreparedSet, max_requests: int, seed: int = 2023) -> dict[str, float]:
-    """Give what a training loop watches: HR and NDCG of the validation targets under the protocol."""
+    """Return what a training loop watches: HR and NDCG of the validation targets under the protocol."""
     return target_ranks(model, prepared, "valid", max_requests, seed).metrics()
 
 
@@ -175,7 +175,7 @@ class Report:
         write_json(directory / "leave_one_out.json", {"protocol": "leave_one_out", **vars(self)})
 
     def markdown(self) -> str:
-        """Give the table that a paper prints, with intervals over resampled users for NDCG@10."""
+        """Return the table that a paper prints, with intervals over resampled users for NDCG@10."""
         heads = [f"{name}@{cut}" for cut in CUTS for name in ("HR", "NDCG")]
         lines = [f"| model | {' | '.join(heads)} | 95 % of NDCG@10 |", "|---" * (len(heads) + 2) + "|"]
         for model, values in self.metrics.items():
@@ -241,7 +241,7 @@ def _requests(prepared: PreparedSet, split: Split, most: int | None, seed: int) 
 
 
 def _id_places(prepared: PreparedSet) -> NDArray[np.int64]:
-    """Give the place of each item in the order of ids, int64 [N]: as numbers if all are, else as text."""
+    """Return the place of each item in the order of ids, int64 [N]: as numbers if all are, else as text."""
     rows = prepared.key_to_row
     ids = prepared.catalogue["item_id"].to_numpy()[np.argsort(rows, kind="stable")][np.sort(rows) >= FIRST_ITEM]
     text = pl.Series(ids)
@@ -253,7 +253,7 @@ def _id_places(prepared: PreparedSet) -> NDArray[np.int64]:
 
 
 def _batches(sample: Sample, items: int, most: int) -> Iterator[NDArray[np.int64]]:
-    """Give requests with histories of like length together, so many that their scores stay within bounds."""
+    """Yield requests with histories of like length together, so many that their scores stay within bounds."""
     order = np.argsort(sample.length, kind="stable")
     size = min(max(most // max(items, 1), 1), 256 * (most // SCORE_MATRIX))
     for start in range(0, len(order), size):
@@ -261,7 +261,7 @@ def _batches(sample: Sample, items: int, most: int) -> Iterator[NDArray[np.int64
 
 
 def _scorer(model: AnyRanker, prepared: PreparedSet) -> Scorer:
-    """Give what scores rows 2..V-1 for requests, float32 [B, N]."""
+    """Return what scores rows 2..V-1 for requests, float32 [B, N]."""
     rows = len(prepared.items) - FIRST_ITEM
     device = model.items.count.device
     none = np.zeros((1, 0), np.int32)
@@ -283,7 +283,7 @@ def _scorer(model: AnyRanker, prepared: PreparedSet) -> Scorer:
 
 
 def _seen(prepared: PreparedSet, part: Sample, items: int) -> NDArray[np.int64]:
-    """Give where, in scores [B, N] laid flat, the items of each request's whole history stand; each once."""
+    """Return where, in scores [B, N] laid flat, the items of each request's whole history stand; each once."""
     keys = prepared.histories.events.item.view(np.int32)
     packed = Ragged.slices(keys, part.start, part.requests.end)
     row = rows_of(packed.values.view(np.uint32), prepared.key_to_row).astype(np.int64)
@@ -293,5 +293,5 @@ def _seen(prepared: PreparedSet, part: Sample, items: int) -> NDArray[np.int64]:
 
 
 def _count(mask: Tensor) -> Tensor:
-    """Give the number of True per row; eight times as fast as summing bools."""
+    """Return the number of True per row; eight times as fast as summing bools."""
     return mask.view(torch.int8).sum(1, dtype=torch.int32)

@@ -39,7 +39,7 @@ _WHY = "_why"
 
 
 def read_mapped(config: IngestConfig, folder: Path, name: str, work: Path, quarantine: Path) -> RawLog:
-    """Give the log a mapping describes; its frames read from `work`, which must outlive them.
+    """Return the log a mapping describes; its frames read from `work`, which must outlive them.
 
     Args:
         config: the mapping.
@@ -81,7 +81,7 @@ def _tables(pattern: str, folder: Path, what: str) -> list[Table]:
 
 
 def _events(config: IngestConfig) -> list[Wanted]:
-    """Give the events' canonical columns, those the log has."""
+    """Return the events' canonical columns, those the log has."""
     columns = config.columns
     wanted = [Wanted(USER_ID, columns.user_id, read_id), Wanted(ITEM_ID, columns.item_id, read_id)]
     if columns.timestamp:
@@ -139,7 +139,7 @@ def _thinned(checked: Checked, config: IngestConfig, work: Path) -> tuple[pl.Laz
 
 
 def _items(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
-    """Give item_id, text where the mapping names columns for it, and the attributes in canonical types."""
+    """Return item_id, text where the mapping names columns for it, and the attributes in canonical types."""
     if config.source.items is None:
         return None
     tables = _tables(config.source.items, folder, "items")
@@ -177,7 +177,7 @@ def _item_rows(place: int, table: Table, config: ItemsConfig, read_number: Reade
 
 
 def _values(table: Table, name: str, separator: str) -> pl.Expr:
-    """Give the distinct values of a multi-valued column, in their order; none is null."""
+    """Return the distinct values of a multi-valued column, in their order; none is null."""
     kind = table.require(name, "[items] multi")
     if isinstance(kind, pl.List):
         values = pl.col(name).cast(pl.List(pl.String))
@@ -194,7 +194,7 @@ def _values(table: Table, name: str, separator: str) -> pl.Expr:
 
 
 def _users(config: IngestConfig, folder: Path) -> pl.LazyFrame | None:
-    """Give user_id, named as in the events, and every other column as it is."""
+    """Return user_id, named as in the events, and every other column as it is."""
     if config.source.users is None:
         return None
     tables = _tables(config.source.users, folder, "users")
@@ -251,7 +251,7 @@ def _whole_table(
 
 
 def _text(name: str, kind: pl.DataType) -> pl.Expr:
-    """Give a column as text without blanks around it; nothing, or blanks only, is null."""
+    """Return a column as text without blanks around it; nothing, or blanks only, is null."""
     if kind.is_nested():
         return _some(pl.col(name).cast(pl.List(pl.String)).list.join(" "))
     return _some(pl.col(name).cast(pl.String).str.strip_chars())

@@ -58,7 +58,7 @@ class Pool:
     inside: NDArray[np.bool_]  # [N], found in the request's history
 
     def facts(self) -> CandidateFacts:
-        """Give what is printed beside every AUC on these candidates."""
+        """Return what is printed beside every AUC on these candidates."""
         positive, requests = self.sets.label > 0, len(self.sample)
         return CandidateFacts(
             requests=requests,
@@ -83,7 +83,7 @@ class Result:
 def on_candidates(
     pool: Pool, score: NDArray[np.float32], config: EvaluateConfig, segments: Sequence[Segment] = ()
 ) -> Result:
-    """Give everything measured on one sampler's candidates: over all of them, and by segment.
+    """Return everything measured on one sampler's candidates: over all of them, and by segment.
 
     Of the further `segments` only means over users and requests are taken: the pooled AUC's resamples cost more.
     """
@@ -120,7 +120,7 @@ def on_candidates(
 def _of_probabilities(
     score: NDArray[np.float32], label: NDArray[np.bool_], user: Ints, users: int
 ) -> dict[str, Statistic]:
-    """Give log loss and calibration error of scores read as logits; `user` int64 [N] says whose each candidate is."""
+    """Return log loss and calibration error of scores read as logits; `user` int64 [N] says whose each candidate is."""
     logit = score.astype(np.float64)
     loss = np.logaddexp(0.0, np.where(label, -logit, logit))
     probability = np.exp(-np.logaddexp(0.0, -logit))
@@ -142,7 +142,7 @@ def segment_facts(pool: Pool, segment: Segment) -> SegmentFacts:
 def segment_result(
     score: NDArray[np.float32], label: NDArray[np.bool_], request: Ints, user: Ints, users: int
 ) -> Result:
-    """Give GAUC and NDCG@10 of some candidates; `user` int64 [R] says whose each request is."""
+    """Return GAUC and NDCG@10 of some candidates; `user` int64 [R] says whose each request is."""
     by_request = rank(score, label, request, len(user))
     by_user = rank(score, label, user[request], users)
     of_user = auc(by_user)
@@ -162,7 +162,7 @@ def _measure(
     users: int,
     cutoffs: tuple[str, ...],
 ) -> Result:
-    """Give the metrics of some candidates; `user` int64 [R] says whose each request is."""
+    """Return the metrics of some candidates; `user` int64 [R] says whose each request is."""
     by_request = rank(score, label, request, len(user))
     by_user = rank(score, label, user[request], users)
     of_request, of_user = auc(by_request), auc(by_user)
@@ -184,7 +184,7 @@ def _measure(
 
 
 def on_all_items(ranking: Ranking, ranked: Sample) -> Result:
-    """Give everything measured on a ranking of all items."""
+    """Return everything measured on a ranking of all items."""
     users, user = np.unique(ranked.requests.user, return_inverse=True)
     statistics: dict[str, Statistic] = {}
     counts = _counts(ranking, user)
@@ -206,7 +206,7 @@ def _skipped(values: Floats, ranking: Ranking) -> float:
 
 
 def named(config: EvaluateConfig, found: Mapping[str, Estimate], counts: Mapping[str, float], sampler: str) -> Metrics:
-    """Give the flat names of `metrics.json`."""
+    """Return the flat names of `metrics.json`."""
     values: Metrics = {f"{config.split}/{name}": value for name, value in counts.items()}
     for name, estimate in found.items():
         low, high = estimate.interval(config.level)
@@ -220,7 +220,7 @@ def named(config: EvaluateConfig, found: Mapping[str, Estimate], counts: Mapping
 
 
 def compare(estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]], config: EvaluateConfig) -> list[Comparison]:
-    """Give the paired difference of every two models in every compared metric that both define."""
+    """Return the paired difference of every two models in every compared metric that both define."""
     found = [
         _difference(sampler, metric, (model, ours[metric]), (other, estimates[other][sampler][metric]), config)
         for model, other in combinations(estimates, 2)
@@ -237,7 +237,7 @@ def against_champion(
     champion: str,
     config: EvaluateConfig,
 ) -> list[Comparison]:
-    """Give every other model's paired difference from the champion, by segment, on the first sampler's candidates."""
+    """Return every other model's paired difference from the champion, by segment, on the first sampler's candidates."""
     sampler = config.samplers[0]
     ours = estimates[champion][sampler]
     names = [f"segment/{segment.name}/gauc" for segment in segments]
@@ -287,5 +287,5 @@ def _difference(
 
 
 def share(flags: NDArray[np.bool_]) -> float:
-    """Give the share of True, 0 of nothing."""
+    """Return the share of True, 0 of nothing."""
     return float(flags.mean()) if len(flags) else 0.0

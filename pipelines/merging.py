@@ -90,7 +90,7 @@ def merge_histories(
 
 
 def _inserted(values: NDArray[Any], behind: NDArray[np.int64], new: NDArray[Any]) -> NDArray[Any]:
-    """Give `np.insert(values, behind, new)` for ascending places: run by run, as a day has few among many events."""
+    """Return `np.insert(values, behind, new)` for ascending places: run by run, as a day has few among many events."""
     out = np.empty(len(values) + len(new), values.dtype)
     starts = np.flatnonzero(np.diff(behind, prepend=-1)).tolist()
     copied = 0
@@ -146,7 +146,7 @@ def _new_pairs(old: Histories, fresh: SortedEvents, block: _Block, row_of: NDArr
 
 
 def _perhaps_in(words: NDArray[np.uint64], some: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Give those of `some` that may be among `words`, and a few more: most are told by one look, not by a search."""
+    """Return those of `some` that may be among `words`, and a few more: most are told by one look, not by a search."""
     bits = max(1, int(16 * len(words)).bit_length())
     seen = np.zeros(1 << bits, np.bool_)
 

@@ -152,7 +152,7 @@ class NeighbourTask:
         return [normalised(source.stages.corpus.passages[row]) for source, row in self.documents]
 
     def batch(self, step: int) -> tuple[list[int], list[list[int]], list[int]]:
-        """Give passages, the token ids of queries, and each query's passage by its column, of one step."""
+        """Return passages, the token ids of queries, and each query's passage by its column, of one step."""
         draws = generator(self.config.seed, step, "passage batch")
         passages: list[int] = []
         wanted = min(self.config.rows, len(self.documents))
@@ -186,7 +186,7 @@ class NeighbourTask:
     # A step.
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Give the contrastive loss of one step, and how far the fusion turns the queries."""
+        """Return the contrastive loss of one step, and how far the fusion turns the queries."""
         passages, queries, target = self.batch(step)
         if self.frozen:
             return self._frozen_loss(queries, [passages[column] for column in target])
@@ -209,7 +209,7 @@ class NeighbourTask:
         return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
 
     def _alike(self, passages: Tensor, targets: Tensor) -> Tensor:
-        """Tell bool [B, C] which of the passages [C] have the text of a query's own, at column `targets` [B]."""
+        """Return bool [B, C]: which of the passages [C] have the text of a query's own, at column `targets` [B]."""
         text = self._same[passages]
         also = text[None] == text[targets][:, None]
         also[torch.arange(len(targets), device=self.device), targets] = False
@@ -221,7 +221,7 @@ class NeighbourTask:
         return torch.tensor([number.setdefault(text, len(number)) for text in self.texts], device=self.device)
 
     def _hidden(self, rows: Sequence[Sequence[int]], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Give ids and mask [N, L] and the last hidden states [N, L, d] in float32; `keep` those below for later."""
+        """Return ids and mask [N, L] and the last hidden states [N, L, d] in float32; `keep` those below for later."""
         ids, mask = padded(rows, self.model.tokenizer.pad, self.device)
         if self.frozen:
             self.model.transformer.eval()  # what is not trained drops nothing out
@@ -248,7 +248,7 @@ class NeighbourTask:
         return F.normalize(pool(hidden, mask, self.model.config.pool), dim=-1)
 
     def _queries(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Give plain and enhanced vectors [B, d] of queries, read in passes of like length."""
+        """Return plain and enhanced vectors [B, d] of queries, read in passes of like length."""
         plain: list[Tensor] = []
         enhanced: list[Tensor] = []
         order: list[NDArray[np.int64]] = []
@@ -265,7 +265,7 @@ class NeighbourTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Give the mean nDCG@10 over the kinds of dev queries, then that of each."""
+        """Return the mean nDCG@10 over the kinds of dev queries, then that of each."""
         found = {}
         model = self.model
         for source in self.sources:
@@ -277,7 +277,7 @@ class NeighbourTask:
         return {"ndcg_at_10": float(np.mean(list(found.values()))), **found}
 
     def _dev_passages(self, source: Source, queries: Queries) -> tuple[Vectors, Queries]:
-        """Give the vectors that dev queries are asked among, and the queries with grades of those rows."""
+        """Return the vectors that dev queries are asked among, and the queries with grades of those rows."""
         corpus, model = source.stages.corpus, self.model
         if self.frozen:
             return source.stages.passage_vectors, queries

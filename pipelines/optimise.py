@@ -92,7 +92,7 @@ class RowAdam(torch.optim.Optimizer):
 
 
 def build_optimisers(model: nn.Module, config: OptimiserConfig) -> list[torch.optim.Optimizer]:
-    """Give the optimisers that together own every parameter of the model once."""
+    """Return the optimisers that together own every parameter of the model once."""
     sparse = sparse_parameters(model) if config.kind == "sparse_adam" else []
     owned = {id(parameter) for parameter in sparse}
     dense = [p for p in model.parameters() if id(p) not in owned and p.requires_grad]

@@ -9,7 +9,7 @@ FEWEST = 20
 
 
 def overview(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Give how many requests each period has and when the periods begin, in words, by what they are about."""
+    """Return how many requests each period has and when the periods begin, in words, by what they are about."""
     counts = manifest["counts"]
     requests = ", ".join(f"{counts['requests'][split]:,} {split}" for split in ("train", "valid", "test"))
     cuts = manifest.get("cuts") or {}
@@ -19,7 +19,7 @@ def overview(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
-    """Give what will make figures on this set say little, each with what to do about it."""
+    """Return what will make figures on this set say little, each with what to do about it."""
     counts, config = manifest["counts"], manifest["config"]
     mend = "every user gives one to each, so it takes more users"
     if manifest.get("cuts"):

@@ -42,7 +42,7 @@ class OwnItems:
         return np.where(size > 0, drawn, PAD).astype(np.int32)
 
     def density(self, items: Rows) -> NDArray[np.float64]:
-        """Give how likely one draw is each of items int32 [B, C], float64 [B, C]; a basket is not taken out of it."""
+        """Return how likely one draw is each of items int32 [B, C], float64 [B, C]; a basket is not taken out of it."""
         wanted = np.arange(len(items))[:, None] * self.rows + items
         size = np.maximum(np.diff(self.start), 1)[:, None]
         if not len(self.pair):

@@ -9,7 +9,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> str:
-    """Give a template of `templates/` filled in; whatever comes from data is escaped."""
+    """Return a template of `templates/` filled in; whatever comes from data is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -31,7 +31,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Give a table in Markdown, the best of a column bold."""
+    """Return a table in Markdown, the best of a column bold."""
 
     def text(cell: Cell) -> str:
         value = f"**{cell.text}**" if cell.best else cell.text

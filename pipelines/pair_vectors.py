@@ -33,7 +33,7 @@ class PairModel(Protocol):
     prompt: PairPrompt
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give vectors [P, k, d] of pairs."""
+        """Return vectors [P, k, d] of pairs."""
         ...
 
 
@@ -67,7 +67,7 @@ class PairVectors:
         return PairVectors(model, VectorCache(root / digest / "pairs"), _together(model, encode or model.encode))
 
     def get(self, queries: Sequence[str], passages: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [P, k, d] of pairs of a query and a passage each."""
+        """Return float32 [P, k, d] of pairs of a query and a passage each."""
         pairs = [f"{query}{BETWEEN}{passage}" for query, passage in zip(queries, passages, strict=True)]
         return self.cache.get(pairs, self._compute, report)[:, self.keep]
 

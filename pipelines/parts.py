@@ -54,7 +54,7 @@ class Part:
         return self.directory / "items.parquet"
 
     def users(self) -> pl.DataFrame:
-        """Give its user table."""
+        """Return its user table."""
         return pl.read_parquet(self.directory / "users.parquet").filter(~pl.col(USER_ID).is_in(self.hidden))
 
 
@@ -80,7 +80,7 @@ def open_part(directory: Path) -> Part:
 
 
 def source_of(records: Sequence[PartRecord]) -> dict[str, str]:
-    """Give one name and one digest for a log in parts; those of the part itself if there is one only."""
+    """Return one name and one digest for a log in parts; those of the part itself if there is one only."""
     if len(records) == 1:
         return {"name": records[0].name, "digest": records[0].digest}
     name = f"{records[0].name}, and {len(records) - 1} more part{'s' if len(records) > 2 else ''}"

@@ -70,7 +70,7 @@ class Reliable:
 
 
 def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[Series], zero: bool = False) -> str:
-    """Give horizontal marks with intervals: one row per category (best first), one mark per series in it.
+    """Return horizontal marks with intervals: one row per category (best first), one mark per series in it.
 
     `zero` draws a line at 0, where differences are shown.
     """
@@ -94,7 +94,7 @@ def ranges(title: str, label: str, categories: Sequence[str], series: Sequence[S
 
 
 def lines(title: str, x_label: str, y_label: str, categories: Sequence[str], series: Sequence[Series]) -> str:
-    """Give one line per series over ordered categories, with intervals, far enough apart to be told from each other."""
+    """Return one line per series over ordered categories, with intervals, far enough apart to be told apart."""
 
     def paint(axes: "Axes") -> None:
         for index, one in enumerate(series):
@@ -115,7 +115,7 @@ def lines(title: str, x_label: str, y_label: str, categories: Sequence[str], ser
 def scatter(
     title: str, x_label: str, y_label: str, names: Sequence[str], x: Sequence[float], y: Sequence[Point]
 ) -> str:
-    """Give one named mark per model over a logarithmic axis, e.g. quality against milliseconds."""
+    """Return one named mark per model over a logarithmic axis, e.g. quality against milliseconds."""
 
     def paint(axes: "Axes") -> None:
         for index, (place, point) in enumerate(zip(x, y, strict=True)):
@@ -131,7 +131,7 @@ def scatter(
 
 
 def curves(title: str, x_label: str, y_label: str, found: Sequence[Curve]) -> str:
-    """Give one line per curve."""
+    """Return one line per curve."""
 
     def paint(axes: "Axes") -> None:
         for one in found:
@@ -146,7 +146,7 @@ def curves(title: str, x_label: str, y_label: str, found: Sequence[Curve]) -> st
 
 
 def reliability(title: str, x_label: str, y_label: str, found: Sequence[Reliable]) -> str:
-    """Give shares against probabilities, with the line on which both are equal."""
+    """Return shares against probabilities, with the line on which both are equal."""
     ends = [end for one in found for point in one.share for end in (point.interval or ())]
     values = [*(x for one in found for x in one.probability), *(p.value or 0.0 for one in found for p in one.share)]
     top = 1.05 * max([*values, *ends], default=1.0)
@@ -179,7 +179,7 @@ def _draw(title: str, height: float, paint: Callable[["Axes"], None]) -> str:
 
 
 def _inline(figure: Any, title: str) -> str:
-    """Give the figure as an <svg> element with a title, page fonts and page colours."""
+    """Return the figure as an <svg> element with a title, page fonts and page colours."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -215,13 +215,13 @@ def _few_plain_ticks(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _arms(points: Sequence[Point]) -> list[list[float]]:
-    """Give the distances from values to the ends of their intervals, [2, points], as matplotlib wants them."""
+    """Return the distances from values to the ends of their intervals, [2, points], as matplotlib wants them."""
     ends = [(p.value or 0.0, *(p.interval or (p.value or 0.0, p.value or 0.0))) for p in points]
     return [[max(value - low, 0.0) for value, low, _ in ends], [max(high - value, 0.0) for value, _, high in ends]]
 
 
 def _shift(index: int, total: int) -> float:
-    """Give how far a series stands beside its place, so that intervals do not cover each other."""
+    """Return how far a series stands beside its place, so that intervals do not cover each other."""
     return (index - (total - 1) / 2) * 0.5 / max(total, 1)
 
 

@@ -124,7 +124,7 @@ def _refuse_nan(one: Predictions) -> None:
 
 
 def _different(first: Predictions, other: Predictions) -> NDArray[np.int64]:
-    """Give the places of the requests whose candidates or labels differ."""
+    """Return the places of the requests whose candidates or labels differ."""
     sizes = np.diff(first.offsets) != np.diff(other.offsets)
     if sizes.any():
         return np.flatnonzero(sizes)

@@ -188,7 +188,7 @@ def _spans(parts: Sequence[Part], work: Path, report: Progress) -> list[Spans]:
 
 
 def _present(part: Part, people: pl.DataFrame) -> pl.DataFrame:
-    """Give the rows of the users with events in a part: a join with all users would hold a hash table of all."""
+    """Return the rows of the users with events in a part: a join with all users would hold a hash table of all."""
     seen = part.events.select(pl.col(USER_ID).unique()).collect(engine="streaming")
     return people.lazy().join(seen.lazy(), on=USER_ID, how="semi").collect(engine="streaming")
 
@@ -239,7 +239,7 @@ def _run_buckets(
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor | None]:
-    """Give a pool of fresh processes, or None for one worker: the caller then does the work itself."""
+    """Yield a pool of fresh processes, or None for one worker: the caller then does the work itself."""
     if workers == 1:
         yield None
         return

@@ -46,7 +46,7 @@ GROWTH = "growth"
 
 
 def contents(directory: Path) -> list[Path]:
-    """Give the files of a prepared set that its digest covers: all but the manifest and the means of growth."""
+    """Return the files of a prepared set that its digest covers: all but the manifest and the means of growth."""
     return sorted(
         path
         for path in directory.rglob("*")
@@ -55,14 +55,14 @@ def contents(directory: Path) -> list[Path]:
 
 
 def file_digests(files: Iterable[Path]) -> dict[Path, str]:
-    """Give the SHA-256 of each file, hashing them side by side."""
+    """Return the SHA-256 of each file, hashing them side by side."""
     with ThreadPoolExecutor(2) as pool:
         paths = list(files)
         return dict(zip(paths, pool.map(sha256_file, paths), strict=True))
 
 
 def digest_of(directory: Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
-    """Give the SHA-256 over names and contents of `contents`; files that are `known` are not read again."""
+    """Return the SHA-256 over names and contents of `contents`; files that are `known` are not read again."""
     files = contents(directory)
     found = {**known, **file_digests(path for path in files if path not in known)}
     return sha256_json({str(path.relative_to(directory)): found[path] for path in files})
@@ -92,7 +92,7 @@ class Requests:
         return len(self.user)
 
     def take(self, index: NDArray[np.int64]) -> "Requests":
-        """Give the requests at `index`, in that order."""
+        """Return the requests at `index`, in that order."""
         lengths = np.diff(self.offsets)[index]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
@@ -133,7 +133,7 @@ class CandidateSets:
         return len(self.offsets) - 1
 
     def take(self, index: NDArray[np.int64]) -> "CandidateSets":
-        """Give the candidates of the requests at `index`, in that order."""
+        """Return the candidates of the requests at `index`, in that order."""
         lengths = np.diff(self.offsets)[index]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
@@ -198,7 +198,7 @@ class PreparedSet:
         return pl.read_parquet(self.directory / "users.parquet")
 
     def requests(self, split: Split) -> Requests:
-        """Give the requests of a split; raises `DataError` for impressions in a set without."""
+        """Return the requests of a split; raises `DataError` for impressions in a set without."""
         if split in (IMPRESSIONS, VALID_IMPRESSIONS) and split not in self.manifest["counts"]:
             period = "test" if split == IMPRESSIONS else "validation"
             raise DataError(
@@ -209,7 +209,7 @@ class PreparedSet:
         return Requests.load(self.directory / "requests" / f"{split}.safetensors")
 
     def candidates(self, split: Split, sampler: str) -> CandidateSets:
-        """Give the fixed candidates of a split by sampler name; raises `DataError` naming those there are."""
+        """Return the fixed candidates of a split by sampler name; raises `DataError` naming those there are."""
         path = self.directory / "candidates" / f"{split}_{sampler}.safetensors"
         if not path.exists():
             known = sorted(other.stem for other in path.parent.glob("*.safetensors"))

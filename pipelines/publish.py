@@ -96,7 +96,7 @@ def publish(
 
 
 def contents_of(prepared: PreparedSet, ranker: Trained, retriever: Trained | None) -> Contents:
-    """Give what goes into the bundle: models, item ids and names by model row, keys and vocabulary."""
+    """Return what goes into the bundle: models, item ids and names by model row, keys and vocabulary."""
     rows = prepared.key_to_row
     catalogue = prepared.catalogue
     if len(catalogue) != len(rows) or int(rows.max(initial=0)) >= len(prepared.items):
@@ -170,7 +170,7 @@ def register(
 
 
 def _user_vectors(prepared: PreparedSet, model: Any) -> NDArray[np.float32]:
-    """Give the retriever's vectors of up to `SAMPLE` users, spread evenly: what its index will be asked."""
+    """Return the retriever's vectors of up to `SAMPLE` users, spread evenly: what its index will be asked."""
     histories = prepared.histories
     users = np.linspace(0, len(histories) - 1, min(SAMPLE, len(histories))).astype(np.int64)
     starts, ends = histories.offsets[users], histories.offsets[users + 1]

@@ -70,12 +70,12 @@ class Checked:
         return sum(self.by_rule("bad").values())
 
     def by_rule(self, kind: Literal["filtered", "bad"]) -> dict[Rule, int]:
-        """Give the rows each rule of a kind took out, most first."""
+        """Return the rows each rule of a kind took out, most first."""
         found = {rule: self.counts.get(code, 0) for code, rule in enumerate(self.rules, 1) if rule.kind == kind}
         return dict(sorted(((rule, n) for rule, n in found.items() if n), key=lambda entry: -entry[1]))
 
     def rows(self) -> pl.LazyFrame:
-        """Give the kept rows in canonical columns, with `FILE` and `ROW`."""
+        """Return the kept rows in canonical columns, with `FILE` and `ROW`."""
         return pl.scan_parquet(self.path).filter(pl.col(VERDICT) == KEPT).drop(VERDICT, FOUND)
 
 
@@ -131,7 +131,7 @@ def _with_verdicts(
     read_number: Reader,
     codes: dict[Rule, int],
 ) -> pl.LazyFrame:
-    """Give one file's rows in canonical columns with verdicts; `codes` numbers the rules and grows."""
+    """Return one file's rows in canonical columns with verdicts; `codes` numbers the rules and grows."""
     file = str(table.path)
     fields = {
         one.name: one.reader(one.column, table.require(one.column, f"[{one.section}] {one.name}"), file)
@@ -205,7 +205,7 @@ def write_quarantine(tables: dict[str, Checked], out: Path) -> None:
 
 
 def _bad_rows(checked: Checked) -> pl.LazyFrame:
-    """Give the bad rows as file, row, column, found, expected."""
+    """Return the bad rows as file, row, column, found, expected."""
     bad = {code: rule for code, rule in enumerate(checked.rules, 1) if rule.kind == "bad"}
     codes, rules = list(bad), list(bad.values())
     files = [str(path) for path in checked.files]
@@ -252,7 +252,7 @@ def refuse_if_too_bad(name: str, checked: Checked, max_bad_share: float, quarant
 
 
 def _examples(checked: Checked) -> str:
-    """Give the first row of each of the most frequent problems, in words."""
+    """Return the first row of each of the most frequent problems, in words."""
     words = []
     for rule, count in list(checked.by_rule("bad").items())[:_SHOWN]:
         code = checked.rules.index(rule) + 1

@@ -62,7 +62,7 @@ class QuickstartConfig:
             raise ConfigError(f"retriever must be one of models = {list(self.models)}, found {self.retriever!r}")
 
     def training(self, name: str) -> TrainConfig:
-        """Give the training config of one of the models."""
+        """Return the training config of one of the models."""
         return load_config(find_config(name), overlay=self.train)
 
 
@@ -238,7 +238,7 @@ class Job:
         )
 
     def best_ranker(self) -> str:
-        """Give the model with the best validation GAUC; the test period has no say in it."""
+        """Return the model with the best validation GAUC; the test period has no say in it."""
         values = {}
         for name in self.config.models:
             summary = read_json(self.workspace.run(name) / "summary.json")

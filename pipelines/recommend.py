@@ -208,7 +208,7 @@ class _Worker:
         )
 
     def answer(self, user_ids: Sequence[str]) -> pl.DataFrame:
-        """Give the rows of one chunk."""
+        """Return the rows of one chunk."""
         with _one_thread():
             return _recommendations(self._recommender, self._asked, user_ids)
 
@@ -242,7 +242,7 @@ def _scores(recommender: Recommender, requests: Sequence[RankRequest], start: in
 
 
 def _chunks(requests: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
-    """Give runs of `CHUNK` requests with the place of their first; one empty run if there are none."""
+    """Yield runs of `CHUNK` requests with the place of their first; one empty run if there are none."""
     for start in range(0, max(len(requests), 1), CHUNK):
         yield start, requests[start : start + CHUNK]
 

@@ -16,7 +16,7 @@ USERS = 200
 
 
 def score_reference(prepared: PreparedSet, seed: int = 0) -> Callable[[Bundle], ScoreReference]:
-    """Give what asks a bundle for the recommendations of some users at the end of the log, and tells how scores lie.
+    """Return what asks a bundle for the recommendations of some users at the end of the log, and tells how scores lie.
 
     Args:
         prepared: the set whose users are asked for.
@@ -28,7 +28,7 @@ def score_reference(prepared: PreparedSet, seed: int = 0) -> Callable[[Bundle], 
 
     class ByRow:
         def read(self, user_id: str) -> Events | None:
-            """Give a history by its row."""
+            """Return a history by its row."""
             return histories.of(int(user_id))
 
     def told(bundle: Bundle) -> ScoreReference:

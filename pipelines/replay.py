@@ -86,11 +86,11 @@ class Replay:
     most_different: tuple[Difference, ...]
 
     def table(self) -> dict[str, Any]:
-        """Give it as plain values."""
+        """Return it as plain values."""
         return asdict(self)
 
     def text(self) -> str:
-        """Give it in words."""
+        """Return it in words."""
         lines = [
             f"bundle {self.bundle}: {self.replayed} of {self.answers} logged answers replayed, {self.skipped} skipped",
             f"made by {', '.join(f'{name} ({count})' for name, count in self.by_model.items()) or 'nobody'}",
@@ -110,7 +110,7 @@ class _One:
         self.events: Events | None = None
 
     def read(self, user_id: str) -> Events | None:  # noqa: ARG002
-        """Give the history that was put here."""
+        """Return the history that was put here."""
         return self.events
 
 

@@ -163,7 +163,7 @@ def build_page(
 
 
 def _points(evaluation: Evaluation) -> list[str]:
-    """Give at most five findings: those over all requests, then what segments say."""
+    """Return at most five findings: those over all requests, then what segments say."""
     segments = segment_tables.sentence(evaluation)
     return [*findings.points(evaluation), *([segments] if segments else [])]
 
@@ -177,12 +177,12 @@ def _verdict(audit: Audit | None, current: bool) -> Verdict | None:
 
 
 def render_html(page: Page) -> str:
-    """Give the page as one HTML document."""
+    """Return the page as one HTML document."""
     return pages.render("report.html.j2", page=page)
 
 
 def render_markdown(page: Page) -> str:
-    """Give the same in Markdown, without plots and settings."""
+    """Return the same in Markdown, without plots and settings."""
     parts = [f"# {page.title}", *([f"**{page.audited.text}**"] if page.audited else []), f"**{page.answer}**"]
     parts += ["\n".join(f"- {text}" for text in page.points)] if page.points else []
     parts += [page.caution]
@@ -268,7 +268,7 @@ def _curve(summary: TrainingSummary, place: int) -> Curve:
 
 
 def _settings(summary: TrainingSummary) -> list[tuple[str, str]]:
-    """Give a run's configuration as (dotted key, value)."""
+    """Return a run's configuration as (dotted key, value)."""
 
     def flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
         rows: list[tuple[str, str]] = []

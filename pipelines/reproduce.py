@@ -76,7 +76,7 @@ class Reproduced:
 
 
 def find_run(name: str, place: Workspace) -> Path:
-    """Give the directory of a run by its name or MLflow run id; raises `DataError` naming those there are."""
+    """Return the directory of a run by its name or MLflow run id; raises `DataError` naming those there are."""
     if (place.run(name) / "run.json").is_file():
         return place.run(name)
     known = sorted((place.root / "runs").rglob("run.json"))
@@ -119,7 +119,7 @@ def reproduce(directory: Path, place: Workspace, out: Path, uri: str, report: Re
 
 
 def changes(recorded: dict[str, str], now: dict[str, str]) -> list[Change]:
-    """Give the facts that differ, those that only one side has included."""
+    """Return the facts that differ, those that only one side has included."""
     return [
         Change(fact, recorded.get(fact, "absent"), now.get(fact, "absent"))
         for fact in sorted(recorded.keys() | now.keys())

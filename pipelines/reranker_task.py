@@ -111,7 +111,7 @@ class RerankerTask:
         return device_of(self.model)
 
     def lists(self, step: int) -> tuple[list[str], list[list[int]], Tensor, Tensor]:
-        """Give queries, passages, teacher ranks [B, n] and grades [B, n] of one step; rank 0 is padding."""
+        """Return queries, passages, teacher ranks [B, n] and grades [B, n] of one step; rank 0 is padding."""
         draws = generator(self.config.seed, step, "lists")
         queries, passages = [], []
         ranks = torch.zeros(self.config.rows, self.config.group)
@@ -137,7 +137,7 @@ class RerankerTask:
         return queries, passages, ranks, grades
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Give the listwise loss of one step, and MVP's orthogonal term."""
+        """Return the listwise loss of one step, and MVP's orthogonal term."""
         queries, lists, ranks, grades = self.lists(step)
         tau = self.config.rank_tau
         y = targets(ranks, tau, grades if self.config.teacher == "qrels" else None).to(self.device)
@@ -152,7 +152,7 @@ class RerankerTask:
         return ranked + self.config.orthogonal * apart, parts
 
     def validate(self) -> dict[str, float]:
-        """Give nDCG@10 and MRR@10 of the reranked dev pools."""
+        """Return nDCG@10 and MRR@10 of the reranked dev pools."""
         ranking = rerank_pool(self.model, self.corpus, self.dev, DEV_PLACES, vectors=self.vectors)
         values = measure(ranking, self.dev.queries)
         return {name: float(values[name].mean()) for name in ("ndcg_at_10", "mrr_at_10")}
@@ -161,7 +161,7 @@ class RerankerTask:
         return 0 if self.config.teacher == "silver" else known.get(row, 0)
 
     def _encoded(self, queries: Sequence[str], lists: Sequence[Sequence[int]]) -> Tensor:
-        """Give vectors [B, n, m, d] of all pairs, zeros past the end of a list."""
+        """Return vectors [B, n, m, d] of all pairs, zeros past the end of a list."""
         texts = [[self.corpus.passages[passage] for passage in passages] for passages in lists]
         asked = [query for query, passages in zip(queries, texts, strict=True) for _ in passages]
         read = [passage for passages in texts for passage in passages]

@@ -73,7 +73,7 @@ class Proposal(Protocol):
         ...
 
     def weights(self, basket: Rows) -> NDArray[np.float64]:
-        """Give the distribution for one basket, float64 [V], not normalised."""
+        """Return the distribution for one basket, float64 [V], not normalised."""
         ...
 
 
@@ -195,7 +195,7 @@ class Sampler:
         return self._draw(uniform, basket, count, history)
 
     def probabilities(self, basket: Rows, history: Rows | None = None) -> NDArray[np.float64]:
-        """Give the exact probability of each row for one request, float64 [V]; all zero if nothing is allowed."""
+        """Return the exact probability of each row for one request, float64 [V]; all zero if nothing is allowed."""
         weights = self.proposal.weights(basket)
         weights[basket] = 0.0
         if self.skips_history:
@@ -204,7 +204,7 @@ class Sampler:
         return weights / total if total > 0 else weights
 
     def density(self) -> NDArray[np.float64] | None:
-        """Give the probability of each row before a request forbids anything, float64 [V]; None if requests differ."""
+        """Return the probability of each row before a request forbids anything, float64 [V]; None if they differ."""
         if isinstance(self.proposal, SameCategory):
             return None
         weights = self.proposal.weights(np.empty(0, np.int32))
@@ -245,7 +245,7 @@ class Sampler:
                 drawn[cell[here]] = np.searchsorted(cumulative, uniform[here] * cumulative[-1], side="right")
 
     def _forbidden(self, basket: Ragged, history: Ragged | None) -> NDArray[np.int64]:
-        """Give the forbidden (request, row) pairs as sorted numbers request * V + row."""
+        """Return the forbidden (request, row) pairs as sorted numbers request * V + row."""
         lists = [basket, self._needed(history)] if self.skips_history else [basket]
         pairs = [np.repeat(np.arange(len(rows)), rows.lengths) * self.rows + rows.values for rows in lists]
         return np.sort(np.concatenate(pairs))
@@ -257,7 +257,7 @@ class Sampler:
 
 
 def log_density(samplers: Sequence[Sampler]) -> NDArray[np.float32]:
-    """Give log(q / average q) of each row, float32 [V], for samplers that draw in equal shares.
+    """Return log(q / average q) of each row, float32 [V], for samplers that draw in equal shares.
 
     Rows that are never drawn count as the rarest that are. A sampler whose requests differ (`in_category`) draws the
     items it can draw about alike, so it has no say.

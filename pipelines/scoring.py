@@ -56,12 +56,12 @@ class Sample:
         return self.requests.end - self.start
 
     def take(self, chosen: NDArray[np.int64]) -> "Sample":
-        """Give the requests at `chosen`, in that order."""
+        """Return the requests at `chosen`, in that order."""
         return Sample(self.index[chosen], self.requests.take(chosen), self.start[chosen])
 
 
 def draw_requests(prepared: PreparedSet, split: Split, most: int, seed: int) -> Sample:
-    """Give all requests of a split, or `most` of them chosen by seed, in their order."""
+    """Return all requests of a split, or `most` of them chosen by seed, in their order."""
     requests = prepared.requests(split)
     index = choose(len(requests), most, seed, f"evaluate/{split}")
     taken = requests.take(index)
@@ -69,19 +69,19 @@ def draw_requests(prepared: PreparedSet, split: Split, most: int, seed: int) -> 
 
 
 def choose(total: int, most: int, seed: int, purpose: str) -> NDArray[np.int64]:
-    """Give `most` of 0..total-1, ascending, chosen by seed; all of them if there are no more."""
+    """Return `most` of 0..total-1, ascending, chosen by seed; all of them if there are no more."""
     if most >= total:
         return np.arange(total)
     return np.sort(generator(seed, 0, purpose).choice(total, most, replace=False)).astype(np.int64)
 
 
 def take_sets(sets: CandidateSets, index: NDArray[np.int64]) -> CandidateSets:
-    """Give the candidates of the requests at `index`, in that order."""
+    """Return the candidates of the requests at `index`, in that order."""
     return sets.take(index)
 
 
 def join_sets(parts: Sequence[CandidateSets]) -> tuple[CandidateSets, list[NDArray[np.int64]]]:
-    """Give one list of candidates per request that holds those of every part, so that a history is encoded once.
+    """Return one list of candidates per request that holds those of every part, so that a history is encoded once.
 
     Also gives, per part, int64 [N of the part]: where its candidates lie in the joined list.
     """
@@ -164,7 +164,7 @@ def score_sets(
 def matched(
     scores: NDArray[np.float32], item: NDArray[np.int32], prepared: PreparedSet, sampler: str
 ) -> NDArray[np.float32]:
-    """Give scores minus log of how often the sampler draws each item, float32 [N], the same rule for every model.
+    """Return scores minus log of how often the sampler draws each item, float32 [N], the same rule for every model.
 
     A score estimates log p(item | user). Against negatives drawn by q the best order is by log p - log q; without it an
     AUC against popular negatives says how little a model believes in popular items. Uniform draws change nothing.
@@ -250,7 +250,7 @@ def evaluation_mode(model: AnyRanker) -> Iterator[torch.device]:
 def _batches(
     model: AnyRanker, sample: Sample, candidates: NDArray[np.int64], most: int, most_candidates: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Give the requests of each batch: like lengths together, rectangles and histories within bounds."""
+    """Yield the requests of each batch: like lengths together, rectangles and histories within bounds."""
     length = sample.length if model.window is None else np.minimum(sample.length, model.window)
     order = np.lexsort((candidates, length))
     begin = 0
@@ -270,14 +270,14 @@ def _most_candidates(device: torch.device) -> int:
 
 
 def assemble_requests(model: AnyRanker, prepared: PreparedSet, part: Sample, item: NDArray[np.int32]) -> Batch:
-    """Give the batch a model scores: the requests with candidates int32 [R, C], histories cut to what it reads."""
+    """Return the batch a model scores: the requests with candidates int32 [R, C], histories cut to what it reads."""
     events: Events = prepared.histories.events
     requests = part.requests
     return assemble(events, part.start, requests.end, requests.at, item, prepared.key_to_row, window=model.window)
 
 
 def all_scores(model: AnyRanker, batch: Batch, rows: int) -> Tensor:
-    """Give the scores of rows 2..V-1 (`rows` of them) for every request, float32 [B, V - 2]."""
+    """Return the scores of rows 2..V-1 (`rows` of them) for every request, float32 [B, V - 2]."""
     state = model.encode(batch.history)
     scores = torch.empty(len(batch), rows, device=batch.history.item.device)
     chunk = max(_most_candidates(scores.device) // len(batch), 1)
@@ -290,7 +290,7 @@ def all_scores(model: AnyRanker, batch: Batch, rows: int) -> Tensor:
 
 
 def _item_vectors(model: AnyRanker) -> Tensor:
-    """Give the vectors of rows 2..V-1, float32 [V - 2, D]."""
+    """Return the vectors of rows 2..V-1, float32 [V - 2, D]."""
     return _retriever(model).item_vectors()[FIRST_ITEM:]
 
 
@@ -306,7 +306,7 @@ def _retriever(model: AnyRanker) -> Retriever:
 
 
 def _blocks_of(request: int, row: NDArray[np.float32], positive: NDArray[np.int32], depth: int) -> NDArray[np.int64]:
-    """Give (request, start, size, positives) of each tie block that holds a positive and starts before `depth`.
+    """Return (request, start, size, positives) of each tie block that holds a positive and starts before `depth`.
 
     Counting what is above a positive costs O(V), so it is done only for those that reach the depth-th best score.
     """
@@ -324,7 +324,7 @@ def _blocks_of(request: int, row: NDArray[np.float32], positive: NDArray[np.int3
 
 
 def _packed(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give the offsets of the groups at `index` laid side by side, and where their members lie."""
+    """Return the offsets of the groups at `index` laid side by side, and where their members lie."""
     sizes = np.diff(offsets)[index]
     packed = np.r_[0, np.cumsum(sizes)]
     return packed, np.arange(packed[-1]) + np.repeat(offsets[index] - packed[:-1], sizes)
@@ -335,7 +335,7 @@ def _pair(owner: NDArray[np.int64], row: NDArray[np.int32]) -> NDArray[np.int64]
 
 
 def counter(progress: Progress | None, words: str, total: int) -> Advance | None:
-    """Give what adds up finished requests for a progress bar; None without one."""
+    """Return what adds up finished requests for a progress bar; None without one."""
     if progress is None:
         return None
     done = 0

@@ -8,12 +8,12 @@ from pipelines.tables import Cell, Table
 
 
 def champion_of(evaluation: Evaluation) -> str | None:
-    """Give the model that others are held against: the one named, else that of the highest GAUC."""
+    """Return the model that others are held against: the one named, else that of the highest GAUC."""
     return evaluation.config.champion or best(evaluation, evaluation.config.samplers[0], PRIMARY)
 
 
 def segments(evaluation: Evaluation) -> list[Table]:
-    """Give one table per kind of segment: its size, the champion's GAUC, and every other model's difference from it."""
+    """Return one table per kind of segment: its size, the champion's GAUC, every other model's difference from it."""
     champion = champion_of(evaluation)
     if champion is None:
         return []

@@ -90,7 +90,7 @@ class Segment:
     positives: Mask | None = None
 
     def kept(self, request: NDArray[np.int64], item: NDArray[np.int32], label: Mask) -> Mask:
-        """Give the candidates of the segment, bool [N]; `request` [N] is each candidate's request."""
+        """Return the candidates of the segment, bool [N]; `request` [N] is each candidate's request."""
         if self.requests is not None:
             return np.asarray(self.requests[request])
         own = label & (self.rows[item] if self.rows is not None else _given(self.positives))
@@ -102,7 +102,7 @@ class Segment:
 def segments_of(
     prepared: PreparedSet, sample: Sample, request: NDArray[np.int64], item: NDArray[np.int32], config: SegmentsConfig
 ) -> list[Segment]:
-    """Give every segment the configuration asks for, those without requests included.
+    """Return every segment the configuration asks for, those without requests included.
 
     Args:
         prepared: the set.
@@ -126,7 +126,7 @@ def segments_of(
 
 
 def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: float) -> tuple[int, int]:
-    """Give the training events from which an item is in the head, and up to which it is in the tail.
+    """Return the training events from which an item is in the head, and up to which it is in the tail.
 
     Args:
         count: int64 [V], training events of each row.
@@ -145,7 +145,7 @@ def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: f
 
 
 def first_seen(prepared: PreparedSet) -> NDArray[np.int64]:
-    """Give the moment of each row's first event in the log, int64 [V]; the largest number where there is none."""
+    """Return the moment of each row's first event in the log, int64 [V]; the largest number where there is none."""
     events = prepared.histories.events
     first = np.full(len(prepared.key_to_row), np.iinfo(np.int64).max)
     known = np.asarray(events.item) < len(first)
@@ -267,7 +267,7 @@ def _thirds(value: NDArray[np.floating], column: str, owner: str, user: NDArray[
 
 
 def _plain(word: str) -> str:
-    """Give a value as it can stand in a metric's name."""
+    """Return a value as it can stand in a metric's name."""
     return re.sub(r"[^0-9a-z]+", "_", word.lower()).strip("_") or "blank"
 
 

@@ -6,6 +6,6 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def find_config(name: str) -> Path:
-    """Give the path of a config: a shipped one by its bare name, else the file of that path."""
+    """Return the path of a config: a shipped one by its bare name, else the file of that path."""
     shipped = CONFIGS / f"{name}.toml"
     return shipped if shipped.exists() else Path(name)

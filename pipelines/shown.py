@@ -30,7 +30,7 @@ COLUMNS = (REQUEST_ID, USER_ID, ITEM_ID, TIMESTAMP, LABEL)
 
 
 def shown_in(parts: Sequence[Part], before: Path | None = None) -> pl.DataFrame | None:
-    """Give the impressions of the parts, after those kept in `before`; None if there are none.
+    """Return the impressions of the parts, after those kept in `before`; None if there are none.
 
     Those of users who asked to be forgotten are left out, as their events are.
     """
@@ -106,7 +106,7 @@ def _write(
 
 
 def _numbered(shown: pl.DataFrame, people: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
-    """Give user_row, at, row, label by request (at, user), what was taken first; `first` marks a request's first row.
+    """Return user_row, at, row, label by request (at, user), what was taken first; `first` marks a request's first row.
 
     An item shown twice in one answer is one candidate.
     """
@@ -125,7 +125,7 @@ def _numbered(shown: pl.DataFrame, people: pl.DataFrame, items: pl.DataFrame) ->
 
 
 def _requests(rows: pl.DataFrame, starts: NDArray[np.int64], histories: Histories) -> Requests:
-    """Give the requests that begin at `starts`; what was taken are their positives."""
+    """Return the requests that begin at `starts`; what was taken are their positives."""
     user = rows[USER_ROW].to_numpy()[starts].astype(np.int64)
     at = rows["at"].to_numpy()[starts]
     offsets, time = np.asarray(histories.offsets), np.asarray(histories.events.time)

@@ -61,7 +61,7 @@ class Table:
     """of the columns of JSON Lines: the keys that lead there"""
 
     def require(self, name: str, meaning: str) -> pl.DataType:
-        """Give the type of a column.
+        """Return the type of a column.
 
         Raises:
             DataError: there is none of that name; the message names what it was for, the nearest, and all there are.
@@ -75,7 +75,7 @@ class Table:
         )
 
     def rows(self, names: Sequence[str]) -> pl.LazyFrame:
-        """Give the named columns with `ROW` (uint64) and `BROKEN` (bool) beside them, in the file's order."""
+        """Return the named columns with `ROW` (uint64) and `BROKEN` (bool) beside them, in the file's order."""
         wanted = list(dict.fromkeys(names))
         if self.kind == "parquet":
             frame = pl.scan_parquet(self.path, row_index_name=ROW, row_index_offset=1, glob=False)
@@ -122,7 +122,7 @@ class Table:
 
 
 def find_files(pattern: str, folder: Path, what: str) -> list[Path]:
-    """Give the files a path or glob means, in alphabetical order.
+    """Return the files a path or glob means, in alphabetical order.
 
     Args:
         pattern: a path or a glob; `**` goes through folders.
@@ -175,7 +175,7 @@ def open_table(path: Path, max_line: int = MAX_LINE) -> Table:
 
 
 def _keys(path: Path) -> dict[str, tuple[str, ...]]:
-    """Give the columns of the first lines of JSON Lines, and the keys that lead to each."""
+    """Return the columns of the first lines of JSON Lines, and the keys that lead to each."""
     keys: dict[str, tuple[str, ...]] = {}
     number = 0
     with path.open(encoding="utf-8-sig") as file:
@@ -196,7 +196,7 @@ def _keys(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _flat(row: Mapping[str, object], before: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
-    """Give the columns of an object and the keys that lead to each; lists are values."""
+    """Return the columns of an object and the keys that lead to each; lists are values."""
     found: dict[str, tuple[str, ...]] = {}
     for key, value in row.items():
         path = (*before, key)

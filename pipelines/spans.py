@@ -38,13 +38,13 @@ class Spans:
     folder: Path
 
     def users(self, division: int) -> pl.DataFrame:
-        """Give user_id, timestamp (the first) and newest of the users of one division, once each."""
+        """Return user_id, timestamp (the first) and newest of the users of one division, once each."""
         files = [pl.read_ipc(file) for file in sorted(self.folder.glob(f"{division}-*.ipc"))]
         some = pl.concat([pl.DataFrame(schema=_USERS), *files])
         return some.group_by(USER_ID).agg(pl.col(TIMESTAMP).min(), pl.col(NEWEST).max())
 
     def of(self, table: pl.DataFrame, division: int) -> pl.DataFrame:
-        """Give the rows of a table with user_id that are of one division."""
+        """Return the rows of a table with user_id that are of one division."""
         return table if self.divisions == 1 else table.filter(_division(self.divisions) == division)
 
 

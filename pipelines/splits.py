@@ -46,7 +46,7 @@ class Cuts:
 
 
 def cuts(config: SplitConfig, newest: int) -> Cuts:
-    """Give the cuts for a log whose newest event is at `newest`; that event is the last of the test period."""
+    """Return the cuts for a log whose newest event is at `newest`; that event is the last of the test period."""
     if config.kind == "last_request":
         return Cuts(config.kind)
     test = newest + 1 - round(config.test_days * DAY)
@@ -56,7 +56,7 @@ def cuts(config: SplitConfig, newest: int) -> Cuts:
 def assign(
     cuts: Cuts, users: int, user: NDArray[np.int64], at: NDArray[np.int64], last: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Give the split of each request, uint8 [R], and the end of each user's training period, int64 [users].
+    """Return the split of each request, uint8 [R], and the end of each user's training period, int64 [users].
 
     Args:
         cuts: where the periods begin.

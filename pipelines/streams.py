@@ -32,7 +32,7 @@ _COPIED_AT_ONCE = 1 << 20
 
 @contextmanager
 def npy_file(path: Path, kind: Kind, length: int) -> Iterator[IO[bytes]]:
-    """Give a file open after the npy header of a vector; what is written must add up to `length` elements."""
+    """Yield a file open after the npy header of a vector; what is written must add up to `length` elements."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": (length,)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -43,7 +43,7 @@ def npy_file(path: Path, kind: Kind, length: int) -> Iterator[IO[bytes]]:
 def safetensors_file(
     path: Path, layout: Layout, metadata: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, IO[bytes]]]:
-    """Give one open file per array of a safetensors file, each at the place of its first element.
+    """Yield one open file per array of a safetensors file, each at the place of its first element.
 
     The same arrays always give the same bytes: 8 bytes of header length, the JSON header padded to a multiple of 8,
     then the arrays in the layout's order (put the widest types first, so that all are aligned). Vectors may turn out
@@ -71,7 +71,7 @@ def safetensors_file(
 
 
 def _head(layout: Layout, metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
-    """Give the bytes before the arrays, where each array starts, and where the last one ends."""
+    """Return the bytes before the arrays, where each array starts, and where the last one ends."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for name, (kind, shape) in layout.items():
@@ -91,7 +91,7 @@ def _move_down(file: int, source: int, target: int, size: int) -> None:
 
 @contextmanager
 def growing_safetensors(path: Path, kinds: Mapping[str, Kind]) -> Iterator[dict[str, IO[bytes]]]:
-    """Give one open file per vector of a safetensors file whose lengths show only when all is written.
+    """Yield one open file per vector of a safetensors file whose lengths show only when all is written.
 
     Costs a second copy: each vector lies in a file of its own until the end. For the order see `safetensors_file`.
     """
@@ -106,7 +106,7 @@ def growing_safetensors(path: Path, kinds: Mapping[str, Kind]) -> Iterator[dict[
 
 
 def map_safetensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Give the arrays of a safetensors file, mapped into memory; only of the types that are written here."""
+    """Return the arrays of a safetensors file, mapped into memory; only of the types that are written here."""
     kinds = {name: kind for kind, name in _DTYPES.items()}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -63,7 +63,7 @@ class SweepConfig:
             raise ConfigError(f"sweep: [own.{strangers[0]}] is no model of this sweep; models are {', '.join(names)}")
 
     def settings(self, model: str) -> list[Setting]:
-        """Give the settings to try with a model, the same number for all."""
+        """Return the settings to try with a model, the same number for all."""
         shared = axes(self.space, "space")
         number = math.prod(len(values) for values in shared.values()) if self.trials is None else self.trials
         space = axes(self.own[model], f"own.{model}") if model in self.own else shared
@@ -103,7 +103,7 @@ class Outcome:
         return statistics.stdev(kept) if len(kept) == len(self.values) > 1 else None
 
     def table(self) -> dict[str, Any]:
-        """Give everything as values of JSON; a failed setting has no mean."""
+        """Return everything as values of JSON; a failed setting has no mean."""
         mean = None if self.mean == -math.inf else self.mean
         return asdict(self) | {"mean": mean, "sd": self.deviation}
 
@@ -117,11 +117,11 @@ class Swept:
     outcomes: dict[str, list[Outcome]]
 
     def best(self, model: str) -> Outcome:
-        """Give the best setting of a model; the first of equals."""
+        """Return the best setting of a model; the first of equals."""
         return max(self.outcomes[model], key=lambda outcome: outcome.mean)
 
     def table(self) -> dict[str, Any]:
-        """Give everything as nested values of JSON."""
+        """Return everything as nested values of JSON."""
         return {
             "metric": f"valid/{self.config.metric}",
             "data_digest": self.data_digest,
@@ -133,7 +133,7 @@ class Swept:
         }
 
     def markdown(self) -> str:
-        """Give two tables: the best setting of every model, best first, and all settings."""
+        """Return two tables: the best setting of every model, best first, and all settings."""
         head = f"valid/{self.config.metric}"
         ranked = sorted(self.outcomes, key=lambda model: -self.best(model).mean)
         count, seeds = len(next(iter(self.outcomes.values()))), len(self.config.seeds)
@@ -160,7 +160,7 @@ def load_sweep(path: Path, assignments: Sequence[str] = ()) -> SweepConfig:
 
 
 def axes(space: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
-    """Give a nested space as dotted names; raises `ConfigError` for anything but a list of values at the end."""
+    """Return a nested space as dotted names; raises `ConfigError` for anything but a list of values at the end."""
     flat: dict[str, list[Any]] = {}
     for key, value in space.items():
         if isinstance(value, Mapping):
@@ -188,7 +188,7 @@ def draw(space: Mapping[str, list[Any]], number: int, seed: int, where: str) -> 
 
 
 def trials(config: SweepConfig, data_digest: str) -> list[Trial]:
-    """Give all runs of a sweep; every configuration is read and checked here, before anything is trained."""
+    """Return all runs of a sweep; every configuration is read and checked here, before anything is trained."""
     return [
         _trial(config, path, setting, seed, data_digest)
         for path in config.models
@@ -222,7 +222,7 @@ def sweep(config: SweepConfig, prepared: PreparedSet, directory: Path, uri: str,
 
 
 def words(setting: Setting) -> str:
-    """Give a setting as arguments of `--set`; "as shipped" for the empty one."""
+    """Return a setting as arguments of `--set`; "as shipped" for the empty one."""
     return ", ".join(f"{key}={json.dumps(value)}" for key, value in setting.items()) or "as shipped"
 
 
@@ -243,7 +243,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 def _run(
     trial: Trial, prepared: PreparedSet, directory: Path, uri: str, report: Report | None
 ) -> TrainingSummary | None:
-    """Give the summary of a run, trained now unless it was before; None if its loss stopped being a number."""
+    """Return the summary of a run, trained now unless it was before; None if its loss stopped being a number."""
     done, failed = directory / "summary.json", directory / "failed.json"
     if done.exists():
         return TrainingSummary.of(read_json(done))
@@ -259,7 +259,7 @@ def _run(
 def _outcomes(
     config: SweepConfig, planned: Sequence[Trial], finished: Mapping[str, TrainingSummary | None]
 ) -> dict[str, list[Outcome]]:
-    """Give the outcomes by model: runs of one setting stand together, one for each seed."""
+    """Return the outcomes by model: runs of one setting stand together, one for each seed."""
     outcomes: dict[str, list[Outcome]] = {}
     for group in _groups(planned, len(config.seeds)):
         summaries = [finished[trial.run] for trial in group]
@@ -275,7 +275,7 @@ def _outcomes(
 
 
 def chosen_value(summary: TrainingSummary, metric: str) -> float:
-    """Give a validation metric at the step whose weights were kept."""
+    """Return a validation metric at the step whose weights were kept."""
     return next(entry[f"valid/{metric}"] for entry in summary.curve if entry["step"] == summary.best_step)
 
 
@@ -292,7 +292,7 @@ def _titled(report: Report | None, title: str) -> Report | None:
 
 
 def _numbers(outcome: Outcome) -> str:
-    """Give mean and deviation as two cells."""
+    """Return mean and deviation as two cells."""
     if outcome.mean == -math.inf:
         return "failed | –"
     return f"{outcome.mean:.4f} | {'–' if outcome.deviation is None else f'{outcome.deviation:.4f}'}"

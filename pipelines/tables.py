@@ -51,7 +51,7 @@ class Table:
 
 
 def quality(evaluation: Evaluation, sampler: str) -> Table:
-    """Give all metrics of all models on one sampler, best GAUC first, with the paired difference from the best."""
+    """Return all metrics of all models on one sampler, best GAUC first, with the paired difference from the best."""
     leader = best(evaluation, sampler, PRIMARY)
     rows = []
     for name in ordered(evaluation, sampler, PRIMARY):
@@ -64,7 +64,7 @@ def quality(evaluation: Evaluation, sampler: str) -> Table:
 
 
 def by_target(evaluation: Evaluation, sampler: str) -> Table:
-    """Give AUC and GAUC apart for targets in and outside the history."""
+    """Return AUC and GAUC apart for targets in and outside the history."""
     columns = [
         (f"segment/{segment}/{metric}", f"{title} {words}")
         for segment, words in ((OUTSIDE, "outside"), (INSIDE, "in history"))
@@ -88,7 +88,7 @@ def by_target(evaluation: Evaluation, sampler: str) -> Table:
 
 
 def full_ranking(evaluation: Evaluation) -> Table:
-    """Give the ranking of all known items."""
+    """Return the ranking of all known items."""
     rows = tuple(
         (Cell(name), *_cells(evaluation, name, ALL_ITEMS, ALL_ITEMS_COLUMNS))
         for name in ordered(evaluation, ALL_ITEMS, "ndcg_at_10")
@@ -103,7 +103,7 @@ def full_ranking(evaluation: Evaluation) -> Table:
 
 
 def by_length(evaluation: Evaluation, sampler: str) -> Table:
-    """Give GAUC by the number of events before the request."""
+    """Return GAUC by the number of events before the request."""
     segments = lengths(evaluation, sampler)
     columns = [(f"segment/{name}/{PRIMARY}", words) for name, words, _ in segments]
     rows = [(Cell(name), *_cells(evaluation, name, sampler, columns)) for name in ordered(evaluation, sampler, PRIMARY)]
@@ -113,7 +113,7 @@ def by_length(evaluation: Evaluation, sampler: str) -> Table:
 
 
 def cold_start(found: ColdStart, split: str) -> Table:
-    """Give how well items without training events are found, best AUC first."""
+    """Return how well items without training events are found, best AUC first."""
     names = sorted(found.scores, key=lambda name: -found.scores[name].auc)
     top = {key: max(getattr(score, key) for score in found.scores.values()) for key in ("auc", "recall_at_50")}
     rows = []
@@ -149,7 +149,7 @@ def cold_start(found: ColdStart, split: str) -> Table:
 
 
 def cost(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> Table:
-    """Give what training and scoring took, in the order of GAUC."""
+    """Return what training and scoring took, in the order of GAUC."""
     header = (
         "Model",
         "Parameters",
@@ -186,7 +186,7 @@ def cost(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) -> Tab
 
 
 def data_card(manifest: Mapping[str, Any]) -> Table:
-    """Give what is known of the prepared set; what its manifest does not say is left out."""
+    """Return what is known of the prepared set; what its manifest does not say is left out."""
     counts = {**manifest.get("counts", {})}
     rows: list[tuple[str, str]] = []
     source = manifest.get("source")
@@ -212,7 +212,7 @@ def data_card(manifest: Mapping[str, Any]) -> Table:
 
 
 def lengths(evaluation: Evaluation, sampler: str) -> list[tuple[str, str, int]]:
-    """Give the history segments that hold requests: name, how a reader calls it, requests."""
+    """Return the history segments that hold requests: name, how a reader calls it, requests."""
     found = []
     for name, low, high in length_segments(evaluation.config.history_edges):
         sizes = [evaluation.metric(model, sampler, f"segment/{name}/n_requests") for model in evaluation.models]
@@ -223,7 +223,7 @@ def lengths(evaluation: Evaluation, sampler: str) -> list[tuple[str, str, int]]:
 
 
 def ordered(evaluation: Evaluation, sampler: str, metric: str) -> list[str]:
-    """Give the models, highest value first; those without a value last."""
+    """Return the models, highest value first; those without a value last."""
     values = {name: evaluation.metric(name, sampler, metric) for name in evaluation.models}
     return sorted(values, key=lambda name: (values[name] is None, -(values[name] or 0.0)))
 
@@ -291,7 +291,7 @@ def _cost_note(evaluation: Evaluation, training: Mapping[str, TrainingSummary]) 
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Give a difference and its interval apart."""
+    """Return a difference and its interval apart."""
     value, _, bounds = text.partition(" [")
     return value, bounds.removesuffix("]")
 
@@ -319,7 +319,7 @@ def _moment(microseconds: int) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Give nested counts as (dotted name, number)."""
+    """Return nested counts as (dotted name, number)."""
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]

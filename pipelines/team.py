@@ -35,7 +35,7 @@ class Team(Protocol):
         ...
 
     def agree(self, value: Any) -> Any:
-        """Give every member what member 0 passes: plain values of JSON, NaN allowed; the others pass None."""
+        """Return every member what member 0 passes: plain values of JSON, NaN allowed; the others pass None."""
         ...
 
 
@@ -49,7 +49,7 @@ class Alone:
         """Leave the gradients as they are."""
 
     def agree(self, value: Any) -> Any:
-        """Give the value."""
+        """Return the value."""
         return value
 
 
@@ -119,7 +119,7 @@ def _unpack(flat: Tensor, into: list[Tensor]) -> None:
 
 
 def _gathered(parameter: nn.Parameter, share: Tensor) -> Tensor | None:
-    """Give the weighted sum of all members' sparse gradients of a table, coalesced; None if nobody has one.
+    """Return the weighted sum of all members' sparse gradients of a table, coalesced; None if nobody has one.
 
     The rows are padded to those of the member with most, because gloo gathers tensors of one shape.
     """

@@ -40,7 +40,7 @@ class VectorCache:
     def get(
         self, texts: Sequence[str], compute: Callable[[Sequence[str]], Vectors], report: Report | None = None
     ) -> Vectors:
-        """Give float32 [N, ...], calling `compute` for the texts that are not there, `PART` at a time.
+        """Return float32 [N, ...], calling `compute` for the texts that are not there, `PART` at a time.
 
         Those are computed from short to long, so that a part's texts are of like length.
         """

@@ -49,7 +49,7 @@ class Queries:
         return len(self.ids)
 
     def only(self, places: Sequence[int]) -> "Queries":
-        """Give the queries at some places."""
+        """Return the queries at some places."""
         return Queries(*([part[place] for place in places] for part in (self.ids, self.texts, self.grades)))  # type: ignore[arg-type]
 
     def __add__(self, other: "Queries") -> "Queries":
@@ -99,7 +99,7 @@ def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
 
 
 def catalogue_corpus(items: Path, name: str = "catalogue") -> Corpus:
-    """Give the catalogue of a log as passages: every distinct item text once, with the items that have it.
+    """Return the catalogue of a log as passages: every distinct item text once, with the items that have it.
 
     Args:
         items: `items.parquet` of a canonical log.

@@ -69,11 +69,11 @@ class TaskResult:
         return {name: compare(values[name], values[base]) for name, base in self.baseline.items()}
 
     def flat(self, name: str) -> dict[str, float]:
-        """Give a model's measures as `test/<task>/<measure>`, ready to be logged."""
+        """Return a model's measures as `test/<task>/<measure>`, ready to be logged."""
         return {f"test/{self.name}/{key}": float(value.mean()) for key, value in self.values[name].items()}
 
     def table(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         systems: dict[str, dict[str, dict[str, float | None]]] = {}
         for name, values in self.values.items():
             systems[name] = {}
@@ -131,7 +131,7 @@ def evaluate_text(
 
 
 def encoded(run: TextModelRun, stages: FirstStages) -> Any:
-    """Give the passage vectors of a run's encoder: those at hand where its frozen backbone is the first stage's."""
+    """Return the passage vectors of a run's encoder: those at hand where its frozen backbone is the first stage's."""
     if run.frozen and isinstance(stages.encoder, DenseEncoder) and isinstance(run.model, LexSemBridge):
         ours, plain = run.model.config, stages.encoder.config
         same = ("backbone", "pool", "max_passage_len")

@@ -16,7 +16,7 @@ RESAMPLES = 10_000
 
 
 def measure(ranking: Ranking, queries: Queries, zero_docs: str = "keep", binary: bool = False) -> dict[str, Floats]:
-    """Give every measure per query, float64 [Q] in the order of the queries.
+    """Return every measure per query, float64 [Q] in the order of the queries.
 
     Args:
         ranking: one row per query.
@@ -52,7 +52,7 @@ class Comparison:
     tied: int
 
     def table(self) -> dict[str, float | None]:
-        """Give JSON values; None for the ends of an interval that a few queries do not give."""
+        """Return JSON values; None for the ends of an interval that a few queries do not give."""
         value, low, high = self.difference.told()
         counts = {"won": self.won, "lost": self.lost, "tied": self.tied}
         return {"difference": value, "ci_low": low, "ci_high": high, **counts}
@@ -70,7 +70,7 @@ def compare(ours: Floats, theirs: Floats, resamples: int = RESAMPLES, seed: int 
 
 
 def mean_of(values: Mapping[str, Floats], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Estimate]:
-    """Give the mean over queries of each measure with its resamples, all on the same draws."""
+    """Return the mean over queries of each measure with its resamples, all on the same draws."""
     queries = len(next(iter(values.values())))
     each = np.arange(queries)
     statistics = {name: Ratio.of_groups(value, each, queries) for name, value in values.items()}
@@ -78,7 +78,7 @@ def mean_of(values: Mapping[str, Floats], resamples: int = RESAMPLES, seed: int 
 
 
 def best_possible(ranking: Ranking, queries: Queries, places: int = 100) -> float:
-    """Give the mean nDCG@10 of the best order of each query's first `places` passages: what reranking can reach."""
+    """Return the mean nDCG@10 of the best order of each query's first `places` passages: what reranking can reach."""
     rows = ranking.top(places).rows
     ideal = np.full(rows.shape, NONE, np.int32)
     for query, found in enumerate(rows):

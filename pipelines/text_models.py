@@ -66,12 +66,12 @@ def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainCo
 
 
 def open_corpus(path: str, items: Path) -> Corpus:
-    """Give the corpus of a folder, or the item texts of a log for "catalogue"."""
+    """Return the corpus of a folder, or the item texts of a log for "catalogue"."""
     return catalogue_corpus(items) if path == CATALOGUE else read_corpus(Path(path))
 
 
 def cut_queries(options: CorpusConfig, source: PairSource, split: Split) -> dict[str, Queries]:
-    """Give the keyword and part-of-passage queries of one split's documents, by kind."""
+    """Return the keyword and part-of-passage queries of one split's documents, by kind."""
     rows = source.rows(split)
     made = {}
     if options.keyword:
@@ -84,7 +84,7 @@ def cut_queries(options: CorpusConfig, source: PairSource, split: Split) -> dict
 def training_queries(
     corpus: Corpus, options: CorpusConfig, source: PairSource
 ) -> tuple[dict[str, Queries], dict[str, Queries]]:
-    """Give training and dev queries by kind; natural ones are split by their ids, a tenth of them for dev."""
+    """Return training and dev queries by kind; natural ones are split by their ids, a tenth of them for dev."""
     train = cut_queries(options, source, "train")
     dev = cut_queries(options, source, "dev")
     if options.natural:
@@ -102,7 +102,7 @@ def build_model(config: TextTrainConfig) -> Any:
 
 
 def plain_encoder(config: TextTrainConfig) -> DenseEncoder:
-    """Give the plain encoder of the first stage: the model's own backbone for LexSemBridge, MiniLM for rerankers."""
+    """Return the plain encoder of the first stage: the model's own backbone for LexSemBridge, MiniLM for rerankers."""
     model = config.model
     if isinstance(model, LexSemBridgeConfig):
         options = DenseConfig(model.backbone, model.pool, max_passage_len=model.max_passage_len)
@@ -165,7 +165,7 @@ def train(
 
 
 def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model: LexSemBridge) -> list[Source]:
-    """Give what corpora teach: natural queries where they have the split, dev spans and keywords of the first one.
+    """Return what corpora teach: natural queries where they have the split, dev spans and keywords of the first one.
 
     Raises:
         ConfigError: no corpus has natural queries of the split that is named.
@@ -186,7 +186,7 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
 
 
 def natural_queries(directory: Path, corpus: Corpus, split: str) -> tuple[Queries, Queries]:
-    """Give the natural queries of one split to train on and those for dev, a tenth of them, by their ids."""
+    """Return the natural queries of one split to train on and those for dev, a tenth of them, by their ids."""
     natural = read_queries(directory, corpus, split)
     held = [split_of(corpus.name, f"query/{key}") == "dev" for key in natural.ids]
     return tuple(natural.only([place for place, out in enumerate(held) if out is dev]) for dev in (False, True))  # type: ignore[return-value]

@@ -74,7 +74,7 @@ def sentence(result: "TaskResult", name: str, found: Comparison) -> str:
 
 
 def points(value: float) -> str:
-    """Give a difference in points of a hundred, with a true minus."""
+    """Return a difference in points of a hundred, with a true minus."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
@@ -91,7 +91,7 @@ def write_page(results: Sequence["TaskResult"], about: Mapping[str, Any], direct
 
 
 def render_markdown(page: TextPage) -> str:
-    """Give the page in Markdown."""
+    """Return the page in Markdown."""
     parts = [f"# {page.title}", "  \n".join(page.facts), *page.summary]
     for task in page.tasks:
         parts += [f"## {task.name}", task.table.title, pages.markdown(task.table), task.table.note]
@@ -126,7 +126,7 @@ def _table(result: "TaskResult") -> Table:
 
 
 def _ends(estimate: Estimate, words: Callable[[float], str], between: str) -> str:
-    """Give the ends of an interval in words, nothing where there is none."""
+    """Return the ends of an interval in words, nothing where there is none."""
     low, high = estimate.interval()
     return "" if math.isnan(low) else f"{words(low)}{between}{words(high)}"
 

@@ -30,13 +30,13 @@ WORD = re.compile(r"\w+")
 
 
 def split_of(collection: str, key: str) -> Split:
-    """Give the split of a document: sha1(collection + "/" + key) mod 10; 0-6 train, 7 dev, 8-9 test."""
+    """Return the split of a document: sha1(collection + "/" + key) mod 10; 0-6 train, 7 dev, 8-9 test."""
     tenth = int(hashlib.sha1(f"{collection}/{key}".encode(), usedforsecurity=False).hexdigest(), 16) % 10
     return next(split for split, tenths in TENTHS.items() if tenth in tenths)
 
 
 def normalised(text: str) -> str:
-    """Give a text in lower case with single blanks: passages of equal normalised text are one passage."""
+    """Return a text in lower case with single blanks: passages of equal normalised text are one passage."""
     return " ".join(text.lower().split())
 
 
@@ -60,7 +60,7 @@ class PairSource:
         return [row for row, text in enumerate(texts) if text and count[text] == 1]
 
     def rows(self, split: Split) -> list[int]:
-        """Give the eligible rows of one split; a catalogue is held out by its text, since ids share texts."""
+        """Return the eligible rows of one split; a catalogue is held out by its text, since ids share texts."""
         corpus = self.corpus
         keys = corpus.ids if corpus.items is None else corpus.passages
         return [row for row in self.eligible if split_of(corpus.name, keys[row]) == split]
@@ -79,7 +79,7 @@ class PairSource:
         return holders
 
     def keyword(self, rows: Sequence[int], terms: int = 5) -> Queries:
-        """Give one query per passage: its `terms` best terms by tf * ln(N / df), best first, ties by first occurrence.
+        """Return one query per passage: its `terms` best terms by tf * ln(N / df), best first, ties by first place.
 
         Stop-words and terms under three letters are left out.
         """
@@ -97,7 +97,7 @@ class PairSource:
     def part_of_passage(
         self, rows: Sequence[int], length: int, unit: Unit = "token", seed: int = 0, start: str = "uniform"
     ) -> Queries:
-        """Give one contiguous span of `length` units of each passage that has so many.
+        """Return one contiguous span of `length` units of each passage that has so many.
 
         Args:
             rows: source passages.
@@ -119,7 +119,7 @@ class PairSource:
         return self._queries(f"pop-{length}-{unit}", rows, made)
 
     def long_enough(self, rows: Sequence[int], length: int, unit: Unit = "token") -> list[int]:
-        """Give the rows whose passages have at least `length` units: all lengths of one table use the same sources."""
+        """Return the rows whose passages have at least `length` units: all lengths of a table use the same sources."""
         return [row for row in rows if len(self._units(self.corpus.passages[row], unit)) >= length]
 
     def _units(self, text: str, unit: Unit) -> list[tuple[int, int]]:
@@ -153,7 +153,7 @@ class PairSource:
 
 
 def sample(queries: Queries, most: int, seed: int) -> Queries:
-    """Give at most so many of the queries, drawn without replacement, in their order."""
+    """Return at most so many of the queries, drawn without replacement, in their order."""
     if len(queries) <= most:
         return queries
     chosen: NDArray[np.int64] = generator(seed, most, "queries").choice(len(queries), most, replace=False)

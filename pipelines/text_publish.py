@@ -133,7 +133,7 @@ def search_contents(
 
 
 def item_passages(prepared: PreparedSet) -> Passages:
-    """Give the items' texts, each distinct one once; of its items the most frequent in training comes first.
+    """Return the items' texts, each distinct one once; of its items the most frequent in training comes first.
 
     Raises:
         DataError: the catalogue has no item.
@@ -147,13 +147,13 @@ def item_passages(prepared: PreparedSet) -> Passages:
 
 
 def item_rows(prepared: PreparedSet) -> dict[str, int]:
-    """Give the model row of every item id."""
+    """Return the model row of every item id."""
     ids = prepared.catalogue[ITEM_ID].cast(pl.String).to_list()
     return {item: row for item, row in zip(ids, prepared.key_to_row.tolist(), strict=True) if row >= FIRST_ITEM}
 
 
 def corpus_passages(directory: Path, row_of: dict[str, int] | None = None) -> Passages:
-    """Give the documents of a corpus in BEIR's layout; those whose id is an item's can be ranked for a user.
+    """Return the documents of a corpus in BEIR's layout; those whose id is an item's can be ranked for a user.
 
     Args:
         directory: holds corpus.jsonl.

@@ -79,11 +79,11 @@ class Task(Protocol):
         ...
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Give the loss of one step and numbers worth logging."""
+        """Return the loss of one step and numbers worth logging."""
         ...
 
     def validate(self) -> dict[str, float]:
-        """Give dev measures; the first one decides which weights are kept."""
+        """Return dev measures; the first one decides which weights are kept."""
         ...
 
 
@@ -101,7 +101,7 @@ class TextRun:
         return self.directory / MODEL
 
     def table(self) -> dict[str, Any]:
-        """Give what the run took and reached, as JSON values."""
+        """Return what the run took and reached, as JSON values."""
         progress = self.progress
         return {
             "run_id": self.run_id,
@@ -119,7 +119,7 @@ class TextTrainingError(RecsysError):
 def contrastive_loss(
     queries: Tensor, passages: Tensor, target: Tensor, also: Tensor, temperature: float, each: float = 1.0
 ) -> Tensor:
-    """Give the mean cross-entropy of each query's positive among all passages of the batch, in float32.
+    """Return the mean cross-entropy of each query's positive among all passages of the batch, in float32.
 
     Args:
         queries: [B, d].
@@ -234,7 +234,7 @@ class TextLoop:
                 restore([self.optimiser], saved.optimisers)
 
     def learned(self) -> dict[str, Tensor]:
-        """Give a copy of the weights that training changes."""
+        """Return a copy of the weights that training changes."""
         named = self.task.model.named_parameters()
         return {name: tensor.detach().clone() for name, tensor in named if tensor.requires_grad}
 
@@ -385,13 +385,13 @@ class TextTrainConfig:
             )
 
     def table(self) -> dict[str, Any]:
-        """Give the config as nested values of JSON."""
+        """Return the config as nested values of JSON."""
         table: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return table
 
 
 def finished_run(directory: Path) -> tuple[str, Path]:
-    """Give name and model directory of a finished text run; raises `DataError` for anything else."""
+    """Return name and model directory of a finished text run; raises `DataError` for anything else."""
     about = read_json(directory / "run.json")
     if about.get("kind") != "text" or not (directory / MODEL).is_dir():
         raise DataError(f"{directory}: no finished text run; run `recsys train --config lexsembridge` first")

@@ -171,7 +171,7 @@ class _Quotes:
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Give (place in the file, bytes) without the byte order mark."""
+    """Yield (place in the file, bytes) without the byte order mark."""
     with path.open("rb") as file:
         offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
         file.seek(offset)
@@ -181,7 +181,7 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _locate(path: Path, place: int, header: Header | None) -> tuple[int, str, str]:
-    """Give the line of a byte counted from 1, `, column 'name'` where there are columns, and a few characters there."""
+    """Return the line of a byte counted from 1, `, column 'name'` where there are columns, a few characters there."""
     line, start = 1, 0
     for offset, chunk in _chunks(path):
         part = chunk[: max(0, place - offset)]

@@ -20,7 +20,7 @@ _BUCKET = "_bucket"
 
 
 def repeated_ids(events: pl.LazyFrame, rows: int, at_once: int = ROWS_AT_ONCE) -> NDArray[np.uint32]:
-    """Give the places of the events whose event_id an earlier row already has; events without one are never among them.
+    """Return the places of the events whose event_id an earlier row already has; events without one never are.
 
     Args:
         events: with event_id; places count from 0.
@@ -54,13 +54,13 @@ class Core:
     rare_items: int
 
     def of(self, events: pl.LazyFrame) -> pl.LazyFrame:
-        """Give the events of what stays, in their order."""
+        """Return the events of what stays, in their order."""
         kept = events.join(self.users.lazy(), on=USER_ID, how="semi", maintain_order="left")
         return kept.join(self.items.lazy(), on=ITEM_ID, how="semi", maintain_order="left")
 
 
 def core(events: pl.LazyFrame, min_user_events: int, min_item_events: int, work: Path) -> Core:
-    """Give the largest set of users and items in which every one has enough events with the others.
+    """Return the largest set of users and items in which every one has enough events with the others.
 
     Users and items get numbers once, in one pass over the log; the rounds then count numbers, not ids.
 
@@ -111,7 +111,7 @@ def _counts(
 def cut_sessions(
     events: pl.LazyFrame, rows: int, gap: int, work: Path, at_once: int = SESSION_ROWS_AT_ONCE
 ) -> pl.LazyFrame:
-    """Give the events with a session_id: a new session begins where a user was away for more than `gap` microseconds.
+    """Return the events with a session_id: a new session begins where a user was away for more than `gap` microseconds.
 
     A session is named by its first moment, so that its name does not change when later events are added. Events come
     out by user and time, one group of users after the other.
@@ -138,7 +138,7 @@ def cut_sessions(
 
 
 def _session(gap: int) -> pl.Expr:
-    """Give each event's session among rows sorted by user and time."""
+    """Return each event's session among rows sorted by user and time."""
     user, time = pl.col(USER_ID), pl.col(TIMESTAMP)
     begins = ((user != user.shift()) | (time - time.shift() > gap)).fill_null(True)
     return pl.when(begins).then(time).forward_fill().cast(pl.String)

@@ -15,12 +15,12 @@ EXPERIMENT = "recsys"
 
 
 def default_uri(workspace: Path) -> str:
-    """Give the tracking URI of a workspace: its own sqlite file."""
+    """Return the tracking URI of a workspace: its own sqlite file."""
     return f"sqlite:///{(workspace / 'mlflow.db').resolve()}"
 
 
 def git_commit() -> str:
-    """Give the commit of the running code, `unknown` outside a checkout, with `-dirty` if files differ from it."""
+    """Return the commit of the running code, `unknown` outside a checkout, with `-dirty` if files differ from it."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -109,7 +109,7 @@ def _artifact_location(uri: str) -> str | None:
 
 
 def tracking_client(uri: str) -> Any:
-    """Give an MLflow client with telemetry off; raises `ConfigError` for a URI MLflow does not understand."""
+    """Return an MLflow client with telemetry off; raises `ConfigError` for a URI MLflow does not understand."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import logging
 

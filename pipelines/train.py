@@ -58,7 +58,7 @@ class TrainingError(RecsysError):
 
 
 def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
-    """Give a finished run back from its directory, without touching MLflow.
+    """Return a finished run back from its directory, without touching MLflow.
 
     Raises:
         DataError: there is no finished run, or it was trained on another prepared set.
@@ -299,7 +299,7 @@ class Loop:
         )
 
     def _measure(self) -> list[dict[str, float]]:
-        """Give the validation metrics: one set per sampler, or the one of the protocol."""
+        """Return the validation metrics: one set per sampler, or the one of the protocol."""
         stop = self.config.stop
         if stop.protocol == "leave_one_out":
             return [leave_one_out.validate(self.model, self.prepared, stop.requests)]

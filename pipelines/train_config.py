@@ -56,7 +56,7 @@ class TrainConfig:
     stop: StopConfig = field(default_factory=StopConfig)
 
     def table(self) -> dict[str, Any]:
-        """Give the config as nested values of JSON, for the log and for digests."""
+        """Return the config as nested values of JSON, for the log and for digests."""
         table: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return table
 
@@ -81,7 +81,7 @@ def load_config(path: Path, assignments: Sequence[str] = (), overlay: Mapping[st
 
 
 def config_of(table: Mapping[str, Any], where: str) -> TrainConfig:
-    """Give the config back that `TrainConfig.table` gave."""
+    """Return the config back that `TrainConfig.table` gave."""
     name = table.get("name")
     if name not in RANKERS:
         raise ConfigError(f"{where}: name must be one of {', '.join(RANKERS)}, found {name!r}")
@@ -89,7 +89,7 @@ def config_of(table: Mapping[str, Any], where: str) -> TrainConfig:
 
 
 def suited(config: TrainConfig, prepared: PreparedSet) -> TrainConfig:
-    """Give the config for a prepared set: without a category where the default's column is not in its catalogue.
+    """Return the config for a prepared set: without a category where the default's column is not in its catalogue.
 
     A column that was asked for by another name, and one that the model cannot do without, stays and is refused later.
     """

@@ -47,7 +47,7 @@ class Edges:
 
 
 def pair_words(user: NDArray[np.int64], offsets: NDArray[np.int64], rows: NDArray[np.int32]) -> Words:
-    """Give one word per pair of each two consecutive requests of a user, ascending.
+    """Return one word per pair of each two consecutive requests of a user, ascending.
 
     Args:
         user: int64 [R], user of each training request; the requests of one user stand together, oldest first.
@@ -161,7 +161,7 @@ def block_edges(files: Sequence[Path], block: Block, top_n: int, keep: Path | No
 
 
 def _sorted(files: Sequence[Path], block: Block) -> Iterator[Words]:
-    """Give a block's words, ascending, in pieces that divide no pair: a block of one common item may be a large one."""
+    """Yield a block's words, ascending, in pieces that divide no pair: a block of one common item may be large."""
     places = [block.start, block.end]
     if len(block) > 2 * PAIRS_PER_BLOCK:
         longest = int(np.argmax(block.end - block.start))
@@ -189,22 +189,22 @@ def _sorted(files: Sequence[Path], block: Block) -> Iterator[Words]:
 
 
 def base_name(low: int) -> str:
-    """Give the name of the file of the block whose first source row is `low`; names sort as rows do."""
+    """Return the name of the file of the block whose first source row is `low`; names sort as rows do."""
     return f"base-{low:08}.bin"
 
 
 def steps(words: Words) -> NDArray[np.int64]:
-    """Give the weight of each word, 1 / (|a| |b|) in steps of 2^-32."""
+    """Return the weight of each word, 1 / (|a| |b|) in steps of 2^-32."""
     return (1 << 32) // np.maximum((words & np.uint64((1 << SIZE_BITS) - 1)).astype(np.int64), 1)
 
 
 def weight_of(total: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Give weights from sums of `steps`."""
+    """Return weights from sums of `steps`."""
     return (total * 2.0**-32).astype(np.float32)
 
 
 def heaviest_edges(pair: Words, weight: NDArray[np.float32], degree: NDArray[np.int64], top_n: int) -> Edges:
-    """Give the edges of a run of source rows, the `top_n` heaviest of each, from distinct ascending pairs.
+    """Return the edges of a run of source rows, the `top_n` heaviest of each, from distinct ascending pairs.
 
     A pair is source row | target row; `degree` are the pairs of each source. See `block_edges`.
     """

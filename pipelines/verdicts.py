@@ -79,7 +79,7 @@ class Question:
 
 
 def of_files(ask: Question, first: tuple[str, Estimate], second: tuple[str, Estimate], rule: Rule) -> Verdict:
-    """Give the verdict on two files."""
+    """Return the verdict on two files."""
     difference = first[1].minus(second[1])
     if np.isnan(difference.value):
         return not_defined("files", ask, first[0], second[0])
@@ -89,7 +89,7 @@ def of_files(ask: Question, first: tuple[str, Estimate], second: tuple[str, Esti
 
 
 def of_twins(ask: Question, names: tuple[str, str], runs: Mapping[str, Estimate], rule: Rule) -> Verdict:
-    """Give the verdict on two files of one method, of which `runs` are all there are."""
+    """Return the verdict on two files of one method, of which `runs` are all there are."""
     difference = runs[names[0]].minus(runs[names[1]])
     if np.isnan(difference.value):
         return not_defined("twins", ask, *names)
@@ -108,7 +108,7 @@ def of_twins(ask: Question, names: tuple[str, str], runs: Mapping[str, Estimate]
 def of_methods(
     ask: Question, first: tuple[str, Sequence[Estimate]], second: tuple[str, Sequence[Estimate]], rule: Rule
 ) -> Verdict:
-    """Give the verdict on two methods from the runs of each, all on the same users and resamples."""
+    """Return the verdict on two methods from the runs of each, all on the same users and resamples."""
     name, other = first[0], second[0]
     ours, theirs = (np.array([one.value for one in runs]) for _, runs in (first, second))
     value = float(ours.mean() - theirs.mean())
@@ -134,12 +134,12 @@ def of_methods(
 
 
 def all_twins(ask: Question, runs: Mapping[str, Estimate], rule: Rule) -> list[Verdict]:
-    """Give the verdicts on all pairs of files of one method."""
+    """Return the verdicts on all pairs of files of one method."""
     return [of_twins(ask, pair, runs, rule) for pair in combinations(runs, 2)]
 
 
 def _drawn_mean(runs: Sequence[Estimate], seed: int, purpose: str) -> Floats:
-    """Give the mean over seeds drawn with replacement, on each resample of the users, float64 [resamples]."""
+    """Return the mean over seeds drawn with replacement, on each resample of the users, float64 [resamples]."""
     table: NDArray[np.float64] = np.stack([one.resampled for one in runs])  # [seeds, resamples]
     number = len(table)
     draws = generator(seed, 0, f"seeds/{purpose}").integers(0, number, (number, table.shape[1]))
@@ -173,6 +173,6 @@ def _verdict(
 
 
 def not_defined(kind: Literal["files", "twins", "methods"], ask: Question, model: str, other: str) -> Verdict:
-    """Give the verdict where the metric has no value."""
+    """Return the verdict where the metric has no value."""
     why = "no user has both a positive and a negative in it"
     return Verdict(kind, model, other, ask.segment, ask.metric, "not defined", None, None, None, ask.users, None, why)

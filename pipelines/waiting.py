@@ -56,7 +56,7 @@ class Heads:
         return len(self.user)
 
     def by_user(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Give indices in the order of (history row, first moment)."""
+        """Return indices in the order of (history row, first moment)."""
         return index[np.argsort(self.user[index], kind="stable")]  # a later run's requests are a user's later ones
 
 
@@ -84,7 +84,7 @@ class Waiting:
         return Waiting(folder, runs, tuple(np.cumsum([0, *sizes]).tolist()))
 
     def grown(self, fresh: Sessions, users: Users, growth: Path) -> "Waiting":
-        """Give these runs, linked, and one of new requests by user in the folder `growth` of a larger set."""
+        """Return these runs, linked, and one of new requests by user in the folder `growth` of a larger set."""
         for run in self.runs:
             (target := growth / _FOLDER / run.name).mkdir(parents=True)
             for file in run.iterdir():
@@ -96,7 +96,7 @@ class Waiting:
         return Waiting.open(growth)
 
     def heads(self, users: Users) -> Heads:
-        """Give all that wait, run by run."""
+        """Return all that wait, run by run."""
         row_of = np.empty(len(users.key), np.int64)
         row_of[users.key] = np.arange(len(users.key))
         parts: list[tuple[NDArray[np.int64], ...]] = []
@@ -107,7 +107,7 @@ class Waiting:
         return Heads(row_of[user], at, last, place)
 
     def take(self, heads: Heads, index: NDArray[np.int64], users: Users) -> Sessions:
-        """Give the requests at `index` of the heads, in that order, with ends counted in all events."""
+        """Return the requests at `index` of the heads, in that order, with ends counted in all events."""
         user, place = heads.user[index], heads.place[index]
         order = np.argsort(place, kind="stable")
         sorted_place = place[order]

@@ -87,7 +87,7 @@ class Workspace:
         return default_uri(self.root)
 
     def require(self, path: Path, verb: str) -> Path:
-        """Give `path` if it exists, else say which verb makes it."""
+        """Return `path` if it exists, else say which verb makes it."""
         if not path.exists():
             raise DataError(f"{path}: not there yet; run `recsys {verb} --workspace {self.root}` first")
         return path

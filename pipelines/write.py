@@ -114,7 +114,7 @@ def name_all(
 
 
 def rule_of(config: PrepareConfig) -> Rule:
-    """Give what makes an event a positive."""
+    """Return what makes an event a positive."""
     return Rule(config.positive, config.min_value)
 
 
@@ -165,13 +165,13 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: 
 
 
 def lasting(config: PrepareConfig) -> dict[str, Any]:
-    """Give the settings that shape the result; how the work was shared out does not."""
+    """Return the settings that shape the result; how the work was shared out does not."""
     settings = asdict(parse(PrepareConfig, asdict(config), "settings of prepare"))  # 14 and 14.0 are one setting
     return {name: value for name, value in settings.items() if name not in ("buckets", "workers")}
 
 
 def _counts(found: assembly.Tally, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Give the manifest's counts: events, repeats, requests found and kept, positives.
+    """Return the manifest's counts: events, repeats, requests found and kept, positives.
 
     `kept` are the numbers of evaluated requests and of their positives, by split.
     """

@@ -30,7 +30,7 @@ class _User:
 
 
 def forgotten_users(log: LogReader, start: int = 0) -> dict[str, int]:
-    """Give the users with a tombstone at or after a position, each with the position after the last one."""
+    """Return the users with a tombstone at or after a position, each with the position after the last one."""
     return {record.event.user_id: record.end for record in log.replay(start) if isinstance(record.event, Tombstone)}
 
 
@@ -43,7 +43,7 @@ def can_rebuild(request: LoggedRequest, snapshot: SnapshotReader, log: LogReader
 def as_served(
     requests: Sequence[LoggedRequest], snapshot: SnapshotReader, log: LogReader, encoder: Encoder
 ) -> Iterator[tuple[LoggedRequest, Events | None]]:
-    """Give every request with its user's history as it was, None for nothing; in the order of log positions.
+    """Yield every request with its user's history as it was, None for nothing; in the order of log positions.
 
     Args:
         requests: those that `can_rebuild`.
@@ -80,7 +80,7 @@ def _apply(users: dict[str, _User], entry: Event | Tombstone) -> None:
 
 
 def forgotten_since(state: Path, snapshot: SnapshotReader) -> frozenset[str]:
-    """Give the users of a service who asked to be forgotten after what a snapshot contains of its log."""
+    """Return the users of a service who asked to be forgotten after what a snapshot contains of its log."""
     if not (state / "log" / "id").exists():
         return frozenset()
     log = LogReader(state / "log")
@@ -95,5 +95,5 @@ class Remembered:
         self._hidden = frozenset(hidden)
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's history, None if the user is unknown or forgotten."""
+        """Return the user's history, None if the user is unknown or forgotten."""
         return None if user_id in self._hidden else self._snapshot.read(user_id)

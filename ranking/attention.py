@@ -26,7 +26,7 @@ class Attention(NamedTuple):
 
     @property
     def elsewhere(self) -> Tensor:
-        """Give the share of attention that the exact one puts on other events, [B, C]: total variation, in 0..1.
+        """Return the share of attention that the exact one puts on other events, [B, C]: total variation, in 0..1.
 
         1 where the model finds nothing at all, NaN where the exact attention has nothing to attend to.
         """
@@ -36,7 +36,7 @@ class Attention(NamedTuple):
 
     @property
     def turned(self) -> Tensor:
-        """Give 1 - cosine between what is read and what the exact attention reads, [B, C]; NaN where that is zero."""
+        """Return 1 - cosine between what is read and what the exact attention reads, [B, C]; NaN where that is zero."""
         read, wanted = self.weight @ self.event, self.exact @ self.event  # [B, C, D]
         cosine = torch.cosine_similarity(read, wanted, dim=-1)
         return (1 - cosine).masked_fill(wanted.norm(dim=-1) == 0, torch.nan)
@@ -46,12 +46,12 @@ class Attentive(Protocol):
     """A ranker whose candidates look at single events of a history."""
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
-        """Give the weights of all events for every candidate; for reports, not for the request path."""
+        """Return the weights of all events for every candidate; for reports, not for the request path."""
         ...
 
 
 def of_found(scores: Tensor, mask: Tensor, index: Tensor, found: Tensor, event: Tensor) -> Attention:
-    """Give softmax attention over found events, beside that over all of them.
+    """Return softmax attention over found events, beside that over all of them.
 
     Args:
         scores: [B, C, T], attention logits.

@@ -31,13 +31,13 @@ class Values:
     count: int
 
     def of(self, rows: NDArray[np.int32]) -> list[list[int]]:
-        """Give the codes of some rows; an item without a value has none."""
+        """Return the codes of some rows; an item without a value has none."""
         starts, ends = self.first[rows].tolist(), self.first[rows + 1].tolist()
         codes = (self.code[start:end].tolist() for start, end in zip(starts, ends, strict=True))
         return [[code for code in some if code >= FIRST_CODE] for some in codes]
 
     def having(self, codes: Sequence[int]) -> NDArray[np.bool_]:
-        """Give bool [V], True at rows with one of the codes."""
+        """Return bool [V], True at rows with one of the codes."""
         wanted = np.zeros(self.count, bool)
         wanted[list(codes)] = True
         found = wanted[self.code]
@@ -64,7 +64,7 @@ class Attributes:
         return [ITEM_ID, *items.columns, *items.multi_columns, *items.numeric]
 
     def having(self, column: str, values: Iterable[str]) -> NDArray[np.bool_]:
-        """Give bool [V], True at rows with one of the values, among several where a column has several per item.
+        """Return bool [V], True at rows with one of the values, among several where a column has several per item.
 
         A value no item has matches none.
 
@@ -79,7 +79,7 @@ class Attributes:
         return column_values.having([code for value in values if (code := known.get(value)) is not None])
 
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
-        """Give bool [V], True at rows whose number is in [least, most]; None leaves that side open.
+        """Return bool [V], True at rows whose number is in [least, most]; None leaves that side open.
 
         Raises:
             ConfigError: no column of that name holds numbers.
@@ -97,7 +97,7 @@ class Attributes:
         return found
 
     def values(self, column: str) -> Values:
-        """Give a column of values, one or several per item. Raises `ConfigError` if there is none of that name."""
+        """Return a column of values, one or several per item. Raises `ConfigError` if there is none of that name."""
         items = self._bundle.items
         if column in items.multi_columns:
             several = items.multi(column)
@@ -112,7 +112,7 @@ class Attributes:
         return Values(codes, np.arange(len(codes) + 1), items.codes(column))
 
     def value(self, column: str, code: int) -> str:
-        """Give the text behind a code."""
+        """Return the text behind a code."""
         values = self._bundle.vocabulary.get(column, [])
         return values[code - FIRST_CODE] if FIRST_CODE <= code < len(values) + FIRST_CODE else str(code)
 

@@ -45,7 +45,7 @@ class AvailabilityFile:
         self._table = Unavailable(0, _read(path) if self._stamp else frozenset())
 
     def unavailable(self) -> Unavailable:
-        """Give the table of this moment."""
+        """Return the table of this moment."""
         stamp = _stamp(self._path)
         if stamp != self._stamp:
             with self._lock:

@@ -173,7 +173,7 @@ class AwMoe(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> AwMoeState:
-        """Give the events' vectors, and for gate = "none" the gate, once for all candidates."""
+        """Return the events' vectors, and for gate = "none" the gate, once for all candidates."""
         event, mask = self._events(history, self.items.embedding_row)
         gate = event[:, 0, :0]
         if self.config.gate == "none":
@@ -181,7 +181,7 @@ class AwMoe(nn.Module):
         return AwMoeState(event, mask, gate)
 
     def score(self, state: AwMoeState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C T D 32), by chunks of C."""
+        """Return logits float32 [B, C]; cost O(C T D 32), by chunks of C."""
         h = self.inner(self.fields.semantic(candidates.item, self.items.embedding_row))  # [B, C, D]
         asked, whole, logits = self._asked(request.query, h), None, []
         if self.config.gate == "none":
@@ -195,7 +195,7 @@ class AwMoe(nn.Module):
         return torch.cat(logits, 1).to(h.dtype).masked_fill(~candidates.mask, NEGATIVE)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give cross-entropy over the real candidates and the contrastive loss of the gate: `bce`, `cl`.
+        """Return cross-entropy over the real candidates and the contrastive loss of the gate: `bce`, `cl`.
 
         Raises:
             DataError: the model is built for queries and the batch has none.
@@ -228,7 +228,7 @@ class AwMoe(nn.Module):
     def _contrast(
         self, batch: Batch, units: tuple[Tensor, Tensor], gate: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Give L_cl of one gate vector per request: where the gate sees a candidate, its first positive's."""
+        """Return L_cl of one gate vector per request: where the gate sees a candidate, its first positive's."""
         config = self.config
         weight, unit = units
         row = torch.arange(len(mask), device=mask.device)
@@ -246,14 +246,14 @@ class AwMoe(nn.Module):
         )
 
     def _events(self, history: History, row_of: Tensor) -> tuple[Tensor, Tensor]:
-        """Give h_j [B, T, D], zero at padding, and which are real, bool [B, T]."""
+        """Return h_j [B, T, D], zero at padding, and which are real, bool [B, T]."""
         padded = history.padded(self.config.window)
         h = self.inner(self.fields.semantic(padded.item, row_of))
         return h.masked_fill(~padded.mask.unsqueeze(-1), 0.0), padded.mask
 
     @staticmethod
     def _query_part(config: AwMoeConfig, items: ItemTable) -> tuple[ItemEmbedding | None, nn.Module | None]:
-        """Give the table of queries and MLP_q; raises `ConfigError` if the items have no such column."""
+        """Return the table of queries and MLP_q; raises `ConfigError` if the items have no such column."""
         if config.query is None:
             return None, None
         there = (*items.columns, *items.multi_columns)
@@ -266,7 +266,7 @@ class AwMoe(nn.Module):
         return ItemEmbedding(items.codes(config.query), QUERY_WIDTH), layers
 
     def _asked(self, query: Tensor | None, h: Tensor) -> Tensor | None:
-        """Give h_q [B, 1, D] of queries [B], 0 where there is none; None for a model without queries."""
+        """Return h_q [B, 1, D] of queries [B], 0 where there is none; None for a model without queries."""
         if self.queries is None or self.asking is None:
             return None
         if query is None:
@@ -288,11 +288,11 @@ class AwMoe(nn.Module):
                 unit.last.weight.mul_(UNIT_SCALE)
 
     def _wide(self, x: Tensor) -> Tensor:
-        """Give x in float64 unless training, for sums whose order would show in a score's last float32 digit."""
+        """Return x in float64 unless training, for sums whose order would show in a score's last float32 digit."""
         return x if self.training else x.double()
 
     def _gate(self, event: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
-        """Give g [B, C, K] of contexts c [B, C, D]; without one C is 1."""
+        """Return g [B, C, K] of contexts c [B, C, D]; without one C is 1."""
         if self.mixture is not None:
             assert context is not None
             return self._wide(self.mixture(context)).softmax(-1)
@@ -301,21 +301,21 @@ class AwMoe(nn.Module):
         return self._attended(*self._gate_units(event, context), mask)
 
     def _gate_units(self, event: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give w [B, C, T] and G [B, C, T, K] of contexts c [B, C, D]; without one C is 1."""
+        """Return w [B, C, T] and G [B, C, T, K] of contexts c [B, C, D]; without one C is 1."""
         assert self.activation is not None
         assert self.gate_unit is not None
         inputs = (event,) if context is None else (event, context)
         return self.activation(*inputs), self.gate_unit(*inputs)
 
     def _attended(self, weight: Tensor, unit: Tensor, mask: Tensor) -> Tensor:
-        """Give g [B, C, K] of the units' outputs over the events in mask [B, T]."""
+        """Return g [B, C, K] of the units' outputs over the events in mask [B, T]."""
         g = attended(self._wide(weight), self._wide(unit), mask, self.config.activation == "softmax")
         if self.base is not None:
             g = g + self.base
         return g.softmax(-1) if self.config.gate_softmax else g
 
     def _mixed(self, event: Tensor, mask: Tensor, h: Tensor, gate: Tensor, asked: Tensor | None) -> Tensor:
-        """Give logits [B, C] of candidates h [B, C, D] under a gate [B, C, K] or [B, 1, K], queries h_q [B, 1, D]."""
+        """Return logits [B, C] of candidates h [B, C, D] under a gate [B, C, K] or [B, 1, K], queries h_q [B, 1, D]."""
         if self.attention is None:
             real = mask.unsqueeze(-1)
             mean = (self._wide(event) * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)  # [B, 1, D]
@@ -340,12 +340,12 @@ class Experts(nn.Module):
         self.each = nn.ModuleList(Layers(*linear_layers(width, 80, 40, 1)) for _ in range(experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give what each expert says, [..., K], of inputs [..., width]."""
+        """Return what each expert says, [..., K], of inputs [..., width]."""
         return torch.cat([expert(x) for expert in self.each], -1)
 
 
 def linear_layers(*widths: int) -> list[nn.Module]:
-    """Give linear layers of these widths with a ReLU between them, none after the last."""
+    """Return linear layers of these widths with a ReLU between them, none after the last."""
     found: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         found += [nn.Linear(before, after), nn.ReLU()]
@@ -353,12 +353,12 @@ def linear_layers(*widths: int) -> list[nn.Module]:
 
 
 def experts_view(weight: Tensor, event: Tensor, mask: Tensor) -> Tensor:
-    """Give sum_j mu_j a_j h_j, [B, C, D], for weights a [B, C, T] and events [B, T, D]."""
+    """Return sum_j mu_j a_j h_j, [B, C, D], for weights a [B, C, T] and events [B, T, D]."""
     return weight.masked_fill(~mask[:, None, :], 0.0) @ event.to(weight.dtype)
 
 
 def attended(weight: Tensor, unit: Tensor, mask: Tensor, softmax: bool = False) -> Tensor:
-    """Give sum_j mu_j w_j G_j, [B, C, K], for w [B, C, T], G [B, C, T, K], mu [B, T]; the mask goes before softmax."""
+    """Return sum_j mu_j w_j G_j, [B, C, K], for w [B, C, T], G [B, C, T, K], mu [B, T]; masked before the softmax."""
     real = mask[:, None, :].expand_as(weight)
     weight = masked_softmax(weight, real) if softmax else weight.masked_fill(~real, 0.0)
     return (weight.unsqueeze(-2) @ unit).squeeze(-2)

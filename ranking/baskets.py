@@ -64,7 +64,7 @@ def arrange(padded: Padded, embedding_row: Tensor, baskets: bool) -> Slots:
 
 
 def targets(slots: Slots, following: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the distinct (query, target) pairs of a group: flat query index b G + g and item row, int64 [P] each.
+    """Return the distinct (query, target) pairs of a group: flat query index b G + g and item row, int64 [P] each.
 
     The items of each basket are the targets of the basket before it, `following` int64 [B, C] (0 or 1 = none) those of
     the newest. A query is a basket with at least one event, a target a known item.

@@ -56,7 +56,7 @@ class History:
         return self.item, self.action, self.time
 
     def padded(self, length: int) -> Padded:
-        """Give the newest `length` events of each history, left-padded to the longest of them (at least one slot)."""
+        """Return the newest `length` events of each history, left-padded to the longest of them (at least one slot)."""
         lengths = self.lengths.clamp(max=length)  # [B]
         width = max(int(lengths.max()) if len(lengths) else 0, 1)
         back = torch.arange(width, 0, -1, device=self.item.device)  # [T] distance from the end, newest = 1
@@ -83,7 +83,7 @@ class Request:
     query: Tensor | None = None  # int32 [B], what was asked for: 0 nothing, 1 unknown, else a code of an item column
 
     def to(self, device: torch.device) -> "Request":
-        """Give the same on another device."""
+        """Return the same on another device."""
         return Request(self.at.to(device), None if self.query is None else self.query.to(device))
 
 
@@ -114,7 +114,7 @@ class Batch:
         return len(self.history)
 
     def to(self, device: torch.device) -> "Batch":
-        """Give the same batch on another device."""
+        """Return the same batch on another device."""
         h = self.history
         return Batch(
             History(h.item.to(device), h.action.to(device), h.time.to(device), h.offsets.to(device)),
@@ -178,7 +178,7 @@ def assemble(
 
 
 def rows_of(keys: NDArray[np.uint32], key_to_row: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Give the model row of each item key; keys the bundle has never seen are row 1."""
+    """Return the model row of each item key; keys the bundle has never seen are row 1."""
     known = keys < len(key_to_row)
     rows = np.full(keys.shape, UNKNOWN, np.int32)
     rows[known] = key_to_row[keys[known]]

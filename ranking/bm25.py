@@ -38,7 +38,7 @@ class Bm25:
         return Bm25(retriever, len(texts))
 
     def scores(self, query: str) -> NDArray[np.float32]:
-        """Give float32 [passages], 0 where no word of the query occurs."""
+        """Return float32 [passages], 0 where no word of the query occurs."""
         import bm25s
 
         words = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)[0]
@@ -59,7 +59,7 @@ class Bm25:
         )
 
     def coverage(self, queries: Sequence[str], found: Ranking) -> NDArray[np.float64]:
-        """Give [Q] the share of each query's words, weighed by idf, that the first passage found for it holds.
+        """Return [Q] the share of each query's words, weighed by idf, that the first passage found for it holds.
 
         Words that no passage holds tell passages no better apart and count nothing: a span cut inside a word keeps what
         it has. Where there is more than one of them to two others the query is in the reader's own words, or misspelt,

@@ -30,12 +30,12 @@ Norm = Literal["none", "ratio", "l2"]
 
 
 def collision(cosine: Tensor, bits: int) -> Tensor:
-    """Give the chance that two vectors share a bucket of a group: (1 - arccos(cos) / pi)^tau."""
+    """Return the chance that two vectors share a bucket of a group: (1 - arccos(cos) / pi)^tau."""
     return (1 - cosine.clamp(-1, 1).arccos() / math.pi) ** bits
 
 
 def signatures(x: Tensor, planes: Tensor) -> Tensor:
-    """Give the bucket of each vector in each group, uint8 [..., G]; plane k sets bit k, a zero projection sets it.
+    """Return the bucket of each vector in each group, uint8 [..., G]; plane k sets bit k, a zero projection sets it.
 
     Args:
         x: [..., D].
@@ -55,7 +55,7 @@ def signatures(x: Tensor, planes: Tensor) -> Tensor:
 
 
 def pool(value: Tensor, code: Tensor, mask: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
-    """Give the sum of the events in each bucket [B, G, 2^tau, D] and their number [B, G, 2^tau].
+    """Return the sum of the events in each bucket [B, G, 2^tau, D] and their number [B, G, 2^tau].
 
     Args:
         value: [B, T, D], zero at padding.
@@ -75,7 +75,7 @@ def pool(value: Tensor, code: Tensor, mask: Tensor, buckets: int) -> tuple[Tenso
 def read_once(
     value: Tensor, code: Tensor, mask: Tensor, candidate: Tensor, buckets: int, norm: Norm, newest: int
 ) -> tuple[Tensor, Tensor]:
-    """Give `long` [B, C, D] of candidates, as `read` does from `pool`, and the newest events [B, newest, D].
+    """Return `long` [B, C, D] of candidates, as `read` does from `pool`, and the newest events [B, newest, D].
 
     Args:
         value: [B, T, D], zero at padding.
@@ -99,7 +99,7 @@ def read_once(
 
 
 def _bucket_of(code: Tensor, mask: Tensor) -> Tensor:
-    """Give the bucket of each event in each group, int16 [B, G, T], -1 where there is none."""
+    """Return the bucket of each event in each group, int16 [B, G, T], -1 where there is none."""
     return code.mT.to(torch.int16).masked_fill_(~mask[:, None], -1)
 
 
@@ -163,7 +163,7 @@ def _match_runs(event: Tensor, wanted: Tensor, dtype: torch.dtype) -> Iterator[t
 
 
 def _spread(upstream: Tensor, event: Tensor) -> Tensor:
-    """Give each event the sum of its buckets' gradients, [B, T, D], of upstream [B, G, 2^tau, D]."""
+    """Return each event the sum of its buckets' gradients, [B, T, D], of upstream [B, G, 2^tau, D]."""
     batch, groups, buckets, width = upstream.shape
     row = event.mT.clamp_min(0) + _first_rows(batch, groups, buckets, event.device)  # int32 [B, T, G]
     rows = row.reshape(-1, groups)
@@ -180,7 +180,7 @@ def _one_hot(out: Tensor, code: Tensor, weight: Tensor, buckets: int) -> Tensor:
 
 
 def bucket_rows(table: Tensor, count: Tensor, norm: Norm) -> Tensor:
-    """Give the rows candidates read, [B, G, 2^tau, D]: under `l2` of length 1, zero where a bucket is empty.
+    """Return the rows candidates read, [B, G, 2^tau, D]: under `l2` of length 1, zero where a bucket is empty.
 
     Emptiness is told by the count: a sum of length zero would have a gradient without bound.
     """
@@ -192,7 +192,7 @@ def bucket_rows(table: Tensor, count: Tensor, norm: Norm) -> Tensor:
 
 
 def read(rows: Tensor, count: Tensor, code: Tensor, norm: Norm) -> Tensor:
-    """Give `long` [B, C, D] of candidates with signatures uint8 [B, C, G].
+    """Return `long` [B, C, D] of candidates with signatures uint8 [B, C, G].
 
     Args:
         rows: [B, G, 2^tau, D], of `bucket_rows`.
@@ -217,13 +217,13 @@ def read(rows: Tensor, count: Tensor, code: Tensor, norm: Norm) -> Tensor:
 
 
 def _first_rows(batch: int, groups: int, buckets: int, device: torch.device) -> Tensor:
-    """Give where each group of each request begins in its rows, int32 [B, 1, G]."""
+    """Return where each group of each request begins in its rows, int32 [B, 1, G]."""
     first = torch.arange(0, batch * groups * buckets, buckets, dtype=torch.int32, device=device)
     return first.view(batch, 1, groups)
 
 
 def read_weights(table: Tensor, event: Tensor, candidate: Tensor, norm: Norm) -> Tensor:
-    """Give how much each event counts in what `read` gives, [B, C, T]; under `ratio` up to a factor per candidate.
+    """Return how much each event counts in what `read` gives, [B, C, T]; under `ratio` up to a factor per candidate.
 
     Args:
         table: [B, G, 2^tau, D], sums.
@@ -241,19 +241,19 @@ def read_weights(table: Tensor, event: Tensor, candidate: Tensor, norm: Norm) ->
 
 
 def collision_chance(event: Tensor, candidate: Tensor, bits: int) -> Tensor:
-    """Give `collision` of events [B, T, D] and candidates [B, C, D], [B, C, T]; a zero vector is at a right angle."""
+    """Return `collision` of events [B, T, D] and candidates [B, C, D], [B, C, T]; a zero vector is at a right angle."""
     event, candidate = (F.normalize(x, dim=-1) for x in (event, candidate))
     return collision(candidate @ event.mT, bits)
 
 
 def mean_row(table: Tensor, row: Tensor) -> Tensor:
-    """Give the mean of table[row] over all rows, float64 [D], without a gradient and without gathering it."""
+    """Return the mean of table[row] over all rows, float64 [D], without a gradient and without gathering it."""
     share = torch.bincount(row, minlength=len(table)).double() / max(len(row), 1)
     return share @ table.detach().double()
 
 
 def left_padded(log: Tensor) -> Tensor:
-    """Give [B, T] with padding moved to the left, order kept, cut to the longest row (at least one slot)."""
+    """Return [B, T] with padding moved to the left, order kept, cut to the longest row (at least one slot)."""
     real = log != PAD
     order = real.byte().sort(dim=1, stable=True).indices
     width = max(int(real.sum(1).max()), 1) if len(log) else 1

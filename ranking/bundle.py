@@ -155,12 +155,12 @@ class Bundle:
         return keys
 
     def key_of(self, item_id: str) -> int:
-        """Give the item key under which histories know an item, `UNKNOWN_KEY` if the bundle does not know it."""
+        """Return the item key under which histories know an item, `UNKNOWN_KEY` if the bundle does not know it."""
         row = self.row_of.get(item_id)
         return UNKNOWN_KEY if row is None else int(self._row_to_key[row])
 
     def action_of(self, action: str) -> int:
-        """Give the code of an action; actions the bundle does not know have code 0."""
+        """Return the code of an action; actions the bundle does not know have code 0."""
         return self._action_code.get(action, 0)
 
     @staticmethod
@@ -199,7 +199,7 @@ class Bundle:
 
 
 def parity_error(bundle: Bundle, number: int) -> float:
-    """Give how far a bundle's answer to its golden request `number` (counted around) is from the published one.
+    """Return how far a bundle's answer to its golden request `number` (counted around) is from the published one.
 
     That is the largest |a - b| / max(1, |a|) over the scores; more than `ranking.golden.TOLERANCE` is a defect.
     """
@@ -312,7 +312,7 @@ def _counts(contents: Contents, index: Index | None) -> dict[str, int]:
 def _answering_models(
     contents: Contents, ranker: AnyRanker, entries: Mapping[Role, ModelEntry]
 ) -> tuple[AnyRanker, AnyRanker | None]:
-    """Give ranker and retriever as a loaded bundle has them: one object if they are one model, with content if any."""
+    """Return ranker and retriever as a loaded bundle has them: one object if one model, with content if any."""
     if contents.retriever is None:
         return ranker, None
     retriever = contents.retriever.model

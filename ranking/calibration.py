@@ -41,7 +41,7 @@ class Calibration(Message):
         return self
 
     def of(self, score: NDArray[np.floating]) -> Floats:
-        """Give the probability of each score, float64; a higher score never has a lower one, to the last bit."""
+        """Return the probability of each score, float64; a higher score never has a lower one, to the last bit."""
         x = score.astype(np.float64)
         if self.method == "platt":
             return np.exp(-np.logaddexp(0.0, -(self.slope * x + self.intercept)))

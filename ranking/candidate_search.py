@@ -133,7 +133,7 @@ class CandidateSearch:
                 return Found(names, pool, scores, chosen, unscored, rounds)
 
     def _scores(self, asked: Asked, fresh: Pool, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give the ranker's scores, else scores below those before that keep the retriever's order."""
+        """Return the ranker's scores, else scores below those before that keep the retriever's order."""
         if not asked.user.known:
             return self._scorer.score(None, fresh.rows)
         encoded = asked.encoded
@@ -147,7 +147,7 @@ class CandidateSearch:
         return retriever_order(fresh, retrieval, float(before.min(initial=0.0)))
 
     def _proposed_many(self, asked: Sequence[Asked]) -> list[Pool]:
-        """Give what the sources propose in the first round; the index is searched for all at once."""
+        """Return what the sources propose in the first round; the index is searched for all at once."""
         given: list[dict[str, Proposal]] = [{} for _ in asked]
         for source, quota in asked[0].sources:
             if isinstance(source, Retrieval):
@@ -159,7 +159,7 @@ class CandidateSearch:
     def proposed(
         self, asked: Asked, query: SourceQuery, rounds: int, given: Mapping[str, Proposal] = MappingProxyType({})
     ) -> Pool:
-        """Give what the sources propose; from the second round on the whole catalogue is one of them.
+        """Return what the sources propose; from the second round on the whole catalogue is one of them.
 
         Args:
             asked: the request.
@@ -182,7 +182,7 @@ class CandidateSearch:
         return pool if keep.all() else pool.take(keep)
 
     def _narrowed(self, query: SourceQuery, scored: NDArray[np.int32], full: Sequence[tuple[int, int]]) -> SourceQuery:
-        """Give the first query without what is scored and what is full now: better items may free a place again."""
+        """Return the first query without what is scored and what is full now: better items may free a place again."""
         allowed = np.ones(len(self._items), bool) if query.allowed is None else query.allowed.copy()
         allowed[:FIRST_ITEM] = False
         allowed[scored] = False
@@ -193,7 +193,7 @@ class CandidateSearch:
 def sources_in_use(
     bundle: Bundle, config: RecommenderConfig, popularity: Popularity, watch: RecallWatch | None
 ) -> list[tuple[Source, int]]:
-    """Give each source in use with its quota."""
+    """Return each source in use with its quota."""
     sources: list[tuple[Source, int]] = [
         (Repeats(config.half_life_days), config.repeats),
         (Followers(bundle.items, config.recent_items, config.edges_per_item), config.transitions),
@@ -207,7 +207,7 @@ def sources_in_use(
 
 
 def _proposal(source: Source, query: SourceQuery, limit: int, ladder: Ladder) -> Proposal:
-    """Give what a source proposes; nothing of a retriever that is out, whose index may be in another process."""
+    """Return what a source proposes; nothing of a retriever that is out, whose index may be in another process."""
     if source.name != Retrieval.name:
         return source.propose(query, limit)
     return ladder.attempt("retrieval", lambda: source.propose(query, limit), Proposal.none())

@@ -63,13 +63,13 @@ class Features:
         return len(self.offsets) - 1
 
     def times(self, dense: Tensor) -> Tensor:
-        """Give the product with float32 [F, D], [V, D]."""
+        """Return the product with float32 [F, D], [V, D]."""
         return F.embedding_bag(
             self.column, dense, self.offsets, mode="sum", per_sample_weights=self.value, include_last_offset=True
         )
 
     def take(self, rows: Tensor) -> "Features":
-        """Give the rows at int64 [n], in that order."""
+        """Return the rows at int64 [n], in that order."""
         lengths = self.offsets.diff()[rows]
         offsets = F.pad(lengths.cumsum(0), (1, 0))
         shift = torch.repeat_interleave(self.offsets[rows] - offsets[:-1], lengths)
@@ -77,7 +77,7 @@ class Features:
         return Features(offsets, self.column[place], self.value[place], self.width)
 
     def transposed(self) -> "Features":
-        """Give the same numbers by column."""
+        """Return the same numbers by column."""
         row = torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
         order = torch.argsort(self.column, stable=True)
         offsets = F.pad(torch.bincount(self.column, minlength=self.width).cumsum(0), (1, 0))
@@ -85,7 +85,7 @@ class Features:
 
 
 def content_features(items: ItemTable, texts: Sequence[str], words: int = WORDS) -> Features:
-    """Give what is known of every item row as sparse numbers; rows 0 and 1 have none.
+    """Return what is known of every item row as sparse numbers; rows 0 and 1 have none.
 
     Args:
         items: categorical and multi-valued codes by row.
@@ -158,7 +158,7 @@ class ContentMatch:
         return sparse.csr_matrix((value, self.column[place], np.append(starts, len(place))), (len(self), self.width))
 
     def lift(self, history: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Give float32 [n]: how much more the new items are like these rows than like everybody's choices.
+        """Return float32 [n]: how much more the new items are like these rows than like everybody's choices.
 
         Rows may repeat; unknown ones count for nothing. Cost: one pass over the entries of the distinct rows and of the
         new items: 0.26 ms for 235 distinct rows and 4,092 new items of a grocery.
@@ -170,7 +170,7 @@ class ContentMatch:
         return found
 
     def likeness(self, row: int) -> NDArray[np.float32]:
-        """Give float32 [V]: the cosine of every item's content with that of one row; 0 where nothing is known."""
+        """Return float32 [V]: the cosine of every item's content with that of one row; 0 where nothing is known."""
         mine = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         profile = np.zeros(self.width, np.float32)
         profile[self.column[mine]] = self.value[mine]
@@ -193,7 +193,7 @@ class ContentMatch:
 
 
 def match_content(features: Features, count: Tensor) -> ContentMatch | None:
-    """Give the match of the items without training events, or None if there are none of which anything is known.
+    """Return the match of the items without training events, or None if there are none of which anything is known.
 
     Args:
         features: of every item row.
@@ -227,14 +227,14 @@ def match_content(features: Features, count: Tensor) -> ContentMatch | None:
 
 
 def _slices(offsets: NDArray[np.int64], rows: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give where the entries of some rows lie, one row after the other, and where each begins among them."""
+    """Return where the entries of some rows lie, one row after the other, and where each begins among them."""
     lengths = offsets[rows + 1] - offsets[rows]
     starts = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(offsets[rows] - starts, lengths), starts
 
 
 def _value_entries(column: MultiValued, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give row, column and value of every known value of a multi-valued column; its codes begin at column `first`."""
+    """Return row, column and value of every known value of a multi-valued column; its codes begin at column `first`."""
     code, length = column.code.cpu().long(), column.offsets.cpu().diff()
     row = torch.repeat_interleave(torch.arange(len(length)), length)
     known = code >= FIRST_CODE
@@ -242,7 +242,7 @@ def _value_entries(column: MultiValued, first: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _word_entries(texts: Sequence[str], words: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give row, slot and value of every word and every pair of neighbouring words."""
+    """Return row, slot and value of every word and every pair of neighbouring words."""
     slots: dict[str, int] = {}
     rows, columns, lengths = [], [], []
     for row, text in enumerate(texts[FIRST_ITEM:], FIRST_ITEM):

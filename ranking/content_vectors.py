@@ -125,7 +125,7 @@ class ContentQuality:
 def learn_vectors(
     features: Features, vectors: Tensor, trained: Tensor, config: VectorsConfig = VectorsConfig()
 ) -> tuple[ContentVectors | None, ContentQuality | None]:
-    """Give vectors for the items without training events, and how far content can be trusted.
+    """Return vectors for the items without training events, and how far content can be trusted.
 
     Args:
         features: of every item row.
@@ -206,11 +206,11 @@ class WithContent(nn.Module):
         return self._ranker.window
 
     def encode(self, history: History) -> Any:
-        """Give the model's state: the user's vector, float32 [B, D]."""
+        """Return the model's state: the user's vector, float32 [B, D]."""
         return self._ranker.encode(history)
 
     def score(self, state: Tensor, request: Request, candidates: Candidates) -> Tensor:
-        """Give the model's logits [B, C], and state . vector (in float64) where the vector comes from content."""
+        """Return the model's logits [B, C], and state . vector (in float64) where the vector comes from content."""
         logits: Tensor = self._ranker.score(state, request, candidates)
         place = take(self.place, candidates.item)  # [B, C]
         request_of, candidate = place.nonzero(as_tuple=True)
@@ -225,17 +225,17 @@ class WithContent(nn.Module):
         raise ConfigError("item vectors from content are not trained by a loss; train the model and publish it")
 
     def user_vectors(self, history: History) -> Tensor:
-        """Give the model's user vectors, float32 [B, D]."""
+        """Return the model's user vectors, float32 [B, D]."""
         return cast(Retriever, self.model).user_vectors(history)
 
     def item_vectors(self) -> Tensor:
-        """Give the model's item vectors, float32 [V, D], with those from content in their rows."""
+        """Return the model's item vectors, float32 [V, D], with those from content in their rows."""
         vectors = cast(Retriever, self.model).item_vectors()
         return torch.where((self.place > 0)[:, None], self.vector.index_select(0, self.place), vectors)
 
 
 def _ridge(features: Features, target: Tensor, start: Tensor, config: VectorsConfig) -> Tensor:
-    """Give W float32 [F, D]: conjugate gradients with the diagonal as preconditioner, each column on its own."""
+    """Return W float32 [F, D]: conjugate gradients with the diagonal as preconditioner, each column on its own."""
     transposed = features.transposed()
     ones = torch.ones(len(features), 1)
     squares = Features(transposed.offsets, transposed.column, transposed.value.square(), transposed.width)

@@ -22,7 +22,7 @@ Similarity = Literal["cosine", "dot"]
 
 
 def masked_view(mask: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Give mask [B, T] with each real event lost with probability p; who would lose all keeps the newest (last slot).
+    """Return mask [B, T] with each real event lost with probability p; who would lose all keeps the newest (last slot).
 
     The expected share kept of n events is (1 - p) + p^n / n.
     """
@@ -33,7 +33,7 @@ def masked_view(mask: Tensor, p: float, generator: torch.Generator) -> Tensor:
 
 
 def others(items: Tensor, mask: Tensor) -> Tensor:
-    """Give who may be whose negative, bool [B, B]: both have events, and not the same ones (items [B, T])."""
+    """Return who may be whose negative, bool [B, B]: both have events, and not the same ones (items [B, T])."""
     _, history = torch.unique(items, dim=0, return_inverse=True)
     real = mask.any(1)
     allowed: Tensor = (history[:, None] != history[None, :]) & real[:, None] & real[None, :]
@@ -41,7 +41,7 @@ def others(items: Tensor, mask: Tensor) -> Tensor:
 
 
 def some_of(negative: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Give at most `count` of each row's negatives, bool [B, B], drawn at random."""
+    """Return at most `count` of each row's negatives, bool [B, B], drawn at random."""
     draw = torch.rand(negative.shape, generator=generator, device=generator.device).to(negative.device)
     best = draw.masked_fill(~negative, -1.0).topk(min(count, len(draw)), dim=1).indices
     return negative & torch.zeros_like(negative).scatter(1, best, True)
@@ -50,7 +50,7 @@ def some_of(negative: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def contrastive_loss(
     gate: Tensor, view: Tensor, negative: Tensor, real: Tensor, against: Against, similarity: Similarity, tau: float
 ) -> Tensor:
-    """Give L_cl, a scalar: the mean over the requests with events; one without negatives adds 0.
+    """Return L_cl, a scalar: the mean over the requests with events; one without negatives adds 0.
 
     Args:
         gate: [B, K], g.

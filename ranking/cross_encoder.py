@@ -56,36 +56,36 @@ class CrossEncoder(TextModel):
         return CrossEncoder(config, load_transformer(config.backbone), TextTokenizer.of(config.backbone))
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Give the token ids of every pair."""
+        """Return the token ids of every pair."""
         return self.prompt.rows(query, passages)
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [n] which passages are cut beside this query."""
+        """Return bool [n]: which passages are cut beside this query."""
         return self.prompt.truncated(query, passages)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give the first position's state [P, 1, d] of pairs."""
+        """Return the first position's state [P, 1, d] of pairs."""
         hidden: Tensor = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden[:, :1]
 
     def score(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Give scores [B, n] of vectors [B, n, 1, d], -inf where the list mask is off."""
+        """Return scores [B, n] of vectors [B, n, 1, d], -inf where the list mask is off."""
         scores: Tensor = self.head(vectors[:, :, 0]).squeeze(-1)
         return scores.masked_fill(~mask, -torch.inf)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give scores [P] of pairs."""
+        """Return scores [P] of pairs."""
         scores: Tensor = self.head(self.encode(ids, mask)[:, 0]).squeeze(-1)
         return scores
 
     def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
-        """Give scores of lists of vectors [n, 1, d]."""
+        """Return scores of lists of vectors [n, 1, d]."""
         with torch.inference_mode():
             vectors = [torch.from_numpy(one[:, 0]).to(device_of(self)) for one in lists]
             return [self.head(one).squeeze(-1).cpu().numpy() for one in vectors]
 
     def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [n], higher is better."""
+        """Return float32 [n], higher is better."""
         return self.rerank_many([query], [passages], report)[0]
 
     def rerank_many(

@@ -168,11 +168,11 @@ class Dare(nn.Module):
         return None if self.config.own_counts else self.config.window
 
     def encode(self, history: History) -> DareState:
-        """Give the newest events embedded in both tables, once for all candidates."""
+        """Return the newest events embedded in both tables, once for all candidates."""
         return self._encode(history, self.items.embedding_row)
 
     def score(self, state: DareState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C T a_sem) for the search and O(C K d_rep) for pooling, by chunks of C."""
+        """Return logits float32 [B, C]; cost O(C T a_sem) for the search, O(C K d_rep) for pooling, by chunks of C."""
         row_of = self.items.embedding_row
         v = self.representation.candidate(candidates.item, row_of)
         q = self._attention.semantic(candidates.item, row_of)
@@ -182,7 +182,7 @@ class Dare(nn.Module):
         return score_real(self.head, features, candidates.mask)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give the objective of both heads plus the weight penalty: `main`, `auxiliary`, `l2`.
+        """Return the objective of both heads plus the weight penalty: `main`, `auxiliary`, `l2`.
 
         Without the auxiliary head only the K winners' attention rows would ever get a gradient.
         """
@@ -209,7 +209,7 @@ class Dare(nn.Module):
         return OBJECTIVES[self.config.objective](logits, batch.label, batch.weight, batch.offset)
 
     def append(self, state: DareState, item: Tensor, time: Tensor) -> DareState:
-        """Give the state after one more event per request, equal bit for bit to encoding the longer history.
+        """Return the state after one more event per request, equal bit for bit to encoding the longer history.
 
         Args:
             state: what `encode` gave.
@@ -237,7 +237,7 @@ class Dare(nn.Module):
         )
 
     def evict(self, state: DareState, item: Tensor) -> DareState:
-        """Give the state without the oldest event of one item per request (int32 [B], 0 = none).
+        """Return the state without the oldest event of one item per request (int32 [B], 0 = none).
 
         Equal bit for bit to encoding what is left of the events in the state: of the window, or with `own_counts` of
         the whole history.
@@ -271,7 +271,7 @@ class Dare(nn.Module):
         return DareState(key, value, items, position, time, mask, *own)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
-        """Give the weights of the K found events, beside softmax attention over all of the window."""
+        """Return the weights of the K found events, beside softmax attention over all of the window."""
         state = self.encode(history)
         scores = self.search_scores(state, self._attention.semantic(candidates.item, self.items.embedding_row)).double()
         return of_found(scores, state.mask, *search(scores, state.mask, self.config.retrieved), state.value)
@@ -292,7 +292,7 @@ class Dare(nn.Module):
         return DareState(key, value, padded.item, position, padded.time, padded.mask, *own)
 
     def search_scores(self, state: DareState, query: Tensor) -> Tensor:
-        """Give the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
+        """Return the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
 
         Scores at padding mean nothing.
         """
@@ -306,14 +306,14 @@ class Dare(nn.Module):
         return scores + take(bias, state.position)[:, None, :]
 
     def _pool(self, state: DareState, query: Tensor) -> Tensor:
-        """Give h [B, C, d_rep] for semantic attention vectors [B, C, a_sem]."""
+        """Return h [B, C, d_rep] for semantic attention vectors [B, C, a_sem]."""
         scores = self.search_scores(state, query)
         index, found = search(scores, state.mask, self.config.retrieved)
         weights = masked_softmax(scores.gather(-1, index).double(), found)
         return pool_found(weights.to(query.dtype), index, state.value)
 
     def _features(self, v: Tensor, h: Tensor) -> Tensor:
-        """Give what the head sees of a candidate v and its history h, [B, C, ...]."""
+        """Return what the head sees of a candidate v and its history h, [B, C, ...]."""
         if self.config.features == "only":
             return v * h
         return torch.cat([v, h] if self.config.features == "none" else [v, h, v * h], -1)
@@ -321,7 +321,7 @@ class Dare(nn.Module):
     def _with_counts(
         self, features: Tensor, state: DareState, request: Request, candidates: Candidates, row_of: Tensor
     ) -> Tensor:
-        """Give the features, followed under `own_counts` by what the counts say of the candidate.
+        """Return the features, followed under `own_counts` by what the counts say of the candidate.
 
         Logs of its own decayed count and of a slower one, log(1 + days since the newest of its own events), log of how
         late it is, (1 + those days) / (1 + mean days between its events; 0 below two events), log(1 + training count).
@@ -349,7 +349,7 @@ def _oldest(found: Tensor) -> Tensor:
 
 
 def _kept(gone: Tensor, mask: Tensor, *values: Tensor) -> list[Tensor]:
-    """Give values [B, T, ...] without the events that are gone, moved to the right over what is then free; 0 there."""
+    """Return values [B, T, ...] without the events that are gone, moved to the right; 0 in the places left free."""
     left = mask & ~gone
     order = left.byte().argsort(dim=1, stable=True)  # free slots first
     width = max(int(left.sum(1).max()), 1)
@@ -362,5 +362,5 @@ def _kept(gone: Tensor, mask: Tensor, *values: Tensor) -> list[Tensor]:
 
 
 def push(values: Tensor, newest: Tensor) -> Tensor:
-    """Give [B, T + 1, ...]: values [B, T, ...] with newest [B, ...] after the last."""
+    """Return [B, T + 1, ...]: values [B, T, ...] with newest [B, ...] after the last."""
     return torch.cat([values, newest[:, None]], 1)

@@ -62,20 +62,20 @@ class DenseEncoder(TextModel):
         return self.hidden_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give vectors [N, d] of length 1 for ids and mask [N, L]."""
+        """Return vectors [N, d] of length 1 for ids and mask [N, L]."""
         hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state  # [N, L, d]
         return F.normalize(pool(hidden, mask, self.config.pool), dim=-1)
 
     def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [N, D] in input order."""
+        """Return float32 [N, D] in input order."""
         return self._encode(texts, self.config.max_query_len, report)
 
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [N, D] in input order."""
+        """Return float32 [N, D] in input order."""
         return self._encode(texts, self.config.max_passage_len, report)
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [N] of which passages only the beginning is read."""
+        """Return bool [N]: of which passages only the beginning is read."""
         return self.tokenizer.truncated(texts, self.config.max_passage_len)
 
     def _encode(self, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:

@@ -11,7 +11,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def pick_device(name: str) -> torch.device:
-    """Give the device of a name, `auto` or one of torch's own; raises `ConfigError` for one that is not here."""
+    """Return the device of a name, `auto` or one of torch's own; raises `ConfigError` for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

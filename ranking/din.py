@@ -88,22 +88,22 @@ class Din(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> DinState:
-        """Give the embedded newest events, once for all candidates."""
+        """Return the embedded newest events, once for all candidates."""
         return self._encode(history, self.items.embedding_row)
 
     def score(self, state: DinState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C T D hidden), memory bounded by `CHUNK_ELEMENTS`."""
+        """Return logits float32 [B, C]; cost O(C T D hidden), memory bounded by `CHUNK_ELEMENTS`."""
         return self._score(state, candidates, self.items.embedding_row)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give binary cross-entropy over the real candidates."""
+        """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
         main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
         return Loss(main, {"main": main.detach()})
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
-        """Give the weights of all events of the window; nothing is approximated."""
+        """Return the weights of all events of the window; nothing is approximated."""
         state = self.encode(history)
         v = self.fields.candidate(candidates.item, self.items.embedding_row)
         weight = self._weights(state, v)
@@ -121,14 +121,14 @@ class Din(nn.Module):
         return score_real(self.head, interaction(v, torch.cat(pooled, 1)), candidates.mask)
 
     def _pool(self, state: DinState, v: Tensor) -> Tensor:
-        """Give what each candidate [B, C, D] finds in the history, [B, C, D]."""
+        """Return what each candidate [B, C, D] finds in the history, [B, C, D]."""
         weight = self._weights(state, v)
         if self.training:
             return weight @ state.event
         return (weight.double() @ state.event.double()).to(v.dtype)
 
     def _weights(self, state: DinState, v: Tensor) -> Tensor:
-        """Give the attention of candidates [B, C, D] to the events, [B, C, T]."""
+        """Return the attention of candidates [B, C, D] to the events, [B, C, T]."""
         weight: Tensor = self.attention(v, state.event)  # [B, C, T]
         mask = state.mask[:, None, :]
         if self.config.weights == "softmax":

@@ -33,13 +33,13 @@ class ScoreReference(Message):
 
     @staticmethod
     def of(scores: NDArray[np.floating]) -> "ScoreReference":
-        """Give bins that hold a tenth of the scores each; equal scores share a bin."""
+        """Return bins that hold a tenth of the scores each; equal scores share a bin."""
         edges = np.unique(np.quantile(scores, np.arange(1, BINS) / BINS)) if len(scores) else np.empty(0)
         return ScoreReference(edges=edges.tolist(), shares=_shares(scores, edges).tolist(), scores=len(scores))
 
 
 def stability(reference: ScoreReference, scores: NDArray[np.floating]) -> float:
-    """Give the PSI of scores against a reference; half a score is added to every bin, so that none is empty."""
+    """Return the PSI of scores against a reference; half a score is added to every bin, so that none is empty."""
     edges = np.array(reference.edges)
     live, expected = _shares(scores, edges), np.array(reference.shares)
     live = (live * len(scores) + 0.5) / (len(scores) + 0.5 * len(live))
@@ -63,7 +63,7 @@ class Drift:
         self._scores.extend(scores)
 
     def value(self) -> float | None:
-        """Give the PSI of the newest scores; None while there are too few."""
+        """Return the PSI of the newest scores; None while there are too few."""
         scores = np.array(self._scores)
         return stability(self._reference, scores) if len(scores) >= LEAST else None
 

@@ -63,17 +63,17 @@ class ItemEmbedding(nn.Module):
         self.sparse = sparse
 
     def forward(self, row: Tensor) -> Tensor:
-        """Give float32 [..., width] for integer rows [...]."""
+        """Return float32 [..., width] for integer rows [...]."""
         return self.each(row)[0]
 
     def each(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Give the same for several tensors of rows, whose gradients are summed in one go."""
+        """Return the same for several tensors of rows, whose gradients are summed in one go."""
         if self.sparse and self.weight.device.type == "cpu":
             return fetch(self.weight, *rows)
         return tuple(F.embedding(row, self.weight, padding_idx=PAD, sparse=self.sparse) for row in rows)
 
     def mean(self, row: Tensor, start: Tensor) -> Tensor:
-        """Give float32 [n, width], the means of runs of rows: run i is row[start[i]] .. row[start[i + 1]], both int64.
+        """Return float32 [n, width], means of runs of rows: run i is row[start[i]] .. row[start[i + 1]], both int64.
 
         Padding is left out of a mean; a run of nothing else gives zero.
         """
@@ -88,12 +88,12 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.randn(positions + 1, width) * INIT_STD)
 
     def forward(self, position: Tensor) -> Tensor:
-        """Give float32 [..., width] for positions [...] in 0..positions."""
+        """Return float32 [..., width] for positions [...] in 0..positions."""
         return F.embedding(position, self.weight)
 
 
 def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Give the parameters of a model whose gradients are sparse: they need an optimiser that takes such gradients."""
+    """Return the parameters of a model whose gradients are sparse: they need an optimiser that takes such gradients."""
     return [part.weight for part in module.modules() if isinstance(part, ItemEmbedding) and part.sparse]
 
 
@@ -106,7 +106,7 @@ def network_weights(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def hide_items(items: ItemTable, rate: float, generator: torch.Generator) -> Tensor:
-    """Give an `embedding_row` int32 [V] in which a random share of all items reads the unknown row.
+    """Return an `embedding_row` int32 [V] in which a random share of all items reads the unknown row.
 
     An item is hidden from history and candidates alike, as an item first seen after training would be: the unknown row
     learns what such items have in common, and a repeat of an unknown item still looks like a repeat.
@@ -120,12 +120,12 @@ def hide_items(items: ItemTable, rate: float, generator: torch.Generator) -> Ten
 
 
 def take(table: Tensor, row: Tensor) -> Tensor:
-    """Give table[row], shaped as row, for a table [V]; several times faster than indexing with brackets."""
+    """Return table[row], shaped as row, for a table [V]; several times faster than indexing with brackets."""
     return table.index_select(0, row.reshape(-1)).view(row.shape)
 
 
 def positions(padded: Padded, mode: PositionMode) -> Tensor:
-    """Give how far back each slot lies, int64 [B, T]: the newest event is 1 whatever the padding, padding is 0.
+    """Return how far back each slot lies, int64 [B, T]: the newest event is 1 whatever the padding, padding is 0.
 
     In group mode the position is 1 + the number of distinct newer times, so that the order inside a basket, which
     carries nothing, has no effect.
@@ -169,7 +169,7 @@ class Fields(nn.Module):
         self.position = PositionTable(window, widths.position) if widths.position else None
 
     def semantic(self, item: Tensor, row_of: Tensor) -> Tensor:
-        """Give item | category, float32 [..., Di + Dc], for item rows [...].
+        """Return item | category, float32 [..., Di + Dc], for item rows [...].
 
         Args:
             item: int32 [...] item rows.
@@ -178,14 +178,14 @@ class Fields(nn.Module):
         return self.semantic_of(row_of, item)[0]
 
     def semantic_of(self, row_of: Tensor, *items: Tensor) -> tuple[Tensor, ...]:
-        """Give the same for several tensors of item rows, history and candidates say: one gradient for all of them."""
+        """Return the same for several tensors of item rows, as of history and candidates: one gradient for all."""
         parts = [] if self.item is None else [self.item.each(*(take(row_of, item) for item in items))]
         if self.category is not None:
             parts.append(self.categories(*items))
         return tuple(torch.cat(each, -1) for each in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
 
     def categories(self, *items: Tensor) -> tuple[Tensor, ...]:
-        """Give the vectors of the items' categories, float32 [..., Dc]; the mean where a column holds several."""
+        """Return the vectors of the items' categories, float32 [..., Dc]; the mean where a column holds several."""
         if self.category is None or self.category_name is None:
             raise ConfigError("these fields have no category; give one a name and a width")
         if self.category_name not in self.items.multi_columns:
@@ -196,7 +196,7 @@ class Fields(nn.Module):
         return tuple(mean.view(*item.shape, mean.shape[1]) for mean, item in zip(means, items, strict=True))
 
     def history(self, padded: Padded, position: Tensor, row_of: Tensor) -> Tensor:
-        """Give all fields of the events, float32 [B, T, D], exactly zero at padding."""
+        """Return all fields of the events, float32 [B, T, D], exactly zero at padding."""
         return self.with_position(self.semantic(padded.item, row_of), position, padded.mask)
 
     def with_position(self, semantic: Tensor, position: Tensor, mask: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class Fields(nn.Module):
         return semantic.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def candidate(self, item: Tensor, row_of: Tensor) -> Tensor:
-        """Give all fields of the candidates, float32 [B, C, D]; their position is 0."""
+        """Return all fields of the candidates, float32 [B, C, D]; their position is 0."""
         semantic = self.semantic(item, row_of)
         if self.position is None:
             return semantic

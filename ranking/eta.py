@@ -97,11 +97,11 @@ class Eta(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> EtaState:
-        """Give the newest events embedded and hashed, once for all candidates."""
+        """Return the newest events embedded and hashed, once for all candidates."""
         return self._encode(history, self.items.embedding_row)
 
     def score(self, state: EtaState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C T) integer operations and O(C K D) for attention, by chunks of C."""
+        """Return logits float32 [B, C]; cost O(C T) integer operations and O(C K D) for attention, by chunks of C."""
         v = self.fields.candidate(candidates.item, self.items.embedding_row)  # [B, C, D]
         code = self._code(v)
         state, v = state._replace(event=state.event.double()), v.double()  # see `layers`
@@ -110,7 +110,7 @@ class Eta(nn.Module):
         return score_real(self.head, interaction(v, h), candidates.mask)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give binary cross-entropy over the real candidates."""
+        """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         state = self._encode(batch.history, row_of)
         v = self.fields.candidate(batch.candidates.item, row_of)
@@ -120,7 +120,7 @@ class Eta(nn.Module):
         return Loss(main, {"main": main.detach()})
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
-        """Give the weights of the K nearest events, beside softmax attention over all of the window."""
+        """Return the weights of the K nearest events, beside softmax attention over all of the window."""
         state = self.encode(history)
         v = self.fields.candidate(candidates.item, self.items.embedding_row)
         index, found = search(nearness(state.code, self._code(v)), state.mask, self.config.retrieved)
@@ -134,7 +134,7 @@ class Eta(nn.Module):
 
     @torch.no_grad()
     def _code(self, x: Tensor) -> Tensor:
-        """Give the codes int32 [...] of vectors [..., D].
+        """Return the codes int32 [...] of vectors [..., D].
 
         In float64 for scores: no sign may hang on how the batch was shaped.
         """
@@ -144,7 +144,7 @@ class Eta(nn.Module):
         return ((x @ self.planes.to(x.dtype) > 0) * bit).sum(-1, dtype=torch.int32)
 
     def _pool(self, state: EtaState, v: Tensor, code: Tensor) -> Tensor:
-        """Give h [B, C, D] for candidates [B, C, D] and their codes [B, C]."""
+        """Return h [B, C, D] for candidates [B, C, D] and their codes [B, C]."""
         index, found = search(nearness(state.code, code), state.mask, self.config.retrieved)
         return attend(v, state.event, index, found)
 
@@ -160,7 +160,7 @@ def hamming(event: Tensor, candidate: Tensor) -> Tensor:
 
 
 def nearness(event: Tensor, candidate: Tensor) -> Tensor:
-    """Give [B, C, T] in which nearer codes are larger and, at equal distance, newer slots: never two equal numbers."""
+    """Return [B, C, T] in which nearer codes are larger and, at equal distance, newer slots: no two are equal."""
     length = event.shape[1]
     slot = torch.arange(length, device=event.device, dtype=torch.int32)
     return (slot - length * hamming(event, candidate)).float()

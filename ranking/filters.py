@@ -37,7 +37,7 @@ class Availability(Protocol):
     """A live table of what cannot be had; an item it does not name is available."""
 
     def unavailable(self) -> Unavailable:
-        """Give the items of this moment; called once per request."""
+        """Return the items of this moment; called once per request."""
         ...
 
 
@@ -79,7 +79,7 @@ class Filters:
         self._always = [(f"filter of {one.column}", self._of_attribute(one)) for one in self._config]
 
     def allowed(self, request: RecommendRequest, seen: NDArray[np.int32]) -> Allowed:
-        """Give what passes every filter and is not among the rows `seen`.
+        """Return what passes every filter and is not among the rows `seen`.
 
         Raises:
             RequestError: 422 for a filter of a column that the bundle does not have.
@@ -111,7 +111,7 @@ class Filters:
         return self._digest[1]
 
     def _base(self, request: RecommendRequest) -> Allowed:
-        """Give what passes all filters but that of the seen items; like requests share one mask."""
+        """Return what passes all filters but that of the seen items; like requests share one mask."""
         unavailable = self._unavailable()
         key = (unavailable.version, tuple(request.filters))
         joined = self._joined
@@ -131,7 +131,7 @@ class Filters:
         return Unavailable(0, frozenset()) if self._availability is None else self._availability.unavailable()
 
     def _parts(self, request: RecommendRequest, unavailable: Unavailable) -> list[tuple[str, NDArray[np.bool_]]]:
-        """Give every filter of a request with its mask."""
+        """Return every filter of a request with its mask."""
         parts = list(self._always)
         if unavailable.item_ids:
             parts.append(("unavailable", self._kept(("unavailable", unavailable.version), unavailable.item_ids)))
@@ -172,7 +172,7 @@ class Filters:
 
 
 def seen_rows(request: RecommendRequest, user: User, days: float) -> NDArray[np.int32]:
-    """Give the distinct rows that a user has seen too lately to see again, those of exactly so many days ago included.
+    """Return the distinct rows that a user has seen too lately to see again, those of exactly so many days ago too.
 
     Args:
         request: asks for all of the history, for its own number of days, or for neither.

@@ -30,7 +30,7 @@ class Held:
 
 
 def newest_basket(history: History, window: int | None = None) -> Tensor:
-    """Give the distinct items of each history's newest moment, int32 [B, M], ascending after the padding (0).
+    """Return the distinct items of each history's newest moment, int32 [B, M], ascending after the padding (0).
 
     Of a moment with more than `window` events the newest so many are read.
     """
@@ -48,13 +48,13 @@ def newest_basket(history: History, window: int | None = None) -> Tensor:
 
 
 def out_weights(transitions: Transitions) -> Tensor:
-    """Give the sum of the weights out of each row, float64 [V]."""
+    """Return the sum of the weights out of each row, float64 [V]."""
     running = torch.nn.functional.pad(transitions.weight.double().cumsum(0), (1, 0))
     return running[transitions.offsets[1:]] - running[transitions.offsets[:-1]]
 
 
 def edge_weights(transitions: Transitions, source: Tensor, target: Tensor) -> Tensor:
-    """Give the weight of every edge source -> target, float32, 0 where there is none.
+    """Return the weight of every edge source -> target, float32, 0 where there is none.
 
     Args:
         transitions: targets ascending within a row.
@@ -83,7 +83,7 @@ def edge_weights(transitions: Transitions, source: Tensor, target: Tensor) -> Te
 
 
 def followed(transitions: Transitions, total: Tensor, basket: Tensor, item: Tensor, held: Held | None = None) -> Tensor:
-    """Give mean over the basket's items i of C[i, j] / sum_j C[i, j] for candidates j, float64 [B, C] in 0..1.
+    """Return mean over the basket's items i of C[i, j] / sum_j C[i, j] for candidates j, float64 [B, C] in 0..1.
 
     Args:
         transitions: C, by rows; a step from basket a to basket b adds 1 / (|a| |b|) for each pair of their items.
@@ -113,6 +113,6 @@ def followed(transitions: Transitions, total: Tensor, basket: Tensor, item: Tens
 
 
 def _less(value: Tensor, own: Tensor) -> Tensor:
-    """Give value - own, 0 where nothing but rounding is left of it."""
+    """Return value - own, 0 where nothing but rounding is left of it."""
     rest = value - own
     return rest.masked_fill(rest < 1e-3 * own, 0.0)

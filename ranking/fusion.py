@@ -40,7 +40,7 @@ class Ranking:
         return len(self.rows)
 
     def top(self, places: int) -> "Ranking":
-        """Give the first places alone."""
+        """Return the first places alone."""
         return Ranking(self.rows[:, :places], self.scores[:, :places])
 
 
@@ -91,7 +91,7 @@ class Mix:
     covered: float | None = COVERED_WEIGHT
 
     def fuse(self, lexical: Ranking, dense: Ranking, coverage: NDArray[np.float64], places: int = 100) -> Ranking:
-        """Give one order of what words and vectors found; `coverage` [Q] is that of `ranking.bm25`."""
+        """Return one order of what words and vectors found; `coverage` [Q] is that of `ranking.bm25`."""
         if self.weight is None:
             return reciprocal_rank_fusion([lexical, dense], places)
         high = self.weight if self.covered is None else max(self.covered, self.weight)

@@ -36,7 +36,7 @@ class ActivationUnit(nn.Module):
         self.last = nn.Linear(16, 1)
 
     def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give [B, C, T] for events [B, T, D] and contexts [B, C, D]; [B, 1, T] without contexts."""
+        """Return [B, C, T] for events [B, T, D] and contexts [B, C, D]; [B, 1, T] without contexts."""
         if context is None:
             return self._weights(linear(self.first, event).unsqueeze(2))
         return by_requests(self._weights_of, event.shape[1] * context.shape[1] * HIDDEN, event, context)
@@ -50,7 +50,7 @@ class ActivationUnit(nn.Module):
         return self._weights(z.view(batch, event.shape[1], count, HIDDEN) + constant[:, None])
 
     def _weights(self, z: Tensor) -> Tensor:
-        """Give [B, C, T] of the first layer's outputs [B, T, C, 32]."""
+        """Return [B, C, T] of the first layer's outputs [B, T, C, 32]."""
         return linear(self.last, self.middle(z)).squeeze(-1).mT
 
 
@@ -69,7 +69,7 @@ class GateUnit(nn.Module):
         self.last = nn.Linear(HIDDEN, experts)
 
     def forward(self, event: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give [B, C, T, K] for events [B, T, D] and contexts [B, C, D]; [B, 1, T, K] without contexts."""
+        """Return [B, C, T, K] for events [B, T, D] and contexts [B, C, D]; [B, 1, T, K] without contexts."""
         width = event.shape[-1]
         first = self.first.weight
         z = (_rows(event, first[:, :width], self.training) + self.first.bias)[:, None]  # [B, 1, T, 32]
@@ -83,5 +83,5 @@ class GateUnit(nn.Module):
 
 
 def _rows(x: Tensor, weight: Tensor, training: bool) -> Tensor:
-    """Give x @ weight.T."""
+    """Return x @ weight.T."""
     return F.linear(x, weight) if training else steady(x, weight)

@@ -97,7 +97,7 @@ def replay(golden: Golden, parts: Answering) -> None:
 
 
 def golden_error(user: GoldenUser, parts: Answering) -> float:
-    """Give the largest |a - b| / max(1, |a|) between the published and today's scores of one golden user."""
+    """Return the largest |a - b| / max(1, |a|) between the published and today's scores of one golden user."""
     got = _answer(parts, _events(user), np.array(user.candidates, np.int32))
     pairs = [*zip(user.scores, got.scores, strict=True), *zip(user.neighbour_scores, got.neighbour_scores, strict=True)]
     return max((abs(wanted - found) / max(1.0, abs(wanted)) for wanted, found in pairs), default=0.0)

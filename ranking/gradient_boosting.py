@@ -147,7 +147,7 @@ class GradientBoosting(nn.Module):
         return None
 
     def encode(self, history: History) -> CountsState:
-        """Give the history ordered by item and by category; cost O(T log T)."""
+        """Return the history ordered by item and by category; cost O(T log T)."""
         own = own_events(history)
         category = OwnEvents(own.item[:, :0], own.time[:, :0])
         if self.config.category is not None:
@@ -156,7 +156,7 @@ class GradientBoosting(nn.Module):
         return CountsState(*own, *category, newest_basket(history), history.lengths, history.padded(1).time[:, 0])
 
     def score(self, state: CountsState, request: Request, candidates: Candidates) -> Tensor:
-        """Give the sums of the trees, float32 [B, C]; raises `RecsysError` before they are grown."""
+        """Return the sums of the trees, float32 [B, C]; raises `RecsysError` before they are grown."""
         mask = candidates.mask
         features = self.features(state, request, candidates)[mask]  # [R, F]
         logits = torch.full(mask.shape, NEGATIVE, device=mask.device)
@@ -172,7 +172,7 @@ class GradientBoosting(nn.Module):
     def features(
         self, state: CountsState, request: Request, candidates: Candidates, training: Training | None = None
     ) -> Tensor:
-        """Give the features of all candidates in the order of `FEATURES`, float32 [B, C, F], NaN where missing.
+        """Return the features of all candidates in the order of `FEATURES`, float32 [B, C, F], NaN where missing.
 
         Computed in float64 and rounded at the end, so that a last digit does not move a candidate past a threshold.
         With `training` the requests are left out of the counts that they are part of.
@@ -203,7 +203,7 @@ class GradientBoosting(nn.Module):
         return torch.stack(columns, -1).float()
 
     def _category(self, state: CountsState, at: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the category's share of the decayed events (0 of none) and its age in days, float64 [B, C]."""
+        """Return the category's share of the decayed events (0 of none) and its age in days, float64 [B, C]."""
         if self.config.category is None:
             nothing = torch.full(item.shape, math.nan, dtype=torch.float64, device=item.device)
             return nothing, nothing
@@ -214,7 +214,7 @@ class GradientBoosting(nn.Module):
         return share, _age_days(at, newest, count > 0)
 
     def _sums(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Give the sum of the trees' values for each row of features [R, F]."""
+        """Return the sum of the trees' values for each row of features [R, F]."""
         threads = torch.get_num_threads()
         sums: NDArray[np.float64] = booster(self).predict(features, raw_score=True, num_threads=threads)
         return sums
@@ -227,7 +227,7 @@ class GradientBoosting(nn.Module):
 
 
 def _age_days(at: Tensor, time: Tensor, known: Tensor) -> Tensor:
-    """Give days from `time` to `at` int64 [B], float64 in the shape of `time` [B, ...]; NaN where not known."""
+    """Return days from `time` to `at` int64 [B], float64 in the shape of `time` [B, ...]; NaN where not known."""
     age = (at[:, None] - time).clamp_min(0).double() / DAY
     return age.masked_fill(~known, math.nan)
 
@@ -237,7 +237,7 @@ _boosters_lock = threading.Lock()
 
 
 def booster(model: GradientBoosting) -> Any:
-    """Give the trees of a model as a `lightgbm.Booster`, parsed again only when its bytes were replaced or written to.
+    """Return the trees of a model as a `lightgbm.Booster`, parsed again only when its bytes changed.
 
     Raises:
         RecsysError: there are no trees yet.
@@ -255,7 +255,7 @@ def booster(model: GradientBoosting) -> Any:
 
 
 def lightgbm() -> Any:
-    """Give the module `lightgbm`; raises `ConfigError` saying how to install it."""
+    """Return the module `lightgbm`; raises `ConfigError` saying how to install it."""
     try:
         import lightgbm as module
     except ImportError as error:

@@ -104,7 +104,7 @@ class Index:
     def search(
         self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Give the k best rows of each query, best first; equal scores by ascending row among those found.
+        """Return the k best rows of each query, best first; equal scores by ascending row among those found.
 
         Args:
             vectors: float32 [B, D] queries.
@@ -131,12 +131,12 @@ class Index:
     def exact(
         self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Give rows and scores [B, k] of an exhaustive search, as `search` gives them; costs all inner products."""
+        """Return rows and scores [B, k] of an exhaustive search, as `search` gives them; costs all inner products."""
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         return _merged([_search_shard(shard, vectors, k, allowed, everything=True) for shard in self._shards], k)
 
     def recall(self, queries: NDArray[np.float32], k: int = RECALL_AT) -> float:
-        """Give the share of the exact best k of the queries float32 [B, D] that `search` finds; see `share_found`."""
+        """Return the share of the exact best k of the queries float32 [B, D] that `search` finds; see `share_found`."""
         k = min(k, len(self))
         return float(share_found(self.search(queries, k)[1], self.exact(queries, k)[1]).mean())
 
@@ -185,7 +185,7 @@ def build(
 
 
 def share_found(found: NDArray[np.float32], best: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Give the share of the best k that a search found, [B]; 1 where there is nothing to find.
+    """Return the share of the best k that a search found, [B]; 1 where there is nothing to find.
 
     Items of equal vectors are as good as each other, so it is scores that are compared: a place counts if what was
     found is no worse than the last of the best.
@@ -203,12 +203,12 @@ def share_found(found: NDArray[np.float32], best: NDArray[np.float32]) -> NDArra
 
 
 def sample_of(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Give up to `SAMPLE` of some vectors, spread evenly."""
+    """Return up to `SAMPLE` of some vectors, spread evenly."""
     return vectors[np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors))).astype(np.int64)]
 
 
 def on_best_device(shards: Sequence[Any]) -> list[Any] | None:
-    """Give copies of the shards on the first GPU, None if this process sees none or the shards do not fit there.
+    """Return copies of the shards on the first GPU, None if this process sees none or the shards do not fit there.
 
     Only full vectors go there: a GPU compares them all faster than it would read lists.
     """
@@ -276,7 +276,7 @@ def _settle(shard: Any, refined: Any, config: IndexConfig, queries: NDArray[np.f
 def _merged(
     found: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]], k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Give the k best rows and scores [B, k] of several shards' scores and ids, equal scores by ascending row."""
+    """Return the k best rows and scores [B, k] of several shards' scores and ids, equal scores by ascending row."""
     scores = np.concatenate([part[0] for part in found], axis=1)  # [B, shards * k]
     rows = np.concatenate([part[1] for part in found], axis=1)
     scores[rows < 0] = -np.inf
@@ -289,7 +289,7 @@ def _merged(
 def _search_shard(
     shard: Any, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None, everything: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Give scores [B, k] and ids [B, k], -1 where there are no more; `everything` compares all full vectors."""
+    """Return scores [B, k] and ids [B, k], -1 where there are no more; `everything` compares all full vectors."""
     selector = None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
     refined = _refined(shard)
     if refined is not None:
@@ -301,7 +301,7 @@ def _search_shard(
 def _search_refined(
     shard: Any, refined: Any, vectors: NDArray[np.float32], k: int, selector: Any, everything: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Give the same of an inverted file. Inside it an item goes by its place, not by its id."""
+    """Return the same of an inverted file. Inside it an item goes by its place, not by its id."""
     if selector is not None:
         selector = faiss.IDSelectorTranslated(shard.id_map, selector)
     whole = faiss.downcast_index(refined.refine_index)
@@ -323,13 +323,13 @@ def _only(selector: Any) -> Any:
 
 
 def _refined(shard: Any) -> Any:
-    """Give the inverted file and full vectors of an approximate shard, None for an exact one."""
+    """Return the inverted file and full vectors of an approximate shard, None for an exact one."""
     inner = faiss.downcast_index(shard.index) if isinstance(shard, faiss.IndexIDMap) else None
     return inner if isinstance(inner, faiss.IndexRefine) else None
 
 
 def _exact_shard(shard: Any) -> Any:
-    """Give a shard of full vectors alone."""
+    """Return a shard of full vectors alone."""
     refined = _refined(shard)
     if refined is None:
         return shard
@@ -340,6 +340,6 @@ def _exact_shard(shard: Any) -> Any:
 
 
 def _ids_of(shard: Any) -> NDArray[np.int64]:
-    """Give the ids of a shard by place, int64 [n], as a view."""
+    """Return the ids of a shard by place, int64 [n], as a view."""
     ids: NDArray[np.int64] = faiss.rev_swig_ptr(shard.id_map.data(), shard.ntotal)
     return ids

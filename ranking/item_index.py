@@ -14,7 +14,7 @@ from recsys.errors import BundleError, GateError
 
 
 def item_index(model: AnyRanker, config: IndexConfig, queries: NDArray[np.float32] | None) -> tuple[Index, IndexRecall]:
-    """Give the index of a retriever's items, and its recall.
+    """Return the index of a retriever's items, and its recall.
 
     Args:
         model: the retriever; items whose vector is zero are left out.

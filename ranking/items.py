@@ -23,13 +23,13 @@ class Transitions:
     weight: Tensor  # float32 [edges]
 
     def of(self, row: int) -> tuple[Tensor, Tensor]:
-        """Give the targets and weights of one row."""
+        """Return the targets and weights of one row."""
         start, end = int(self.offsets[row]), int(self.offsets[row + 1])
         return self.target[start:end], self.weight[start:end]
 
     @staticmethod
     def none(rows: int) -> "Transitions":
-        """Give a matrix without edges."""
+        """Return a matrix without edges."""
         return Transitions(torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0))
 
 
@@ -45,7 +45,7 @@ class MultiValued:
     cardinality: int  # number of codes, counting 0 and 1
 
     def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the codes of integer rows [n], one row's after the other's, and where each row begins, both int64."""
+        """Return the codes of integer rows [n], one row's after the other's, and where each row begins, both int64."""
         begin = self.offsets.index_select(0, row)  # [n]
         length = self.offsets.index_select(0, row + 1) - begin
         start = length.cumsum(0) - length
@@ -53,7 +53,7 @@ class MultiValued:
         return self.code.index_select(0, torch.arange(len(shift), device=shift.device) + shift).long(), start
 
     def shares(self, row: Tensor) -> Tensor:
-        """Give the share of the rows [n] each code stands for, float64 [codes]; codes of one row divide its vote."""
+        """Return the share of the rows [n] each code stands for, float64 [codes]; codes of one row divide its vote."""
         code, start = self.of(row)
         length = torch.diff(start, append=start.new_tensor([len(code)]))
         vote = torch.repeat_interleave(length.double().reciprocal(), length)
@@ -136,11 +136,11 @@ class ItemTable(nn.Module):
         return Transitions(self.transition_offsets, self.transition_target, self.transition_weight)
 
     def column(self, name: str) -> Tensor:
-        """Give one categorical column, int32 [V]; raises `ConfigError` if there is none of that name."""
+        """Return one categorical column, int32 [V]; raises `ConfigError` if there is none of that name."""
         return self.categorical[:, self._index(name)]
 
     def multi(self, name: str) -> MultiValued:
-        """Give one multi-valued column; raises `ConfigError` if there is none of that name."""
+        """Return one multi-valued column; raises `ConfigError` if there is none of that name."""
         if name not in self.multi_columns:
             there = ", ".join(self.multi_columns) or "none"
             raise ConfigError(f"no multi-valued item column {name!r}; there are {there}")
@@ -149,14 +149,14 @@ class ItemTable(nn.Module):
         return MultiValued(offsets, code, self._multi_cardinality[place])
 
     def held(self, name: str) -> tuple[Tensor, ...]:
-        """Give the tensors that hold a column of either kind: what a digest of it has to cover."""
+        """Return the tensors that hold a column of either kind: what a digest of it has to cover."""
         if name not in self.multi_columns:
             return (self.column(name),)
         column = self.multi(name)
         return (column.offsets, column.code)
 
     def codes(self, name: str) -> int:
-        """Give the number of codes of a categorical or multi-valued column, counting padding and missing."""
+        """Return the number of codes of a categorical or multi-valued column, counting padding and missing."""
         if name in self.multi_columns:
             return self._multi_cardinality[self.multi_columns.index(name)]
         return self.cardinality[self._index(name)]
@@ -172,7 +172,7 @@ class ItemTable(nn.Module):
         return self.columns.index(name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give what a file of the table holds, by name."""
+        """Return what a file of the table holds, by name."""
         tensors = {
             "categorical": self.categorical,
             "cardinality": torch.tensor(self.cardinality, dtype=torch.int64),
@@ -189,7 +189,7 @@ class ItemTable(nn.Module):
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def metadata(self) -> dict[str, str]:
-        """Give what the file says of itself: the names of the columns by kind."""
+        """Return what the file says of itself: the names of the columns by kind."""
         names = [self.columns, self.numeric]
         if self.multi_columns:
             names.append(self.multi_columns)
@@ -227,5 +227,5 @@ class ItemTable(nn.Module):
 
 
 def identity_rows(items: int) -> NDArray[np.int32]:
-    """Give the usual `key_to_row` of a bundle that knows item keys 0..items-1: row = key + 2."""
+    """Return the usual `key_to_row` of a bundle that knows item keys 0..items-1: row = key + 2."""
     return np.arange(FIRST_ITEM, items + FIRST_ITEM, dtype=np.int32)

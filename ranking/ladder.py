@@ -91,7 +91,7 @@ class Ladder:
         self.degraded: list[str] = []
 
     def attempt(self, stage: Stage, work: Callable[[], T], instead: T) -> T:
-        """Give the result of a stage, or `instead` if it is late, fails, or was left out before in this request."""
+        """Return the result of a stage, or `instead` if it is late, fails, or was left out before in this request."""
         if self._budget is None:
             return work()
         if stage in self.degraded or self.late(stage):
@@ -115,7 +115,7 @@ class Ladder:
 
 
 def retriever_order(pool: Pool, retrieval: int | None, below: float) -> NDArray[np.float32]:
-    """Give scores float32 [C] that put candidates in the retriever's order, then in the best order of other sources.
+    """Return scores float32 [C] that put candidates in the retriever's order, then in the best order of other sources.
 
     Args:
         pool: candidates and their ranks by source.

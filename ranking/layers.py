@@ -44,7 +44,7 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Give softmax over the last dimension where mask is True, exactly 0 elsewhere and in rows without any True.
+    """Return softmax over the last dimension where mask is True, exactly 0 elsewhere and in rows without any True.
 
     Scores behind the mask are never read: they may be infinite or NaN.
     """
@@ -80,7 +80,7 @@ _doubles_lock = threading.Lock()
 
 
 def in_float64(module: nn.Module) -> nn.Module:
-    """Give a float64 copy of a module, made anew only when a part was replaced or one of its numbers has changed.
+    """Return a float64 copy of a module, made anew only when a part was replaced or one of its numbers has changed.
 
     A copy, because swapping the weights of the module itself would show them to other threads that score with it. The
     numbers are compared, some 20 us for a scoring head: fused optimisers write to weights without counting a version.
@@ -100,7 +100,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Give layer(x); unless it is training a row's numbers do not depend on the other rows, and have no gradient."""
+    """Return layer(x); unless it is training a row's numbers do not depend on the other rows, and have no gradient."""
     output: Tensor = layer(x) if layer.training else steady(x, layer.weight) + layer.bias.detach()
     return output
 
@@ -109,14 +109,14 @@ class Layers(nn.Sequential):
     """Linear layers, each as `linear` has it, and functions of single numbers between them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give what the last layer says of x [..., width]."""
+        """Return what the last layer says of x [..., width]."""
         for layer in self:
             x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
         return x
 
 
 def interaction(v: Tensor, h: Tensor) -> Tensor:
-    """Give [v ; h ; v * h], [..., 3D]: a candidate, what the history says of it, and where the two agree."""
+    """Return [v ; h ; v * h], [..., 3D]: a candidate, what the history says of it, and where the two agree."""
     return torch.cat([v, h, v * h], -1)
 
 
@@ -138,7 +138,7 @@ class ScoringHead(nn.Module):
         self.layers = Layers(*layers, nn.Linear(width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give logits [R] for features [R, width].
+        """Return logits [R] for features [R, width].
 
         In training every row counts in the batch statistics, and a single one, which has none, takes those learned so
         far; else a row's logit does not depend on the others and has no gradient.
@@ -179,7 +179,7 @@ class AttentionNetwork(nn.Module):
         self.outer = nn.Linear(hidden, 1)
 
     def forward(self, q: Tensor, s: Tensor) -> Tensor:
-        """Give [B, C, T] for candidates q [B, C, D] and events s [B, T, D].
+        """Return [B, C, T] for candidates q [B, C, D] and events s [B, T, D].
 
         In training all at once; else a pair's number does not depend on the others and has no gradient.
         """
@@ -189,7 +189,7 @@ class AttentionNetwork(nn.Module):
 
     @torch.no_grad()
     def _score(self, q: Tensor, s: Tensor) -> Tensor:
-        """Give the same by one product per request, whose rows are scaled by |w2|, those of positive w2 first."""
+        """Return the same by one product per request, whose rows are scaled by |w2|, those of positive w2 first."""
         inner, outer = self.inner.weight, self.outer.weight[0]  # [hidden, 4 D], [hidden]
         order = (outer < 0).to(torch.uint8).argsort(stable=True)
         plus, scale = int((outer >= 0).sum()), outer.abs()[order]
@@ -222,7 +222,7 @@ class AttentionNetwork(nn.Module):
 
 
 def score_real(head: ScoringHead, features: Tensor, mask: Tensor) -> Tensor:
-    """Give logits [B, C] with `NEGATIVE` where mask is False; the head sees the real rows only.
+    """Return logits [B, C] with `NEGATIVE` where mask is False; the head sees the real rows only.
 
     Args:
         head: what to apply.
@@ -274,7 +274,7 @@ def search(scores: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _newest_of_the_best(scores: Tensor, k: int) -> Tensor:
-    """Give the slots of the k largest float32 numbers of each row, ascending, later ones first among equals.
+    """Return the slots of the k largest float32 numbers of each row, ascending, later ones first among equals.
 
     Score and slot make up one whole number, score first; numpy selects among those in a tenth of the time of topk.
     """
@@ -286,14 +286,14 @@ def _newest_of_the_best(scores: Tensor, k: int) -> Tensor:
 
 
 def rows_at(value: Tensor, index: Tensor) -> Tensor:
-    """Give value[b, index[b, c, k]], [B, C, K, D], for slots int64 [B, C, K] and values [B, T, D]."""
+    """Return value[b, index[b, c, k]], [B, C, K, D], for slots int64 [B, C, K] and values [B, T, D]."""
     batch, length, width = value.shape
     flat = index + torch.arange(0, batch * length, length, device=index.device)[:, None, None]
     return value.reshape(-1, width).index_select(0, flat.flatten()).view(*index.shape, width)
 
 
 def pool_by_gather(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Give sum_j w_j e_j, [B, C, D], by fetching the found rows: O(C K D), best for long histories.
+    """Return sum_j w_j e_j, [B, C, D], by fetching the found rows: O(C K D), best for long histories.
 
     Args:
         weights: [B, C, K], 0 where nothing was found.
@@ -304,7 +304,7 @@ def pool_by_gather(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
 
 
 def pool_by_scatter(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Give the same by spreading the weights over all T slots and one batched product: best in training.
+    """Return the same by spreading the weights over all T slots and one batched product: best in training.
 
     The slots of a candidate must be distinct.
     """
@@ -313,7 +313,7 @@ def pool_by_scatter(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
 
 
 def pool_found(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Give the same by whichever is fastest; without a gradient each candidate on its own, in the order of `index`."""
+    """Return the same by the fastest way; without a gradient each candidate on its own, in the order of `index`."""
     if (
         value.dtype == torch.float32
         and value.device.type == "cpu"
@@ -329,7 +329,7 @@ def pool_found(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, value: Tensor, index: Tensor, found: Tensor) -> Tensor:
-    """Give what scaled dot-product attention makes of the found events only, [B, C, D]; 0 where none was found.
+    """Return what scaled dot-product attention makes of the found events only, [B, C, D]; 0 where none was found.
 
     Args:
         query: [B, C, D], candidates.
@@ -356,7 +356,7 @@ def candidate_chunks(candidates: int, elements_each: int) -> list[slice]:
 
 
 def by_requests(function: Callable[..., Tensor], elements_each: int, *inputs: Tensor) -> Tensor:
-    """Give function(*inputs), [B, ...] of inputs [B, ...], a run of requests after the other.
+    """Return function(*inputs), [B, ...] of inputs [B, ...], a run of requests after the other.
 
     A run's temporaries, `elements_each` numbers per request, stay in cache, in the backward pass too: DIN's attention
     over 256 x 24 candidates and 200 events trains in 0.4 s where one pass over everything took 0.68 s.

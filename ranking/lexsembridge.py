@@ -71,14 +71,14 @@ class LexSemBridgeConfig:
 
 
 def first_places(ids: Tensor, counted: Tensor) -> Tensor:
-    """Tell bool [B, L] at which places a counted id stands for the first time in its row."""
+    """Return bool [B, L]: at which places a counted id stands for the first time in its row."""
     same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & counted.unsqueeze(1)  # [B, L, L]: place i, earlier place j
     earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(-1)
     return counted & ~(same & earlier).any(dim=2)
 
 
 def enhance(vectors: Tensor, z: Tensor, normalized: bool = True) -> Tensor:
-    """Give e' [B, d] of vectors e [B, d] and z [B, d]: softmax over the d dimensions, product, length 1."""
+    """Return e' [B, d] of vectors e [B, d] and z [B, d]: softmax over the d dimensions, product, length 1."""
     weighted = torch.softmax(z, dim=-1) * vectors
     return F.normalize(weighted, dim=-1, eps=1e-30) if normalized else weighted
 
@@ -115,11 +115,11 @@ class Lexicon(nn.Module):
             nn.init.uniform_(self.c, -bound, bound)
 
     def counted(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Tell bool [B, L] which places hold a term that counts."""
+        """Return bool [B, L]: which places hold a term that counts."""
         return (mask > 0) & ~torch.isin(ids, self.excluded)
 
     def at_places(self, ids: Tensor, mask: Tensor, hidden: Tensor | None) -> Tensor:
-        """Give w at the first place of each term, 0 elsewhere: [B, L], for SLR and the code's LLR."""
+        """Return w at the first place of each term, 0 elsewhere: [B, L], for SLR and the code's LLR."""
         counted = self.counted(ids, mask)
         first = first_places(ids, counted)
         if self.config.weights == "slr":
@@ -132,14 +132,14 @@ class Lexicon(nn.Module):
         return torch.where(first, highest, torch.zeros_like(highest))
 
     def over_vocabulary(self, raw: Tensor, logits: Tensor | None) -> Tensor:
-        """Give w [B, V] for the paper's LLR (from the pooled state) and for CLR (`logits` are its finished weights)."""
+        """Return w [B, V] for the paper's LLR (from the pooled state) and CLR (`logits` are its finished weights)."""
         if self.config.weights == "llr":
             return torch.log1p(torch.relu(raw.to(self.u.dtype) @ self.u + self.b))
         assert logits is not None
         return logits
 
     def z(self, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None) -> Tensor:
-        """Give z [B, d] in float32 or wider, whatever the precision of the body."""
+        """Return z [B, d] in float32 or wider, whatever the precision of the body."""
         if self.config.weights == "c_only":
             return self.c.expand(len(ids), -1)
         if self.sparse:
@@ -160,7 +160,7 @@ class Lexicon(nn.Module):
     def weights(
         self, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
     ) -> Tensor:
-        """Give w [B, V], for diagnostics and tests."""
+        """Return w [B, V], for diagnostics and tests."""
         if not self.sparse:
             return self.over_vocabulary(raw, clr)
         places = self.at_places(ids, mask, hidden)
@@ -170,7 +170,7 @@ class Lexicon(nn.Module):
     def forward(
         self, vectors: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
     ) -> Tensor:
-        """Give the enhanced vectors e' [B, d] of plain ones [B, d]."""
+        """Return the enhanced vectors e' [B, d] of plain ones [B, d]."""
         if self.config.weights == "off":
             return vectors
         if self.config.weights == "linear_map":
@@ -218,7 +218,7 @@ class LexSemBridge(TextModel):
         return self.hidden_size
 
     def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the last hidden states [B, L, d] and the pooled state before normalisation [B, d]."""
+        """Return the last hidden states [B, L, d] and the pooled state before normalisation [B, d]."""
         if self.config.weights == "clr" and self.lexical is None:
             out = self.transformer(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             hidden = out.hidden_states[-1]
@@ -227,7 +227,7 @@ class LexSemBridge(TextModel):
         return hidden, pool(hidden, mask, self.config.pool)
 
     def contextual(self, ids: Tensor, mask: Tensor) -> Tensor | None:
-        """Give CLR's weights [B, V]; None for the other kinds."""
+        """Return CLR's weights [B, V]; None for the other kinds."""
         if self.config.weights != "clr":
             return None
         head: Any = self.lexical if self.lexical is not None else self.transformer
@@ -235,37 +235,37 @@ class LexSemBridge(TextModel):
         return max_pooled(logits, mask) if self.config.clr_pool == "max" else torch.log1p(torch.relu(logits[:, 0]))
 
     def plain(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give the plain encoder's vectors [B, d]."""
+        """Return the plain encoder's vectors [B, d]."""
         return F.normalize(self.states(ids, mask)[1], dim=-1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give enhanced vectors [B, d]."""
+        """Return enhanced vectors [B, d]."""
         hidden, raw = self.states(ids, mask)
         return self.lexicon(F.normalize(raw, dim=-1), ids, mask, hidden, raw, self.contextual(ids, mask))  # type: ignore[no-any-return]
 
     def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [N, D], enhanced unless `fusion_at_test` is off."""
+        """Return float32 [N, D], enhanced unless `fusion_at_test` is off."""
         return self._encode(texts, self.config.max_query_len, self.config.fusion_at_test, report)
 
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [N, D], plain unless `fusion_passages`."""
+        """Return float32 [N, D], plain unless `fusion_passages`."""
         return self._encode(texts, self.config.max_passage_len, self.config.fusion_passages, report)
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [N] of which passages only the beginning is read."""
+        """Return bool [N]: of which passages only the beginning is read."""
         return self.tokenizer.truncated(texts, self.config.max_passage_len)
 
     # Diagnostics.
 
     def weights(self, texts: Sequence[str]) -> sparse.csr_matrix:
-        """Give the terms' weights w of queries, float32 CSR [N, V]; all zero for the kinds without any."""
+        """Return the terms' weights w of queries, float32 CSR [N, V]; all zero for the kinds without any."""
         if not isinstance(getattr(self.lexicon, "W", None), nn.Parameter):
             return sparse.csr_matrix((len(texts), len(self.tokenizer)), dtype=np.float32)
         rows = [self._explained(text)[0] for text in texts]
         return sparse.vstack([sparse.csr_matrix(row.numpy()) for row in rows], format="csr")
 
     def enhancement(self, texts: Sequence[str]) -> Vectors:
-        """Give what the queries' vectors are multiplied by, v float32 [N, d], rows of sum 1.
+        """Return what the queries' vectors are multiplied by, v float32 [N, d], rows of sum 1.
 
         Raises:
             ConfigError: `off` and `linear_map` multiply nothing.
@@ -285,7 +285,7 @@ class LexSemBridge(TextModel):
         return w.float().cpu(), share.float().cpu()
 
     def transformers(self) -> dict[str, nn.Module]:
-        """Give the backbone, and the masked-LM head where it is a model of its own."""
+        """Return the backbone, and the masked-LM head where it is a model of its own."""
         return super().transformers() | ({"lexical": self.lexical} if self.lexical is not None else {})
 
     @classmethod

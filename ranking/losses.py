@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Give the weighted mean of binary cross-entropy over all numbers; weight is 0 at padding.
+    """Return the weighted mean of binary cross-entropy over all numbers; weight is 0 at padding.
 
     With `offset`, log of how often each candidate is drawn as a negative, the logits learn the log-odds of an item
     being taken, whatever the sampler: of positives p and negatives q the best classifier has the logit log p - log q
@@ -22,7 +22,7 @@ def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, offset: 
 
 
 def listwise_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Give the mean over requests of how far each positive is from leading its own request's negatives.
+    """Return the mean over requests of how far each positive is from leading its own request's negatives.
 
     For a positive p among the negatives N of its request, -log(e^p / (e^p + sum of e^n over N)), a mean over the
     positives of a request and then over the requests that have any: a request counts once, however much was taken.
@@ -44,5 +44,5 @@ def listwise_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, offset
 
 
 def with_positives(label: Tensor, weight: Tensor) -> Tensor:
-    """Give the number of requests that `listwise_cross_entropy` is a mean over, of the type of weight, []."""
+    """Return the number of requests that `listwise_cross_entropy` is a mean over, of the type of weight, []."""
     return ((weight > 0) & (label > 0)).any(1).sum().to(weight.dtype)

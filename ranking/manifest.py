@@ -77,23 +77,23 @@ class Manifest(Message):
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Give size and digest of a file."""
+    """Return size and digest of a file."""
     return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
 def describe(directory: Path) -> dict[str, FileEntry]:
-    """Give size and digest of every file under a directory, by relative path."""
+    """Return size and digest of every file under a directory, by relative path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): describe_file(path) for path in files}
 
 
 def version_of(manifest: bytes) -> str:
-    """Give the version of a bundle: the first 12 hexadecimal digits of its manifest's SHA-256."""
+    """Return the version of a bundle: the first 12 hexadecimal digits of its manifest's SHA-256."""
     return hashlib.sha256(manifest).hexdigest()[:12]
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, str]:
-    """Give manifest and version of a bundle; raises `BundleError` for anything else than one of this format."""
+    """Return manifest and version of a bundle; raises `BundleError` for anything else than one of this format."""
     path = directory / MANIFEST
     try:
         raw = path.read_bytes()
@@ -113,7 +113,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
 
 
 def checked_files(directory: Path, manifest: Manifest) -> dict[str, Path]:
-    """Give the path of every listed file; raises `BundleError` unless its place, size and digest are right."""
+    """Return the path of every listed file; raises `BundleError` unless its place, size and digest are right."""
     root = directory.resolve()
     paths = {}
     for name, entry in manifest.files.items():
@@ -135,7 +135,7 @@ def checked_files(directory: Path, manifest: Manifest) -> dict[str, Path]:
 
 
 def listed(paths: Mapping[str, Path], name: str, directory: Path) -> Path:
-    """Give the checked path of a file the loader needs; raises `BundleError` if the manifest does not list it."""
+    """Return the checked path of a file the loader needs; raises `BundleError` if the manifest does not list it."""
     if name not in paths:
         raise BundleError(f"{directory}: {MANIFEST} needs file {name!r} but does not list it; publish again")
     return paths[name]

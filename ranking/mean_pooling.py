@@ -71,15 +71,15 @@ class MeanPooling(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> MeanPoolingState:
-        """Give the mean of the newest events' vectors; zero for an empty history."""
+        """Return the mean of the newest events' vectors; zero for an empty history."""
         return self._encode(history, self.items.embedding_row)
 
     def score(self, state: MeanPoolingState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C), whatever the length of the history."""
+        """Return logits float32 [B, C]; cost O(C), whatever the length of the history."""
         return self._score(state, candidates, self.items.embedding_row)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give binary cross-entropy over the real candidates."""
+        """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
         main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)

@@ -91,7 +91,7 @@ class MqsaTedConfig:
 
 
 def pool(sums: Tensor, count: Tensor, window: int) -> Tensor:
-    """Give Q0, the mean of the real items in the last `window` baskets up to each, [B, G, D].
+    """Return Q0, the mean of the real items in the last `window` baskets up to each, [B, G, D].
 
     Args:
         sums: [B, G, D] sums over the items of each basket.
@@ -145,7 +145,7 @@ class Branch(nn.Module):
         self.norm = nn.LayerNorm(config.width, EPSILON)
 
     def forward(self, x: Tensor, slots: Slots, drop: Drop, newest: bool) -> Tensor:
-        """Give Z of every basket [B, G, D], or of the newest only [B, 1, D], from slot inputs [B, T, D]."""
+        """Return Z of every basket [B, G, D], or of the newest only [B, 1, D], from slot inputs [B, T, D]."""
         real = (slots.count > 0)[:, :, None].to(x.dtype)  # [B, G, 1]
         order = torch.arange(slots.count.shape[1], device=x.device)
         allowed = slots.real[:, None, :] & (slots.basket[:, None, :] <= order[None, :, None])  # [B, G, T]
@@ -207,7 +207,7 @@ class MqsaTed(nn.Module):
         return self.config.length
 
     def encode(self, history: History) -> Tensor:
-        """Give the user vectors float32 [B, D]: the output at the newest basket; one constant for empty histories.
+        """Return the user vectors float32 [B, D]: the output at the newest basket; one constant for empty histories.
 
         The oldest of the `length` newest events may begin inside a basket; the rest of that basket is not seen.
         Computed in float64, like all scores: see `ranking.layers`.
@@ -219,7 +219,7 @@ class MqsaTed(nn.Module):
         return mixed[:, -1].to(self.item.dtype)
 
     def score(self, state: Tensor, request: Request, candidates: Candidates) -> Tensor:
-        """Give state . E[item], [B, C]; `NEGATIVE` at padding and unknown, 0 at items without training events."""
+        """Return state . E[item], [B, C]; `NEGATIVE` at padding and unknown, 0 at items without training events."""
         item = candidates.item  # [B, C]
         row = take(self.items.embedding_row, item)
         vectors = self.item.index_select(0, row.flatten()).view(*item.shape, self.config.width)  # [B, C, D]
@@ -228,15 +228,15 @@ class MqsaTed(nn.Module):
         return logits.masked_fill(item < FIRST_ITEM, NEGATIVE)
 
     def user_vectors(self, history: History) -> Tensor:
-        """Give float32 [B, D]; their inner products with `item_vectors` are the scores."""
+        """Return float32 [B, D]; their inner products with `item_vectors` are the scores."""
         return self.encode(history)
 
     def item_vectors(self) -> Tensor:
-        """Give float32 [V, D]; zero at padding, unknown and items without training events."""
+        """Return float32 [V, D]; zero at padding, unknown and items without training events."""
         return self.item * self.items.trained[:, None]
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give the mean cross-entropy of the next basket plus lambda_kd times the distillation.
+        """Return the mean cross-entropy of the next basket plus lambda_kd times the distillation.
 
         Args:
             batch: one row per user; candidates with a label are the basket that followed the history.
@@ -276,7 +276,7 @@ class MqsaTed(nn.Module):
         return Loss(rec + self.config.lambda_kd * kd, {"rec": rec.detach(), "kd": kd.detach()})
 
     def _candidates(self, batch: Batch, z: Tensor, row_of: Tensor) -> Tensor:
-        """Give the loss of user vectors [B, D] on their requests' candidates, those that are known.
+        """Return the loss of user vectors [B, D] on their requests' candidates, those that are known.
 
         Softmax cross-entropy where every row has exactly one positive, else binary cross-entropy over all candidates.
         """
@@ -291,20 +291,20 @@ class MqsaTed(nn.Module):
         return binary_cross_entropy(logits, positive, weight, batch.offset)
 
     def forward(self, slots: Slots, drop: Drop, newest: bool = False) -> Tensor:
-        """Give Zhat, both branches mixed, of every basket [B, G, D] or of the newest only [B, 1, D]."""
+        """Return Zhat, both branches mixed, of every basket [B, G, D] or of the newest only [B, 1, D]."""
         x = self.inputs(slots, drop)
         short, long = self.short(x, slots, drop, newest), self.long(x, slots, drop, newest)
         mixed: Tensor = self.config.alpha * short + (1 - self.config.alpha) * long
         return mixed
 
     def inputs(self, slots: Slots, drop: Drop) -> Tensor:
-        """Give X, the embedded slots [B, T, D], zero at padding."""
+        """Return X, the embedded slots [B, T, D], zero at padding."""
         x = math.sqrt(self.config.width) * F.embedding(slots.item, self.item, padding_idx=PAD)
         place = slots.basket + (self.config.length - slots.count.shape[1])  # the newest basket reads the last row
         return drop(x + F.embedding(place, self.position)) * slots.real[:, :, None]
 
     def _recommendation(self, query: Tensor, positives: Positives, generator: torch.Generator) -> Tensor:
-        """Give the cross-entropy of queries [R, D], mean over each row's targets, then over rows."""
+        """Return the cross-entropy of queries [R, D], mean over each row's targets, then over rows."""
         table, rows = self.item[FIRST_ITEM:], len(query)
         share = 1 / torch.bincount(positives.row, minlength=rows)[positives.row].to(query.dtype)  # [P]
         logit = (query.index_select(0, positives.row) * table.index_select(0, positives.item)).sum(1)  # [P]
@@ -317,7 +317,7 @@ class MqsaTed(nn.Module):
         return partition - (share * logit).sum() / rows
 
     def _distillation(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Give TED's loss over the input tokens of a batch (int64, repeats included)."""
+        """Return TED's loss over the input tokens of a batch (int64, repeats included)."""
         transitions = self.items.transitions
         tokens = tokens[transitions.offsets.diff()[tokens] > 0]
         if not self.config.lambda_kd or not len(tokens):
@@ -350,7 +350,7 @@ class MqsaTed(nn.Module):
 
 
 def teacher(transitions: Transitions, heads: Tensor, table: Tensor, tau: float) -> Tensor:
-    """Give the mean item vector under each head's teacher distribution, [M, D].
+    """Return the mean item vector under each head's teacher distribution, [M, D].
 
     The teacher of head i is p_i = softmax(r_i / tau) over all N items, r_i = C_i / max_j C_ij: items never seen after i
     keep exp(0) each. With b = exp(-1 / tau), what such an item weighs once the row maximum is taken out, and

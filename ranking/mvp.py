@@ -74,7 +74,7 @@ class CrossBlock(nn.Module):
         self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, vectors: Tensor, padding: Tensor) -> Tensor:
-        """Give [G, 1, d] for x [G, 1, d], vectors [G, n, d] and padding bool [G, n]."""
+        """Return [G, 1, d] for x [G, 1, d], vectors [G, n, d] and padding bool [G, n]."""
         seen, _ = self.attention(self.norm(x), vectors, vectors, key_padding_mask=padding, need_weights=False)
         x = x + seen
         out: Tensor = x + self.ff(self.norm_ff(x))
@@ -90,7 +90,7 @@ class CrossDecoder(nn.Module):
         self.final = nn.LayerNorm(width)
 
     def forward(self, start: Tensor, vectors: Tensor, padding: Tensor) -> Tensor:
-        """Give anchors [G, 1, d] of starts [G, 1, d]."""
+        """Return anchors [G, 1, d] of starts [G, 1, d]."""
         x = start
         for block in self.blocks:
             x = block(x, vectors, padding)
@@ -99,7 +99,7 @@ class CrossDecoder(nn.Module):
 
 
 def pooled_views(scores: Tensor, how: Literal["mean", "max", "logmeanexp"]) -> Tensor:
-    """Give [B, n] of view scores [B, n, m]."""
+    """Return [B, n] of view scores [B, n, m]."""
     if how == "max":
         return scores.amax(dim=-1)
     if how == "logmeanexp":
@@ -108,7 +108,7 @@ def pooled_views(scores: Tensor, how: Literal["mean", "max", "logmeanexp"]) -> T
 
 
 def scores_by_view(anchors: Tensor, vectors: Tensor) -> Tensor:
-    """Give s_ik [B, n, m] = a_k . e_ik of anchors [B, m, d] and vectors [B, n, m, d]."""
+    """Return s_ik [B, n, m] = a_k . e_ik of anchors [B, m, d] and vectors [B, n, m, d]."""
     return torch.einsum("bmd,bnmd->bnm", anchors, vectors)
 
 
@@ -167,15 +167,15 @@ class Mvp(TextModel):
     # From texts to relevance vectors.
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Give the token ids of every pair."""
+        """Return the token ids of every pair."""
         return self.prompt.rows(query, passages)
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [n] which passages are cut beside this query."""
+        """Return bool [n]: which passages are cut beside this query."""
         return self.prompt.truncated(query, passages)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give relevance vectors [P, m, d] of pairs; every row must begin with the view tokens."""
+        """Return relevance vectors [P, m, d] of pairs; every row must begin with the view tokens."""
         views = torch.tensor(self.view_ids, device=ids.device)
         assert bool((ids[:, : len(views)] == views).all()), "view tokens are not at the first places"
         body: Any = self.transformer.encoder if self.t5 else self.transformer
@@ -183,7 +183,7 @@ class Mvp(TextModel):
         return hidden[:, : len(views)]
 
     def encode_pairs(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give relevance vectors float32 [n, m, d], which depend on one pair each and may be cached."""
+        """Return relevance vectors float32 [n, m, d], which depend on one pair each and may be cached."""
         return self._encode_rows(self.rows(query, passages), report)
 
     def _encode_rows(self, rows: Sequence[Sequence[int]], report: Report | None) -> Vectors:
@@ -194,7 +194,7 @@ class Mvp(TextModel):
     # From relevance vectors to scores.
 
     def decode(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Give anchors [B, m, d] of vectors [B, n, m, d] and mask bool [B, n]: one step, views in the batch."""
+        """Return anchors [B, m, d] of vectors [B, n, m, d] and mask bool [B, n]: one step, views in the batch."""
         B, n, m, d = vectors.shape
         per_view = vectors.transpose(1, 2).reshape(B * m, n, d)
         list_mask = mask.unsqueeze(1).expand(B, m, n).reshape(B * m, n)
@@ -214,13 +214,13 @@ class Mvp(TextModel):
         return anchors
 
     def score(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Give scores [B, n], -inf where the list mask is off, and the anchors [B, m, d]."""
+        """Return scores [B, n], -inf where the list mask is off, and the anchors [B, m, d]."""
         anchors = self.decode(vectors, mask)
         each = scores_by_view(anchors, vectors) / self.scale
         return pooled_views(each, self.config.view_pool).masked_fill(~mask, -torch.inf), anchors
 
     def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
-        """Give scores of ragged lists of relevance vectors [n, m, d]; the decoder runs once for all of them."""
+        """Return scores of ragged lists of relevance vectors [n, m, d]; the decoder runs once for all of them."""
         if not any(len(one) for one in lists):
             return [np.empty(0, np.float32) for _ in lists]
         vectors, mask = ragged(lists)
@@ -234,7 +234,7 @@ class Mvp(TextModel):
         return out
 
     def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [n], higher is better."""
+        """Return float32 [n], higher is better."""
         return self.rerank_many([query], [passages], report)[0]
 
     def rerank_many(
@@ -249,11 +249,11 @@ class Mvp(TextModel):
     # Diagnostics.
 
     def anchors(self, query: str, passages: Sequence[str]) -> Vectors:
-        """Give the anchor of each view over one list, float32 [m, d]."""
+        """Return the anchor of each view over one list, float32 [m, d]."""
         return self._explained(query, passages)[0]
 
     def view_scores(self, query: str, passages: Sequence[str]) -> Vectors:
-        """Give float32 [n, m], what each view scores each passage; pooled over views they are what `rerank` gives."""
+        """Return float32 [n, m], what each view scores each passage; pooled over views they are what `rerank` gives."""
         return self._explained(query, passages)[1]
 
     def _explained(self, query: str, passages: Sequence[str]) -> tuple[Vectors, Vectors]:
@@ -269,7 +269,7 @@ class Mvp(TextModel):
 
 
 def ragged(lists: Sequence[Vectors]) -> tuple[Tensor, Tensor]:
-    """Give vectors [B, n, m, d], zeros past the end of a list, and the mask bool [B, n]."""
+    """Return vectors [B, n, m, d], zeros past the end of a list, and the mask bool [B, n]."""
     longest = max(len(one) for one in lists)
     vectors = np.zeros((len(lists), longest, *lists[0].shape[1:]), np.float32)
     mask = np.zeros((len(lists), longest), bool)
@@ -300,7 +300,7 @@ def _prompt(config: MvpConfig, tokenizer: TextTokenizer, view_ids: list[int], t5
 
 
 def targets(ranks: Tensor, tau: float, grades: Tensor | None = None) -> Tensor:
-    """Give y [..., n] = softmax((1 / r) / tau) of teacher ranks from 1; slots of rank 0 are padding and get 0.
+    """Return y [..., n] = softmax((1 / r) / tau) of teacher ranks from 1; slots of rank 0 are padding and get 0.
 
     With grades, passages of one grade share the mean of their 1 / r (ours).
     """
@@ -315,7 +315,7 @@ def targets(ranks: Tensor, tau: float, grades: Tensor | None = None) -> Tensor:
 
 
 def rank_loss(scores: Tensor, y: Tensor, tau: float, variant: Literal["single", "released"] = "single") -> Tensor:
-    """Give the mean over lists of - sum_i y_i log p_i, p = softmax(s / tau); scores -inf are padding.
+    """Return the mean over lists of - sum_i y_i log p_i, p = softmax(s / tau); scores -inf are padding.
 
     `released` is the authors' code, whose cross-entropy applies a softmax to p again: for parity only.
     """
@@ -328,7 +328,7 @@ def rank_loss(scores: Tensor, y: Tensor, tau: float, variant: Literal["single", 
 
 
 def orthogonal_loss(anchors: Tensor) -> Tensor:
-    """Give the mean over lists of || A^ A^T - I ||_F^2, A^ [B, m, d] the anchors at length 1; in [0, m (m - 1)]."""
+    """Return the mean over lists of || A^ A^T - I ||_F^2, A^ [B, m, d] the anchors at length 1; in [0, m (m - 1)]."""
     unit = F.normalize(anchors, dim=-1)
     gram = unit @ unit.transpose(-1, -2) - torch.eye(anchors.shape[-2], dtype=anchors.dtype, device=anchors.device)
     return gram.square().sum(dim=(-1, -2)).mean()

@@ -136,7 +136,7 @@ class MvpApart(TextModel):
         self.mean_length.fill_(sum(map(len, found)) / max(len(found), 1))
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [n] which passages are cut."""
+        """Return bool [n]: which passages are cut."""
         return self.tokenizer.truncated(passages, self.config.max_len)
 
     # From texts to the vectors of pairs.
@@ -157,7 +157,7 @@ class MvpApart(TextModel):
         return [found[place] for place in range(len(rows))]
 
     def read(self, query: States, passages: Sequence[States]) -> Tensor:
-        """Give the vectors of pairs of one query [n, m + 1, d + 1].
+        """Return the vectors of pairs of one query [n, m + 1, d + 1].
 
         Rows: the views, then the query. The last column holds the words' share b, alike in every row of a pair.
         """
@@ -170,7 +170,7 @@ class MvpApart(TextModel):
         return torch.cat([rows, share[:, None, None].expand(-1, rows.shape[1], 1)], dim=-1)
 
     def share(self, query: Tensor, passage: Tensor) -> Tensor:
-        """Give b, from 0 to K1 + 1, of token ids int64 [L] of a query and of a passage."""
+        """Return b, from 0 to K1 + 1, of token ids int64 [L] of a query and of a passage."""
         marks = torch.tensor([*self.tokenizer.prefix, *self.tokenizer.suffix], device=query.device)
         asked = torch.unique(query[~torch.isin(query, marks)])
         if not len(asked):
@@ -182,7 +182,7 @@ class MvpApart(TextModel):
         return found
 
     def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> Tensor:
-        """Give the vectors [P, m + 1, d + 1] of pairs of a query and a passage each; every text is read once."""
+        """Return the vectors [P, m + 1, d + 1] of pairs of a query and a passage each; every text is read once."""
         asked, held = list(dict.fromkeys(queries)), list(dict.fromkeys(passages))
         of_query = dict(zip(asked, self.states(asked, self.config.max_query_len), strict=True))
         of_passage = dict(zip(held, self.states(held, self.config.max_len), strict=True))
@@ -195,7 +195,7 @@ class MvpApart(TextModel):
         of_query: dict[str, States],
         of_passage: dict[str, States],
     ) -> Tensor:
-        """Give the vectors [P, m + 1, d + 1] of pairs whose texts have been read."""
+        """Return the vectors [P, m + 1, d + 1] of pairs whose texts have been read."""
         out: list[Tensor | None] = [None] * len(queries)
         for query in dict.fromkeys(queries):
             places = [place for place, text in enumerate(queries) if text == query]
@@ -207,7 +207,7 @@ class MvpApart(TextModel):
     # From vectors to scores.
 
     def score(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Give scores [B, n], -inf where the list mask is off, and the anchors [B, m, d], of vectors of `read`."""
+        """Return scores [B, n], -inf where the list mask is off, and the anchors [B, m, d], of vectors of `read`."""
         views, words = vectors[:, :, :-1, :-1], vectors[:, :, 0, -1]  # [B, n, m, d], [B, n]
         own = vectors[:, :, -1, :-1]
         query = (own * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # the same in all
@@ -225,7 +225,7 @@ class MvpApart(TextModel):
         return (scores * torch.exp(self.c)).masked_fill(~mask, -torch.inf), anchors
 
     def rank_vectors(self, lists: Sequence[Vectors]) -> list[Vectors]:
-        """Give scores float32 [n] of ragged lists of vectors [n, m + 1, d + 1]."""
+        """Return scores float32 [n] of ragged lists of vectors [n, m + 1, d + 1]."""
         out = []
         with torch.inference_mode():
             for one in lists:
@@ -238,7 +238,7 @@ class MvpApart(TextModel):
         return out
 
     def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [n], higher is better."""
+        """Return float32 [n], higher is better."""
         return self.rerank_many([query], [passages], report)[0]
 
     def rerank_many(
@@ -259,7 +259,7 @@ class MvpApart(TextModel):
 
 
 def readings(query: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Give the four readings [P, 4, d], each of length 1, of one query's states and padded ones of passages.
+    """Return the four readings [P, 4, d], each of length 1, of one query's states and padded ones of passages.
 
     Args:
         query: [Lq, d].

@@ -18,7 +18,7 @@ class OwnEvents(NamedTuple):
 
 
 def own_events(history: History, window: int | None = None) -> OwnEvents:
-    """Give the newest `window` events (all without one) ordered by item; cost O(T log T)."""
+    """Return the newest `window` events (all without one) ordered by item; cost O(T log T)."""
     longest = int(history.lengths.max()) if len(history) else 0
     padded = history.padded(window or max(longest, 1))
     item, order = padded.item.sort(dim=1, stable=True)
@@ -26,7 +26,7 @@ def own_events(history: History, window: int | None = None) -> OwnEvents:
 
 
 def add_event(own: OwnEvents, item: Tensor, time: Tensor) -> OwnEvents:
-    """Give the events with one more per request (item int32 [B], time int64 [B]), as `own_events` would give them."""
+    """Return the events with one more per request (item int32 [B], time int64 [B]), as `own_events` would give them."""
     items, order = torch.cat([own.item, item[:, None]], 1).sort(dim=1, stable=True)
     times = torch.cat([own.time, time[:, None]], 1).gather(1, order)
     width = int((items != PAD).sum(1).max())
@@ -34,7 +34,7 @@ def add_event(own: OwnEvents, item: Tensor, time: Tensor) -> OwnEvents:
 
 
 def decayed_counts(own: OwnEvents, at: Tensor, item: Tensor, half_life_days: float) -> Tensor:
-    """Give sum of 2^(-age / half_life) over each candidate's own events, float64 [B, C]; 0 if there are none.
+    """Return sum of 2^(-age / half_life) over each candidate's own events, float64 [B, C]; 0 if there are none.
 
     With the events of an item side by side the sum is a difference of two running sums, found by binary search: cost
     O((T + C) log T), never [B, C, T]. Running sums are float64, so that an old event does not drown beside many.
@@ -51,7 +51,7 @@ def decayed_counts(own: OwnEvents, at: Tensor, item: Tensor, half_life_days: flo
 
 
 def decayed_total(own: OwnEvents, at: Tensor, half_life_days: float) -> Tensor:
-    """Give the same sum over all events, float64 [B]."""
+    """Return the same sum over all events, float64 [B]."""
     return _fresh(own, at, half_life_days).sum(1)
 
 
@@ -64,7 +64,7 @@ class OwnSpan(NamedTuple):
 
 
 def own_span(own: OwnEvents, item: Tensor) -> OwnSpan:
-    """Give number, first and last moment of the events of each candidate (int32 [B, C])."""
+    """Return number, first and last moment of the events of each candidate (int32 [B, C])."""
     start, end = _places(own, item)
     count = end - start
     newest = (end - 1).clamp_min(0)
@@ -73,12 +73,12 @@ def own_span(own: OwnEvents, item: Tensor) -> OwnSpan:
 
 
 def _places(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:
-    """Give where the events of each candidate start and end, int64 [B, C]."""
+    """Return where the events of each candidate start and end, int64 [B, C]."""
     item = item.contiguous()
     return torch.searchsorted(own.item, item), torch.searchsorted(own.item, item, right=True)
 
 
 def _fresh(own: OwnEvents, at: Tensor, half_life_days: float) -> Tensor:
-    """Give 2^(-age / half_life) of every event, float64 [B, T], 0 at padding."""
+    """Return 2^(-age / half_life) of every event, float64 [B, T], 0 at padding."""
     age = (at[:, None] - own.time).clamp_min(0).double() / (half_life_days * DAY)  # [B, T]
     return torch.exp2(-age).masked_fill(own.item == PAD, 0.0)

@@ -29,12 +29,12 @@ class PairPrompt:
         return (self.lead, self.middle, self.tail, self.max_query_len, self.max_len)
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Give the token ids of every pair."""
+        """Return the token ids of every pair."""
         head, room = self._head(query)
         return [[*head, *ids[:room], *self.tail] for ids in self.tokenizer.pieces(passages)]
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [n] which passages are cut beside this query."""
+        """Return bool [n]: which passages are cut beside this query."""
         _, room = self._head(query)
         return np.array([len(ids) > room for ids in self.tokenizer.pieces(passages)], bool)
 

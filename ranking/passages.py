@@ -73,22 +73,22 @@ class Passages:
         )
 
     def text(self, passage: int) -> str:
-        """Give the text of a passage."""
+        """Return the text of a passage."""
         return self.texts[passage]
 
     def documents(self, passage: int, most: int) -> list[str]:
-        """Give the ids of the first documents of a passage."""
+        """Return the ids of the first documents of a passage."""
         start, end = self.offsets[passage], self.offsets[passage + 1]
         return [self.document_ids[number] for number in range(start, min(end, start + most))]
 
     def count(self, passage: int) -> int:
-        """Give how many documents have this text."""
+        """Return how many documents have this text."""
         return int(self.offsets[passage + 1] - self.offsets[passage])
 
     def items_of(
         self, passages: NDArray[np.int32], most: int | None = None, allowed: NDArray[np.bool_] | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Give the items of passages, in the order of the passages and the weightiest of each first.
+        """Return the items of passages, in the order of the passages and the weightiest of each first.
 
         Args:
             passages: [n], distinct.

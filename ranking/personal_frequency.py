@@ -56,11 +56,11 @@ class PersonalFrequency(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> OwnEvents:
-        """Give the history ordered by item."""
+        """Return the history ordered by item."""
         return own_events(history, self.config.window)
 
     def score(self, state: OwnEvents, request: Request, candidates: Candidates) -> Tensor:
-        """Give log(f + prior * share), float32 [B, C]; cost O((T + C) log T)."""
+        """Return log(f + prior * share), float32 [B, C]; cost O((T + C) log T)."""
         f = decayed_counts(state, request.at, candidates.item, self.config.half_life_days)
         count = self.items.count
         share = (take(count, candidates.item) + 1).double() / float(count.sum() + len(self.items))

@@ -34,11 +34,11 @@ class Popularity(nn.Module):
         return 1
 
     def encode(self, history: History) -> Tensor:
-        """Give an empty state, float32 [B, 0]: the history is not read."""
+        """Return an empty state, float32 [B, 0]: the history is not read."""
         return torch.empty(len(history), 0, device=history.item.device)
 
     def score(self, state: Tensor, request: Request, candidates: Candidates) -> Tensor:
-        """Give log(1 + count), float32 [B, C]."""
+        """Return log(1 + count), float32 [B, C]."""
         logits = take(self.items.count, candidates.item).double().log1p().float()
         return logits.masked_fill(~candidates.mask, NEGATIVE)
 

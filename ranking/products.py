@@ -16,7 +16,7 @@ FEWEST_ROWS = 16
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """Give x @ w.T, [m, n], of x [m, k] and w [n, k] (any strides), without a gradient; call it under `no_grad`.
+    """Return x @ w.T, [m, n], of x [m, k] and w [n, k] (any strides), without a gradient; call it under `no_grad`.
 
     torch.mm goes to MKL, which leaves the AVX-512 units of an AMD processor idle: 110 GFLOP/s on a core where oneDNN,
     called here, reaches 250. Where they are idle for a reason, on AVX2, both are equal. Other types and devices, and
@@ -61,7 +61,7 @@ def _takes(x: Tensor, w: Tensor) -> bool:
 
 
 def steady(x: Tensor, w: Tensor) -> Tensor:
-    """Give x @ w.T in the type of x, without a gradient, so that a number does not depend on which others go with it.
+    """Return x @ w.T in the type of x, without a gradient, so that a number does not depend on which others go with it.
 
     Args:
         x: [..., k].
@@ -81,7 +81,7 @@ def steady(x: Tensor, w: Tensor) -> Tensor:
 
 
 def steady_each(x: Tensor, w: Tensor) -> Tensor:
-    """Give `steady` of each request's x [B, m, k] and w [B, n, k], [B, m, n]."""
+    """Return `steady` of each request's x [B, m, k] and w [B, n, k], [B, m, n]."""
     return torch.stack([steady(a, b) for a, b in zip(x, w, strict=True)]) if len(x) else x.detach() @ w.detach().mT
 
 

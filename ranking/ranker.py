@@ -53,15 +53,15 @@ class Ranker(Protocol[S]):
         ...
 
     def encode(self, history: History) -> S:
-        """Give the user side of B histories; every tensor in it has B as its first dimension."""
+        """Return the user side of B histories; every tensor in it has B as its first dimension."""
         ...
 
     def score(self, state: S, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C], `NEGATIVE` at padding; a score never depends on the other candidates."""
+        """Return logits float32 [B, C], `NEGATIVE` at padding; a score never depends on the other candidates."""
         ...
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give the training loss of a batch; all randomness comes from `generator`."""
+        """Return the training loss of a batch; all randomness comes from `generator`."""
         ...
 
 
@@ -69,11 +69,11 @@ class Retriever(Protocol):
     """A model whose score is an inner product, so that an index can find the best of all items."""
 
     def user_vectors(self, history: History) -> Tensor:
-        """Give float32 [B, D]."""
+        """Return float32 [B, D]."""
         ...
 
     def item_vectors(self) -> Tensor:
-        """Give float32 [V, D]; rows that must never be retrieved are zero."""
+        """Return float32 [V, D]; rows that must never be retrieved are zero."""
         ...
 
 

@@ -40,7 +40,7 @@ class _Search:
     scores: NDArray[np.float32]
 
     def recall(self) -> float | None:
-        """Give the share of the exact best that was found; None if nothing could be."""
+        """Return the share of the exact best that was found; None if nothing could be."""
         best = self.index.exact(self.vector, len(self.scores), self.allowed)[1]
         return float(share_found(self.scores[None], best)[0]) if np.isfinite(best).any() else None
 

@@ -100,7 +100,7 @@ class Recommender:
     def recommend(
         self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None
     ) -> RecommendResponse:
-        """Give the k best items for a user or an inline history; with a query, of what was found for it.
+        """Return the k best items for a user or an inline history; with a query, of what was found for it.
 
         Args:
             request: what is asked.
@@ -157,7 +157,7 @@ class Recommender:
         return response.model_copy(update={"timings": clock.seconds()})
 
     def trace(self, request: RecommendRequest, now: int) -> Found:
-        """Give the search behind an answer to a request without a query, for whoever measures the stages.
+        """Return the search behind an answer to a request without a query, for whoever measures the stages.
 
         `recommend` answers from the very same search.
         """
@@ -185,7 +185,7 @@ class Recommender:
         return [(user.known, found[place]) for place, user in enumerate(users)]
 
     def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
-        """Give the scores of items in the order of the request, and the ranked list.
+        """Return the scores of items in the order of the request, and the ranked list.
 
         An item the bundle does not know has no score and is listed in `unknown_item_ids`; an item asked twice is
         scored twice and listed once. Where nothing is known of the user, scores are log(1 + training events).
@@ -235,17 +235,17 @@ class Recommender:
         )
 
     def told(self, scores: NDArray[np.float32], known: bool) -> NDArray[np.float32]:
-        """Give the scores of `trace_many` as an answer tells them: of a known user calibrated, if the bundle is."""
+        """Return the scores of `trace_many` as an answer tells them: of a known user calibrated, if the bundle is."""
         return _told(scores, self.bundle.calibration if known else None)
 
     def _calibration(self, encoded: Encoded | None, ladder: Ladder) -> Calibration | None:
-        """Give what makes scores probabilities, where they are the ranker's own."""
+        """Return what makes scores probabilities, where they are the ranker's own."""
         return None if encoded is None or "rank" in ladder.degraded else self.bundle.calibration
 
     def _ranked(
         self, user: User, encoded: Encoded | None, rows: NDArray[np.int32], ladder: Ladder
     ) -> NDArray[np.float32]:
-        """Give the ranker's scores, else the retriever's, else log(1 + training events)."""
+        """Return the ranker's scores, else the retriever's, else log(1 + training events)."""
         if encoded is None:
             return self._scorer.score(None, rows)
         scores = ladder.attempt("rank", lambda: self._scorer.score(encoded, rows), None)
@@ -301,5 +301,5 @@ class Recommender:
 
 
 def _told(scores: NDArray[np.float32], calibration: Calibration | None) -> NDArray[np.float32]:
-    """Give the scores as an answer tells them; what is ordered is ordered before."""
+    """Return the scores as an answer tells them; what is ordered is ordered before."""
     return scores if calibration is None else calibration.of(scores).astype(np.float32)

@@ -22,7 +22,7 @@ LEAST = 2
 def affordable_depth(
     part: SearchPart, config: SearchConfig, clock: Callable[[], float] = time.perf_counter, rounds: int = ROUNDS
 ) -> int:
-    """Give `config.rerank`, or fewer passages if a reranker would not read so many in `SHARE` of the search's budget.
+    """Return `config.rerank`, or fewer passages if a reranker would not read so many in `SHARE` of the search's budget.
 
     Args:
         part: of the bundle.

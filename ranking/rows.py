@@ -18,7 +18,7 @@ from ranking.workspace import empty
 
 
 def sum_by_row(row: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the distinct rows int64 [U], ascending, and the sum of the values of each, [U, D].
+    """Return the distinct rows int64 [U], ascending, and the sum of the values of each, [U, D].
 
     Args:
         row: int32 or int64 [N], not negative, below 2^31; rows may repeat.
@@ -32,7 +32,7 @@ def sum_by_row(row: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_all_by_row(rows: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Give what `sum_by_row` gives of several lists of rows together, without row 0."""
+    """Return what `sum_by_row` gives of several lists of rows together, without row 0."""
     parts = [_sorted(row) for row in rows]
     distinct = np.sort(np.concatenate([found for found, _ in parts]))
     distinct = distinct[np.flatnonzero(np.diff(distinct, prepend=PAD))]
@@ -48,7 +48,7 @@ def sum_all_by_row(rows: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Te
 
 
 def _sorted(row: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Give the rows in ascending order, repeats kept, and where each stood."""
+    """Return the rows in ascending order, repeats kept, and where each stood."""
     keys = row.numpy().astype(np.int64) << 32
     keys |= np.arange(len(keys))
     keys.sort()
@@ -56,7 +56,7 @@ def _sorted(row: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
 
 
 def _bags(found: NDArray[np.int64], order: NDArray[np.int32], value: Tensor, distinct: NDArray[np.int64]) -> Tensor:
-    """Give the sum of the values [N, D] of each of the distinct rows [U], 0 where a row was not found, [U, D]."""
+    """Return the sum of the values [N, D] of each of the distinct rows [U], 0 where a row was not found, [U, D]."""
     if not len(distinct) or not len(found):
         return value.new_zeros(len(distinct), value.shape[1])
     start = np.searchsorted(found, distinct).astype(np.int32)
@@ -65,7 +65,7 @@ def _bags(found: NDArray[np.int64], order: NDArray[np.int32], value: Tensor, dis
 
 
 def summed(gradient: Tensor) -> Tensor:
-    """Give a sparse gradient [V, D] with every row listed once, ascending."""
+    """Return a sparse gradient [V, D] with every row listed once, ascending."""
     if gradient.is_coalesced():
         return gradient
     row, value = gradient._indices()[0], gradient._values()
@@ -86,7 +86,7 @@ def put(table: Tensor, row: Tensor, value: Tensor) -> None:
 
 
 def fetch(table: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Give table[row], [..., D], for each tensor of rows; the gradient is sparse, every row once, none for padding.
+    """Return table[row], [..., D], for each tensor of rows; the gradient is sparse, every row once, none for padding.
 
     Args:
         table: [V, D] on the CPU.

@@ -49,7 +49,7 @@ class Rules:
         return len(self._caps)
 
     def select(self, rows: NDArray[np.int32], k: int) -> Selection:
-        """Give up to k of the rows int32 [C], which stand best first."""
+        """Return up to k of the rows int32 [C], which stand best first."""
         if not self._caps:
             return Selection(np.arange(min(k, len(rows))), {}, [])
         codes = zip(*(values.of(rows) for values in self._values), strict=True)

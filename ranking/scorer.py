@@ -52,14 +52,14 @@ class Scorer:
         self._item_vectors: NDArray[np.float32] | None = None
 
     def encode(self, user: User, ladder: Ladder) -> Encoded:
-        """Give the ranker's state and, if there is a retriever, its vector."""
+        """Return the ranker's state and, if there is a retriever, its vector."""
         with torch.inference_mode():
             request, state = self._encode(user, ladder)
             vector = ladder.attempt("retrieval", lambda: self._vectors([user], state), None)
         return Encoded(request, state, vector)
 
     def encode_many(self, users: Sequence[User]) -> EncodedMany:
-        """Give what `encode` gives, for several users in one padded batch; best for histories of about one length."""
+        """Return what `encode` gives, for several users in one padded batch; best for histories of about one length."""
         at = torch.tensor([user.at for user in users], device=self._bundle.device)
         with torch.inference_mode():
             state = self._bundle.ranker.encode(self._assemble(users, self._bundle.ranker.window).history)
@@ -67,13 +67,13 @@ class Scorer:
         return EncodedMany(Request(at), state, vectors)
 
     def encode_ranker(self, user: User, ladder: Ladder) -> Encoded:
-        """Give the ranker's state alone."""
+        """Return the ranker's state alone."""
         with torch.inference_mode():
             request, state = self._encode(user, ladder)
         return Encoded(request, state, None)
 
     def by_retriever(self, user: User, rows: NDArray[np.int32]) -> NDArray[np.float32] | None:
-        """Give the retriever's inner products with rows int32 [C], float32 [C]; None without a retriever.
+        """Return the retriever's inner products with rows int32 [C], float32 [C]; None without a retriever.
 
         For when the ranker is out: the item vectors are computed at the first call, which costs their size in memory.
         """
@@ -88,7 +88,7 @@ class Scorer:
         return products
 
     def score(self, encoded: Encoded | None, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Give the ranker's scores of rows int32 [C], float32 [C]; none depends on the other candidates.
+        """Return the ranker's scores of rows int32 [C], float32 [C]; none depends on the other candidates.
 
         Where nothing is known of a user, which is None here, a score is log(1 + training events).
         """
@@ -104,7 +104,7 @@ class Scorer:
             return scores
 
     def score_many(self, encoded: EncodedMany, rows: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
-        """Give what `score` gives for each user's rows, computed in one padded batch.
+        """Return what `score` gives for each user's rows, computed in one padded batch.
 
         A sum over more numbers may be rounded otherwise: a score may differ in its last float32 digit.
         """
@@ -147,7 +147,7 @@ class Scorer:
         return found
 
     def _assemble(self, users: Sequence[User], window: int | None) -> Batch:
-        """Give the histories of users as a batch without candidates."""
+        """Return the histories of users as a batch without candidates."""
         events = users[0].events if len(users) == 1 else Events.packed([user.events for user in users])
         ends = np.cumsum([len(user.events) for user in users])
         batch = assemble(

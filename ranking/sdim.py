@@ -123,7 +123,7 @@ class SdimState(NamedTuple):
     log: Tensor  # int32 [B, T] item rows of the window, newest last, left-padded with 0: the truth behind the table
 
     def recent_only(self) -> "SdimState":
-        """Give the state without its table: `long` is 0, the newest events remain."""
+        """Return the state without its table: `long` is 0, the newest events remain."""
         return self._replace(table=torch.zeros_like(self.table), size=torch.zeros_like(self.size))
 
 
@@ -159,7 +159,7 @@ class Sdim(nn.Module):
         return 1 << self.config.bits
 
     def encode(self, history: History) -> SdimState:
-        """Give the exact table of the newest events.
+        """Return the exact table of the newest events.
 
         Raises:
             DataError: embeddings so large that the sums could overflow.
@@ -169,7 +169,7 @@ class Sdim(nn.Module):
         return self._state(history.padded(self.config.window).item)
 
     def score(self, state: SdimState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C (G 2^tau D + M D hidden)), whatever the length of the history."""
+        """Return logits float32 [B, C]; cost O(C (G 2^tau D + M D hidden)), whatever the length of the history."""
         row_of = self.items.embedding_row
         item = candidates.item
         code = self._codes(item)  # [B, C, G]
@@ -185,7 +185,7 @@ class Sdim(nn.Module):
         return score_real(self.head, torch.cat(features, 1), candidates.mask)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
-        """Give each event's weight in `long`, beside its chance of a collision, which the hashes estimate."""
+        """Return each event's weight in `long`, beside its chance of a collision, which the hashes estimate."""
         state, row_of = self.encode(history), self.items.embedding_row
         s, q = (self.fields.semantic(item, row_of).double() for item in (state.log, candidates.item))
         summed = state.log != PAD
@@ -199,7 +199,7 @@ class Sdim(nn.Module):
         return Attention(weight, chance, self._events(state.log, row_of).double())
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give binary cross-entropy over the real candidates; items are hashed anew, as their vectors move."""
+        """Return binary cross-entropy over the real candidates; items are hashed anew, as their vectors move."""
         config = self.config
         row_of = hide_items(self.items, config.unknown_rate, generator)
         padded = batch.history.padded(config.window)
@@ -215,7 +215,7 @@ class Sdim(nn.Module):
         return Loss(main, {"main": main.detach()})
 
     def append(self, state: SdimState, item: Tensor, time: Tensor) -> SdimState:
-        """Give the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.
+        """Return the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.
 
         Equal bit for bit to encoding the longer history; cost O(G D), and one copy of the state.
         """
@@ -225,7 +225,7 @@ class Sdim(nn.Module):
         return self.merge(state, self._state(item[:, None]))
 
     def _rolled(self, state: SdimState, item: Tensor) -> SdimState:
-        """Give the state of full windows after one more item each: it joins its buckets, the oldest leaves its own."""
+        """Return the state of full windows after one more item each: it joins its buckets, the oldest leaves."""
         moved = torch.stack([item, state.log[:, 0]], 1)  # [B, 2]
         sign = torch.tensor([1, -1], dtype=torch.int32, device=item.device)[:, None]
         each = (self._fixed(moved).int() * sign).repeat_interleave(self.config.groups, 1)  # [B, 2 G, D]
@@ -238,7 +238,7 @@ class Sdim(nn.Module):
         return SdimState(table.view_as(state.table), size.view_as(state.size), log)
 
     def evict(self, state: SdimState, item: Tensor) -> SdimState:
-        """Give the state without the oldest event of one item per request (int32 [B], 0 = none).
+        """Return the state without the oldest event of one item per request (int32 [B], 0 = none).
 
         Raises:
             DataError: an item is not in the window of its request.
@@ -259,7 +259,7 @@ class Sdim(nn.Module):
         return SdimState(state.table - gone.table, state.size - gone.size, log)
 
     def merge(self, older: SdimState, newer: SdimState) -> SdimState:
-        """Give the state of histories that follow each other, request by request; the window cuts off the oldest."""
+        """Return the state of histories that follow each other, request by request; the window cuts off the oldest."""
         log = left_padded(torch.cat([older.log, newer.log], 1))
         table, count = older.table + newer.table, older.size + newer.size
         if not self.config.long_includes_short:  # the newest of `older` that are pushed out by those of `newer`
@@ -299,7 +299,7 @@ class Sdim(nn.Module):
             )
 
     def item_signatures(self) -> Tensor:
-        """Give every item's bucket in every group, uint8 [V, G]; computed once per version of the weights."""
+        """Return every item's bucket in every group, uint8 [V, G]; computed once per version of the weights."""
         tensors = [*self.fields.parameters(), self.planes]
         versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         known = self._hashed
@@ -311,7 +311,7 @@ class Sdim(nn.Module):
         return known[1]
 
     def _codes(self, item: Tensor) -> Tensor:
-        """Give the buckets of item rows [B, N] in every group, uint8 [B, N, G]."""
+        """Return the buckets of item rows [B, N] in every group, uint8 [B, N, G]."""
         return self.item_signatures().index_select(0, item.flatten()).view(*item.shape, self.config.groups)
 
     def _hash_items(self) -> Tensor:
@@ -327,7 +327,7 @@ class Sdim(nn.Module):
         return super().train(mode)
 
     def _state(self, log: Tensor) -> SdimState:
-        """Give the state of a log of item rows int32 [B, T], left-padded."""
+        """Return the state of a log of item rows int32 [B, T], left-padded."""
         summed = log if self.config.long_includes_short else log[:, : -self.config.recent]
         if not summed.shape[1]:
             summed = torch.zeros_like(log[:, :1])
@@ -346,28 +346,28 @@ class Sdim(nn.Module):
         return SdimState(first * low + second, count.int(), log)
 
     def _fixed(self, item: Tensor) -> Tensor:
-        """Give the vectors of item rows [B, T] in steps of the grid: whole numbers, exact in float32 too."""
+        """Return the vectors of item rows [B, T] in steps of the grid: whole numbers, exact in float32 too."""
         return (self._events(item, self.items.embedding_row).detach() / GRID).round()
 
     def _events(self, item: Tensor, row_of: Tensor) -> Tensor:
-        """Give the vectors of item rows [B, T], exactly zero at padding."""
+        """Return the vectors of item rows [B, T], exactly zero at padding."""
         s, padding = self.fields.semantic(item, row_of), item == PAD
         return s.masked_fill(padding.unsqueeze(-1), 0.0) if bool(padding.any()) else s
 
     def _features(self, q: Tensor, long: Tensor, s: Tensor, mask: Tensor) -> Tensor:
-        """Give what the head sees of candidates q [B, C, D], given the newest events s [B, M, D]."""
+        """Return what the head sees of candidates q [B, C, D], given the newest events s [B, M, D]."""
         weight = self.attention(q, s).masked_fill(~mask[:, None, :], 0.0)  # [B, C, M]
         short = weight @ s if self.training else (weight.double() @ s.double()).to(q.dtype)
         return torch.cat([q, long, q * long, short, q * short], -1)
 
     def _signatures(self, x: Tensor) -> Tensor:
-        """Give the buckets uint8 [..., G] of item vectors [..., D], in the type of x."""
+        """Return the buckets uint8 [..., G] of item vectors [..., D], in the type of x."""
         if self.config.center:
             x = x - self._mean().to(x.dtype)
         return signatures(x, self.planes.to(x.dtype))
 
     def _mean(self) -> Tensor:
-        """Give the mean vector of all known items, float64 [D]."""
+        """Return the mean vector of all known items, float64 [D]."""
         known = slice(FIRST_ITEM, None)
         parts = []
         if self.fields.item is not None:
@@ -394,5 +394,5 @@ class Sdim(nn.Module):
 
 
 def _ages(log: Tensor) -> Tensor:
-    """Give how far back each slot of [B, T] lies, int64 [T], newest = 1."""
+    """Return how far back each slot of [B, T] lies, int64 [T], newest = 1."""
     return torch.arange(log.shape[1], 0, -1, device=log.device)

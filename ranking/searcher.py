@@ -123,16 +123,16 @@ class Searched:
         return replace(self, degraded=(*self.degraded, stage))
 
     def items(self, allowed: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Give candidate items int32 [C], best passage first, and int64 [C] the place of each one's passage."""
+        """Return candidate items int32 [C], best passage first, and int64 [C] the place of each one's passage."""
         return self.part.passages.items_of(self.rows, self.config.items_per_passage, allowed)
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the items of the found passages, whatever the limit: all of them are ranked together."""
+        """Return the items of the found passages, whatever the limit: all of them are ranked together."""
         rows, places = self.items(query.allowed)
         return Proposal(rows, (1.0 / (RRF_K + 1 + places)).astype(np.float32))
 
     def blended(self, rows: NDArray[np.int32], scores: NDArray[np.float32], known: bool) -> NDArray[np.float32]:
-        """Give float32 [C] the blend of search and ranker for items of `items`.
+        """Return float32 [C] the blend of search and ranker for items of `items`.
 
         Args:
             rows: int32 [C].
@@ -222,7 +222,7 @@ class Searcher:
     def search(
         self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool | None = None
     ) -> Searched:
-        """Give the passages found for a query, best first.
+        """Return the passages found for a query, best first.
 
         Args:
             query: the text.

@@ -87,11 +87,11 @@ class SimHard(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> SimHardState:
-        """Give the newest events embedded and ordered by category, once for all candidates."""
+        """Return the newest events embedded and ordered by category, once for all candidates."""
         return self._encode(history, self.items.embedding_row)
 
     def score(self, state: SimHardState, request: Request, candidates: Candidates) -> Tensor:
-        """Give logits float32 [B, C]; cost O(C K D), by chunks of C."""
+        """Return logits float32 [B, C]; cost O(C K D), by chunks of C."""
         v = self.fields.candidate(candidates.item, self.items.embedding_row).double()  # [B, C, D], see `layers`
         state = state._replace(event=state.event.double())
         category = take(self.items.column(self.config.category), candidates.item)
@@ -101,7 +101,7 @@ class SimHard(nn.Module):
         return score_real(self.head, interaction(v, h), candidates.mask)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Give binary cross-entropy over the real candidates."""
+        """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         v = self.fields.candidate(batch.candidates.item, row_of)
         category = take(self.items.column(self.config.category), batch.candidates.item)
@@ -111,7 +111,7 @@ class SimHard(nn.Module):
         return Loss(main, {"main": main.detach()})
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
-        """Give the weights of the found events, beside softmax attention over all of the window, any category."""
+        """Return the weights of the found events, beside softmax attention over all of the window, any category."""
         row_of, padded = self.items.embedding_row, history.padded(self.config.window)
         v = self.fields.candidate(candidates.item, row_of).double()
         event = self.fields.history(padded, positions(padded, self.config.pos_mode), row_of).double()
@@ -123,7 +123,7 @@ class SimHard(nn.Module):
         return of_found(v @ event.mT / math.sqrt(v.shape[-1]), padded.mask, index, found, event)
 
     def _by_category(self, padded: Padded) -> tuple[Tensor, Tensor]:
-        """Give the categories of the events [B, T], ascending, and the slots they came from."""
+        """Return the categories of the events [B, T], ascending, and the slots they came from."""
         found = take(self.items.column(self.config.category), padded.item).sort(dim=1, stable=True)
         return found.values, found.indices
 
@@ -135,7 +135,7 @@ class SimHard(nn.Module):
         return SimHardState(category, self.fields.history(sorted_, position.gather(1, order), row_of))
 
     def _pool(self, state: SimHardState, v: Tensor, category: Tensor) -> Tensor:
-        """Give h [B, C, D] for candidates [B, C, D] and their categories int32 [B, C]."""
+        """Return h [B, C, D] for candidates [B, C, D] and their categories int32 [B, C]."""
         index, found = newest_of(state.category, category, self.config.retrieved)
         return attend(v, state.event, index, found)
 

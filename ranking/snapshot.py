@@ -106,7 +106,7 @@ class SnapshotReader:
         return len(self._ids)
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's history, oldest first, as views; None if the user is unknown."""
+        """Return the user's history, oldest first, as views; None if the user is unknown."""
         wanted = user_id.encode()
         key = np.uint64(_hash(wanted))
         at = int(self._hash.searchsorted(key))
@@ -122,7 +122,7 @@ class SnapshotReader:
         return self._marks.get(log, LogMark(log))
 
     def users(self, limit: int) -> list[str]:
-        """Give the ids of the first `limit` users."""
+        """Return the ids of the first `limit` users."""
         return [self._ids[row] for row in range(min(limit, len(self._ids)))]
 
 

@@ -35,7 +35,7 @@ TILE_ROWS = 1024
 
 
 def log_partition(query: Tensor, table: Tensor, pad_class: bool = False) -> Tensor:
-    """Give log sum_j exp(query_r . table_j), [R].
+    """Return log sum_j exp(query_r . table_j), [R].
 
     Cost: [R, N] logits are kept for the backward pass, and several copies live in it. The plain form, for small
     catalogues and as the reference of `chunked_log_partition`.
@@ -47,7 +47,7 @@ def log_partition(query: Tensor, table: Tensor, pad_class: bool = False) -> Tens
 
 
 def chunked_log_partition(query: Tensor, table: Tensor, weight: Tensor, pad_class: bool = False) -> Tensor:
-    """Give sum_r weight_r log sum_j exp(query_r . table_j), a scalar, exact, in memory that does not grow with R N.
+    """Return sum_r weight_r log sum_j exp(query_r . table_j), a scalar, exact, in memory that does not grow with R N.
 
     Args:
         query: [R, D].
@@ -104,7 +104,7 @@ def _calm(query: Tensor, table: Tensor) -> bool:
 def _by_rows(
     query: Tensor, table: Tensor, weight: Tensor, pad_class: bool, rows: int, wanted: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Give the sum and both gradients, some rows against all classes at a time: three products."""
+    """Return the sum and both gradients, some rows against all classes at a time: three products."""
     grad_query, grad_table, total = torch.empty_like(query), torch.zeros_like(table), query.new_zeros(())
     columns, calm = table.T.contiguous(), _calm(query, table)  # [D, N]
     for start in range(0, len(query), rows):
@@ -128,7 +128,7 @@ def _by_rows(
 def _by_tiles(
     query: Tensor, table: Tensor, weight: Tensor, pad_class: bool, wanted: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Give the same, some rows against some classes at a time, twice: four products.
+    """Return the same, some rows against some classes at a time, twice: four products.
 
     Of a large table few rows' logits fit in cache, and adding their share to the gradient of the whole table would cost
     more than the products.
@@ -151,7 +151,7 @@ def _by_tiles(
 
 
 def _partition(part: Tensor, table: Tensor, pad_class: bool, tile: int) -> Tensor:
-    """Give log2 sum_j 2^(part_r . table_j), [r], some classes at a time."""
+    """Return log2 sum_j 2^(part_r . table_j), [r], some classes at a time."""
     calm = _calm(part / LOG2E, table)
     largest = part.new_full((len(part),), 0.0 if pad_class or calm else -torch.inf)
     total = torch.full_like(largest, float(pad_class))
@@ -172,14 +172,14 @@ class Proposal:
 
     @staticmethod
     def mixed(count: Tensor) -> "Proposal":
-        """Give half uniform, half proportional to the training counts [N] (all uniform if there are none)."""
+        """Return half uniform, half proportional to the training counts [N] (all uniform if there are none)."""
         count = count.double()
         uniform = torch.full_like(count, 1 / len(count))
         total = count.sum()
         return Proposal(torch.where(total > 0, 0.5 * uniform + 0.5 * count / total.clamp(min=1), uniform))
 
     def draw(self, negatives: int, generator: torch.Generator) -> Tensor:
-        """Give classes drawn with replacement, int64 [M]; unlike torch.multinomial it has no limit of 2^24 classes."""
+        """Return classes drawn with replacement, int64 [M], of any number of classes (torch.multinomial: 2^24)."""
         cumulative = self.probability.cumsum(0)
         uniform = torch.rand(negatives, dtype=torch.float64, generator=generator, device=generator.device)
         place = uniform.to(cumulative.device) * cumulative[-1]
@@ -203,7 +203,7 @@ def sampled_log_partition(
     pad_class: bool = False,
     corrected: bool = True,
 ) -> Tensor:
-    """Give an estimate of log sum_j exp(query_r . table_j) from shared draws, [R].
+    """Return an estimate of log sum_j exp(query_r . table_j) from shared draws, [R].
 
     A row's positives Y enter exactly. Draws that hit Y are removed; the m' left are draws from Q'_j = Q_j / (1 - Q(Y)),
     so each counts exp(s_j) / (m' Q'_j): the logQ correction, by which the estimate of the partition (not of its

@@ -52,7 +52,7 @@ class Proposal(NamedTuple):
 
     @staticmethod
     def none() -> "Proposal":
-        """Give the empty proposal."""
+        """Return the empty proposal."""
         return Proposal(np.empty(0, np.int32), np.empty(0, np.float32))
 
 
@@ -65,7 +65,7 @@ class Source(Protocol):
         ...
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give up to `limit` of the allowed rows."""
+        """Return up to `limit` of the allowed rows."""
         ...
 
 
@@ -79,13 +79,13 @@ class Retrieval:
         self._watch = watch
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the nearest rows by inner product; none without a vector."""
+        """Return the nearest rows by inner product; none without a vector."""
         if query.vector is None:
             return Proposal.none()
         return self.propose_many([query], [limit])[0]
 
     def propose_many(self, queries: Sequence[SourceQuery], limits: Sequence[int]) -> list[Proposal]:
-        """Give what `propose` gives for each query; those with the same mask and limit are searched for at once."""
+        """Return what `propose` gives for each query; those with the same mask and limit are searched for at once."""
         found = [Proposal.none()] * len(queries)
         alike: dict[tuple[int, int], list[int]] = {}
         for place, (query, limit) in enumerate(zip(queries, limits, strict=True)):
@@ -116,7 +116,7 @@ class NewItems:
         self._content = content
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the new rows of the largest lift, ties by ascending row; none for a history of unknown items."""
+        """Return the new rows of the largest lift, ties by ascending row; none for a history of unknown items."""
         if not (query.rows >= FIRST_ITEM).any():
             return Proposal.none()
         rows, distance = self._content.row, -self._content.lift(query.rows)  # [n]
@@ -139,7 +139,7 @@ class Repeats:
         self._rate = -np.log(2.0) / (half_life_days * DAY)
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the user's items, those bought often and lately first."""
+        """Return the user's items, those bought often and lately first."""
         rows, inverse = np.unique(query.rows, return_inverse=True)
         return _best(rows, inverse, np.exp(self._rate * (query.at - query.time)), limit, query.allowed)
 
@@ -163,7 +163,7 @@ class Followers:
         )
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the rows most likely to follow."""
+        """Return the rows most likely to follow."""
         newest_first = query.rows[::-1]
         _, first = np.unique(newest_first, return_index=True)
         recent = newest_first[np.sort(first)[: self._recent]]
@@ -188,7 +188,7 @@ class Popularity:
         self._order = order[items.trained.cpu().numpy()[order]]
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the most frequent rows."""
+        """Return the most frequent rows."""
         return _first_allowed(self._order, self._count, query, limit)
 
 
@@ -203,7 +203,7 @@ class Catalogue:
         self._order = order[order >= FIRST_ITEM]
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Give the first allowed rows, however deep they lie."""
+        """Return the first allowed rows, however deep they lie."""
         return _first_allowed(self._order, self._count, query, limit)
 
 
@@ -225,11 +225,11 @@ class Pool:
         return len(self.rows)
 
     def take(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> "Pool":
-        """Give some of the candidates, by a mask or by their places."""
+        """Return some of the candidates, by a mask or by their places."""
         return Pool(self.rows[keep], self.rank[:, keep], self.value[:, keep])
 
     def joined(self, other: "Pool") -> "Pool":
-        """Give the candidates of both, which share no row and come from the same sources."""
+        """Return the candidates of both, which share no row and come from the same sources."""
         return Pool(
             np.concatenate([self.rows, other.rows]),
             np.concatenate([self.rank, other.rank], axis=1),
@@ -238,7 +238,7 @@ class Pool:
 
 
 def merge(proposals: Sequence[Proposal]) -> Pool:
-    """Give the union of several proposals, rows ascending."""
+    """Return the union of several proposals, rows ascending."""
     everything = np.concatenate([*(proposal.rows for proposal in proposals), np.empty(0, np.int32)])
     rows, inverse = np.unique(everything, return_inverse=True)
     rank = np.zeros((len(proposals), len(rows)), np.int32)
@@ -253,7 +253,7 @@ def merge(proposals: Sequence[Proposal]) -> Pool:
 
 
 def _first_allowed(order: NDArray[np.int32], count: NDArray[np.int64], query: SourceQuery, limit: int) -> Proposal:
-    """Give the first `limit` allowed rows of an order."""
+    """Return the first `limit` allowed rows of an order."""
     head = order[: limit + query.blocked]
     if query.allowed is not None:
         head = head[query.allowed[head]]
@@ -267,7 +267,7 @@ def _best(
     limit: int,
     allowed: NDArray[np.bool_] | None,
 ) -> Proposal:
-    """Give the known and allowed rows of the largest summed weight, ties by ascending row.
+    """Return the known and allowed rows of the largest summed weight, ties by ascending row.
 
     Args:
         rows: distinct rows, ascending.

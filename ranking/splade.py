@@ -38,7 +38,7 @@ class Splade:
         return Splade(load_transformer(backbone, "mlm").to(device), TextTokenizer.of(backbone))
 
     def encode(self, texts: Sequence[str], report: Report | None = None) -> Any:
-        """Give a float32 scipy CSR matrix [N, V]."""
+        """Return a float32 scipy CSR matrix [N, V]."""
         rows = self.tokenizer.encode(texts, self.max_len)
         width = len(self.tokenizer)
         parts, order, done = [], [], 0

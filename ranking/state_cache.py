@@ -35,7 +35,7 @@ class Appends(Protocol):
     """A ranker whose state can take one more event."""
 
     def append(self, state: Any, item: Tensor, time: Tensor) -> Any:
-        """Give the state after one more event per request: item rows int32 [B], times int64 [B]."""
+        """Return the state after one more event per request: item rows int32 [B], times int64 [B]."""
         ...
 
 
@@ -44,7 +44,7 @@ class Evicts(Protocol):
     """A ranker whose state can lose an event."""
 
     def evict(self, state: Any, item: Tensor) -> Any:
-        """Give the state without the oldest event of one item per request, int32 [B]."""
+        """Return the state without the oldest event of one item per request, int32 [B]."""
         ...
 
 
@@ -90,7 +90,7 @@ class StateCache:
         self._entries: OrderedDict[tuple[str, str], tuple[Entry, float]] = OrderedDict()
 
     def get(self, user_id: str, model: str) -> Entry | None:
-        """Give an entry, None if there is none that was used within the time to live."""
+        """Return an entry, None if there is none that was used within the time to live."""
         with self._lock:
             now = self._clock()
             self._expire(now)
@@ -152,7 +152,7 @@ class Vectors:
         self._model = model_digest(bundle, "retriever")
 
     def of(self, user: User, encode: Callable[[], Tensor]) -> Tensor:
-        """Give the vector of a user, float32 [1, D], equal bit for bit to what `encode` gives."""
+        """Return the vector of a user, float32 [1, D], equal bit for bit to what `encode` gives."""
         rows, times = _newest(user, self._window)
         if user.user_id is None:
             return encode()
@@ -180,7 +180,7 @@ class States:
         self._model = model_digest(bundle, "ranker")
 
     def of(self, user: User, encode: Callable[[], object]) -> object:
-        """Give the state of a user, equal bit for bit to what `encode` gives.
+        """Return the state of a user, equal bit for bit to what `encode` gives.
 
         Args:
             user: the history as it was just read.
@@ -226,13 +226,13 @@ class States:
 
 
 def _newest(user: User, window: int | None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Give rows and times of a user's newest events, all of them without a window."""
+    """Return rows and times of a user's newest events, all of them without a window."""
     used = slice(-window if window is not None else None, None)
     return user.rows[used], user.events.time[used]
 
 
 def model_digest(bundle: Bundle, role: Role) -> str:
-    """Give what a state depends on besides the history: a model with its settings and weights, and the items."""
+    """Return what a state depends on besides the history: a model with its settings and weights, and the items."""
     manifest = bundle.manifest
     entry = manifest.models[role]
     files = [manifest.files[name].sha256 for name in (entry.weights, "items.safetensors")]
@@ -242,7 +242,7 @@ def model_digest(bundle: Bundle, role: Role) -> str:
 def _steps(
     entry: Entry, rows: NDArray[np.int32], times: NDArray[np.int64], window: int | None, evicts: bool
 ) -> tuple[int, int] | None:
-    """Give how many events to evict, and then to append, to come from an entry's events to these; None for no way.
+    """Return how many events to evict, and then to append, to come from an entry's events to these; None for no way.
 
     An append to a full window drops the oldest event by itself.
     """
@@ -269,7 +269,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _owned(state: Any) -> Any:
-    """Give a state whose tensors hold no more memory than their own numbers."""
+    """Return a state whose tensors hold no more memory than their own numbers."""
     if isinstance(state, Tensor):
         return state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
     if isinstance(state, tuple):

@@ -31,7 +31,7 @@ class StringTable:
         return (data[start:end].decode() for start, end in itertools.pairwise(ends))
 
     def raw(self, index: int) -> bytes:
-        """Give the UTF-8 bytes of one string."""
+        """Return the UTF-8 bytes of one string."""
         return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
     @staticmethod
@@ -43,7 +43,7 @@ class StringTable:
         return StringTable(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Give the two arrays as tensors `<name>.data` and `<name>.offsets`, ready for a safetensors file."""
+        """Return the two arrays as tensors `<name>.data` and `<name>.offsets`, ready for a safetensors file."""
         return {
             f"{name}.data": torch.from_numpy(self.data.copy()),
             f"{name}.offsets": torch.from_numpy(np.ascontiguousarray(self.offsets)),

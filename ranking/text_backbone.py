@@ -47,7 +47,7 @@ Ids = NDArray[np.int64]
 
 
 def locate(source: str) -> str:
-    """Give the directory of a backbone, or the Hugging Face name it is.
+    """Return the directory of a backbone, or the Hugging Face name it is.
 
     Raises:
         ConfigError: an alias whose package is not installed.
@@ -109,7 +109,7 @@ def build_transformer(architecture: dict[str, Any], head: str = "none") -> nn.Mo
 
 
 def architecture_of(model: nn.Module) -> dict[str, Any]:
-    """Give what `build_transformer` needs, as JSON values."""
+    """Return what `build_transformer` needs, as JSON values."""
     config: Any = model.config
     table: dict[str, Any] = config.to_diff_dict()
     return {**table, "model_type": config.model_type}
@@ -156,26 +156,26 @@ class TextTokenizer:
         return int(self.tokenizer.get_vocab_size())
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Give the ids of each text without special tokens."""
+        """Return the ids of each text without special tokens."""
         found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in found]
 
     def room(self, max_len: int) -> int:
-        """Give how many of `max_len` tokens are left beside the special ones."""
+        """Return how many of `max_len` tokens are left beside the special ones."""
         return max(max_len - len(self.prefix) - len(self.suffix), 0)
 
     def truncated(self, texts: Sequence[str], max_len: int) -> NDArray[np.bool_]:
-        """Tell bool [N] which texts `encode` cuts."""
+        """Return bool [N]: which texts `encode` cuts."""
         room = self.room(max_len)
         return np.array([len(ids) > room for ids in self.pieces(texts)], bool)
 
     def encode(self, texts: Sequence[str], max_len: int) -> list[list[int]]:
-        """Give the ids of each text with special tokens, at most `max_len` of them."""
+        """Return the ids of each text with special tokens, at most `max_len` of them."""
         room = self.room(max_len)
         return [[*self.prefix, *ids[:room], *self.suffix] for ids in self.pieces(texts)]
 
     def special(self, *names: str) -> list[int]:
-        """Give the ids of those of the named special tokens that this vocabulary has."""
+        """Return the ids of those of the named special tokens that this vocabulary has."""
         ids = [self.tokenizer.token_to_id(name) for name in names]
         return [id_ for id_ in ids if id_ is not None]
 
@@ -185,7 +185,7 @@ class TextTokenizer:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Give ids int64 [N, L] and mask int64 [N, L], padded on the right to the longest row (at least one token)."""
+    """Return ids int64 [N, L] and mask int64 [N, L], padded on the right to the longest row (at least one token)."""
     length = max((len(row) for row in rows), default=1) or 1
     ids = np.full((len(rows), length), pad, np.int64)
     mask = np.zeros((len(rows), length), np.int64)
@@ -236,19 +236,19 @@ def in_passes(
 
 
 def within(config: Options, transformer: nn.Module) -> Options:
-    """Give a model's options with no length above the positions that its backbone has vectors for."""
+    """Return a model's options with no length above the positions that its backbone has vectors for."""
     most = getattr(transformer.config, "max_position_embeddings", None)
     lengths = {name: getattr(config, name, 0) for name in ("max_query_len", "max_passage_len", "max_len")}
     return dataclasses.replace(config, **{name: most for name, length in lengths.items() if most and length > most})
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Give where a module's parameters are."""
+    """Return where a module's parameters are."""
     return next(module.parameters()).device
 
 
 def digest_of(module: nn.Module, options: Any) -> str:
-    """Give 16 hexadecimal digits over options and every tensor of a module."""
+    """Return 16 hexadecimal digits over options and every tensor of a module."""
     digest = hashlib.sha256(repr(options).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -307,7 +307,7 @@ class TextModel(nn.Module):
         return digest_of(self, self.config)
 
     def transformers(self) -> dict[str, nn.Module]:
-        """Give the transformers whose architecture is written down, by their key in config.json."""
+        """Return the transformers whose architecture is written down, by their key in config.json."""
         return {"architecture": self.transformer}
 
     def save(self, directory: Path) -> None:

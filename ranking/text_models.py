@@ -40,15 +40,15 @@ class TextEncoder(Protocol):
         ...
 
     def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
+        """Return float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
         ...
 
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
+        """Return float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
         ...
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [N] of which passages only the beginning is read."""
+        """Return bool [N]: of which passages only the beginning is read."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -65,7 +65,7 @@ class TextReranker(Protocol):
         ...
 
     def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
-        """Give float32 [n], higher is better, in the order of the passages; an empty list gives an empty array.
+        """Return float32 [n], higher is better, in the order of the passages; an empty list gives an empty array.
 
         `report` is called after every micro-batch of pairs; an exception it raises ends the work there.
         """
@@ -78,7 +78,7 @@ class TextReranker(Protocol):
         ...
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Tell bool [n] which passages are longer than what the model reads of them beside this query."""
+        """Return bool [n]: which passages are longer than what the model reads of them beside this query."""
         ...
 
     def save(self, directory: Path) -> None:

@@ -18,6 +18,6 @@ def pool(hidden: Tensor, mask: Tensor, how: Literal["cls", "mean"]) -> Tensor:
 
 
 def max_pooled(logits: Tensor, mask: Tensor) -> Tensor:
-    """Give SPLADE's weights [N, V] of logits [N, L, V]; the maximum is taken first: the same, and far cheaper."""
+    """Return SPLADE's weights [N, V] of logits [N, L, V]; the maximum is taken first: the same, and far cheaper."""
     highest = logits.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)  # [N, V]
     return torch.log1p(torch.relu(highest))

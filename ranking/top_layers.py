@@ -50,7 +50,7 @@ class TopLayers:
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Give the states [N, L, d] below the top layers of ids and mask [N, L]; nothing is dropped out."""
+        """Return the states [N, L, d] below the top layers of ids and mask [N, L]; nothing is dropped out."""
         for module in (self.embeddings, *self.below):
             module.eval()
         hidden: Tensor = self.embeddings(input_ids=ids)
@@ -59,13 +59,13 @@ class TopLayers:
         return hidden
 
     def finish(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Give the last hidden states [N, L, d] of states of `read`."""
+        """Return the last hidden states [N, L, d] of states of `read`."""
         for layer in self.top:
             hidden = layer(hidden, _bias(mask, hidden))
         return hidden
 
 
 def _bias(mask: Tensor, hidden: Tensor) -> Tensor:
-    """Give what is added to attention scores, [N, 1, 1, L]: 0 at tokens, the least number there is at padding."""
+    """Return what is added to attention scores, [N, 1, 1, L]: 0 at tokens, the least number there is at padding."""
     least = torch.finfo(hidden.dtype).min
     return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(mask == 0, least)[:, None, None]

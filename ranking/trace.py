@@ -30,7 +30,7 @@ class Clock:
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Give the stages so far and their total."""
+        """Return the stages so far and their total."""
         return {**self._stages, "total": self._last - self._start}
 
 
@@ -55,12 +55,12 @@ class Found:
     rounds: int
 
     def sources_of(self, place: int) -> list[str]:
-        """Give the sources that proposed a candidate."""
+        """Return the sources that proposed a candidate."""
         return [name for name, rank in zip(self.sources, self.pool.rank[:, place].tolist(), strict=True) if rank]
 
 
 def stages_of(found: Found, place: int) -> list[StagePlace]:
-    """Give where a chosen candidate stood in every stage it came through.
+    """Return where a chosen candidate stood in every stage it came through.
 
     Args:
         found: the search.
@@ -81,7 +81,7 @@ def explain(
     filtered: Sequence[tuple[int, str]],
     item_ids: Sequence[str],
 ) -> Explanation:
-    """Give how an answer came about.
+    """Return how an answer came about.
 
     Args:
         found: the search.

@@ -57,11 +57,11 @@ class TransitionsRanker(nn.Module):
         return self.config.window
 
     def encode(self, history: History) -> Tensor:
-        """Give the distinct items of the newest basket, int32 [B, M], 0 = padding."""
+        """Return the distinct items of the newest basket, int32 [B, M], 0 = padding."""
         return newest_basket(history, self.config.window)
 
     def score(self, state: Tensor, request: Request, candidates: Candidates) -> Tensor:
-        """Give log(P + prior * share), float32 [B, C]; cost O(M C log degree)."""
+        """Return log(P + prior * share), float32 [B, C]; cost O(M C log degree)."""
         p = followed(self.items.transitions, self.total, state, candidates.item)
         count = self.items.count
         share = (take(count, candidates.item) + 1).double() / float(count.sum() + len(self.items))

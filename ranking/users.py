@@ -57,7 +57,7 @@ class Users:
     def read(
         self, user_id: str | None, inline: Sequence[InlineEvent] | None, at: int | None, now: int, ladder: Ladder
     ) -> User:
-        """Give the user; an inline history is used instead of the stored one, which without a store is empty.
+        """Return the user; an inline history is used instead of the stored one, which without a store is empty.
 
         Raises:
             RequestError: 422 for neither user nor history, or a moment out of range.

@@ -27,7 +27,7 @@ _lock = threading.Lock()
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Give a tensor of any content, of the type and on the device of another.
+    """Return a tensor of any content, of the type and on the device of another.
 
     A block is handed out again once no tensor, view or gradient that was made of it is left: every one holds its array.
     """
@@ -41,7 +41,7 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _free(size: int) -> NDArray[np.uint8]:
-    """Give the smallest block that is free and large enough, but not twice too large, or a new one."""
+    """Return the smallest block that is free and large enough, but not twice too large, or a new one."""
     free = [block for block in _blocks if sys.getrefcount(block) == HELD_BY_NONE]
     fitting = [block for block in free if size <= block.nbytes < 2 * size]
     if fitting:

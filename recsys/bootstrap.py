@@ -33,11 +33,11 @@ class Statistic(Protocol):
     """A number computed from users, each with a weight."""
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
-        """Give float64 [R] for weights int32 [R, U]; NaN where it is not defined."""
+        """Return float64 [R] for weights int32 [R, U]; NaN where it is not defined."""
         ...
 
     def shares(self) -> Floats:
-        """Give how much of it each user makes up, float64 [U], of any scale; 0 for those it does not depend on."""
+        """Return how much of it each user makes up, float64 [U], of any scale; 0 for those it does not depend on."""
         ...
 
 
@@ -49,17 +49,17 @@ class Ratio:
     denominator: Floats
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
-        """Give the ratio per resample. Cost: two products of [R, U] with [U]."""
+        """Return the ratio per resample. Cost: two products of [R, U] with [U]."""
         above, below = (weights @ np.stack([self.numerator, self.denominator], axis=1)).T
         return ratio(above, below)
 
     def shares(self) -> Floats:
-        """Give the denominator."""
+        """Return the denominator."""
         return self.denominator
 
     @staticmethod
     def of_groups(values: Floats, user: NDArray[np.int64], users: int, weight: Floats | None = None) -> "Ratio":
-        """Give the (weighted) mean of per-group values; groups where the metric is NaN are left out.
+        """Return the (weighted) mean of per-group values; groups where the metric is NaN are left out.
 
         Args:
             values: float64 [G], a metric per group (request or user).
@@ -76,7 +76,7 @@ class Ratio:
 
 
 def equal_bins(values: Floats, bins: int) -> NDArray[np.int64]:
-    """Give the bin of each value, 0..bins-1, int64 [N], of about equal size; equal values share one."""
+    """Return the bin of each value, 0..bins-1, int64 [N], of about equal size; equal values share one."""
     if not len(values):
         return np.empty(0, np.int64)
     ascending = np.sort(values)
@@ -106,11 +106,11 @@ class CalibrationError:
         return CalibrationError(gap.reshape(users, bins), np.bincount(user, minlength=users).astype(np.float64))
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
-        """Give the error per resample. Cost: a product of [R, U] with [U, bins]."""
+        """Return the error per resample. Cost: a product of [R, U] with [U, bins]."""
         return ratio(np.abs(weights @ self.gap).sum(axis=1), weights @ self.count)
 
     def shares(self) -> Floats:
-        """Give the candidates of each user."""
+        """Return the candidates of each user."""
         return self.count
 
 
@@ -139,7 +139,7 @@ class PooledAuc:
         )
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
-        """Give the AUC per resample.
+        """Return the AUC per resample.
 
         Cost: about a nanosecond per negative and resample. Sums of weights need some 20 of a number's 63 bits, so
         several resamples share one pass, each in bits of its own.
@@ -165,7 +165,7 @@ class PooledAuc:
         return ratio(above.astype(np.float64), 2.0 * positives * negatives)
 
     def shares(self) -> Floats:
-        """Give the candidates of each user, up to the last that has any."""
+        """Return the candidates of each user, up to the last that has any."""
         owners = np.concatenate([self.negative_user, self.positive_user])
         return np.bincount(owners).astype(np.float64)
 
@@ -208,7 +208,7 @@ class BinnedAuc:
         return BinnedAuc(counts[0], counts[1], within)
 
     def of(self, weights: NDArray[np.int32]) -> Floats:
-        """Give the AUC per resample. Cost: two products of [R, U] with [U, bins]."""
+        """Return the AUC per resample. Cost: two products of [R, U] with [U, bins]."""
         drawn = weights.astype(np.float64)
         negatives, positives = drawn @ self.negatives, drawn @ self.positives  # [R, bins]
         below = np.cumsum(negatives, axis=1) - 0.5 * negatives
@@ -218,14 +218,14 @@ class BinnedAuc:
         return ratio(above, positives.sum(axis=1) * negatives.sum(axis=1))
 
     def shares(self) -> Floats:
-        """Give the candidates of each user."""
+        """Return the candidates of each user."""
         return np.asarray(self.negatives.sum(axis=1) + self.positives.sum(axis=1))
 
 
 def pooled_auc(
     score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64], users: int
 ) -> Statistic:
-    """Give the pooled AUC of candidates [N]: exact at every resample up to `EXACT` of them, by bins above."""
+    """Return the pooled AUC of candidates [N]: exact at every resample up to `EXACT` of them, by bins above."""
     if len(score) <= EXACT:
         return PooledAuc.build(score, label, user)
     return BinnedAuc.build(score, label, user, users)
@@ -234,7 +234,7 @@ def pooled_auc(
 def _sorted_pairs(
     score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Give (score, user) of the negatives and of the positives, each as ascending 64-bit numbers, the user below.
+    """Return (score, user) of the negatives and of the positives, each as ascending 64-bit numbers, the user below.
 
     Sorted positives look up neighbouring places: 3x faster than in the order of the file.
     """
@@ -266,7 +266,7 @@ class Basis:
 
     @staticmethod
     def of(shares: Floats) -> "Basis":
-        """Give the basis of a statistic made up by shares [U]."""
+        """Return the basis of a statistic made up by shares [U]."""
         scaled = shares / (shares.max(initial=0.0) or 1.0)
         square, fourth = float((scaled**2).sum()), float((scaled**4).sum())
         if not fourth:
@@ -274,7 +274,7 @@ class Basis:
         return Basis(int(np.count_nonzero(shares)), float(scaled.sum()) ** 2 / square, square**2 / fourth)
 
     def tail(self, level: float) -> float:
-        """Give the share of resamples to leave out at each end; `users` must be `LEAST_USERS` at least.
+        """Return the share of resamples to leave out at each end; `users` must be `LEAST_USERS` at least.
 
         The expanded percentile interval (Hesterberg, The American Statistician 69, 2015): it reaches as far as
         Student's t does, not the normal distribution, and makes up for resamples that vary (n - 1) / n too little.
@@ -299,7 +299,7 @@ class Estimate:
         return self.basis.users
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Give the percentile interval (Efron 1979), expanded for few users (`Basis.tail`).
+        """Return the percentile interval (Efron 1979), expanded for few users (`Basis.tail`).
 
         NaN twice where fewer than two resamples define the statistic, or where it depends on fewer than `LEAST_USERS`.
         """
@@ -311,12 +311,12 @@ class Estimate:
         return float(low), float(high)
 
     def told(self, level: float = 0.95) -> Value:
-        """Give the value with the ends of its interval, None in place of NaN: how they are written down."""
+        """Return the value with the ends of its interval, None in place of NaN: how they are written down."""
         value, low, high = (None if np.isnan(one) else float(one) for one in (self.value, *self.interval(level)))
         return value, low, high
 
     def minus(self, other: "Estimate") -> "Estimate":
-        """Give the paired difference; both must come from the same users, seed and number of resamples."""
+        """Return the paired difference; both must come from the same users, seed and number of resamples."""
         one, two = self.basis, other.basis
         basis = Basis(min(one.users, two.users), min(one.effective, two.effective), min(one.freedom, two.freedom))
         return Estimate(self.value - other.value, self.resampled - other.resampled, basis)
@@ -354,7 +354,7 @@ def bootstrap(statistics: Mapping[str, Statistic], users: int, resamples: int, s
 
 
 def _weights(users: int, resamples: int, seed: int) -> Iterator[NDArray[np.int32]]:
-    """Give int32 [r, U] at a time: how often each user was drawn in each resample."""
+    """Yield int32 [r, U] at a time: how often each user was drawn in each resample."""
     step = max(CHUNK // max(users, 1), 1)
     for first in range(0, resamples if users else 0, step):
         yield np.stack(

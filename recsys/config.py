@@ -43,7 +43,7 @@ def assign(table: dict[str, Any], assignment: str) -> None:
 
 
 def overlaid(table: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a table with the values of another laid over it, section by section."""
+    """Return a table with the values of another laid over it, section by section."""
     merged = dict(table)
     for key, value in above.items():
         below = merged.get(key)
@@ -110,7 +110,7 @@ def _refuse_unknown(kind: Any, table: Mapping[str, Any], where: str) -> None:
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    """Give an annotation and all within it: of `tuple[Cap, ...] | None` also Cap."""
+    """Yield an annotation and all within it: of `tuple[Cap, ...] | None` also Cap."""
     yield annotation
     for inner in get_args(annotation):
         yield from _types(inner)

@@ -18,7 +18,7 @@ from recsys.errors import DataError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes that name only if the block ends without an error."""
+    """Yield a temporary path beside `path`; it takes that name only if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -33,7 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory beside `path`; it replaces `path` only if the block ends without an error.
+    """Yield a temporary directory beside `path`; it replaces `path` only if the block ends without an error.
 
     What writers that were killed left beside it is removed.
     """
@@ -108,17 +108,17 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """Give the SHA-256 of a file's bytes in hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Give the SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+    """Return the SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256_tree(directory: Path) -> str:
-    """Give one digest over the relative names and contents of all files under a directory."""
+    """Return one digest over the relative names and contents of all files under a directory."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return sha256_json({str(path.relative_to(directory)): sha256_file(path) for path in files})

@@ -35,16 +35,16 @@ class Events:
         return len(self.item)
 
     def slice(self, start: int, end: int) -> "Events":
-        """Give events start..end as views, nothing copied."""
+        """Return events start..end as views, nothing copied."""
         return Events(self.item[start:end], self.action[start:end], self.time[start:end])
 
     def before(self, at: int) -> "Events":
-        """Give the events strictly before the moment `at`: the point-in-time rule."""
+        """Return the events strictly before the moment `at`: the point-in-time rule."""
         return self.slice(0, int(np.searchsorted(self.time, at, side="left")))
 
     @staticmethod
     def empty() -> "Events":
-        """Give a history without events."""
+        """Return a history without events."""
         return Events(np.empty(0, np.uint32), np.empty(0, np.uint8), np.empty(0, np.int64))
 
     @staticmethod
@@ -78,7 +78,7 @@ class Histories:
         return len(self.offsets) - 1
 
     def of(self, user: int) -> Events:
-        """Give one user's whole history as views."""
+        """Return one user's whole history as views."""
         return self.events.slice(int(self.offsets[user]), int(self.offsets[user + 1]))
 
     def save(self, directory: Path) -> None:

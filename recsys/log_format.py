@@ -46,7 +46,7 @@ class LogReader:
         self.id = (directory / "id").read_text().strip()
 
     def replay(self, start: int = 0) -> Iterator[Record]:
-        """Give the entries from position `start` to the last whole one, oldest first.
+        """Return the entries from position `start` to the last whole one, oldest first.
 
         Raises:
             DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
@@ -55,12 +55,12 @@ class LogReader:
 
 
 def segments(directory: Path) -> list[tuple[int, Path]]:
-    """Give (position of its first byte, path) of each segment, oldest first."""
+    """Return (position of its first byte, path) of each segment, oldest first."""
     return sorted((int(path.stem), path) for path in directory.glob("*.jsonl"))
 
 
 def records(directory: Path, start: int, end: int | None) -> Iterator[Record]:
-    """Give the entries from one position to another, or to the last whole entry if `end` is None.
+    """Yield the entries from one position to another, or to the last whole entry if `end` is None.
 
     Raises:
         DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
@@ -94,13 +94,13 @@ def torn(tail: bytes) -> bool:
 
 
 def frame(fields: Mapping[str, Any]) -> bytes:
-    """Give an entry's line."""
+    """Return an entry's line."""
     payload = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     return b"%08x %s\n" % (zlib.crc32(payload), payload)
 
 
 def unframe(line: bytes) -> dict[str, Any] | None:
-    """Give the fields of a line, or None if the line is damaged or not whole."""
+    """Return the fields of a line, or None if the line is damaged or not whole."""
     payload = line[9:-1]
     if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(payload):
         return None
@@ -109,7 +109,7 @@ def unframe(line: bytes) -> dict[str, Any] | None:
 
 
 def encode(event: Event) -> bytes:
-    """Give the line of an event that has an id.
+    """Return the line of an event that has an id.
 
     Raises:
         DataError: a value that is not finite, a time beyond 64 bits, text that no UTF-8 can carry.
@@ -135,12 +135,12 @@ def encode(event: Event) -> bytes:
 
 
 def encode_tombstone(tombstone: Tombstone) -> bytes:
-    """Give the line of a tombstone."""
+    """Return the line of a tombstone."""
     return frame({"id": tombstone.event_id, "forget": tombstone.user_id})
 
 
 def decode(line: bytes) -> Event | Tombstone | None:
-    """Give the entry of a line, or None if the line is damaged or not whole."""
+    """Return the entry of a line, or None if the line is damaged or not whole."""
     fields = unframe(line)
     if fields is None:
         return None
@@ -158,12 +158,12 @@ def decode(line: bytes) -> Event | Tombstone | None:
 
 
 def new_id() -> str:
-    """Give an id that nothing else has."""
+    """Return an id that nothing else has."""
     return uuid.uuid4().hex
 
 
 def recovered(directory: Path) -> tuple[int, int]:
-    """Give how many torn tails of a log were cut off so far, and their bytes."""
+    """Return how many torn tails of a log were cut off so far, and their bytes."""
     path = directory / "recovered.json"
     found = read_json(path) if path.exists() else {}
     return int(found.get("tails", 0)), int(found.get("bytes", 0))

@@ -29,6 +29,6 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Give what this process has freed back to the system, as between two steps of a long job; False without glibc."""
+    """Give freed memory back to the system, as between two steps of a long job; False without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and trim(0) == 1

@@ -104,7 +104,7 @@ def rank(
 def _keys(
     score: NDArray[np.floating], grade: NDArray[np.uint8], group: Ints | None, bits: int
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint64]]:
-    """Give the keys (group, score), best first, of the candidates of grade 0, and (group, score, grade) of the others.
+    """Return the keys (group, score), best first, of candidates of grade 0, and (group, score, grade) of the others.
 
     Made in runs that stay in cache: whole temporaries would cost as much as half of the sort.
     """
@@ -129,7 +129,7 @@ def _keys(
 
 
 def _place(ascending: NDArray[np.generic], wanted: NDArray[np.generic]) -> tuple[Ints, Ints]:
-    """Give how many are less than each wanted number, and how many are equal; most are met by none."""
+    """Return how many are less than each wanted number, and how many are equal; most are met by none."""
     below = np.searchsorted(ascending, wanted, "left")
     equal = np.zeros_like(below)
     met = np.flatnonzero(below < len(ascending))
@@ -139,7 +139,7 @@ def _place(ascending: NDArray[np.generic], wanted: NDArray[np.generic]) -> tuple
 
 
 def groups_of(offsets: Ints) -> Ints:
-    """Give the group of each candidate of packed groups: 0 for offsets[0]..offsets[1], then 1 and so on."""
+    """Return the group of each candidate of packed groups: 0 for offsets[0]..offsets[1], then 1 and so on."""
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
@@ -223,7 +223,7 @@ def weighted_mean(values: Floats, weight: NDArray[np.generic]) -> float:
 
 
 def ordered_bits(score: NDArray[np.floating]) -> NDArray[np.uint32]:
-    """Give uint32 codes [N] in the same order and with the same ties as the scores.
+    """Return uint32 codes [N] in the same order and with the same ties as the scores.
 
     A float32's bits, with the sign flipped for positive and all bits flipped for negative numbers, sort as whole
     numbers. Scores float32 cannot hold exactly get their dense rank instead.
@@ -268,7 +268,7 @@ def _cutoff(ranking: Ranking, k: int) -> int:
 
 
 def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
-    """Give above / below, float64 [N], NaN where below is 0."""
+    """Return above / below, float64 [N], NaN where below is 0."""
     result = np.full(len(below), np.nan)
     np.divide(above, below, out=result, where=below != 0)
     return result

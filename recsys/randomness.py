@@ -8,10 +8,10 @@ import xxhash
 
 
 def derive(seed: int, step: int, purpose: str) -> int:
-    """Give a 63-bit seed for one draw: xxh64 over the three parts, stable across machines and versions."""
+    """Return a 63-bit seed for one draw: xxh64 over the three parts, stable across machines and versions."""
     return xxhash.xxh64_intdigest(f"{seed}/{step}/{purpose}".encode()) >> 1
 
 
 def generator(seed: int, step: int, purpose: str) -> np.random.Generator:
-    """Give a fresh numpy generator for one purpose at one step."""
+    """Return a fresh numpy generator for one purpose at one step."""
     return np.random.Generator(np.random.PCG64(derive(seed, step, purpose)))

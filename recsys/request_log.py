@@ -67,7 +67,7 @@ class LoggedRequest:
 
 
 def history_digest(events: Events, at: int) -> str:
-    """Give 64 bits, in hexadecimal, over the newest items and times strictly before a moment.
+    """Return 64 bits, in hexadecimal, over the newest items and times strictly before a moment.
 
     Actions are left out: an action that a bundle learns to name changes its code in later events only.
     """
@@ -79,12 +79,12 @@ def history_digest(events: Events, at: int) -> str:
 
 
 def encode(request: LoggedRequest) -> bytes:
-    """Give the line of an answer."""
+    """Return the line of an answer."""
     return frame(asdict(request))
 
 
 def read_file(path: Path, start: int = 0) -> Iterator[tuple[LoggedRequest, int]]:
-    """Give the answers of a file from a byte on, each with the byte just after it; a torn tail is passed over.
+    """Yield the answers of a file from a byte on, each with the byte just after it; a torn tail is passed over.
 
     Raises:
         DataError: a damaged line that is not a torn tail.
@@ -104,5 +104,5 @@ def read_file(path: Path, start: int = 0) -> Iterator[tuple[LoggedRequest, int]]
 
 
 def files(directory: Path) -> list[Path]:
-    """Give the files of a request log, oldest first; none if there is no log."""
+    """Return the files of a request log, oldest first; none if there is no log."""
     return sorted(directory.glob("*.jsonl"))

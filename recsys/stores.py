@@ -60,7 +60,7 @@ class Encoder:
     action_of: Callable[[str], int]
 
     def events(self, events: Iterable[Event]) -> Events:
-        """Give packed events in the order given; an item that the catalogue lacks is `UNKNOWN_KEY`."""
+        """Return packed events in the order given; an item that the catalogue lacks is `UNKNOWN_KEY`."""
         rows = [(self.key_of(event.item_id), self.action_of(event.action), event.time) for event in events]
         item, action, time = zip(*rows, strict=True) if rows else ((), (), ())
         return Events(np.array(item, np.uint32), np.array(action, np.uint8), np.array(time, np.int64))
@@ -70,7 +70,7 @@ class HistoryReader(Protocol):
     """Read side of the live histories: all that recommending needs."""
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's history, oldest first, or None if the user is unknown."""
+        """Return the user's history, oldest first, or None if the user is unknown."""
         ...
 
 

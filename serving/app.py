@@ -74,7 +74,7 @@ class Limits:
 def create_app(
     service: Service, limits: Limits = Limits(), request_ids: bool = True, keys: ApiKeys | None = None
 ) -> FastAPI:
-    """Give the application over a service.
+    """Return the application over a service.
 
     Args:
         service: what answers.
@@ -121,7 +121,7 @@ def _add_answers(
 
     @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: RecommendRequest) -> Response:
-        """Give the k best items for a user, or for a history sent along."""
+        """Return the k best items for a user, or for a history sent along."""
         now, budget = service.now, Budget(deadlines)
         found = None if request.query is None else await searches.find(request.query, request.user_id)
         answer, waited = await worker.run(lambda: service.recommend(request, now, budget, found), budget)
@@ -135,7 +135,7 @@ def _add_answers(
 
     @app.post("/v1/rank", response_model=RankResponse, tags=["recommend"])
     async def rank(request: RankRequest) -> Response:
-        """Give scores in the order of the request, and the ranked list; unknown items are listed apart."""
+        """Return scores in the order of the request, and the ranked list; unknown items are listed apart."""
         budget = Budget(deadlines)
         answer, waited = await worker.run(lambda: service.rank(request, budget), budget)
         timings = {"queue": waited, **answer.timings}
@@ -165,12 +165,12 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
 
     @app.get("/v1/users", response_model=UsersResponse, tags=["look up"])
     async def users(limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
-        """Give some user ids to try, those with posted events first."""
+        """Return some user ids to try, those with posted events first."""
         return await _answer(worker, lambda: service.users(limit))
 
     @app.get("/v1/users/{user_id:path}/history", response_model=HistoryResponse, tags=["look up"])
     async def history(user_id: Annotated[str, Path()], limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
-        """Give the newest events of a user, newest first."""
+        """Return the newest events of a user, newest first."""
         return await _answer(worker, lambda: service.history(user_id, limit))
 
     @app.delete("/v1/users/{user_id:path}", response_model=ForgottenResponse, tags=["events"])
@@ -187,12 +187,12 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         query: Annotated[str, Query(max_length=512, description="part of a name in any case, or an item id")] = "",
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> Response:
-        """Give items by a part of their name: the one whose id it is first, then the most frequent in training."""
+        """Return items by a part of their name: the one whose id it is first, then the most frequent in training."""
         return await _answer(worker, lambda: service.items(query, limit))
 
     @app.get("/v1/items/{item_id:path}/similar", response_model=SimilarResponse, tags=["look up"])
     async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
-        """Give the items nearest to an item by the retriever's vectors."""
+        """Return the items nearest to an item by the retriever's vectors."""
         return await _answer(worker, lambda: service.similar(item_id, k))
 
     @app.get("/v1/models", response_model=ModelsResponse, tags=["look up"])
@@ -229,5 +229,5 @@ def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limi
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["operate"])
     async def metrics() -> Response:
-        """Give the metrics in the Prometheus text format."""
+        """Return the metrics in the Prometheus text format."""
         return Response(service.telemetry.scrape(), media_type=CONTENT_TYPE)

@@ -56,5 +56,5 @@ def add_availability(app: FastAPI, table: AvailabilityFile, respond: Callable[..
 
     @app.get("/v1/availability", response_model=AvailabilityResponse, tags=["look up"])
     def get(limit: Annotated[int, Query(ge=0, le=10_000)] = 100) -> Response:
-        """Give what cannot be had now."""
+        """Return what cannot be had now."""
         return answer(limit)

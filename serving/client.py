@@ -79,7 +79,7 @@ class Client:
         self._http.close()
 
     def recommend(self, user_id: str | None = None, k: int = 10, **options: Any) -> RecommendResponse:
-        """Give the k best items; `options` are the other fields of `RecommendRequest`.
+        """Return the k best items; `options` are the other fields of `RecommendRequest`.
 
         Raises:
             RequestError: the service refuses, with its status and stable code; here as in every method.
@@ -89,7 +89,7 @@ class Client:
         return self._post("/v1/recommend", request, RecommendResponse)
 
     def rank(self, user_id: str | None, item_ids: list[str], **options: Any) -> RankResponse:
-        """Give scores of items in their order, and the ranked list; `options` are other fields of `RankRequest`."""
+        """Return scores of items in their order, and the ranked list; `options` are other fields of `RankRequest`."""
         return self._post("/v1/rank", RankRequest(user_id=user_id, item_ids=item_ids, **options), RankResponse)
 
     def events(self, *events: EventIn) -> EventsResponse:
@@ -100,7 +100,7 @@ class Client:
         return self._post("/v1/events", EventsRequest(events=named), EventsResponse)
 
     def history(self, user_id: str, limit: int = 100) -> HistoryResponse:
-        """Give the newest events of a user."""
+        """Return the newest events of a user."""
         return self._send("GET", f"/v1/users/{_quoted(user_id)}/history", HistoryResponse, params={"limit": limit})
 
     def forget(self, user_id: str) -> ForgottenResponse:
@@ -108,15 +108,15 @@ class Client:
         return self._send("DELETE", f"/v1/users/{_quoted(user_id)}", ForgottenResponse)
 
     def users(self, limit: int = 20) -> list[str]:
-        """Give some user ids."""
+        """Return some user ids."""
         return self._send("GET", "/v1/users", UsersResponse, params={"limit": limit}).users
 
     def items(self, query: str = "", limit: int = 20) -> ItemsResponse:
-        """Give items by a part of their name."""
+        """Return items by a part of their name."""
         return self._send("GET", "/v1/items", ItemsResponse, params={"query": query, "limit": limit})
 
     def similar(self, item_id: str, k: int = 10) -> SimilarResponse:
-        """Give the items nearest to an item."""
+        """Return the items nearest to an item."""
         return self._send("GET", f"/v1/items/{_quoted(item_id)}/similar", SimilarResponse, params={"k": k})
 
     def models(self) -> ModelsResponse:
@@ -153,7 +153,7 @@ def _passing(response: httpx.Response) -> bool:
 
 
 def _refusal(response: httpx.Response) -> RequestError:
-    """Give the error of a problem document, or of whatever stands between client and service."""
+    """Return the error of a problem document, or of whatever stands between client and service."""
     try:
         problem = response.json()
         return RequestError(response.status_code, problem["code"], problem["detail"])

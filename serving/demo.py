@@ -78,7 +78,7 @@ def _names_of(client: httpx.Client, user: str, moment: int) -> str:
 
 
 def _moment(history: dict[str, Any]) -> int:
-    """Give an hour after the newest event of a history, microseconds UTC."""
+    """Return an hour after the newest event of a history, microseconds UTC."""
     return int(history["events"][0]["timestamp"]) + HOUR
 
 

@@ -60,7 +60,7 @@ class ModelReplica:
         await self._follower.follow(Plan.of(user_config))
 
     async def answer(self, stage: str, place: BundlePlace, arguments: tuple[Any, ...]) -> Any:
-        """Give what a stage makes of its arguments, or the `Refusal` of the request."""
+        """Return what a stage makes of its arguments, or the `Refusal` of the request."""
         try:
             if not self._host.holds(place):  # a plan that the ingress had first; nobody else waits for it
                 await asyncio.to_thread(self._host.hold, place)
@@ -93,7 +93,7 @@ class Replica:
         self._follower: Follower | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Give the application; Ray Serve calls this once, after the constructor."""
+        """Return the application; Ray Serve calls this once, after the constructor."""
         log_to(self._config.state / LOGS, self._config.log_requests)
         keys = read_keys(self._config.api_keys)
         app = create_app(self._service, self._config.limits, request_ids=False, keys=keys)
@@ -139,7 +139,7 @@ class Replica:
 
 
 def application(table: dict[str, Any]) -> Application:
-    """Give the application for a `ServeConfig` as plain values."""
+    """Return the application for a `ServeConfig` as plain values."""
     config = parse(ServeConfig, table, "[serve]")
     waiting = config.limits.waiting
     replica: Any = Replica  # the decorator makes it a Deployment, which its annotations don't say

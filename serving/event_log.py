@@ -134,7 +134,7 @@ class SegmentLog:
         self._append([(tombstone, encode_tombstone(tombstone))])
 
     def recovered(self) -> tuple[int, int]:
-        """Give how many torn tails were cut off since the log began, whoever did it, and their bytes."""
+        """Return how many torn tails were cut off since the log began, whoever did it, and their bytes."""
         return recovered(self.directory)
 
     def refresh(self) -> int:
@@ -171,7 +171,7 @@ class SegmentLog:
         return verdicts
 
     def replay(self, start: int = 0) -> Iterator[Record]:
-        """Give the entries from position `start` to the end this process knows, oldest first.
+        """Return the entries from position `start` to the end this process knows, oldest first.
 
         Raises:
             DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
@@ -193,7 +193,7 @@ class SegmentLog:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
     def _identify(self) -> str:
-        """Give the log's id; a log without one, as it was first or is from before there were ids, gets it."""
+        """Return the log's id; a log without one, as it was first or is from before there were ids, gets it."""
         path = self.directory / "id"
         if not path.exists():
             temporary = path.with_suffix(".new")
@@ -238,7 +238,7 @@ class SegmentLog:
             self._remember(self._read_on())
 
     def _read_on(self) -> list[tuple[str, Content]]:
-        """Give ids and contents between `end` and the end of the open segment, and move `end` there."""
+        """Return ids and contents between `end` and the end of the open segment, and move `end` there."""
         path = self._path(self._segment_start)
         size = os.fstat(self._file).st_size
         good = self.end - self._segment_start
@@ -324,7 +324,7 @@ def _content(entry: Event | Tombstone) -> Content:
 
 
 def _hash(*texts: str) -> int:
-    """Give 64 bits that tell sequences of texts apart."""
+    """Return 64 bits that tell sequences of texts apart."""
     return xxhash.xxh3_64_intdigest("".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass"))
 
 

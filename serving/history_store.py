@@ -85,19 +85,19 @@ class LmdbHistoryStore:
         self._forgotten = self._env.open_db(b"forgotten")
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's history, oldest first, or None if neither the snapshot nor the log knows the user.
+        """Return the user's history, oldest first, or None if neither the snapshot nor the log knows the user.
 
         Cost: some 20 us plus 4 us for every 1,000 events that were posted; the snapshot's part is views.
         """
         return self.observe(user_id).events
 
     def observe(self, user_id: str) -> Observed:
-        """Give the user's history with the log position and the snapshot it was read from."""
+        """Return the user's history with the log position and the snapshot it was read from."""
         base, posted, position = self._sound(lambda: self._look_up(user_id))
         return Observed(joined(base, posted), position, self._base.id)
 
     def parts(self, user_id: str) -> tuple[Events | None, Events | None]:
-        """Give what the snapshot and what the log know of a user, None each for nothing."""
+        """Return what the snapshot and what the log know of a user, None each for nothing."""
         base, posted, _ = self._sound(lambda: self._look_up(user_id))
         return base, posted
 
@@ -114,7 +114,7 @@ class LmdbHistoryStore:
         return base, unpacked(np.frombuffer(raw, RECORD)) if raw else None, position
 
     def users(self, limit: int) -> list[str]:
-        """Give up to `limit` user ids: those with posted events first, then users of the snapshot."""
+        """Return up to `limit` user ids: those with posted events first, then users of the snapshot."""
         return self._sound(lambda: self._users(limit))
 
     def _users(self, limit: int) -> list[str]:

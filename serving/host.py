@@ -205,7 +205,7 @@ def _require_unset() -> None:
 
 
 def _first_plan(config: ServeConfig) -> Plan:
-    """Give what to start with: what the registry says, else what was served last, else the published bundle.
+    """Return what to start with: what the registry says, else what was served last, else the published bundle.
 
     Without a registry to follow it is the published bundle. A damaged one is refused here, in plain words, rather than
     in a replica's log.
@@ -241,7 +241,7 @@ def _set_environment(directory: Path) -> None:
 
 
 def node_settings() -> dict[str, str]:
-    """Give the environment that Ray needs on every node: what `deploy/ray.env` says."""
+    """Return the environment that Ray needs on every node: what `deploy/ray.env` says."""
     lines = (Path(__file__).parent / "deploy/ray.env").read_text().splitlines()
     pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
     return {name: value.strip('"') for name, value in pairs}
@@ -334,7 +334,7 @@ def _deploy(config: ServeConfig, held: Plan, answering: Plan) -> None:
 
 
 def _plain(config: ServeConfig) -> dict[str, Any]:
-    """Give a config as plain values, without the registry: its URI may hold a password, and replicas need it not."""
+    """Return a config as plain values, without the registry: its URI may hold a password, and replicas need it not."""
     table = dataclasses.asdict(dataclasses.replace(config, watch=WatchConfig()))
     return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in table.items()}
 
@@ -358,7 +358,7 @@ def _await_running() -> None:
 
 
 def _last_line(message: str) -> str:
-    """Give the last line of a message: the error itself, if the message is a traceback."""
+    """Return the last line of a message: the error itself, if the message is a traceback."""
     return message.strip().splitlines()[-1].strip()
 
 

@@ -36,11 +36,11 @@ class Answers(Protocol):
     def recommend(
         self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None
     ) -> RecommendResponse:
-        """Give the k best items, of what was found for a query if there is one."""
+        """Return the k best items, of what was found for a query if there is one."""
         ...
 
     def rank(self, request: RankRequest, now: int, budget: Budget | None = None) -> RankResponse:
-        """Give the scores of given items."""
+        """Return the scores of given items."""
         ...
 
     def settings_digest(self) -> str:
@@ -74,7 +74,7 @@ class NoRanker:
         raise self._error()
 
     def settings_digest(self) -> str:
-        """Give none."""
+        """Return none."""
         return ""
 
     def _error(self) -> RequestError:
@@ -123,14 +123,14 @@ class Plan:
     shadow: BundlePlace | None = None
 
     def places(self) -> Iterator[tuple[Role, BundlePlace]]:
-        """Give the roles that are filled, the champion first."""
+        """Yield the roles that are filled, the champion first."""
         for role in ROLES:
             place: BundlePlace | None = getattr(self, role)
             if place is not None:
                 yield role, place
 
     def table(self) -> dict[str, dict[str, str]]:
-        """Give the plan as plain values."""
+        """Return the plan as plain values."""
         return {role: {"bundle": str(place.directory), "version": place.version} for role, place in self.places()}
 
     @staticmethod
@@ -141,7 +141,7 @@ class Plan:
         return Plan(**places)
 
     def with_role(self, role: Role, place: BundlePlace | None) -> "Plan":
-        """Give the plan with another bundle in a role; None leaves the role empty."""
+        """Return the plan with another bundle in a role; None leaves the role empty."""
         changed: dict[str, Any] = {role: place}
         return replace(self, **changed)
 
@@ -163,24 +163,24 @@ class Lineup:
     share: float = 0.0
 
     def role_of(self, user_id: str | None) -> Role:
-        """Give the role that answers a user; a request without a user id goes to the champion."""
+        """Return the role that answers a user; a request without a user id goes to the champion."""
         if self.challenger is None or user_id is None:
             return "champion"
         place = xxhash.xxh64_intdigest(user_id.encode(), SHARE_SEED) / 2**64
         return "challenger" if place < self.share else "champion"
 
     def of(self, role: Role) -> Served | None:
-        """Give who has a role."""
+        """Return who has a role."""
         served: Served | None = getattr(self, role)
         return served
 
     def answering(self, user_id: str | None) -> Served:
-        """Give who answers a user."""
+        """Return who answers a user."""
         served = self.of(self.role_of(user_id))
         return self.champion if served is None else served
 
     def rival(self, role: Role) -> tuple[Role, Served] | None:
-        """Give who scores beside an answer of `role`, None for nobody.
+        """Return who scores beside an answer of `role`, None for nobody.
 
         The shadow does beside the champion, and the champion beside the challenger: both comparisons are of the same
         requests.
@@ -190,7 +190,7 @@ class Lineup:
         return None if self.shadow is None else ("shadow", self.shadow)
 
     def members(self) -> Iterator[tuple[Role, Served]]:
-        """Give the roles that are filled, the champion first."""
+        """Yield the roles that are filled, the champion first."""
         for role in ROLES:
             served = self.of(role)
             if served is not None:

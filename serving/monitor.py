@@ -80,5 +80,5 @@ class Monitor:
 
 
 def _created(bundle: Bundle) -> float:
-    """Give when a bundle was made, seconds since 1970."""
+    """Return when a bundle was made, seconds since 1970."""
     return datetime.fromisoformat(bundle.manifest.provenance.created).timestamp()

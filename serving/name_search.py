@@ -28,7 +28,7 @@ class NameSearch:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths + 1)])  # one more than lines
 
     def find(self, part: str, limit: int) -> list[int]:
-        """Give the rows of up to `limit` items whose name holds `part`, whatever the case, most frequent first.
+        """Return the rows of up to `limit` items whose name holds `part`, whatever the case, most frequent first.
 
         An empty part is in every name.
         """
@@ -46,5 +46,5 @@ class NameSearch:
 
 
 def fold(text: str) -> str:
-    """Give a text as it is compared: without case, compatibility forms made one, white space made single spaces."""
+    """Return a text as it is compared: without case, compatibility forms made one, white space made single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -63,7 +63,7 @@ class Comparison:
     seconds: tuple[float, float]
 
     def table(self) -> dict[str, Any]:
-        """Give the comparison as plain values."""
+        """Return the comparison as plain values."""
         return asdict(self)
 
 
@@ -99,7 +99,7 @@ def compare_online(
 
 
 def _events(log: Path, actions: Sequence[str]) -> tuple[dict[str, tuple[list[int], list[str]]], set[str]]:
-    """Give times (ascending) and items of each user's events, and the users who were forgotten."""
+    """Return times (ascending) and items of each user's events, and the users who were forgotten."""
     rows: dict[str, list[tuple[int, str]]] = defaultdict(list)
     forgotten: set[str] = set()
     for record in LogReader(log).replay():
@@ -160,7 +160,7 @@ def _outcomes(pair: Pair, events: dict[str, tuple[list[int], list[str]]], window
 
 
 def _measure(name: str, pairs: Sequence[Pair], side: str, outcomes: Sequence[set[str]]) -> NDArray[np.float64]:
-    """Give a value per request: NaN, which is left out, where the user did nothing."""
+    """Return a value per request: NaN, which is left out, where the user did nothing."""
     score = {"hit_rate": _hit, "ndcg": _ndcg}[name]
     values = [
         score(getattr(pair, side).items, outcome) if outcome else math.nan
@@ -174,7 +174,7 @@ def _hit(items: Sequence[str], outcome: set[str]) -> float:
 
 
 def _ndcg(items: Sequence[str], outcome: set[str]) -> float:
-    """Give DCG with gain 1 for an outcome, over the best that a list of this length could have."""
+    """Return DCG with gain 1 for an outcome, over the best that a list of this length could have."""
     gained = sum(1 / math.log2(place + 2) for place, item in enumerate(items) if item in outcome)
     best = sum(1 / math.log2(place + 2) for place in range(min(len(outcome), len(items))))
     return gained / best if best else 0.0
@@ -195,7 +195,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def describe(comparisons: Sequence[Comparison]) -> str:
-    """Give the comparisons in words and a table, for a terminal."""
+    """Return the comparisons in words and a table, for a terminal."""
     return "\n\n".join(_described(comparison) for comparison in comparisons)
 
 

@@ -16,7 +16,7 @@ class Page:
 
 
 def read_page() -> Page:
-    """Give the page, read from the package.
+    """Return the page, read from the package.
 
     Its policy lets the browser run the page's own script and style, told by their digests, and talk to the service it
     came from: nothing that data could smuggle into the page would run, and nothing could be sent elsewhere.
@@ -42,6 +42,6 @@ def read_page() -> Page:
 
 
 def _digest(html: bytes, tag: bytes) -> str:
-    """Give the source expression that allows the text of the page's one element `tag`."""
+    """Return the source expression that allows the text of the page's one element `tag`."""
     text = html.partition(b"<%s>" % tag)[2].partition(b"</%s>" % tag)[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"

@@ -77,7 +77,7 @@ class PairLog:
 
 
 def read_pairs(directory: Path) -> Iterator[Pair]:
-    """Give all pairs of a directory; a line cut short by a kill is left out."""
+    """Yield all pairs of a directory; a line cut short by a kill is left out."""
     for path in sorted(directory.glob("*.jsonl")):
         # As bytes: `str.splitlines` also ends a line at U+2028, which ids may hold, and a kill may cut a character.
         for line in path.read_bytes().split(b"\n"):

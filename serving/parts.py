@@ -48,7 +48,7 @@ class Parts:
             self._patient.now = False
 
     def __call__(self, part: Part, stage: str, place: BundlePlace, *arguments: Any) -> Any:
-        """Give the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
+        """Return the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
         patient = getattr(self._patient, "now", False)
         if not patient and time.monotonic() < self._rests.get(part, 0.0):
             raise PartError(f"the {part} was late a moment ago")

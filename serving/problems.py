@@ -64,7 +64,7 @@ class Problem(BaseModel):
 
 
 def responses() -> dict[int | str, dict[str, Any]]:
-    """Give the problem documents as OpenAPI responses."""
+    """Return the problem documents as OpenAPI responses."""
     schema = Problem.model_json_schema()
     schema["properties"]["errors"]["items"] = schema.pop("$defs")["FieldError"]
     content = {PROBLEM: {"schema": schema}}
@@ -81,7 +81,7 @@ def problem(
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Give the response that says what went wrong.
+    """Return the response that says what went wrong.
 
     Args:
         status: the HTTP status.
@@ -171,5 +171,5 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 def unexpected() -> Response:
-    """Give the response to an error nobody foresaw; it tells nothing of it."""
+    """Return the response to an error nobody foresaw; it tells nothing of it."""
     return problem(500, "internal", "an unexpected error; the service's log has it under the id in x-request-id")

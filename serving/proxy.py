@@ -33,5 +33,5 @@ class AnswerAnyway:
 
 
 def middleware() -> list[Middleware]:
-    """Give what Ray Serve puts around its proxy."""
+    """Return what Ray Serve puts around its proxy."""
     return [Middleware(AnswerAnyway)]

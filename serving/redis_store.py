@@ -68,21 +68,21 @@ class RedisHistoryStore:
         self._count_script = self._client.register_script(COUNT_UNKNOWN)
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's history, oldest first, or None if neither the snapshot nor a log knows the user."""
+        """Return the user's history, oldest first, or None if neither the snapshot nor a log knows the user."""
         return self.observe(user_id).events
 
     def observe(self, user_id: str) -> Observed:
-        """Give the user's history with what it was read from; position -1 where several logs feed the view."""
+        """Return the user's history with what it was read from; position -1 where several logs feed the view."""
         base, posted, position = self._asked(lambda: self._look_up(user_id))
         return Observed(joined(base, posted), position, self._base.id)
 
     def parts(self, user_id: str) -> tuple[Events | None, Events | None]:
-        """Give what the snapshot and what the logs know of a user, None each for nothing."""
+        """Return what the snapshot and what the logs know of a user, None each for nothing."""
         base, posted, _ = self._asked(lambda: self._look_up(user_id))
         return base, posted
 
     def users(self, limit: int) -> list[str]:
-        """Give up to `limit` user ids: those with posted events first, then users of the snapshot."""
+        """Return up to `limit` user ids: those with posted events first, then users of the snapshot."""
         return self._asked(lambda: self._users(limit))
 
     def follow(self, log: ReplayableLog, encoder: Encoder) -> int:
@@ -143,7 +143,7 @@ class RedisHistoryStore:
         return base, _decode(raw) if raw else None, position
 
     def _at_once(self, user_id: str, transaction: bool) -> list[Any]:
-        """Give the logs' positions, a user's records, whether the user is forgotten, and the positions again.
+        """Return the logs' positions, a user's records, whether the user is forgotten, and the positions again.
 
         In one round trip. A transaction takes 0.07 ms longer; without one, equal positions say that nothing changed.
         """
@@ -231,7 +231,7 @@ class RedisHistoryStore:
 
 
 def _operations(batch: Sequence[Record], encoder: Encoder, first: bool) -> list[Any]:
-    """Give triples of the script's operations: forget, append, note an unknown item."""
+    """Return triples of the script's operations: forget, append, note an unknown item."""
     operations: list[Any] = []
     for record in batch:
         if isinstance(record.event, Tombstone):
@@ -248,7 +248,7 @@ def _operations(batch: Sequence[Record], encoder: Encoder, first: bool) -> list[
 
 
 def _encode(events: Sequence[Event], encoder: Encoder) -> tuple[NDArray[np.void], list[Event]]:
-    """Give records in order of time, and the events in that order."""
+    """Return records in order of time, and the events in that order."""
     ordered = sorted(events, key=lambda event: event.time)
     packed = encoder.events(ordered)
     rows = np.empty(len(packed), RECORD)

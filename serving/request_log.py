@@ -121,7 +121,7 @@ def logged(
     champion: str,
     settings: str,
 ) -> LoggedRequest:
-    """Give the entry of an answer.
+    """Return the entry of an answer.
 
     Args:
         request: what was asked.

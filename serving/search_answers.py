@@ -79,7 +79,7 @@ def personal_order(
 
 
 def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | None) -> SearchResponse:
-    """Give the k best passages in the order of the search, or in that for a user."""
+    """Return the k best passages in the order of the search, or in that for a user."""
     personal = None if user is None else user.order
     places = np.arange(len(searched)) if personal is None else personal.order
     hits = [_hit(bundle, searched, place, personal) for place in places[:k].tolist()]

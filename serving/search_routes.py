@@ -33,7 +33,7 @@ class Searches:
         self.reranking = reranking
 
     def open(self, user_id: str | None) -> tuple[Served, Searcher]:
-        """Give what answers a user; raises `RequestError` 409 for a bundle that searches no text."""
+        """Return what answers a user; raises `RequestError` 409 for a bundle that searches no text."""
         served = self._service.lineup.answering(user_id)
         if served.searcher is None:
             version = served.bundle.version
@@ -42,7 +42,7 @@ class Searches:
         return served, served.searcher
 
     async def find(self, query: str, user_id: str | None) -> tuple[Served, Searched]:
-        """Give what is found for a query, within the configured budget, and by which bundle."""
+        """Return what is found for a query, within the configured budget, and by which bundle."""
         served, searcher = self.open(user_id)
         deadline = searcher.deadline(None)
         return served, await self.run(searcher, SearchRequest(query=query), deadline)
@@ -69,7 +69,7 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
 
     @app.post("/v1/search", response_model=SearchResponse, tags=["search"])
     async def search(request: SearchRequest) -> Response:
-        """Give the k best passages for a text: by words and vectors, the head reranked, blended with a user's ranker.
+        """Return the k best passages for a text: by words and vectors, the head reranked, blended with a user's ranker.
 
         The budget counts from the request's arrival. What does not fit is left out and named in `degraded`: `rerank`
         keeps the order of the first stage, `dense` goes by words alone, `personal` keeps the order of the search.

@@ -51,7 +51,7 @@ class ApiKeys:
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-    """Give the keys of environment and file; raises `ConfigError` for a file that is empty or can't be read."""
+    """Return the keys of environment and file; raises `ConfigError` for a file that is empty or can't be read."""
     keys = environment.get(KEYS, "").split(",")
     if file is not None:
         try:

@@ -127,7 +127,7 @@ class Service:
         budget: Budget | None = None,
         found: tuple[Served, Searched] | None = None,
     ) -> RecommendResponse:
-        """Give the k best items for a user.
+        """Return the k best items for a user.
 
         Args:
             request: what is asked.
@@ -161,7 +161,7 @@ class Service:
         self.telemetry.logged(taken)
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
-        """Give the scores of given items for a user."""
+        """Return the scores of given items for a user."""
         self.histories.missed()  # what an earlier request left behind
         response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now(), budget)
         if self.histories.missed():
@@ -210,7 +210,7 @@ class Service:
         return EventsResponse(verdicts=verdicts, accepted=accepted)
 
     def history(self, user_id: str, limit: int) -> HistoryResponse:
-        """Give the newest `limit` events of a user; raises `RequestError` 404 for a user nothing is known of."""
+        """Return the newest `limit` events of a user; raises `RequestError` 404 for a user nothing is known of."""
         events = self.store.read(user_id)
         if events is None:
             raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
@@ -226,11 +226,11 @@ class Service:
         return forgotten
 
     def users(self, limit: int) -> UsersResponse:
-        """Give some user ids."""
+        """Return some user ids."""
         return UsersResponse(users=self.store.users(limit))
 
     def items(self, query: str, limit: int) -> ItemsResponse:
-        """Give the item with this very id, then those whose name holds the text, most frequent in training first."""
+        """Return the item with this very id, then those whose name holds the text, most frequent in training first."""
         served = self.served
         bundle, row = served.bundle, served.bundle.row_of.get(query)
         rows = served.names.find(query, limit)
@@ -245,7 +245,7 @@ class Service:
         )
 
     def similar(self, item_id: str, k: int) -> SimilarResponse:
-        """Give the k items nearest to an item by the retriever's vectors, or by content where it has no vector.
+        """Return the k items nearest to an item by the retriever's vectors, or by content where it has no vector.
 
         Raises:
             RequestError: 404 for an item the bundle does not know, 409 for a bundle without a retriever.

@@ -112,7 +112,7 @@ class ServeConfig:
 
 
 def gpu_share(config: ServeConfig, available: float) -> float:
-    """Give the share of a GPU that each process with models asks of Ray: `config.gpus`, or less so that all get one.
+    """Return the share of a GPU that each process with models asks of Ray: `config.gpus`, or less so that all get one.
 
     Args:
         config: says how many such processes there are.
@@ -129,7 +129,7 @@ def gpu_share(config: ServeConfig, available: float) -> float:
 
 
 def redis_url(config: ServeConfig) -> str:
-    """Give where the Redis store is; empty if nobody said."""
+    """Return where the Redis store is; empty if nobody said."""
     return config.redis_url or os.environ.get(REDIS_URL, "")
 
 

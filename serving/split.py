@@ -59,7 +59,7 @@ class SplitConfig:
                 raise ConfigError(f"[serve.split] {name} is {getattr(self, name)}; expected at least 1")
 
     def replicas(self, part: Part) -> int:
-        """Give how many replicas a part has."""
+        """Return how many replicas a part has."""
         return {"retriever": self.retrievers, "ranker": self.rankers, "text": self.texts}[part]
 
 
@@ -76,7 +76,7 @@ class Ask(Protocol):
     """Gets words to some replica of a part and its answer back."""
 
     def __call__(self, part: Part, stage: str, place: BundlePlace, *arguments: Any) -> Any:
-        """Give the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
+        """Return the answer; raises `PartError` if there is none, `RequestError` if the part refuses."""
         ...
 
 
@@ -126,7 +126,7 @@ class PartHost:
             self._held = {key: held for key, held in self._held.items() if key in self._now | self._before}
 
     def answer(self, stage: str, place: BundlePlace, arguments: Sequence[Any]) -> Any:
-        """Give the answer of a stage by a bundle, loaded now if it is not held, or the `Refusal` of the request."""
+        """Return the answer of a stage by a bundle, loaded now if it is not held, or the `Refusal` of the request."""
         try:
             with torch.inference_mode():
                 return STAGES[stage](self.hold(place), *arguments)
@@ -134,7 +134,7 @@ class PartHost:
             return Refusal(error.status, error.code, str(error))
 
     def hold(self, place: BundlePlace) -> "_Held":
-        """Give what is kept of a bundle, loaded now if need be; nobody waits for a bundle that is not theirs."""
+        """Return what is kept of a bundle, loaded now if need be; nobody waits for a bundle that is not theirs."""
         held = self._held.get(place.version)
         if held is not None:
             return held
@@ -160,7 +160,7 @@ class _Held:
 
 
 def _only(part: Part, bundle: Bundle) -> Bundle:
-    """Give the bundle with the models of one part; the memory of the others is free once the loaded one is gone."""
+    """Return the bundle with the models of one part; the memory of the others is free once the loaded one is gone."""
     keeps: dict[str, tuple[Part, ...]] = {
         "ranking_model": ("ranker",),
         "retriever": ("retriever",),
@@ -259,7 +259,7 @@ class Elsewhere:
     ask: Ask
 
     def bundle(self, bundle: Bundle) -> Bundle:
-        """Give the bundle with stand-ins for its models, once a replica of each part holds it."""
+        """Return the bundle with stand-ins for its models, once a replica of each part holds it."""
         place = BundlePlace(bundle.directory, bundle.version)
         for part in PARTS:
             self.ask(part, "holds", place)
@@ -276,7 +276,7 @@ class Elsewhere:
         return replace(bundle, device=torch.device("cpu"), **away)
 
     def searcher(self, bundle: Bundle, config: SearchConfig) -> Searcher:
-        """Give what searches the text of such a bundle."""
+        """Return what searches the text of such a bundle."""
         assert bundle.text is not None, "asked for only where there is text"
         place = BundlePlace(bundle.directory, bundle.version)
         depth: int = self.ask("text", "depth", place)  # its machine's speed decides

@@ -42,7 +42,7 @@ class State:
         self._telemetry = telemetry
 
     def now(self) -> int:
-        """Give the moment, later than all that the service gave to events, if the clock has not been set back far.
+        """Return the moment, later than all that the service gave to events, if the clock has not been set back far.
 
         So the very next request uses an event, also within its microsecond and after a small step back of the clock.
         """
@@ -65,7 +65,7 @@ class State:
         return [(event, next(taken) if event.time - now <= MAX_FUTURE else "refused_future") for event in events]
 
     def _written(self, events: Sequence[Event]) -> Sequence[str]:
-        """Give what became of each event; raises `RequestError` 503 if the log cannot be written, as on a full disk."""
+        """Return what became of each event; raises `RequestError` 503 if the log takes nothing, as on a full disk."""
         try:
             return self.log.append(events)
         except OSError as error:
@@ -133,7 +133,7 @@ class State:
 
 
 def _event(posted: EventIn, position: int, now: int) -> Event:
-    """Give the event of a post, with an id and a time."""
+    """Return the event of a post, with an id and a time."""
     if len(posted.user_id.encode()) > MAX_USER_BYTES:
         raise RequestError(
             422,

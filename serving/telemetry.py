@@ -180,25 +180,25 @@ class Telemetry:
         self._effect.observe(seconds)
 
     def parity(self, error: float) -> None:
-        """Tell how far a golden request's scores are from the published ones."""
+        """Record how far a golden request's scores are from the published ones."""
         self._parity.set(error)
         self._checks.inc()
 
     def created(self, seconds: float) -> None:
-        """Tell when the champion was made, seconds since 1970."""
+        """Record when the champion was made, seconds since 1970."""
         self._created.set(seconds)
 
     def recall_at_publish(self, share: float) -> None:
-        """Tell what share of the exact best the champion's index found when it was built; NaN if nobody measured."""
+        """Record what share of the exact best the champion's index found when it was built; NaN if nobody measured."""
         self._recall.set(share)
 
     def recall(self, share: float) -> None:
-        """Tell what share of the exact best the newest sampled searches found, of which one is new."""
+        """Record what share of the exact best the newest sampled searches found, of which one is new."""
         self._recall.set(share)
         self._recalls.inc()
 
     def drift(self, index: float) -> None:
-        """Tell how far scores have drifted from where they lay at publish."""
+        """Record how far scores have drifted from where they lay at publish."""
         self._drift.set(index)
 
     def candidates(self, asked: int, unknown: int) -> None:
@@ -227,7 +227,7 @@ class Telemetry:
         self._shadow.labels(outcome).inc()
 
     def scrape(self) -> bytes:
-        """Give all metrics in the Prometheus text format."""
+        """Return all metrics in the Prometheus text format."""
         if MULTIPROCESS in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]

@@ -48,7 +48,7 @@ class Snapshot(HistoryReader, Protocol):
         ...
 
     def users(self, limit: int) -> list[str]:
-        """Give the ids of the first `limit` users."""
+        """Return the ids of the first `limit` users."""
         ...
 
 
@@ -70,7 +70,7 @@ class ReplayableLog(Protocol):
         ...
 
     def replay(self, start: int = 0) -> Iterator[Record]:
-        """Give the events from a position to the end."""
+        """Return the events from a position to the end."""
         ...
 
     def copy_tombstone(self, tombstone: Tombstone) -> None:
@@ -84,15 +84,15 @@ class LiveHistories(HistoryReader, Protocol):
     kind: str
 
     def observe(self, user_id: str) -> Observed:
-        """Give the user's history with what it was read from."""
+        """Return the user's history with what it was read from."""
         ...
 
     def parts(self, user_id: str) -> tuple[Events | None, Events | None]:
-        """Give what the snapshot and what the log know of a user, None each for nothing."""
+        """Return what the snapshot and what the log know of a user, None each for nothing."""
         ...
 
     def users(self, limit: int) -> list[str]:
-        """Give up to `limit` user ids: those with posted events first, then users of the snapshot."""
+        """Return up to `limit` user ids: those with posted events first, then users of the snapshot."""
         ...
 
     def follow(self, log: ReplayableLog, encoder: Encoder) -> int:
@@ -123,7 +123,7 @@ class LiveHistories(HistoryReader, Protocol):
 
 
 def batches(log: ReplayableLog, position: int, mark: LogMark | None) -> Iterator[list[Record]]:
-    """Give what a view at a position has to apply, some `APPLY_EVENTS` at a time.
+    """Yield what a view at a position has to apply, some `APPLY_EVENTS` at a time.
 
     Args:
         log: the event log.
@@ -140,19 +140,19 @@ def batches(log: ReplayableLog, position: int, mark: LogMark | None) -> Iterator
 
 
 def packed(events: Events) -> NDArray[np.void]:
-    """Give events as records."""
+    """Return events as records."""
     rows = np.empty(len(events), RECORD)
     rows["item"], rows["action"], rows["time"] = events.item, events.action, events.time
     return rows
 
 
 def unpacked(rows: NDArray[np.void]) -> Events:
-    """Give records as events."""
+    """Return records as events."""
     return Events(*(np.ascontiguousarray(rows[name]) for name in ("item", "action", "time")))
 
 
 def by_user(batch: Iterable[Record]) -> tuple[list[str], dict[str, list[Event]]]:
-    """Give the users a batch forgets, each once, and the events of each user after their last tombstone."""
+    """Return the users a batch forgets, each once, and the events of each user after their last tombstone."""
     forgotten: dict[str, None] = {}
     events: dict[str, list[Event]] = {}
     for entry in (record.event for record in batch):
@@ -165,12 +165,12 @@ def by_user(batch: Iterable[Record]) -> tuple[list[str], dict[str, list[Event]]]
 
 
 def joined(base: Events | None, posted: Events | None) -> Events | None:
-    """Give a whole history, or None if nothing is known."""
+    """Return a whole history, or None if nothing is known."""
     if base is None or posted is None:
         return posted if base is None else base
     return Events.concatenate(base, posted)
 
 
 def unavailable(kind: str, error: Exception) -> StoreError:
-    """Give the error of a store that can't be had."""
+    """Return the error of a store that can't be had."""
     return StoreError(f"the {kind} history store can't be had ({type(error).__name__}: {error})")

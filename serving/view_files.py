@@ -82,5 +82,5 @@ def _damage(directory: Path, check: bool) -> str:
 
 
 def lock_of(directory: Path, purpose: str) -> Path:
-    """Give the lock file of a view: beside it, so that the view can be removed under it."""
+    """Return the lock file of a view: beside it, so that the view can be removed under it."""
     return directory.parent / f"{directory.name}.{purpose}.lock"

@@ -21,7 +21,7 @@ class Watched:
         self._last = threading.local()
 
     def read(self, user_id: str) -> Events | None:
-        """Give the user's history; None too if the store can't be had."""
+        """Return the user's history; None too if the store can't be had."""
         try:
             observed = self._store.observe(user_id)
         except StoreError as error:
@@ -38,7 +38,7 @@ class Watched:
         return missed
 
     def observed(self) -> Observed | None:
-        """Give what this thread read since it asked last, None for nothing."""
+        """Return what this thread read since it asked last, None for nothing."""
         observed: Observed | None = getattr(self._last, "observed", None)
         self._last.observed = None
         return observed

@@ -54,7 +54,7 @@ class Registry(Protocol):
     """A model registry. Any exception means that it is out of reach."""
 
     def aliases(self) -> Mapping[Role, Registered]:
-        """Give what each alias names now."""
+        """Return what each alias names now."""
         ...
 
     def fetch(self, registered: Registered, directory: Path) -> Path:
@@ -80,7 +80,7 @@ class MlflowRegistry:
         self._client: Any = None
 
     def aliases(self) -> Mapping[Role, Registered]:
-        """Give what each alias names now; a version without the tag `bundle` was not published by this system."""
+        """Return what each alias names now; a version without the tag `bundle` was not published by this system."""
         client = self._connect()
         found: dict[Role, Registered] = {}
         named = client.get_registered_model(self._model).aliases
@@ -158,7 +158,7 @@ class Watcher:
             self.look()
 
     def _planned(self, wanted: Mapping[Role, Registered]) -> Plan:
-        """Give the plan for the aliases; a role whose bundle cannot be had stays as it is."""
+        """Return the plan for the aliases; a role whose bundle cannot be had stays as it is."""
         plan = self.plan
         for role in ROLES:
             registered = wanted.get(role)
@@ -172,7 +172,7 @@ class Watcher:
         return plan
 
     def _fetched(self, role: Role, registered: Registered) -> BundlePlace | None:
-        """Give a checked copy of a bundle, None if there is none to be had."""
+        """Return a checked copy of a bundle, None if there is none to be had."""
         directory = self._state / BUNDLES / registered.version
         try:
             if not directory.exists():
@@ -203,7 +203,7 @@ def check(directory: Path, version: str | None = None) -> str:
 
 
 def adopt(bundle: Path, version: str, state: Path) -> BundlePlace:
-    """Give a bundle's place under the state directory, linked there (copied across file systems) if need be.
+    """Return a bundle's place under the state directory, linked there (copied across file systems) if need be.
 
     What is served must not change under a replica that starts again, and `recsys publish` writes in place.
     """
@@ -224,7 +224,7 @@ def keep(state: Path, plan: Plan) -> None:
 
 
 def last_plan(state: Path) -> Plan | None:
-    """Give what was served last, None if nothing was or its bundles are gone."""
+    """Return what was served last, None if nothing was or its bundles are gone."""
     if not (state / LINEUP).exists():
         return None
     plan = Plan.of(read_json(state / LINEUP))

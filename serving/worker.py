@@ -42,7 +42,7 @@ class Worker:
         return 0.0 if began is None else time.perf_counter() - began
 
     async def run(self, work: Callable[[], T], budget: Budget | None = None) -> tuple[T, float]:
-        """Give the result of `work` and the seconds it waited for its turn.
+        """Return the result of `work` and the seconds it waited for its turn.
 
         Raises:
             RequestError: 503 if too many wait already, or if its turn came too late for its budget.
@@ -74,6 +74,6 @@ class Worker:
 
 
 def json_response(value: BaseModel, timings: Timings) -> Response:
-    """Give a response that is serialised once, with its stages in `Server-Timing`, which counts in milliseconds."""
+    """Return a response that is serialised once, with its stages in `Server-Timing`, which counts in milliseconds."""
     stages = ", ".join(f"{stage};dur={seconds * 1e3:.2f}" for stage, seconds in timings.items())
     return Response(value.model_dump_json(), headers={"Server-Timing": stages}, media_type="application/json")

@@ -42,7 +42,7 @@ class RedisServer:
 
 @contextmanager
 def redis_server(directory: Path) -> Iterator[RedisServer]:
-    """Give a running server; skips the test where there is none to run."""
+    """Yield a running server; skips the test where there is none to run."""
     if shutil.which("redis-server") is None:
         pytest.skip("no redis-server to run; apt-get install redis-server")
     server = RedisServer(directory)

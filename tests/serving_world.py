@@ -99,7 +99,7 @@ def make_service(place: Place, state: Path, bundle: Path | None = None, **settin
 
 
 def patient_app(service: Service, keys: ApiKeys | None = None, **limits) -> FastAPI:
-    """Give the application with deadlines that no busy machine misses."""
+    """Return the application with deadlines that no busy machine misses."""
     return create_app(service, Limits(**{"deadlines": PATIENT} | limits), keys=keys)
 
 
@@ -112,7 +112,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 def free_port() -> int:
-    """Give a port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -91,7 +91,7 @@ def same_bytes(one: PreparedSet, other: PreparedSet) -> None:
 
 
 def waiting(prepared: PreparedSet) -> list[np.ndarray]:
-    """Give the arrays of all requests that wait, by user."""
+    """Return the arrays of all requests that wait, by user."""
     users = Users(prepared.users["user_key"].to_numpy().astype(np.int64), prepared.histories.offsets[:-1])
     found = Waiting.open(prepared.directory / "growth")
     heads = found.heads(users)

@@ -35,7 +35,7 @@ def model_of(name: str, **settings):
 
 @torch.no_grad()
 def read_by_score(name: str, model, batch):
-    """Give what `score` pools for every candidate, taken from the path that serves."""
+    """Return what `score` pools for every candidate, taken from the path that serves."""
     found = []
     holder, attribute = {"sdim": (model, "_features")}.get(name, (model, "_pool"))
     original = getattr(holder, attribute)

@@ -60,7 +60,7 @@ def failed(found: Audit) -> set[str]:
 
 
 def tampered(clean: PreparedSet, change: Callable[[PreparedSet], None], folder: Path, sign: bool = True) -> PreparedSet:
-    """Give a changed copy, whose manifest vouches for the changed files."""
+    """Return a changed copy, whose manifest vouches for the changed files."""
     shutil.copytree(clean.directory, folder / "prepared")
     change(PreparedSet(folder / "prepared"))
     done = PreparedSet(folder / "prepared")
@@ -209,7 +209,7 @@ def save_histories(prepared: PreparedSet, item: np.ndarray, time: np.ndarray) ->
 
 
 def together(one: Requests, other: Requests) -> Requests:
-    """Give the requests of both, by (at, user)."""
+    """Return the requests of both, by (at, user)."""
     offsets = np.concatenate([one.offsets, other.offsets[1:] + one.offsets[-1]])
     columns = (np.concatenate([getattr(one, name), getattr(other, name)]) for name in ("user", "at", "end"))
     joined = Requests(*columns, offsets, np.concatenate([one.positive, other.positive]))

@@ -28,13 +28,13 @@ SMALL = AwMoeConfig(window=12, width=6, experts=3, item_width=3, category_width=
 
 
 def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
-    """Give a table in which every item from row 2 was trained; categories go round."""
+    """Return a table in which every item from row 2 was trained; categories go round."""
     code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
     return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
 
 
 def build(seed: int = 0, **changes: Any) -> AwMoe:
-    """Give a float64 model in evaluation mode with weights large enough to matter; queries ask for categories."""
+    """Return a float64 model in evaluation mode with weights large enough to matter; queries ask for categories."""
     if changes.get("gate") == "query":
         changes = {"query": "category", **changes}
     torch.manual_seed(seed)
@@ -47,14 +47,14 @@ def build(seed: int = 0, **changes: Any) -> AwMoe:
 
 
 def histories(rows: list[list[int]]) -> History:
-    """Give histories of item rows, one event a microsecond."""
+    """Return histories of item rows, one event a microsecond."""
     item = torch.tensor([row for history in rows for row in history], dtype=torch.int32)
     offsets = torch.tensor([0, *np.cumsum([len(history) for history in rows])])
     return History(item, torch.zeros_like(item), torch.arange(len(item)), offsets)
 
 
 def make_batch(seed: int, users: int = 5, most: int = 12, candidates: int = 4) -> Batch:
-    """Give random requests; the first has the longest history, the second none; some ask for nothing (query 0)."""
+    """Return random requests; the first has the longest history, the second none; some ask for nothing (query 0)."""
     draws = np.random.default_rng(seed)
     lengths = [most, 0, *draws.integers(0, most + 1, users - 2)]
     rows = torch.from_numpy(draws.integers(UNKNOWN, ROWS, (users, candidates)).astype(np.int32))
@@ -81,18 +81,18 @@ def everything(*shape: int) -> Tensor:
 
 
 def gate_of(model: AwMoe, event: Tensor, h: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Give g [B, C, K] (C = 1 without candidates) of events [B, T, D] and candidates [B, C, D]."""
+    """Return g [B, C, K] (C = 1 without candidates) of events [B, T, D] and candidates [B, C, D]."""
     mask = everything(*event.shape[:2]) if mask is None else mask
     return model._attended(*model._gate_units(event, context_of(model, h)), mask)
 
 
 def context_of(model: AwMoe, h: Tensor) -> Tensor | None:
-    """Give what the gate sees of vectors [B, C, D]: all, the first in place of a query, or nothing."""
+    """Return what the gate sees of vectors [B, C, D]: all, the first in place of a query, or nothing."""
     return {"target": h, "query": h[:, :1], "none": None}[model.config.gate]
 
 
 def gate_in(model: AwMoe, batch: Batch) -> Tensor:
-    """Give g [B, C, K] of a batch, with its queries where the gate sees them."""
+    """Return g [B, C, K] of a batch, with its queries where the gate sees them."""
     event, mask = model._events(batch.history, model.items.embedding_row)
     h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     asked = model._asked(batch.request.query, h)
@@ -100,7 +100,7 @@ def gate_in(model: AwMoe, batch: Batch) -> Tensor:
 
 
 def experts_in(model: AwMoe, batch: Batch) -> Tensor:
-    """Give s [B, C, K] of a batch."""
+    """Return s [B, C, K] of a batch."""
     event, mask = model._events(batch.history, model.items.embedding_row)
     h = model.inner(model.fields.semantic(batch.candidates.item, model.items.embedding_row))
     asked = model._asked(batch.request.query, h)
@@ -109,7 +109,7 @@ def experts_in(model: AwMoe, batch: Batch) -> Tensor:
 
 
 def pooled_of(model: AwMoe, event: Tensor, h: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Give v_u [B, C, D]."""
+    """Return v_u [B, C, D]."""
     assert model.attention is not None
     return experts_view(model.attention(event, h), event, everything(*event.shape[:2]) if mask is None else mask)
 
@@ -346,7 +346,7 @@ def test_a14_parameter_counts(gate: Any, count: int, fields: dict[str, Any]) -> 
 
 
 def contrast(gate: Tensor, view: Tensor, negative: Tensor | None = None, **changes: Any) -> float:
-    """Give L_cl of requests that all have events, every other one a negative unless said otherwise."""
+    """Return L_cl of requests that all have events, every other one a negative unless said otherwise."""
     rows = len(gate)
     negative = ~torch.eye(rows, dtype=torch.bool) if negative is None else negative
     return float(loss_of(gate, view, negative, everything(rows), **changes))
@@ -356,7 +356,7 @@ def loss_of(
     gate: Tensor, view: Tensor, negative: Tensor, real: Tensor, against: Any = "views", similarity: Any = "cosine",
     tau: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Give L_cl with the model's defaults."""
+    """Return L_cl with the model's defaults."""
     return contrastive_loss(gate, view, negative, real, against, similarity, tau)
 
 

@@ -44,7 +44,7 @@ def drawn(seed: int, size: int):
 
 
 def error(probability, score):
-    """Give the mean distance from the chance that is known here."""
+    """Return the mean distance from the chance that is known here."""
     return float(np.abs(probability - chance(score.astype(np.float64))).mean())
 
 

@@ -31,13 +31,13 @@ ROWS = 30
 
 
 def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
-    """Give a table in which every item from row 2 was trained; categories go round."""
+    """Return a table in which every item from row 2 was trained; categories go round."""
     code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
     return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
 
 
 def build(seed: int = 0, config: DareConfig | None = None, **changes: Any) -> Dare:
-    """Give a float64 model in evaluation mode with weights large enough to matter."""
+    """Return a float64 model in evaluation mode with weights large enough to matter."""
     config = config or DareConfig(window=12, retrieved=4, attention=SMALL, representation=SMALL, unknown_rate=0.0)
     torch.manual_seed(seed)
     model = Dare(replace(config, **changes), item_table()).double()
@@ -52,7 +52,7 @@ def build(seed: int = 0, config: DareConfig | None = None, **changes: Any) -> Da
 def make_batch(
     seed: int, users: int = 4, least: int = 0, most: int = 12, candidates: int = 5, baskets: bool = True
 ) -> Batch:
-    """Give random requests; the first user has a full history, and times repeat if there are baskets."""
+    """Return random requests; the first user has a full history, and times repeat if there are baskets."""
     draws = np.random.default_rng(seed)
     lengths = draws.integers(least, most + 1, users)
     lengths[0] = most
@@ -73,19 +73,19 @@ def make_batch(
 
 
 def queries(model: Dare, batch: Batch) -> Tensor:
-    """Give the candidates' semantic attention vectors [B, C, a_sem]."""
+    """Return the candidates' semantic attention vectors [B, C, a_sem]."""
     return model._attention.semantic(batch.candidates.item, model.items.embedding_row)
 
 
 def weights_over_slots(scores: Tensor, mask: Tensor, k: int) -> Tensor:
-    """Give the weights after search, spread over all slots [B, C, T]."""
+    """Return the weights after search, spread over all slots [B, C, T]."""
     index, found = search(scores, mask, k)
     weights = masked_softmax(scores.gather(-1, index), found)
     return torch.zeros_like(scores).scatter(-1, index, weights)
 
 
 def train_logits(model: Dare, batch: Batch, hold_weights: bool, hold_values: bool) -> Tensor:
-    """Give the training loss with one of the two paths cut, written apart from `Dare.loss`."""
+    """Return the training loss with one of the two paths cut, written apart from `Dare.loss`."""
     state = model.encode(batch.history)
     v = model.representation.candidate(batch.candidates.item, model.items.embedding_row)
     scores = model.search_scores(state, queries(model, batch))
@@ -99,7 +99,7 @@ def train_logits(model: Dare, batch: Batch, hold_weights: bool, hold_values: boo
 
 
 def gradients(model: Dare, loss: Tensor) -> dict[str, Tensor]:
-    """Give the gradients of the embedding tables, dense; zero where there is none."""
+    """Return the gradients of the embedding tables, dense; zero where there is none."""
     model.zero_grad()
     loss.backward()
     return {
@@ -110,7 +110,7 @@ def gradients(model: Dare, loss: Tensor) -> dict[str, Tensor]:
 
 
 def main_loss(model: Dare, batch: Batch) -> Tensor:
-    """Give the whole training loss, nothing random in it."""
+    """Return the whole training loss, nothing random in it."""
     return model.loss(batch, torch.Generator()).total
 
 
@@ -215,7 +215,7 @@ def test_o3_the_padding_row_gets_no_gradient() -> None:
 
 
 def shuffle_state(state: DareState, order: Tensor, with_position: bool, semantic: int) -> DareState:
-    """Give the state with its slots in another order, all at one request."""
+    """Return the state with its slots in another order, all at one request."""
     value = state.value[:, order]
     position = state.position[:, order]
     if not with_position:
@@ -435,7 +435,7 @@ QUERY, TARGET = [2.0, 1], [1.0, 2, 3]
 
 
 def by_hand(retrieved: int, position: int = 0, scaling: str = "split") -> tuple[Dare, DareState, Tensor]:
-    """Give the model of the worked example, its state and the query: items 2..6 are the history, item 7 is scored."""
+    """Return the model of the worked example, its state and the query: items 2..6 are the history, item 7 is scored."""
     config = DareConfig(
         window=5, retrieved=retrieved, scaling=scaling, category=None,  # type: ignore[arg-type]
         attention=FieldWidths(2, 0, position), representation=FieldWidths(3, 0, 0),

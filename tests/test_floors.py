@@ -40,20 +40,20 @@ def grocery(tmp_path_factory: pytest.TempPathFactory) -> PreparedSet:
 
 @pytest.fixture(scope="module")
 def tests(grocery: PreparedSet) -> Requests:
-    """Give the test requests that have a history."""
+    """Return the test requests that have a history."""
     requests = grocery.requests("test")
     return requests.take(np.flatnonzero(requests.end > grocery.histories.offsets[requests.user]))
 
 
 @pytest.fixture(scope="module")
 def counts(grocery: PreparedSet) -> Counts:
-    """Give the lines of each item key outside the test baskets."""
+    """Return the lines of each item key outside the test baskets."""
     everything = np.bincount(grocery.histories.events.item, minlength=len(grocery.key_to_row))
     return everything - np.bincount(grocery.requests("test").positive - 2, minlength=len(everything))
 
 
 def baskets(requests: Requests) -> list[NDArray[np.int64]]:
-    """Give the item keys of each request's basket."""
+    """Return the item keys of each request's basket."""
     return [part.astype(np.int64) - 2 for part in np.split(requests.positive, requests.offsets[1:-1])]
 
 

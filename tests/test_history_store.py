@@ -39,7 +39,7 @@ class Base:
 
 
 def events(times: list[int], first_item: int = 0) -> Events:
-    """Give events at these times, items numbered from `first_item` in the order given, so that each is its own."""
+    """Return events at these times, items numbered from `first_item` in the order given, so that each is its own."""
     items = np.arange(first_item, first_item + len(times), dtype=np.uint32)
     return Events(items, (items % 3).astype(np.uint8), np.array(times, np.int64))
 

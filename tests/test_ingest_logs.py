@@ -50,7 +50,7 @@ def truth(bench: ModuleType) -> pl.DataFrame:
 
 
 def histories(done: PreparedSet) -> dict[str, list[tuple[str, int]]]:
-    """Give (item, time) of every user's events, by outside ids."""
+    """Return (item, time) of every user's events, by outside ids."""
     ids, found = done.catalogue["item_id"].to_list(), {}
     for row, user in enumerate(done.users["user_id"]):
         events = done.histories.of(row)

@@ -43,14 +43,14 @@ seeds = st.integers(0, 2**31)
 
 
 def item_table(transitions: Transitions | None = None) -> ItemTable:
-    """Give a table of rows 0, 1 and 12 items in 4 categories; the last two were never trained."""
+    """Return a table of rows 0, 1 and 12 items in 4 categories; the last two were never trained."""
     code = torch.tensor([0, 1, *(2 + i % 4 for i in range(ROWS - 2))], dtype=torch.int32)
     count = torch.tensor([0, 0, *range(3, ROWS - 1), 0, 0])
     return ItemTable(["category"], code[:, None], [6], count, transitions)
 
 
 def make_batch(seed: int, users: int = 4, most: int = 14, candidates: int = 6) -> Batch:
-    """Give random requests on day 400: several events a day, the first history full, the last one empty."""
+    """Return random requests on day 400: several events a day, the first history full, the last one empty."""
     draws = np.random.default_rng(seed)
     lengths = draws.integers(0, most + 1, users)
     lengths[0], lengths[-1] = most, 0
@@ -64,14 +64,14 @@ def make_batch(seed: int, users: int = 4, most: int = 14, candidates: int = 6) -
 
 
 def own_events(batch: Batch, b: int) -> tuple[list[int], list[float]]:
-    """Give the item rows and the ages in days of one request's history."""
+    """Return the item rows and the ages in days of one request's history."""
     h = batch.history
     kept = slice(int(h.offsets[b]), int(h.offsets[b + 1]))
     return h.item[kept].tolist(), ((batch.request.at[b] - h.time[kept]) / DAY).tolist()
 
 
 def randomised(model: Any) -> Any:
-    """Give the model in float64 with weights large enough to matter, in evaluation mode."""
+    """Return the model in float64 with weights large enough to matter, in evaluation mode."""
     torch.manual_seed(0)
     for name, parameter in model.double().named_parameters():
         if "norm" not in name and "bias" not in name:
@@ -82,7 +82,7 @@ def randomised(model: Any) -> Any:
 
 
 def by_definition(model: Any, batch: Batch, b: int, c: int, kept: list[int]) -> Tensor:
-    """Give the logit of a candidate whose attention reads the slots `kept` of a history, oldest first, and no other."""
+    """Return the logit of a candidate whose attention reads only the slots `kept` of a history, oldest first."""
     rows = model.items.embedding_row
     item = batch.history.item[batch.history.offsets[b] : batch.history.offsets[b + 1]][-model.config.window :]
     fields = model.fields
@@ -229,7 +229,7 @@ def count_steps(baskets: list[list[list[int]]]) -> np.ndarray:
 
 
 def sparse(counts: np.ndarray) -> Transitions:
-    """Give a dense matrix as `Transitions`."""
+    """Return a dense matrix as `Transitions`."""
     source, target = np.nonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=len(counts)))])
     weight = counts[source, target].astype(np.float32)
@@ -237,7 +237,7 @@ def sparse(counts: np.ndarray) -> Transitions:
 
 
 def random_baskets(seed: int) -> list[list[list[int]]]:
-    """Give some baskets of distinct items for each of five users."""
+    """Return some baskets of distinct items for each of five users."""
     draws = np.random.default_rng(seed)
 
     def basket() -> list[int]:

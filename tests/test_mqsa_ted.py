@@ -33,7 +33,7 @@ def identity(width):
 
 
 def edges(count):
-    """Give transitions from a dense [V, V] table."""
+    """Return transitions from a dense [V, V] table."""
     head, target = np.nonzero(count)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(head, minlength=len(count)))])
     weight = torch.tensor(count[head, target], dtype=torch.float32)
@@ -41,7 +41,7 @@ def edges(count):
 
 
 def item_table(items=ITEMS, untrained=(), seed=0):
-    """Give a catalogue with random transitions (none from row 4 on in every third row) and counts."""
+    """Return a catalogue with random transitions (none from row 4 on in every third row) and counts."""
     draws = np.random.default_rng(seed)
     dense = np.zeros((items + 2, items + 2))
     dense[2:, 2:] = draws.integers(0, 4, (items, items)) * (draws.random((items, items)) < 0.4)
@@ -52,7 +52,7 @@ def item_table(items=ITEMS, untrained=(), seed=0):
 
 
 def make_model(items=None, seed=0, **options):
-    """Give a model in evaluation mode whose every weight, bias and gain is far from its initial value."""
+    """Return a model in evaluation mode whose every weight, bias and gain is far from its initial value."""
     torch.manual_seed(seed)
     config = MqsaTedConfig(**({"width": 6, "length": 8, "dropout": 0.0} | options))
     model = MqsaTed(config, items or item_table()).eval()
@@ -64,7 +64,7 @@ def make_model(items=None, seed=0, **options):
 
 
 def packed(users: Users):
-    """Give histories in which basket g happened at moment g."""
+    """Return histories in which basket g happened at moment g."""
     item = [row for baskets in users for basket in baskets for row in basket]
     time = [10 * g + 5 for baskets in users for g, basket in enumerate(baskets) for _ in basket]
     offsets = np.concatenate([[0], np.cumsum([sum(map(len, baskets)) for baskets in users])])
@@ -85,7 +85,7 @@ def make_batch(users: Users, following: list[list[int]]):
 
 
 def outputs(model, users: Users):
-    """Give Zhat of every basket, user by user, oldest first."""
+    """Return Zhat of every basket, user by user, oldest first."""
     padded = packed(users).padded(model.config.length)
     slots = arrange(padded, model.items.embedding_row, model.config.baskets)
     z = model(slots, keep)
@@ -93,7 +93,7 @@ def outputs(model, users: Users):
 
 
 def written_branch(model, branch, window, baskets):
-    """Give Z of each basket by the equations of the paper, in loops over positions; all in double precision."""
+    """Return Z of each basket by the equations of the paper, in loops over positions; all in double precision."""
     c, model, branch = model.config, model.double(), branch.double()
     first = c.length - len(baskets)
     slots = [
@@ -128,7 +128,7 @@ def written_outputs(model, baskets):
 
 
 def written_losses(model, users: Users, following):
-    """Give (L_rec, L_kd) with dense logits and a dense teacher."""
+    """Return (L_rec, L_kd) with dense logits and a dense teacher."""
     c, E = model.config, model.double().item
     rows, heads = [], []
     for baskets, after in zip(users, following, strict=True):
@@ -456,7 +456,7 @@ def test_n2_attention():
 
 
 def plain_branch(window):
-    """Give a branch of width 3 with unit projections and no feed-forward part."""
+    """Return a branch of width 3 with unit projections and no feed-forward part."""
     branch = Branch(MqsaTedConfig(width=3), window)
     block = branch.blocks[0]
     with torch.no_grad():

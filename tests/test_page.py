@@ -174,7 +174,7 @@ def searching(bundle: Path, place: Path) -> Iterator[httpx.Client]:
 
 
 def look(client: httpx.Client, directory: Path, path: str = "/", width: int = 1280, **query) -> str:
-    """Give the document as the browser has it once the page has settled."""
+    """Return the document as the browser has it once the page has settled."""
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         f"--disable-component-update --disable-sync --window-size={width},2000 --virtual-time-budget=20000 --dump-dom"
@@ -208,7 +208,7 @@ def recommend(client: httpx.Client, **fields) -> dict:
 
 
 def inline(events: list[dict]) -> list[dict]:
-    """Give a history, newest first, as the page sends it along, oldest first."""
+    """Return a history, newest first, as the page sends it along, oldest first."""
     return [
         {"item_id": event["item_id"] or "", "timestamp": event["timestamp"], "action": event["action"]}
         for event in reversed(events)

@@ -104,7 +104,7 @@ def held_to(test: str) -> pytest.MarkDecorator:
 
 
 def build(name: str, world: worlds.World, seed: int = SEED) -> Any:
-    """Give a model at its initial weights."""
+    """Return a model at its initial weights."""
     setting = SETTINGS[name]
     config_class, model_class = RANKERS[setting.model]
     torch.manual_seed(seed)

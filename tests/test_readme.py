@@ -42,14 +42,14 @@ QUICKSTART = [
 
 
 def commands() -> list[str]:
-    """Give the commands of all shell blocks, comments cut off, in order."""
+    """Return the commands of all shell blocks, comments cut off, in order."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def shown() -> list[str]:
-    """Give the commands of all console blocks, which are too long or too many to run, comments cut off."""
+    """Return the commands of all console blocks, which are too long or too many to run, comments cut off."""
     text = "".join((ROOT / name).read_text() for name in ("README.md", "tests/benchmarks/RESULTS.md"))
     lines = "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).splitlines()
     return [line.split("  #")[0].strip() for line in lines]

@@ -52,7 +52,7 @@ class Store:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """Give a loaded bundle of a ranker with MQSA-TED retrieval; weights are random, so every item scores apart."""
+    """Return a loaded bundle of a ranker with MQSA-TED retrieval; weights are random, so every item scores apart."""
     bundles = {}
 
     def named(name: str, seed: int) -> NamedModel:

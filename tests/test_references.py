@@ -39,14 +39,14 @@ seeds = st.integers(0, 2**31)
 
 
 def table(count: list[int], categories: list[int] | None = None) -> ItemTable:
-    """Give an item table of rows 0, 1 and one for each count."""
+    """Return an item table of rows 0, 1 and one for each count."""
     code = [0, 1, *(categories or [2] * len(count))]
     column = torch.tensor(code, dtype=torch.int32)[:, None]
     return ItemTable(["category"], column, [max(code) + 1], torch.tensor([0, 0, *count]))
 
 
 def request(events: list[tuple[int, int]], at: int, candidates: list[int]) -> Batch:
-    """Give a batch of one request: events are (item row, day)."""
+    """Return a batch of one request: events are (item row, day)."""
     item = torch.tensor([row for row, _ in events], dtype=torch.int32)
     time = torch.tensor([day * DAY for _, day in events], dtype=torch.int64)
     history = History(item, torch.zeros_like(item), time, torch.tensor([0, len(events)]))
@@ -289,7 +289,7 @@ def test_masked_softmax_reads_nothing_behind_the_mask(rows: list[list[float]], s
 
 
 def losses_and_statistics(batches: Iterator[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Give logits at real candidates and the learned mean, for one fresh head each."""
+    """Return logits at real candidates and the learned mean, for one fresh head each."""
     results = []
     for features, mask in batches:
         torch.manual_seed(0)

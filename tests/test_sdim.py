@@ -29,13 +29,13 @@ SMALL = SdimConfig(window=8, recent=3, groups=4, item_width=3, category_width=2,
 
 
 def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
-    """Give a table in which every item from row 2 was trained; categories go round."""
+    """Return a table in which every item from row 2 was trained; categories go round."""
     code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
     return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
 
 
 def build(seed: int = 0, rows: int = ROWS, **changes: Any) -> Sdim:
-    """Give a float32 model in evaluation mode with weights large enough to matter."""
+    """Return a float32 model in evaluation mode with weights large enough to matter."""
     torch.manual_seed(seed)
     model = Sdim(replace(SMALL, **changes), item_table(rows))
     for name, parameter in model.named_parameters():
@@ -47,14 +47,14 @@ def build(seed: int = 0, rows: int = ROWS, **changes: Any) -> Sdim:
 
 
 def histories(rows: list[list[int]]) -> History:
-    """Give histories of item rows, one event a microsecond."""
+    """Return histories of item rows, one event a microsecond."""
     item = torch.tensor([row for history in rows for row in history], dtype=torch.int32)
     offsets = torch.tensor([0, *np.cumsum([len(history) for history in rows])])
     return History(item, torch.zeros_like(item), torch.arange(len(item)), offsets)
 
 
 def make_batch(seed: int, users: int = 4, most: int = 12, candidates: int = 5) -> Batch:
-    """Give random requests; the first has the longest history, the second none."""
+    """Return random requests; the first has the longest history, the second none."""
     draws = np.random.default_rng(seed)
     lengths = [most, 0, *draws.integers(0, most + 1, users - 2)]
     rows = torch.from_numpy(draws.integers(UNKNOWN, ROWS, (users, candidates)).astype(np.int32))
@@ -77,28 +77,28 @@ def random_mask(seed: int, *shape: int) -> Tensor:
 
 
 def pooled(s: Tensor, mask: Tensor, q: Tensor, planes: Tensor, norm: Norm) -> Tensor:
-    """Give `long` [B, C, D] of candidates q [B, C, D] and events s [B, T, D]."""
+    """Return `long` [B, C, D] of candidates q [B, C, D] and events s [B, T, D]."""
     table, count = pool(s.masked_fill(~mask[..., None], 0), signatures(s, planes), mask, 1 << planes.shape[1])
     return read(bucket_rows(table, count, norm), count, signatures(q, planes), norm)
 
 
 def pooled_one(s: Tensor, q: Tensor, planes: Tensor, norm: Norm) -> Tensor:
-    """Give `long` [D] of one candidate q [D] and events s [T, D]."""
+    """Return `long` [D] of one candidate q [D] and events s [T, D]."""
     return pooled(s[None], torch.ones(1, len(s), dtype=torch.bool), q[None, None], planes, norm)[0, 0]
 
 
 def matches(s: Tensor, q: Tensor, planes: Tensor) -> Tensor:
-    """Give p, float64 [T, G]: which events share the bucket of one candidate."""
+    """Return p, float64 [T, G]: which events share the bucket of one candidate."""
     return (signatures(s, planes) == signatures(q, planes)).double()
 
 
 def weights(s: Tensor, q: Tensor, bits: int) -> Tensor:
-    """Give c [T]."""
+    """Return c [T]."""
     return collision(torch.cosine_similarity(s, q[None], dim=1), bits)
 
 
 def long_of(model: Sdim, state: SdimState, item: list[int]) -> Tensor:
-    """Give what items [C] read from the table of the first user, [C, D]."""
+    """Return what items [C] read from the table of the first user, [C, D]."""
     code = model.item_signatures()[item][None]
     rows = bucket_rows(state.table[:1].double() * GRID, state.size[:1], model.config.norm)
     return read(rows, state.size[:1], code, model.config.norm)[0]
@@ -533,7 +533,7 @@ QUERIES = [[1.0, 2], [1, -2], [-1, -2], [-1, -2], [-1, 2], [1, 2]]
 
 
 def by_hand(norm: Norm) -> Sdim:
-    """Give the model of the worked example: items 2..6 are events, 7..9 candidates, 10..12 their opposites."""
+    """Return the model of the worked example: items 2..6 are events, 7..9 candidates, 10..12 their opposites."""
     config = SdimConfig(
         window=4, recent=1, bits=2, groups=2, norm=norm, item_width=2, category=None, hidden=2, unknown_rate=0.0
     )

@@ -52,7 +52,7 @@ def running(place, tmp_path_factory):
 
 
 def call(running: Running, method: str, path: str, body=None, headers=None) -> tuple[int, dict[str, str], bytes]:
-    """Give status, headers (names in lower case) and body of one request on a connection of its own."""
+    """Return status, headers (names in lower case) and body of one request on a connection of its own."""
     connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=WAIT)
     content = body if isinstance(body, bytes) or body is None else json.dumps(body)
     connection.request(method, path, content, {"Content-Type": "application/json"} | (headers or {}))
@@ -63,7 +63,7 @@ def call(running: Running, method: str, path: str, body=None, headers=None) -> t
 
 
 def replicas(running: Running) -> list[psutil.Process]:
-    """Give the processes of the replicas of the service that this process has started."""
+    """Return the processes of the replicas of the service that this process has started."""
     started = psutil.Process().children(recursive=True)
     return [process for process in started if any("ServeReplica" in word for word in process.cmdline())]
 

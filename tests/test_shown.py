@@ -55,7 +55,7 @@ def ingested(lines: list[Line], rows: list[tuple[str, str, str, int, int]], fold
 
 
 def reference(lines, rows, known_items):
-    """Give {(user, request id): (moment, events before, {item: taken})} of the test period."""
+    """Return {(user, request id): (moment, events before, {item: taken})} of the test period."""
     cut = max(line.time for line in lines) + 1 - 30 * DAY
     answers = defaultdict(list)
     for request, user, item, at, label in rows:

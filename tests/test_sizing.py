@@ -30,7 +30,7 @@ ID, NAME = 9, 14  # letters of each item's id and name below
 
 
 def told(what: str, **values: int) -> int:
-    """Give the bytes that the guide's row for `what` says."""
+    """Return the bytes that the guide's row for `what` says."""
     [row] = [line for line in GUIDE.read_text().splitlines() if line.startswith(f"| {what} |")]
     formula = re.search("`([^`]*)`", row)
     assert formula, row
@@ -141,7 +141,7 @@ def test_what_users_and_events_take(tmp_path):
 
 
 def size(directory: Path) -> int:
-    """Give the bytes on the disk of all files; those of LMDB have holes."""
+    """Return the bytes on the disk of all files; those of LMDB have holes."""
     return sum(min(file.stat().st_size, file.stat().st_blocks * 512) for file in directory.rglob("*") if file.is_file())
 
 

@@ -14,7 +14,7 @@ ONE = Positives(torch.tensor([0]), torch.tensor([0]))
 
 
 def estimate(draws, corrected=True, positives=ONE, query=1.0):
-    """Give log Z from draws; items are one-dimensional, so that the table is the logits."""
+    """Return log Z from draws; items are one-dimensional, so that the table is the logits."""
     query = torch.full((int(positives.row.max()) + 1, 1), query, dtype=torch.float64)
     return sampled_log_partition(query, LOGITS[:, None], positives, torch.tensor(draws), Q, True, corrected)
 

@@ -73,7 +73,7 @@ def world(tmp_path_factory) -> ServeConfig:
 
 
 def told(content: bytes) -> dict:
-    """Give an answer without what differs from one asking to the next."""
+    """Return an answer without what differs from one asking to the next."""
     answer = json.loads(content)
     answer.get("meta", {}).pop("timings", None)
     return {key: value for key, value in answer.items() if key not in ("timings", "id", "request_id")}

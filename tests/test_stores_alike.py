@@ -55,7 +55,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(params=["lmdb", "redis"])
 def opened(request):
-    """Give what opens a store in a directory, the same one again if it is open there already."""
+    """Return what opens a store in a directory, the same one again if it is open there already."""
     if request.param == "lmdb":
         return lambda directory, bound=50: LmdbHistoryStore(directory / "view", Snapshot(), bound, map_bytes=2**26)
     server: RedisServer = request.getfixturevalue("server")

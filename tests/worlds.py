@@ -43,7 +43,7 @@ class World:
     known: int  # items that occur; rows 2 .. known + 1
 
     def requests(self, split: str, size: int = 64, negatives: int = 4, seed: int = 0) -> list[Batch]:
-        """Give batches of requests: first candidate the item taken, then uniform other items.
+        """Return batches of requests: first candidate the item taken, then uniform other items.
 
         `train` has one request per event from the fifth to the last but one, shuffled; `test` the last of each user.
         """
@@ -63,13 +63,13 @@ class World:
         return self._batches(start, end, item, label, size)
 
     def sequences(self, size: int = 64) -> list[Batch]:
-        """Give one row per user: the history before the last training event, and that event's item."""
+        """Return one row per user: the history before the last training event, and that event's item."""
         first, end = self.histories.offsets[:-1], self.histories.offsets[1:] - 2
         item = self.key_to_row[self.histories.events.item[end]][:, None]
         return self._batches(first, end, item, np.ones(item.shape, np.float32), size)
 
     def training(self, trains_on: str, size: int = 64) -> list[Batch]:
-        """Give what a model of this kind trains on."""
+        """Return what a model of this kind trains on."""
         return self.sequences(size) if trains_on == "sequences" else self.requests("train", size)
 
     def _batches(
@@ -121,7 +121,7 @@ def make_world(
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> Histories:
-    """Give packed histories of item keys, one event a day."""
+    """Return packed histories of item keys, one event a day."""
     lengths = [len(taken) for taken in sequences]
     item = np.concatenate([np.asarray(taken, np.uint32) for taken in sequences])
     time = np.concatenate([START + DAY * np.arange(n, dtype=np.int64) for n in lengths])
@@ -146,7 +146,7 @@ def _item_table(sequences: Sequence[Sequence[int]], belongs: NDArray[np.int64]) 
 
 
 def _tags(belongs: NDArray[np.int64]) -> MultiValued:
-    """Give every item its category and one to three tags that say nothing; every tenth item has none at all."""
+    """Return every item its category and one to three tags that say nothing; every tenth item has none at all."""
     categories = int(belongs.max()) + 1
     tags = [[0], [1]]
     for place, category in enumerate(belongs.tolist()):
@@ -168,7 +168,7 @@ def _csr(pairs: NDArray[np.float32]) -> Transitions:
 
 
 def take(batch: Batch, index: Sequence[int] | Tensor) -> Batch:
-    """Give the requests at `index`, in that order, histories packed anew."""
+    """Return the requests at `index`, in that order, histories packed anew."""
     h = batch.history
     index = torch.as_tensor(index)
     parts = [torch.arange(int(h.offsets[i]), int(h.offsets[i + 1])) for i in index]
@@ -184,13 +184,13 @@ def take(batch: Batch, index: Sequence[int] | Tensor) -> Batch:
 
 
 def with_candidates(batch: Batch, item: Tensor) -> Batch:
-    """Give the same requests with other candidates [B, C], no labels."""
+    """Return the same requests with other candidates [B, C], no labels."""
     item = item.to(torch.int32)
     return replace(batch, candidates=Candidates(item), label=torch.zeros(item.shape), weight=(item != 0).float())
 
 
 def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Give Adam in its sparse form for embedding rows and in its plain form for the rest."""
+    """Return Adam in its sparse form for embedding rows and in its plain form for the rest."""
     sparse = sparse_parameters(model)
     dense = [p for p in model.parameters() if all(p is not other for other in sparse)]
     adams: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=learning_rate)] if dense else []
@@ -223,14 +223,14 @@ def grow(model: GradientBoosting, world: World, seed: int = 0) -> None:
 
 @torch.no_grad()
 def scores(model: Any, batch: Batch) -> Tensor:
-    """Give logits [B, C] in evaluation mode."""
+    """Return logits [B, C] in evaluation mode."""
     model.eval()
     logits: Tensor = model.score(model.encode(batch.history), batch.request, batch.candidates)
     return logits
 
 
 def auc(model: Any, batches: Sequence[Batch]) -> float:
-    """Give the chance that a request's item taken (its first candidate) scores above another; a tie counts half."""
+    """Return the chance that a request's item taken (its first candidate) scores above another; a tie counts half."""
     shares = []
     for batch in batches:
         logits = scores(model, batch)
@@ -255,7 +255,7 @@ class PlantedWorld:
     slots: Tensor  # bool [R, 8, 200], the events that make a candidate positive
 
     def requests(self, start: int, end: int | None = None) -> Batch:
-        """Give requests start..end as one batch."""
+        """Return requests start..end as one batch."""
         event = torch.from_numpy(self.event[start:end])
         rows, length = event.shape
         time, offsets = torch.arange(length).repeat(rows), torch.arange(0, event.numel() + 1, length)

@@ -173,7 +173,7 @@ def _serve_config(
     assignments: Sequence[str] = (),
     registry: str = "",
 ) -> "ServeConfig":
-    """Give how to serve a workspace: the config file, what the command line gives above it.
+    """Return how to serve a workspace: the config file, what the command line gives above it.
 
     `registry` is the MLflow to follow: a URI, "workspace" for that of the file, else that of the workspace, or "".
     """

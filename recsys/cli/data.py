@@ -142,7 +142,7 @@ def prepare(
 
 
 def _numbering(place: Any) -> Path | None:
-    """Give the set whose item numbers go on: that of before, where forgotten users would otherwise change them."""
+    """Return the set whose item numbers go on: that of before, where forgotten users would otherwise change them."""
     from pipelines.forgotten import read_list
 
     there: Path = place.prepared.directory

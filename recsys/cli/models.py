@@ -145,7 +145,7 @@ def evaluate(
 
 
 def _prepared(place: "Workspace") -> "PreparedSet":
-    """Give the prepared set, and say so if the log has parts that it lacks."""
+    """Return the prepared set, and say so if the log has parts that it lacks."""
     place.require(place.prepared.directory, "prepare")
     if missing := place.left_out:
         added = " ".join(f"--add {part}" for part in missing if part != place.log)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def search_parts(
     encoder: str | None, reranker: str | None, corpus: Path | None, fusion: str, place: "Workspace", items: bool
 ) -> "SearchContents | None":
-    """Give what search needs, or None if it was not asked for."""
+    """Return what search needs, or None if it was not asked for."""
     from pipelines import text_publish
 
     if encoder is None:

@@ -84,14 +84,14 @@ def evaluate_text(
 
 
 def is_text_config(path: Path) -> bool:
-    """Tell whether a training TOML names a text model."""
+    """Return whether a training TOML names a text model."""
     from recsys.config import read_toml
 
     return read_toml(path).get("model", {}).get("name") in TEXT_MODELS
 
 
 def all_text(place: "Workspace", runs: Sequence[str]) -> bool:
-    """Tell whether runs are text runs; raises `ConfigError` for a mixture."""
+    """Return whether runs are text runs; raises `ConfigError` for a mixture."""
     from recsys.files import read_json
 
     known = [place.run(name) / "run.json" for name in runs]

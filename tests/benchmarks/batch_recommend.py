@@ -72,7 +72,7 @@ def compare_ways(workspace: Path, count: int, turns: int = 3) -> Ways:
 
 
 def newest(reader: SnapshotReader, users: list[str]) -> int:
-    """Give a moment after all of their events, microseconds UTC."""
+    """Return a moment after all of their events, microseconds UTC."""
     histories = [reader.read(user) for user in users]
     return max(int(events.time[-1]) for events in histories if events is not None and len(events)) + 1
 

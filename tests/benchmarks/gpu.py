@@ -57,7 +57,7 @@ class Row:
 
 
 def seconds(work: Callable[[], object], device: str, rounds: int) -> float:
-    """Give the median seconds of a call, its result waited for."""
+    """Return the median seconds of a call, its result waited for."""
     taken = []
     for turn in range(rounds + 2):
         began = time.perf_counter()
@@ -96,7 +96,7 @@ def searches(sizes: list[int], rounds: int) -> Iterator[Row]:
 
 
 def thread_counts() -> list[int]:
-    """Give one, and as many as OMP_NUM_THREADS says or the machine has."""
+    """Return one, and as many as OMP_NUM_THREADS says or the machine has."""
     return sorted({1, CORES})
 
 
@@ -112,7 +112,7 @@ def models(items: int, length: int) -> Iterator[tuple[str, Any]]:
 
 
 def stepper(model: Any, batch: Batch, device: str) -> Callable[[], object]:
-    """Give one training step, as `recsys train` takes it."""
+    """Return one training step, as `recsys train` takes it."""
     optimisers = build_optimisers(model, OURS)
 
     def step() -> None:
@@ -159,7 +159,7 @@ def texts(count: int, rounds: int, device: str) -> Iterator[Row]:
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
-    """Give all rows: searches, then the rest on one core, on all of them and on the GPU."""
+    """Yield all rows: searches, then the rest on one core, on all of them and on the GPU."""
     sizes = [2_000] if args.smoke else [100_000, 1_000_000]
     items, length, count = (500, 60, 16) if args.smoke else (ITEMS, LENGTH, 256)
     yield from searches(sizes, args.rounds)

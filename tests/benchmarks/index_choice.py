@@ -55,7 +55,7 @@ class Row:
 
 
 def clustered(n: int, width: int, seed: int, centre: NDArray[np.float32], spread: float) -> NDArray[np.float32]:
-    """Give n vectors around the centres, of which the first are the most frequent."""
+    """Return n vectors around the centres, of which the first are the most frequent."""
     rng = np.random.default_rng(seed)
     weight = 1 / np.arange(1, len(centre) + 1) ** 0.7
     of = rng.choice(len(centre), n, p=weight / weight.sum())
@@ -66,7 +66,7 @@ def clustered(n: int, width: int, seed: int, centre: NDArray[np.float32], spread
 
 
 def trained(bundle: Path, snapshot: Path, n: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Give n vectors like those of a bundle's retriever, and the vectors of the snapshot's users."""
+    """Return n vectors like those of a bundle's retriever, and the vectors of the snapshot's users."""
     served, users = Bundle.load(bundle, golden=False), SnapshotReader(snapshot)
     assert served.retriever is not None, "a bundle without a retriever has no vectors"
     histories = [events for user in users.users(QUERIES) if (events := users.read(user))]
@@ -90,7 +90,7 @@ def trained(bundle: Path, snapshot: Path, n: int) -> tuple[NDArray[np.float32], 
 
 
 def settings(index: Any, name: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Give the settings an index is searched with, from fast to exact."""
+    """Yield the settings an index is searched with, from fast to exact."""
     if name in ("Flat", SHIPPED):
         yield "-", lambda: None
     elif name.startswith("HNSW"):
@@ -128,7 +128,7 @@ class Shipped:
         self._index = index
 
     def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Give scores and places."""
+        """Return scores and places."""
         rows, scores = self._index.search(vectors, k)
         return scores, rows - FIRST_ITEM
 
@@ -167,7 +167,7 @@ def measure(
 
 
 def milliseconds(index: Any, queries: NDArray[np.float32], size: int) -> float:
-    """Give the time per query in batches of a size, the best of three."""
+    """Return the time per query in batches of a size, the best of three."""
     found = []
     for _ in range(3):
         started = time.process_time()
@@ -178,7 +178,7 @@ def milliseconds(index: Any, queries: NDArray[np.float32], size: int) -> float:
 
 
 def line(row: Row) -> str:
-    """Give one line of the table."""
+    """Return one line of the table."""
     return (
         f"| {row.index} | {row.setting} | {row.recall:.4f} | {row.single_ms:.3f} | {row.batch_ms:.3f} | "
         f"{row.build_seconds:.0f} | {row.mebibytes:.0f} |"

@@ -52,7 +52,7 @@ class Log:
 
 
 def draws(events: int, seed: int) -> Iterator[pl.DataFrame]:
-    """Give chunks of so many lines, oldest first: user, item, second, basket; lines of a basket share a second."""
+    """Yield chunks of so many lines, oldest first: user, item, second, basket; lines of a basket share a second."""
     draw = np.random.default_rng(seed)
     users, items = max(events // EVENTS_PER_USER, 20), min(max(events // EVENTS_PER_USER, 50), MOST_ITEMS)
     popularity = np.cumsum(1 / np.arange(10, items + 10) ** 0.9)
@@ -136,7 +136,7 @@ def edit_mapping(log: Log, mapping: Path) -> None:
 
 
 def verbs(log: Log, events: Path, folder: Path) -> dict[str, list[str]]:
-    """Give the arguments of each verb, in order; `edit_mapping` comes after the first."""
+    """Return the arguments of each verb, in order; `edit_mapping` comes after the first."""
     mapping, workspace = str(folder / "my.toml"), str(folder / "workspace")
     items = ["--items", str(folder / log.items)] if log.items else []
     return {

@@ -63,7 +63,7 @@ class Share:
 
     @staticmethod
     def build(world: str, users: int, of: str, wanted: str, count: int, total: int) -> "Share":
-        """Give the share with its interval."""
+        """Return the share with its interval."""
         ends = binomtest(count, total).proportion_ci(method="exact")
         return Share(world, users, of, wanted, count, total, float(ends.low), float(ends.high))
 
@@ -81,7 +81,7 @@ def skill(users: Users, mean: float, rng: np.random.Generator) -> NDArray[np.flo
 
 
 def truth(mean: float) -> float:
-    """Give GAUC over all users there could be."""
+    """Return GAUC over all users there could be."""
     reach = norm.cdf((mean + GROWTH * np.log2(REQUESTS)) / np.sqrt(2 + SPREAD**2))
     return float(np.average(reach, weights=SHARE * REQUESTS))
 

@@ -51,7 +51,7 @@ def draw(rows: int) -> Rows:
 
 
 def in_turns(work: Mapping[str, Callable[[], object]], turns: int = 3) -> dict[str, float]:
-    """Give the seconds of each one's fastest turn."""
+    """Return the seconds of each one's fastest turn."""
     found = dict.fromkeys(work, float("inf"))
     for _ in range(turns):
         for name, one in work.items():
@@ -103,7 +103,7 @@ def resampled(rows: Rows) -> dict[str, float]:
 def per_row(
     rows: int, name: str, ours: Callable[[Rows], object], theirs: Callable[[Rows], Callable[[], object]]
 ) -> str:
-    """Give a table row: microseconds per row of ours and a peer's, both on the same rows in turns."""
+    """Return a table row: microseconds per row of ours and a peer's, both on the same rows in turns."""
     found = draw(rows)
     seconds = in_turns({"ours": lambda: ours(found), "theirs": theirs(found)}, turns=2)
     mine, other = (1e6 * seconds[key] / rows for key in ("ours", "theirs"))
@@ -111,12 +111,12 @@ def per_row(
 
 
 def our_gauc(rows: Rows) -> float:
-    """Give GAUC from raw scores."""
+    """Return GAUC from raw scores."""
     return gauc(rank(rows.score, rows.label, rows.group, rows.groups))
 
 
 def our_ndcg(rows: Rows) -> float:
-    """Give NDCG@10 from raw scores."""
+    """Return NDCG@10 from raw scores."""
     return mean(ndcg(rank(rows.score, rows.label, rows.group, rows.groups), 10))
 
 
@@ -150,7 +150,7 @@ def by_ranx(rows: Rows) -> Callable[[], object]:
 
 
 def peers() -> list[str]:
-    """Give a table row per peer that can be imported."""
+    """Return a table row per peer that can be imported."""
     found = [
         per_row(PEER_ROWS, "AUC, scikit-learn", lambda r: auc(rank(r.score, r.label)),
                 lambda r: lambda: roc_auc_score(r.label, r.score)),

@@ -42,7 +42,7 @@ def import_from(folder: Path) -> None:
 
 
 def longctr(name: str, rows: int, width: int, **settings: Any) -> Any:
-    """Give LongCTR's model of this name over one item field of `rows` rows, with its own Adam.
+    """Return LongCTR's model of this name over one item field of `rows` rows, with its own Adam.
 
     Args:
         name: `SDIM`, `DIN` or `TWIN`.
@@ -73,7 +73,7 @@ def longctr(name: str, rows: int, width: int, **settings: Any) -> Any:
 
 
 def rows_for_longctr(batch: Batch, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Give what a LongCTR model reads: a row per candidate, the history and behind it the target."""
+    """Return what a LongCTR model reads: a row per candidate, the history and behind it the target."""
     candidates = batch.candidates.item
     history = batch.history.padded(length)
     each = candidates.shape[1]
@@ -108,7 +108,7 @@ class _Head(nn.Module):
 
 
 def same_sdim(ours: Sdim) -> Any:
-    """Give LongCTR's SDIM as the same function as ours: a copy of our weights, planes, short attention and head.
+    """Return LongCTR's SDIM as the same function as ours: a copy of our weights, planes, short attention and head.
 
     Its embedding, hashing, pooling, gradients and optimiser stay its own. It reads the events before the newest but
     one's slot as short history, which is why `short_seq_len` is one more than our `recent`.
@@ -137,7 +137,7 @@ def same_sdim(ours: Sdim) -> Any:
 
 
 def recbole_sasrec(items: int, length: int, config: MqsaTedConfig) -> Any:
-    """Give RecBole's SASRec with full softmax: as many blocks as both our branches have together, equally wide."""
+    """Return RecBole's SASRec with full softmax: as many blocks as both our branches have together, equally wide."""
     from recbole.model.sequential_recommender.sasrec import SASRec
 
     settings = {

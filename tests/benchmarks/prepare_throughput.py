@@ -123,7 +123,7 @@ def _cpu() -> float:
 
 
 def _memory(pid: int | None) -> tuple[int, int]:
-    """Give the bytes of a process and its children: all that is resident, and that without pages of files."""
+    """Return the bytes of a process and its children: all that is resident, and that without pages of files."""
     resident = private = 0
     try:
         parent = psutil.Process(pid)

@@ -70,7 +70,7 @@ def item_table(items: int) -> ItemTable:
 
 
 def random_batch(items: int, users: int, length: int, candidates: int, seed: int = 0) -> Batch:
-    """Give full histories and candidates, uniform over the catalogue; half of the labels are 1."""
+    """Return full histories and candidates, uniform over the catalogue; half of the labels are 1."""
     draws = np.random.default_rng(seed)
     item = torch.from_numpy(draws.integers(FIRST_ITEM, items + FIRST_ITEM, users * length).astype(np.int32))
     history = History(
@@ -86,7 +86,7 @@ def random_batch(items: int, users: int, length: int, candidates: int, seed: int
 
 
 def side_by_side(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Give the median seconds of both, `CALLS` calls of each in turn; the first round does not count."""
+    """Return the median seconds of both, `CALLS` calls of each in turn; the first round does not count."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 1):
         for work, taken in zip((ours, theirs), seconds, strict=True):
@@ -99,7 +99,7 @@ def side_by_side(ours: Callable[[], object], theirs: Callable[[], object], round
 
 
 def stepper(model: Any, batch: Batch) -> Callable[[], object]:
-    """Give one training step of ours, as `recsys train` takes it."""
+    """Return one training step of ours, as `recsys train` takes it."""
     optimisers = build_optimisers(model, OURS)
 
     def step() -> None:
@@ -250,7 +250,7 @@ def train_mqsa_ted(rounds: int, smoke: bool) -> Iterator[Row]:
 
 
 def limits(rounds: int) -> dict[str, float]:
-    """Give what the machine can do in the same run: float32 products, as we call them and as torch does; a gather."""
+    """Return what the machine can do in the same run: float32 products, as we call them and as torch does; a gather."""
     x, w = torch.randn(1024, WIDTH), torch.randn(4096, WIDTH)
     table, row = torch.randn(ITEMS, WIDTH), torch.randint(ITEMS, (32_000,), dtype=torch.int32)
     out = torch.empty(len(row), WIDTH)

@@ -63,7 +63,7 @@ class Row:
 
 
 def make_histories(users: int, length: int, items: int, now: int) -> Histories:
-    """Give users who return to some 300 items each, the popular ones more often."""
+    """Return users who return to some 300 items each, the popular ones more often."""
     rng = np.random.default_rng(2)
     found = Histories()
     for user in range(users):

@@ -63,7 +63,7 @@ class Row:
 
 
 def texts(data: Path | None, most: int) -> tuple[list[str], list[str]]:
-    """Give documents and queries: SciFact's of `data`, or made-up ones."""
+    """Return documents and queries: SciFact's of `data`, or made-up ones."""
     if data is None:
         words = [f"word{number}" for number in range(400)]
         draws = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def texts(data: Path | None, most: int) -> tuple[list[str], list[str]]:
 
 
 def open_part(documents: list[str]) -> SearchPart:
-    """Give the text part without a reranker."""
+    """Return the text part without a reranker."""
     encoder = DenseEncoder.of()
     passages = Passages.of([str(number) for number in range(len(documents))], documents)
     vectors = np.random.default_rng(0).standard_normal((len(passages), encoder.dim), np.float32)
@@ -83,7 +83,7 @@ def open_part(documents: list[str]) -> SearchPart:
 
 
 def rerankers() -> dict[str, TextReranker]:
-    """Give untrained rerankers of MiniLM's size, in passes as short as those of a service."""
+    """Return untrained rerankers of MiniLM's size, in passes as short as those of a service."""
     torch.manual_seed(0)
     return {
         "mvp": Mvp.of(MvpConfig(tokens_per_pass=TOKENS_PER_PASS)),
@@ -93,7 +93,7 @@ def rerankers() -> dict[str, TextReranker]:
 
 
 def requests(part: SearchPart, size: Size) -> dict[str, tuple[Callable[[str], object], int]]:
-    """Give every kind of request as a function of the query, with how many documents it reranks."""
+    """Return every kind of request as a function of the query, with how many documents it reranks."""
     plain = Searcher(part)
     kinds: dict[str, tuple[Callable[[str], object], int]] = {
         f"search {mode}": (lambda query, mode=mode: plain.search(query, mode=mode), 0)

@@ -129,7 +129,7 @@ def _swapping(running: Running, bundles: list[Path]) -> Iterator[None]:
 
 
 def _bodies(bundle: Path, snapshot: Path) -> dict[str, list[str]]:
-    """Give request bodies over the snapshot's users and, for `rank`, items spread over the catalogue."""
+    """Return request bodies over the snapshot's users and, for `rank`, items spread over the catalogue."""
     from ranking.bundle import Bundle
     from ranking.snapshot import SnapshotReader
 
@@ -144,7 +144,7 @@ def _bodies(bundle: Path, snapshot: Path) -> dict[str, list[str]]:
 
 
 def _measure(port: int, route: str, bodies: list[str], clients: int, requests: int) -> tuple[float, list[float]]:
-    """Give seconds of the whole and milliseconds of each request, ascending."""
+    """Return seconds of the whole and milliseconds of each request, ascending."""
     times: list[list[float]] = [[] for _ in range(clients)]
 
     def client(number: int) -> None:

@@ -104,7 +104,7 @@ class Host:
         self._process.join()
 
     def replicas(self) -> list[psutil.Process]:
-        """Give the processes that answer."""
+        """Return the processes that answer."""
         return [process for process in self._family() if "ServeReplica:recsys" in " ".join(_command(process))]
 
     def kill(self) -> int:
@@ -176,7 +176,7 @@ class Load:
             self.acknowledged[number].append(event)
 
     def lost(self, client: Client) -> int:
-        """Give how many acknowledged events the service does not know: one it knows is a duplicate."""
+        """Return how many acknowledged events the service does not know: one it knows is a duplicate."""
         missing = 0
         events = [event for own in self.acknowledged for event in list(own)]
         for first in range(0, len(events), 500):
@@ -199,7 +199,7 @@ def _hosted(place: Place, state: Path, port: int, replicas: int) -> Iterator[Hos
 
 
 def soak(place: Place, state: Path, seconds: float) -> Report:
-    """Give what happened in so many seconds, and then when everything was killed and started again."""
+    """Return what happened in so many seconds, and then when everything was killed and started again."""
     report, port = Report(), free_port()
     with _hosted(place, state, port, replicas=2) as host:
         load = Load(host.address, report)

@@ -127,7 +127,7 @@ def reads(stores: dict[str, LiveHistories], length: int, times: int) -> Iterator
 
 
 def raw_writes(path: Path, data: bytes) -> Callable[[int], None]:
-    """Give what writes bytes and waits for the disk, and no more."""
+    """Return what writes bytes and waits for the disk, and no more."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(_: int) -> None:
@@ -138,7 +138,7 @@ def raw_writes(path: Path, data: bytes) -> Callable[[int], None]:
 
 
 def poster(log: SegmentLog, store: LiveHistories | None, size: int) -> Callable[[int], None]:
-    """Give what does a post: append, and bring the view up to it if there is one."""
+    """Return what does a post: append, and bring the view up to it if there is one."""
 
     def write(number: int) -> None:
         log.append(post(f"writer-{number % 1_000}", number * size, size))

@@ -107,7 +107,7 @@ def measure(
 
 
 def sampled(encoder: DenseEncoder, data: Path, texts: int) -> dict[str, list[str]]:
-    """Give texts by kind: of each corpus a sample and those of about the median length, and short queries."""
+    """Return texts by kind: of each corpus a sample and those of about the median length, and short queries."""
     kinds = {}
     for name in CORPORA:
         whole = read_corpus(data / name).passages

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "text"
 
 
 def chosen(patterns: list[str], results: Path) -> list[list[str]]:
-    """Give the cells that patterns name and that have not run, all of them if there is no pattern."""
+    """Return the cells that patterns name and that have not run, all of them if there is no pattern."""
     known = list(cells())
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in known):

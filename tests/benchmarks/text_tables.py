@@ -22,7 +22,7 @@ def signed(found: dict[str, float]) -> str:
 
 
 def control_of(name: str) -> str:
-    """Give the pointwise control's cell of the same corpus and seed."""
+    """Return the pointwise control's cell of the same corpus and seed."""
     cell, corpus, row, seed = name.split("-")
     full = "_full" if row.startswith("mvp_full") else ""
     control = "mvp_apart_pointwise" if row.startswith("mvp_apart") else f"cross_encoder{full}"

@@ -51,12 +51,12 @@ class Oracle:
     information: Tensor
 
     def gains(self, category: Tensor, sign: Tensor) -> Tensor:
-        """Give the gain of every event for every candidate, [B, C, T], of int64 [B, C] and [B, T]."""
+        """Return the gain of every event for every candidate, [B, C, T], of int64 [B, C] and [B, T]."""
         return self.information[category[:, :, None], sign[:, None, :]]
 
 
 def mutual_information(both: Tensor, positives: Tensor, shown: Tensor, total: Tensor) -> Tensor:
-    """Give I(sign; label) in nats from counts: positives with the sign, positives, pairs with the sign, all pairs."""
+    """Return I(sign; label) in nats from counts: positives with the sign, positives, pairs with the sign, all pairs."""
     cells = {
         (1, 1): both,
         (1, 0): shown - both,
@@ -73,7 +73,7 @@ def mutual_information(both: Tensor, positives: Tensor, shown: Tensor, total: Te
 
 
 def signs(state: DareState, category: Tensor) -> Tensor:
-    """Give the sign each event shows, int64 [B, T]: its category and how far back it lies."""
+    """Return the sign each event shows, int64 [B, T]: its category and how far back it lies."""
     distance = torch.log2(state.position.clamp(min=1).double()).floor().long().clamp(max=DISTANCES - 1)
     return category * DISTANCES + distance
 
@@ -103,7 +103,7 @@ def count_oracle(
 
 
 def ndcg(scores: Tensor, gains: Tensor, mask: Tensor) -> Tensor:
-    """Give NDCG@20 of each candidate's order of the events, [B, C]; NaN where no event tells anything."""
+    """Return NDCG@20 of each candidate's order of the events, [B, C]; NaN where no event tells anything."""
     depth = min(CUT, scores.shape[-1])
     discount = 1 / torch.log2(torch.arange(depth, dtype=torch.float64) + 2)
     real = mask[:, None, :].expand_as(scores)
@@ -125,7 +125,7 @@ def batches(model: Dare, prepared: PreparedSet, sample: Sample, sets: CandidateS
 
 
 def category_of(model: Dare, item: Tensor) -> Tensor:
-    """Give the category code of item rows, int64 of the same shape."""
+    """Return the category code of item rows, int64 of the same shape."""
     if model.config.category is None:
         raise DataError("the oracle is counted by category; expected a DARE that reads one")
     return model.items.column(model.config.category).long()[item.long()]
@@ -151,7 +151,7 @@ def any_order(model: Dare, state: DareState, batch: Batch) -> Tensor:
 def quality(
     orders: Mapping[str, tuple[Dare, Order]], oracle: Oracle, prepared: PreparedSet, sample: Sample, sets: CandidateSets
 ) -> dict[str, Ratio]:
-    """Give NDCG@20 of each order as a mean over candidates, by user."""
+    """Return NDCG@20 of each order as a mean over candidates, by user."""
     users, user = np.unique(sample.requests.user, return_inverse=True)
     found = {}
     for name, (model, order) in orders.items():
@@ -168,7 +168,7 @@ def quality(
 
 
 def halves(sample: Sample) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give the places of the requests of every other user, and of the rest."""
+    """Return the places of the requests of every other user, and of the rest."""
     odd = sample.requests.user % 2 == 1
     return np.flatnonzero(odd), np.flatnonzero(~odd)
 

@@ -42,12 +42,12 @@ Vectors = dict[str, NDArray[Any]]
 
 
 def config_of(cell: Cell) -> TrainConfig:
-    """Give a cell's training configuration; a wrong setting is an error here, before anything is trained."""
+    """Return a cell's training configuration; a wrong setting is an error here, before anything is trained."""
     return load_config(find_config(cell.config), (*cell.settings, f"seed={cell.seed}"))
 
 
 def prepared_of(name: str, root: Path, wanted: Dataset | None = None) -> PreparedSet:
-    """Give a data set, made on first use in the workspace `root / name`."""
+    """Return a data set, made on first use in the workspace `root / name`."""
     place, wanted = Workspace(root / name), wanted or DATASETS[name]
     if not (place.prepared.directory / "manifest.json").exists():
         raw = datasets.DATASETS[wanted.source](wanted.users)
@@ -57,7 +57,7 @@ def prepared_of(name: str, root: Path, wanted: Dataset | None = None) -> Prepare
 
 
 def run_of(cell: Cell, prepared: PreparedSet) -> str:
-    """Give the directory name of a cell's training run: cells of equal configuration and data share one."""
+    """Return the directory name of a cell's training run: cells of equal configuration and data share one."""
     config = config_of(cell)
     return f"{cell.config}-{sha256_json({'config': config.table(), 'data': prepared.digest})[:12]}"
 

@@ -228,7 +228,7 @@ def _parts(study: str, config: str, parts: dict[str, tuple[str, ...]], seed: int
 
 
 def cells() -> Iterator[Cell]:
-    """Give every cell of the grid once, in order of priority."""
+    """Yield every cell of the grid once, in order of priority."""
     papers = ("beauty", "sports", "toys", "yelp")
     yield from (_paper(name, model, 0) for name in papers for model in ("POP", "TRANS"))
     yield from (_ctr(model, SEEDS[0]) for model in CTR_FIRST)

@@ -68,7 +68,7 @@ def run(grid: Iterable[Cell], root: Path, results: Path, deadline: float = float
 
 
 def chosen(study: str | None, cell: str | None) -> list[Cell]:
-    """Give the cells of a study, or those whose name holds `cell`; all of them without either."""
+    """Return the cells of a study, or those whose name holds `cell`; all of them without either."""
     return [one for one in cells() if study in (None, one.study) and (cell is None or cell in one.name)]
 
 

@@ -41,7 +41,7 @@ PLANE_SEEDS = 5
 
 
 def vectors(model: Sdim, prepared: PreparedSet, requests: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give candidates q [B, C, D], events s [B, T, D] (0 at padding) and which events are real [B, T]."""
+    """Return candidates q [B, C, D], events s [B, T, D] (0 at padding) and which events are real [B, T]."""
     sample = draw_requests(prepared, "valid", requests, 2023)
     sets = take_sets(prepared.candidates("valid", "uniform"), sample.index)
     first = sets.offsets[:-1, None] + np.arange(candidates)  # the positives, then negatives
@@ -52,7 +52,7 @@ def vectors(model: Sdim, prepared: PreparedSet, requests: int, candidates: int) 
 
 
 def exact(q: Tensor, s: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Give sum c s / sum c and sum c s, [B, C, D] each."""
+    """Return sum c s / sum c and sum c s, [B, C, D] each."""
     cosine = F.normalize(q, dim=-1) @ F.normalize(s, dim=-1).mT
     weight = collision(cosine, bits).masked_fill(~mask[:, None, :], 0.0)  # [B, C, T]
     total = weight @ s
@@ -60,7 +60,7 @@ def exact(q: Tensor, s: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor
 
 
 def distance(q: Tensor, s: Tensor, mask: Tensor, bits: int, groups: int, seed: int) -> dict[str, float]:
-    """Give the mean cosine of each read-out with what it estimates, and the relative error of `none`."""
+    """Return the mean cosine of each read-out with what it estimates, and the relative error of `none`."""
     planes = torch.from_numpy(generator(seed, 0, "sdim planes").standard_normal((groups, bits, q.shape[-1])))
     buckets, code = 1 << bits, signatures(q, planes)
     sums, count = pool(s, signatures(s, planes), mask, buckets)

@@ -46,13 +46,13 @@ class Result:
     vectors: Path
 
     def metric(self, name: str) -> float | None:
-        """Give one figure of the test split."""
+        """Return one figure of the test split."""
         sampler, _, metric = name.partition("/")
         value = self.record["metrics"].get(f"test/{sampler}/{metric}" if metric else name)
         return None if value is None else float(value)
 
     def ratio(self, name: str) -> Ratio:
-        """Give what the figure is a mean of, by user; raises `DataError` if it was not kept."""
+        """Return what the figure is a mean of, by user; raises `DataError` if it was not kept."""
         kept = load_vectors(self.vectors)
         if "rank" in kept:
             return _ratio_of_ranks(kept, name)
@@ -78,7 +78,7 @@ def results_of(directory: Path) -> dict[tuple[str, str, str], list[Result]]:
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
-    """Give mean and standard deviation over seeds; the value alone of one seed."""
+    """Return mean and standard deviation over seeds; the value alone of one seed."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -87,7 +87,7 @@ def spread(values: Sequence[float | None], digits: int) -> str:
 
 
 def difference(ours: Sequence[Result], theirs: Sequence[Result], metric: str) -> tuple[float, float, float]:
-    """Give the mean difference over seeds and its 95 % interval over users and seeds."""
+    """Return the mean difference over seeds and its 95 % interval over users and seeds."""
     digests = {one.record["data"]["digest"] for one in (*ours, *theirs)}
     if len(digests) > 1:
         raise DataError(f"{metric}: results of different data can't be paired: {', '.join(sorted(digests))}")
@@ -107,12 +107,12 @@ def _over_seeds(results: Sequence[Result], metric: str, side: str) -> tuple[floa
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    """Give a Markdown table."""
+    """Return a Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def candidates_table(study: Study, found: Mapping[str, Sequence[Result]], sampler: str) -> list[str]:
-    """Give the figures against one sampler's negatives."""
+    """Return the figures against one sampler's negatives."""
     names = (f"{sampler}/auc", f"{sampler}/gauc", f"{sampler}/ndcg_at_10", f"{sampler}/{OUTSIDE}")
 
     def rows() -> Iterator[list[str]]:
@@ -127,7 +127,7 @@ def candidates_table(study: Study, found: Mapping[str, Sequence[Result]], sample
 
 
 def cost_table(study: Study, found: Mapping[str, Sequence[Result]]) -> list[str]:
-    """Give the ranking of all items and what a model takes."""
+    """Return the ranking of all items and what a model takes."""
 
     def rows() -> Iterator[list[str]]:
         for row in study.rows:
@@ -153,7 +153,7 @@ def cost_table(study: Study, found: Mapping[str, Sequence[Result]]) -> list[str]
 
 
 def segments_table(study: Study, found: Mapping[str, Sequence[Result]]) -> list[str]:
-    """Give GAUC against uniform negatives for users by length of history and positives by popularity."""
+    """Return GAUC against uniform negatives for users by length of history and positives by popularity."""
     names = [f"uniform/segment/{name}/gauc" for name in study.segments]
 
     def rows() -> Iterator[list[str]]:
@@ -181,7 +181,7 @@ def agreement(study: Study, found: Mapping[str, Sequence[Result]], sampler: str)
 
 
 def paper_tables(study: Study, results: Mapping[tuple[str, str, str], list[Result]], name: str) -> list[str]:
-    """Give one table per data set of a study under leave_one_out."""
+    """Return one table per data set of a study under leave_one_out."""
     lines: list[str] = []
     planned = [cell for cell in cells() if cell.study == name]
     for dataset in dict.fromkeys(cell.dataset for cell in planned):
@@ -215,7 +215,7 @@ def _epochs(seeds: Sequence[Result]) -> str:
 
 
 def claims(study: Study, found: Mapping[str, Sequence[Result]]) -> list[str]:
-    """Give the differences that are claimed, with their intervals."""
+    """Return the differences that are claimed, with their intervals."""
 
     def rows() -> Iterator[list[str]]:
         for claim in study.claims:
@@ -240,7 +240,7 @@ def _judged(claim: Claim, found: Mapping[str, Sequence[Result]]) -> list[str]:
 
 
 def render(results: Mapping[tuple[str, str, str], list[Result]]) -> str:
-    """Give all tables."""
+    """Return all tables."""
     lines = ["# Studies", "", "Made by `python tests/benchmarks/studies/tables.py` from the JSON beside it.", ""]
     for name, study in STUDIES.items():
         found = {
