@@ -90,7 +90,7 @@ class TrainingBatches:
         return [SAMPLERS[name](self.prepared.items) for name in self.config.samplers]
 
     @cached_property
-    def _offset(self) -> NDArray[np.float32]:
+    def _log_q(self) -> NDArray[np.float32]:
         return log_density(self._samplers)
 
     @cached_property
@@ -123,7 +123,7 @@ class TrainingBatches:
         requests = self.requests.take(self.chosen(step))
         draws = generator(self.seed, step, "candidates")
         positives = _some_positives(requests, self.config.max_positives, draws)
-        items, labels, offset = positives, (positives > 0).astype(np.float32), None
+        items, labels, log_q = positives, (positives > 0).astype(np.float32), None
         if self.trains_on == "requests":
             negatives = self._negatives(requests, positives, draws)
             own = self._own_items(requests) if self.config.own_negatives else None
@@ -132,11 +132,11 @@ class TrainingBatches:
             items = np.concatenate([positives, negatives], axis=1)
             labels = np.concatenate([labels, np.zeros(negatives.shape, np.float32)], axis=1)
             if self.config.correct:
-                offset = self._offset[items] if own is None else self._offset_with(own, items)
+                log_q = self._log_q[items] if own is None else self._log_q_with(own, items)
         if size > 1:
             mine = np.arange(rank, len(requests), size)
             requests, items, labels = requests.take(mine), items[mine], labels[mine]
-            offset = None if offset is None else offset[mine]
+            log_q = None if log_q is None else log_q[mine]
         histories = self.prepared.histories
         return assemble(
             histories.events,
@@ -147,7 +147,7 @@ class TrainingBatches:
             self.prepared.key_to_row,
             labels,
             self.window,
-            offset,
+            log_q,
         )
 
     def _negatives(
@@ -178,13 +178,13 @@ class TrainingBatches:
         drawn = own.draw(draws, Ragged(requests.offsets, requests.positive), each * positives.shape[1])
         return _per_positive(drawn, positives, each)
 
-    def _offset_with(self, own: OwnItems, items: NDArray[np.int32]) -> NDArray[np.float32]:
+    def _log_q_with(self, own: OwnItems, items: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return log of how often each item is drawn by the samplers and from the user's own together, float32 [B, C].
 
         In the units of `log_density`: as a multiple of the samplers' average over the trained items.
         """
         trained, share = int(self.prepared.items.trained.sum()), self.config.own_negatives / self.config.negatives
-        drawn = np.exp(self._offset[items].astype(np.float64)) + share * trained * own.density(items)
+        drawn = np.exp(self._log_q[items].astype(np.float64)) + share * trained * own.density(items)
         return np.log(drawn).astype(np.float32)
 
     def _histories(self, requests: Requests) -> Ragged:

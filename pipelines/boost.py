@@ -98,7 +98,7 @@ class Rows(NamedTuple):
 
     features: NDArray[np.float32]  # [R, F]
     label: NDArray[np.float32]  # [R]
-    start: NDArray[np.float32]  # [R], logit before the first tree: minus the offset, as in `binary_cross_entropy`
+    start: NDArray[np.float32]  # [R], logit before the first tree: minus the log_q, as in `binary_cross_entropy`
 
 
 def _rows(model: GradientBoosting, batches: Iterable[tuple[Batch, Tensor]], since: int) -> Rows:
@@ -116,8 +116,8 @@ def _rows(model: GradientBoosting, batches: Iterable[tuple[Batch, Tensor]], sinc
             mask = batch.candidates.mask & (take(model.items.count, batch.candidates.item) > batch.label)
             training = Training(Held(batch.label, size), request.at > since)
             features = model.features(model.encode(batch.history), request, batch.candidates, training)
-            offset = torch.zeros_like(batch.label) if batch.offset is None else batch.offset
-            parts.append(Rows(*(x[mask].cpu().numpy() for x in (features, batch.label, -offset))))
+            log_q = torch.zeros_like(batch.label) if batch.log_q is None else batch.log_q
+            parts.append(Rows(*(x[mask].cpu().numpy() for x in (features, batch.label, -log_q))))
     return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 

@@ -219,7 +219,7 @@ class AwMoe(nn.Module):
             units = self._gate_units(event, None if config.gate == "none" else context)
             gate = self._attended(*units, mask)
         logits = self._mixed(event, mask, h, gate, asked).masked_fill(~batch.candidates.mask, NEGATIVE)
-        bce = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        bce = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
         if units is None or not config.contrast:
             return Loss(bce, {"bce": bce.detach()})
         cl = self._contrast(batch, units, gate, mask, generator)

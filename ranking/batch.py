@@ -108,7 +108,7 @@ class Batch:
     candidates: Candidates
     label: Tensor  # float32 [B, C]
     weight: Tensor  # float32 [B, C]
-    offset: Tensor | None = None  # float32 [B, C], log of how often a candidate is drawn as a negative; None = alike
+    log_q: Tensor | None = None  # float32 [B, C], log of how often a candidate is drawn as a negative; None = alike
 
     def __len__(self) -> int:
         return len(self.history)
@@ -122,7 +122,7 @@ class Batch:
             Candidates(self.candidates.item.to(device)),
             self.label.to(device),
             self.weight.to(device),
-            None if self.offset is None else self.offset.to(device),
+            None if self.log_q is None else self.log_q.to(device),
         )
 
 
@@ -135,7 +135,7 @@ def assemble(
     key_to_row: NDArray[np.int32],
     label: NDArray[np.float32] | None = None,
     window: int | None = None,
-    offset: NDArray[np.float32] | None = None,
+    log_q: NDArray[np.float32] | None = None,
 ) -> Batch:
     """Build a batch from packed events.
 
@@ -148,7 +148,7 @@ def assemble(
         key_to_row: int32 [keys], model row of each item key; keys beyond it are unknown.
         label: float32 [B, C]; zeros if absent.
         window: keep only the newest so many events of each history.
-        offset: float32 [B, C], see `Batch`.
+        log_q: float32 [B, C], see `Batch`.
 
     Cost: one gather over the kept events; nothing is padded here.
     """
@@ -173,7 +173,7 @@ def assemble(
         Candidates(item),
         torch.from_numpy(np.ascontiguousarray(label, dtype=np.float32)),
         (item != PAD).float(),
-        None if offset is None else torch.from_numpy(np.ascontiguousarray(offset, dtype=np.float32)),
+        None if log_q is None else torch.from_numpy(np.ascontiguousarray(log_q, dtype=np.float32)),
     )
 
 

@@ -206,7 +206,7 @@ class Dare(nn.Module):
         return Loss(total, {name: part.detach() for name, part in parts.items()}, counted)
 
     def _objective(self, logits: Tensor, batch: Batch) -> Tensor:
-        return OBJECTIVES[self.config.objective](logits, batch.label, batch.weight, batch.offset)
+        return OBJECTIVES[self.config.objective](logits, batch.label, batch.weight, batch.log_q)
 
     def append(self, state: DareState, item: Tensor, time: Tensor) -> DareState:
         """Return the state after one more event per request, equal bit for bit to encoding the longer history.

@@ -99,7 +99,7 @@ class Din(nn.Module):
         """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
         return Loss(main, {"main": main.detach()})
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:

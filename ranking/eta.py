@@ -116,7 +116,7 @@ class Eta(nn.Module):
         v = self.fields.candidate(batch.candidates.item, row_of)
         h = self._pool(state, v, self._code(v))
         logits = score_real(self.head, interaction(v, h), batch.candidates.mask)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
         return Loss(main, {"main": main.detach()})
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:

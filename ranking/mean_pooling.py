@@ -82,7 +82,7 @@ class MeanPooling(nn.Module):
         """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
         return Loss(main, {"main": main.detach()})
 
     def _encode(self, history: History, row_of: Tensor) -> MeanPoolingState:

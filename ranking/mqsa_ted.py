@@ -285,10 +285,10 @@ class MqsaTed(nn.Module):
         weight = batch.weight * (row >= FIRST_ITEM)
         positive = batch.label * weight
         if bool(((positive > 0).sum(1) == 1).all()):
-            logits = logits if batch.offset is None else logits - batch.offset
+            logits = logits if batch.log_q is None else logits - batch.log_q
             logits = logits.masked_fill(weight == 0, torch.finfo(logits.dtype).min)
             return -(logits.log_softmax(1) * (positive > 0)).sum(1).mean()
-        return binary_cross_entropy(logits, positive, weight, batch.offset)
+        return binary_cross_entropy(logits, positive, weight, batch.log_q)
 
     def forward(self, slots: Slots, drop: Drop, newest: bool = False) -> Tensor:
         """Return Zhat, both branches mixed, of every basket [B, G, D] or of the newest only [B, 1, D]."""

@@ -211,7 +211,7 @@ class Sdim(nn.Module):
         long, recent = read_once(s, codes[0], older, codes[1], self.buckets, config.norm, newest)
         features = self._features(q, long, recent, padded.mask[:, -config.recent :])
         logits = score_real(self.head, features, batch.candidates.mask)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
         return Loss(main, {"main": main.detach()})
 
     def append(self, state: SdimState, item: Tensor, time: Tensor) -> SdimState:

@@ -107,7 +107,7 @@ class SimHard(nn.Module):
         category = take(self.items.column(self.config.category), batch.candidates.item)
         h = self._pool(self._encode(batch.history, row_of), v, category)
         logits = score_real(self.head, interaction(v, h), batch.candidates.mask)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.offset)
+        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
         return Loss(main, {"main": main.detach()})
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:

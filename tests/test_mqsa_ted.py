@@ -612,12 +612,12 @@ def test_what_is_drawn_often_is_corrected_for(label):
     model = make_model(objective="candidates", lambda_kd=0.0).train()
     batch = request_batch(label, [[8, 3, 9, 0], [4, 10, 2, 6]])
     scores = model.score(model.encode(batch.history), batch.request, batch.candidates).detach()
-    offset = torch.tensor([[0.5, -1.0, 2.0, 0.0], [0.0, 3.0, -0.2, 1.0]])
+    log_q = torch.tensor([[0.5, -1.0, 2.0, 0.0], [0.0, 3.0, -0.2, 1.0]])
     real = batch.candidates.mask
-    moved = (scores - offset).masked_fill(~real, -torch.inf)
+    moved = (scores - log_q).masked_fill(~real, -torch.inf)
     if batch.label.sum(1).eq(1).all():
         expected = -(moved.log_softmax(1)[batch.label > 0]).mean()
     else:
         expected = nn.functional.binary_cross_entropy_with_logits(moved[real], batch.label[real])
-    loss = model.loss(replace(batch, offset=offset), torch.Generator().manual_seed(1))
+    loss = model.loss(replace(batch, log_q=log_q), torch.Generator().manual_seed(1))
     assert float(loss.parts["rec"]) == pytest.approx(float(expected), rel=1e-5)

@@ -228,7 +228,7 @@ class TestBatches:
                 assert set(added) <= mine | {0}
                 assert sum(item > 0 for item in added) in (0, 3 * int(before.label[row].sum()))
                 owned = torch.tensor([item in mine for item in before.candidates.item[row].tolist()])
-                gap = after.offset[row, :width] - before.offset[row]
+                gap = after.log_q[row, :width] - before.log_q[row]
                 assert (gap[owned] > 0).all()
                 assert gap[~owned] == pytest.approx(0, abs=1e-6)
 
