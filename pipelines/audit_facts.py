@@ -11,7 +11,7 @@ from pipelines.evaluate import validate
 from pipelines.evaluation import defined
 from pipelines.parts import Part
 from pipelines.prepared import CandidateSets, PreparedSet, Requests, Split
-from pipelines.scoring import draw_requests, in_history, take_sets
+from pipelines.scoring import draw_requests, in_history
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
 from ranking.popularity import Popularity, PopularityConfig
 from recsys.files import read_json
@@ -96,7 +96,7 @@ def sampler_facts(prepared: PreparedSet, samplers: Sequence[str]) -> Iterator[Sa
     for split in SPLITS[1:]:
         sample = draw_requests(prepared, split, SCORED, SEED)
         for sampler in samplers if len(sample) else ():
-            sets = take_sets(prepared.candidates(split, sampler), sample.index)
+            sets = prepared.candidates(split, sampler).take(sample.index)
             negative = sets.label == 0
             inside = in_history(prepared, sample, sets)[negative]
             popular, frequent = (

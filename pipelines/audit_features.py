@@ -16,7 +16,7 @@ from pipelines.audit_record import Check
 from pipelines.audit_requests import SPLITS
 from pipelines.catalogue import TRAIN_COUNT
 from pipelines.prepared import CandidateSets, PreparedSet
-from pipelines.scoring import Sample, draw_requests, take_sets
+from pipelines.scoring import Sample, draw_requests
 from recsys.columns import ITEM_ID, ITEM_KEY, TEXT, USER_ID, USER_KEY
 from recsys.metrics import auc, groups_of, rank
 
@@ -74,7 +74,7 @@ def _pools(prepared: PreparedSet, samplers: Sequence[str]) -> Iterator[Pool]:
     for split in SPLITS[1:]:
         sample = draw_requests(prepared, split, REQUESTS, SEED)
         for sampler in samplers if len(sample) else ():
-            sets = take_sets(prepared.candidates(split, sampler), sample.index)
+            sets = prepared.candidates(split, sampler).take(sample.index)
             yield Pool(f"{split}, {sampler}", sample, sets, groups_of(sets.offsets))
 
 

@@ -24,6 +24,7 @@ from pipelines.splits import TEST, TRAIN, VALID, Cuts, assign
 from pipelines.transitions import PAIRS, pair_words
 from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, SESSION_ID, TIMESTAMP, USER_ID, VALUE
 from recsys.errors import DataError
+from recsys.history import side_by_side
 
 FIRST_ROW = 2
 """Model row of item key 0: `ranking.batch.FIRST_ITEM`, repeated so that a worker need not load torch."""
@@ -92,9 +93,7 @@ class Sessions:
 
     def take(self, index: NDArray[np.int64]) -> "Sessions":
         """Return the requests at `index`, in that order."""
-        size = np.diff(self.offsets)[index]
-        offsets = np.concatenate([[0], np.cumsum(size)])
-        where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], size)
+        where, offsets = side_by_side(self.offsets[index], np.diff(self.offsets)[index])
         return Sessions(
             self.user[index], self.at[index], self.last[index], self.end[index], offsets, self.positive[where]
         )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.prepared import IMPRESSIONS, VALID_IMPRESSIONS, PreparedSet
-from pipelines.scoring import draw_requests, score_sets, take_sets
+from pipelines.scoring import draw_requests, score_sets
 from ranking.calibration import Calibration, Floats, Method
 from ranking.ranker import AnyRanker
 from recsys.bootstrap import CalibrationError, Ratio, Resampling, Statistic, Value, bootstrap, equal_bins
@@ -158,7 +158,7 @@ def _validation(
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8], int]:
     """Return scores and labels of what was shown in the validation period, and the number of answers."""
     sample = draw_requests(prepared, VALID_IMPRESSIONS, most, seed)
-    sets = take_sets(prepared.candidates(VALID_IMPRESSIONS, IMPRESSIONS), sample.index)
+    sets = prepared.candidates(VALID_IMPRESSIONS, IMPRESSIONS).take(sample.index)
     return score_sets(model, prepared, sample, sets), sets.label, len(sample)
 
 

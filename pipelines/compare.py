@@ -20,7 +20,7 @@ from pipelines.evaluation import EvaluateConfig
 from pipelines.measures import Pool, on_candidates
 from pipelines.predictions import Predictions, same_data, same_questions, saved_predictions
 from pipelines.prepared import PreparedSet, Requests
-from pipelines.scoring import Sample, draw_requests, in_history, matched, score_sets, take_sets
+from pipelines.scoring import Sample, draw_requests, in_history, matched, score_sets
 from pipelines.segments import Segment, SegmentsConfig, segments_of
 from pipelines.verdicts import Question, Rule, Verdict
 from ranking.ranker import AnyRanker
@@ -162,7 +162,7 @@ def predict(
     name: str, model: AnyRanker, prepared: PreparedSet, chosen: Sample, sampler: str, split: Literal["valid", "test"]
 ) -> Predictions:
     """Score the fixed candidates of some requests."""
-    sets = take_sets(prepared.candidates(split, sampler), chosen.index)
+    sets = prepared.candidates(split, sampler).take(chosen.index)
     scores = matched(score_sets(model, prepared, chosen, sets), sets.item, prepared, sampler)
     return Predictions(
         name, prepared.digest, chosen.index, chosen.requests.user, sets.offsets, sets.item, sets.label, scores
@@ -182,7 +182,7 @@ def decide(
     """
     same_questions(predictions)
     config, first = file.compare, predictions[0]
-    sets = take_sets(prepared.candidates(config.split, config.sampler), first.index)
+    sets = prepared.candidates(config.split, config.sampler).take(first.index)
     chosen = _sample(prepared, config, first.index)
     if not np.array_equal(sets.item, first.item):
         raise DataError(f"{first.name}: its candidates are not those of {prepared.directory}; evaluate it again")

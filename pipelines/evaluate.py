@@ -54,7 +54,6 @@ from pipelines.scoring import (
     matched,
     rank_all_items,
     score_sets,
-    take_sets,
 )
 from pipelines.segments import Segment, segments_of
 from ranking.batch import FIRST_ITEM
@@ -142,7 +141,7 @@ def validate(
     `ndcg_at_20` and `recall_at_20` over all known items, by the inner product of its vectors. NaN where not defined.
     """
     chosen = draw_requests(prepared, split, max_requests, seed)
-    sets = take_sets(prepared.candidates(split, sampler), chosen.index)
+    sets = prepared.candidates(split, sampler).take(chosen.index)
     scores = matched(score_sets(model, prepared, chosen, sets), sets.item, prepared, sampler)
     request = groups_of(sets.offsets)
     users, user = np.unique(chosen.requests.user, return_inverse=True)
@@ -246,7 +245,7 @@ def _attention(models: Mapping[str, AnyRanker], task: _Task, found: Mapping[str,
         models,
         task.prepared,
         task.chosen.take(few),
-        take_sets(pool.sets, few),
+        pool.sets.take(few),
         scores,
         length_segments(config.history_edges),
         Resampling(config.resamples, config.level, config.seed),
@@ -268,7 +267,7 @@ def _pool(prepared: PreparedSet, chosen: Sample, split: Split, sampler: str) -> 
             f"{prepared.directory}: {len(sets)} candidate lists of sampler {sampler!r}, but split {split!r} has "
             f"request {chosen.index[-1]}; prepare the set again"
         )
-    taken = take_sets(sets, chosen.index)
+    taken = sets.take(chosen.index)
     return Pool(chosen, taken, groups_of(taken.offsets), in_history(prepared, chosen, taken))
 
 
@@ -313,7 +312,7 @@ def _single_ms(model: AnyRanker, task: _Task) -> float:
     seconds = []
     for place in places:
         one = np.array([place])
-        sample, candidates = task.chosen.take(one), take_sets(sets, one)
+        sample, candidates = task.chosen.take(one), sets.take(one)
         started = time.perf_counter()
         score_sets(model, task.prepared, sample, candidates)
         seconds.append(time.perf_counter() - started)

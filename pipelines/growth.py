@@ -26,6 +26,7 @@ from pipelines.buckets import distinct
 from pipelines.transitions import ROW_BITS, SIZE_BITS, SOURCE, Edges, Words, base_name, heaviest_edges, steps, weight_of
 from ranking.items import Transitions
 from recsys.files import link_file
+from recsys.history import side_by_side
 
 RUNS = 16
 """Appends before what they added is merged into a new base; each append reads what all since the base added."""
@@ -196,10 +197,8 @@ def _totals(words: Words, pair: Words) -> NDArray[np.int64]:
     found = np.flatnonzero(high > low)
     if not len(found):
         return total
-    low, size = low[found], (high - low)[found]
-    starts = np.cumsum(size) - size
-    index = np.arange(size.sum()) + np.repeat(low - starts, size)
-    total[found] = np.add.reduceat(steps(np.asarray(words[index])), starts)
+    index, offsets = side_by_side(low[found], (high - low)[found])
+    total[found] = np.add.reduceat(steps(np.asarray(words[index])), offsets[:-1])
     return total
 
 

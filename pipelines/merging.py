@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipelines.assembly import HISTORY_ARRAYS
 from pipelines.buckets import SortedEvents, distinct
 from pipelines.streams import npy_file, put
-from recsys.history import Histories
+from recsys.history import Histories, side_by_side
 
 EVENTS_AT_ONCE = 1_000_000
 
@@ -138,8 +138,8 @@ def _new_pairs(old: Histories, fresh: SortedEvents, block: _Block, row_of: NDArr
     new = distinct(_pairs(user, fresh.item[slice(*block.fresh)]))
     active = np.intersect1d(row_of[slice(*block.users)], user, assume_unique=False)
     old_row = np.searchsorted(row_of, active)
-    begin, length = old.offsets[old_row], np.diff(old.offsets)[old_row]
-    place = np.arange(length.sum()) + np.repeat(begin - (np.cumsum(length) - length), length)
+    length = np.diff(old.offsets)[old_row]
+    place, _ = side_by_side(old.offsets[old_row], length)
     had = _perhaps_in(new, _pairs(np.repeat(active, length), old.events.item[place]))
     place = np.minimum(np.searchsorted(new, had), len(new) - 1)
     return len(new) - len(distinct(had[new[place] == had]))

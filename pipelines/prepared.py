@@ -33,7 +33,7 @@ from pipelines.streams import map_safetensors
 from ranking.items import ItemTable
 from recsys.errors import DataError
 from recsys.files import read_json, sha256_file, sha256_json
-from recsys.history import Histories
+from recsys.history import Histories, side_by_side
 
 Split = Literal["train", "valid", "test", "impressions", "valid_impressions"]
 IMPRESSIONS: Literal["impressions"] = "impressions"
@@ -93,9 +93,7 @@ class Requests:
 
     def take(self, index: NDArray[np.int64]) -> "Requests":
         """Return the requests at `index`, in that order."""
-        lengths = np.diff(self.offsets)[index]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        where, offsets = side_by_side(self.offsets[index], np.diff(self.offsets)[index])
         return Requests(self.user[index], self.at[index], self.end[index], offsets, self.positive[where])
 
     def save(self, path: Path) -> None:
@@ -134,9 +132,7 @@ class CandidateSets:
 
     def take(self, index: NDArray[np.int64]) -> "CandidateSets":
         """Return the candidates of the requests at `index`, in that order."""
-        lengths = np.diff(self.offsets)[index]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        where, offsets = side_by_side(self.offsets[index], np.diff(self.offsets)[index])
         return CandidateSets(offsets, self.item[where], self.label[where])
 
     def save(self, path: Path) -> None:

@@ -21,6 +21,7 @@ from pipelines.mixing import mix
 from ranking.batch import PAD
 from ranking.items import ItemTable
 from recsys.errors import DataError
+from recsys.history import side_by_side
 from recsys.randomness import derive
 
 ROUNDS = 16
@@ -58,10 +59,7 @@ class Ragged:
     @staticmethod
     def slices(values: Rows, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> "Ragged":
         """Copy B slices values[starts[b]] .. values[ends[b]] out of one long array."""
-        lengths = ends - starts
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        index, offsets = side_by_side(starts, ends - starts)
         return Ragged(offsets, values[index])
 
 

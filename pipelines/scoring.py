@@ -20,7 +20,7 @@ from pipelines.samplers import SAMPLERS, log_density
 from ranking.batch import FIRST_ITEM, Batch, Candidates, assemble, rows_of
 from ranking.ranker import NEGATIVE, AnyRanker, Retriever
 from recsys.errors import DataError
-from recsys.history import Events
+from recsys.history import Events, side_by_side
 from recsys.metrics import Ranking
 from recsys.randomness import generator
 
@@ -75,11 +75,6 @@ def choose(total: int, most: int, seed: int, purpose: str) -> NDArray[np.int64]:
     return np.sort(generator(seed, 0, purpose).choice(total, most, replace=False)).astype(np.int64)
 
 
-def take_sets(sets: CandidateSets, index: NDArray[np.int64]) -> CandidateSets:
-    """Return the candidates of the requests at `index`, in that order."""
-    return sets.take(index)
-
-
 def join_sets(parts: Sequence[CandidateSets]) -> tuple[CandidateSets, list[NDArray[np.int64]]]:
     """Return one list of candidates per request that holds those of every part, so that a history is encoded once.
 
@@ -88,10 +83,7 @@ def join_sets(parts: Sequence[CandidateSets]) -> tuple[CandidateSets, list[NDArr
     sizes = np.stack([np.diff(part.offsets) for part in parts])  # [parts, R]
     offsets = np.r_[0, np.cumsum(sizes.sum(axis=0))]
     before = offsets[:-1] + np.cumsum(sizes, axis=0) - sizes  # [parts, R] where a part of a request starts
-    where = [
-        np.repeat(start - part.offsets[:-1], size) + np.arange(part.offsets[-1])
-        for part, start, size in zip(parts, before, sizes, strict=True)
-    ]
+    where = [side_by_side(start, size)[0] for start, size in zip(before, sizes, strict=True)]
     item, label = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.uint8)
     for part, place in zip(parts, where, strict=True):
         item[place], label[place] = part.item, part.label
@@ -106,8 +98,7 @@ def in_history(prepared: PreparedSet, sample: Sample, sets: CandidateSets) -> ND
     """
     users, which = np.unique(sample.requests.user, return_inverse=True)
     starts, ends = (np.asarray(prepared.histories.offsets[users + step]) for step in (0, 1))
-    offsets = np.r_[0, np.cumsum(ends - starts)]
-    index = np.repeat(starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
+    index, _ = side_by_side(starts, ends - starts)
     rows = rows_of(np.asarray(prepared.histories.events.item[index]), prepared.key_to_row)
     owner = np.repeat(np.arange(len(users)), ends - starts)
     known, first = np.unique(_pair(owner, rows), return_index=True)  # `first` is the earliest: np.unique promises it
@@ -142,7 +133,7 @@ def score_sets(
     scores = np.empty(len(sets.item), np.float32)
     with evaluation_mode(model) as device:
         for chosen in _batches(model, sample, np.diff(sets.offsets), batch_requests, _most_candidates(device)):
-            offsets, where = _packed(sets.offsets, chosen)
+            where, offsets = side_by_side(sets.offsets[chosen], np.diff(sets.offsets)[chosen])
             sizes = np.diff(offsets)
             mask = np.arange(max(sizes.max(), 1))[None, :] < sizes[:, None]  # [B, C]
             item = np.zeros(mask.shape, np.int32)
@@ -321,13 +312,6 @@ def _blocks_of(request: int, row: NDArray[np.float32], positive: NDArray[np.int3
         for value, count in zip(values, counts, strict=True)
     ]
     return np.array(blocks, np.int64).reshape(-1, 4)
-
-
-def _packed(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the offsets of the groups at `index` laid side by side, and where their members lie."""
-    sizes = np.diff(offsets)[index]
-    packed = np.r_[0, np.cumsum(sizes)]
-    return packed, np.arange(packed[-1]) + np.repeat(offsets[index] - packed[:-1], sizes)
 
 
 def _pair(owner: NDArray[np.int64], row: NDArray[np.int32]) -> NDArray[np.int64]:

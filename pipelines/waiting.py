@@ -25,6 +25,7 @@ from pipelines.growth import RUNS
 from pipelines.streams import Kind, npy_file, put
 from recsys.errors import DataError
 from recsys.files import link_file
+from recsys.history import side_by_side
 
 WRITTEN_AT_ONCE = 500_000
 """Requests."""
@@ -117,7 +118,7 @@ class Waiting:
             mine = sorted_place[limits[number] : limits[number + 1]] - self.begins[number]
             offsets = _mapped(run, "offsets")
             first, size = offsets[mine], offsets[mine + 1] - offsets[mine]
-            where = np.arange(size.sum()) + np.repeat(first - (np.cumsum(size) - size), size)
+            where, _ = side_by_side(first, size)
             ends.append(_mapped(run, "end")[mine])
             sizes.append(size)
             positives.append(_mapped(run, "positive")[where])

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.history import Events
+from recsys.history import Events, side_by_side
 
 PAD = 0
 UNKNOWN = 1
@@ -154,10 +154,7 @@ def assemble(
     """
     if window is not None:
         starts = np.maximum(starts, ends - window)
-    lengths = ends - starts
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    index, offsets = side_by_side(starts, ends - starts)
     history = History(
         torch.from_numpy(rows_of(events.item[index], key_to_row)),
         torch.from_numpy(events.action[index].astype(np.int32)),

@@ -37,6 +37,7 @@ from torch import Tensor
 from ranking.batch import FIRST_ITEM
 from ranking.items import ItemTable, MultiValued
 from recsys.errors import BundleError, ConfigError
+from recsys.history import side_by_side
 
 WORD = re.compile(r"[^\W_]+")
 WORDS = 16_384
@@ -228,9 +229,8 @@ def match_content(features: Features, count: Tensor) -> ContentMatch | None:
 
 def _slices(offsets: NDArray[np.int64], rows: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where the entries of some rows lie, one row after the other, and where each begins among them."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    starts = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(offsets[rows] - starts, lengths), starts
+    place, begins = side_by_side(offsets[rows], offsets[rows + 1] - offsets[rows])
+    return place, begins[:-1]
 
 
 def _value_entries(column: MultiValued, first: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from ranking.content import ContentMatch
 from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.recall_watch import RecallWatch
-from recsys.history import DAY
+from recsys.history import DAY, side_by_side
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,9 @@ class Followers:
         _, first = np.unique(newest_first, return_index=True)
         recent = newest_first[np.sort(first)[: self._recent]]
         starts, ends = self._offsets[recent], self._offsets[recent + 1]
-        lengths = ends - starts
-        total = np.cumsum(lengths)
-        if not len(recent) or not total[-1]:
+        edge, _ = side_by_side(starts, ends - starts)
+        if not len(edge):
             return Proposal.none()
-        edge = np.arange(total[-1]) + np.repeat(starts - (total - lengths), lengths)
         rows, inverse = np.unique(self._target[edge], return_inverse=True)
         return _best(rows, inverse, self._share[edge], limit, query.allowed)
 

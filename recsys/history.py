@@ -104,3 +104,18 @@ class Histories:
                 f"but offsets end at {int(offsets[-1])}; prepare the set again"
             )
         return Histories(Events(item, action, time), offsets)
+
+
+def side_by_side(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the values of B slices of a long array lie, slice after slice, and the offsets of the slices there.
+
+    Args:
+        starts: int64 [B], where each slice begins.
+        lengths: int64 [B].
+
+    Returns:
+        Places int64 [N], N the sum of the lengths, and offsets int64 [B + 1] among them.
+    """
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets

@@ -27,7 +27,6 @@ from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import CandidateSets, PreparedSet, Requests, digest_of
 from pipelines.samplers import SAMPLERS
-from pipelines.scoring import take_sets
 from pipelines.splits import SplitConfig
 from pipelines.transitions import block_edges, blocks, pair_words
 from ranking.items import ItemTable, Transitions
@@ -383,12 +382,12 @@ def a_negative_nobody_bought_in_training(prepared: PreparedSet) -> None:
 
 def lists_of_other_requests(prepared: PreparedSet) -> None:
     sets = prepared.candidates("valid", "uniform")
-    save_candidates(prepared, "valid_uniform", take_sets(sets, np.roll(np.arange(len(sets)), 1)))
+    save_candidates(prepared, "valid_uniform"(sets, np.roll(np.arange(len(sets)), 1)))
 
 
 def a_list_too_few(prepared: PreparedSet) -> None:
     sets = prepared.candidates("valid", "uniform")
-    save_candidates(prepared, "valid_uniform", take_sets(sets, np.arange(len(sets) - 1)))
+    save_candidates(prepared, "valid_uniform"(sets, np.arange(len(sets) - 1)))
 
 
 def another_item_in_the_histories(prepared: PreparedSet) -> None:

@@ -9,7 +9,7 @@ from pipelines.evaluate import evaluate
 from pipelines.evaluation import EvaluateConfig
 from pipelines.measures import Pool, on_candidates, segment_facts
 from pipelines.prepared import PreparedSet
-from pipelines.scoring import draw_requests, in_history, take_sets
+from pipelines.scoring import draw_requests, in_history
 from pipelines.segments import Segment, SegmentsConfig, first_seen, popularity_bounds, segments_of
 from ranking.models import RANKERS
 from recsys.config import parse
@@ -22,7 +22,7 @@ CONFIG = EvaluateConfig(resamples=30, full_ranking_requests=5, max_requests=60, 
 @pytest.fixture(scope="module")
 def pool(prepared: PreparedSet) -> Pool:
     chosen = draw_requests(prepared, "test", 60, seed=0)
-    sets = take_sets(prepared.candidates("test", "uniform"), chosen.index)
+    sets = prepared.candidates("test", "uniform").take(chosen.index)
     return Pool(chosen, sets, groups_of(sets.offsets), in_history(prepared, chosen, sets))
 
 

@@ -15,7 +15,7 @@ from sklearn.metrics import mutual_info_score
 
 from pipelines import datasets
 from pipelines.datasets import RawLog
-from pipelines.scoring import draw_requests, take_sets
+from pipelines.scoring import draw_requests
 from ranking.dare import Dare, DareConfig
 from recsys.errors import DataError
 
@@ -112,7 +112,7 @@ def test_the_oracle_of_search_counts_mutual_information_and_its_own_order_is_per
     torch.manual_seed(1)
     model = Dare(DareConfig(pos_mode="group"), prepared.items).eval()
     sample = draw_requests(prepared, "valid", 60, 1)
-    sets = take_sets(prepared.candidates("valid", "uniform"), sample.index)
+    sets = prepared.candidates("valid", "uniform").take(sample.index)
     with torch.inference_mode():
         categories = int(prepared.items.column("category").max()) + 1
         oracle = dare_search.count_oracle(model, prepared, sample, sets, categories, least=2)

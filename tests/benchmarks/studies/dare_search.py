@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from benchmarks.studies.tables import table  # noqa: E402
 
 from pipelines.prepared import CandidateSets, PreparedSet  # noqa: E402
-from pipelines.scoring import Sample, assemble_requests, draw_requests, take_sets  # noqa: E402
+from pipelines.scoring import Sample, assemble_requests, draw_requests  # noqa: E402
 from pipelines.train import trained_run  # noqa: E402
 from ranking.batch import Batch  # noqa: E402
 from ranking.dare import Dare, DareState  # noqa: E402
@@ -117,7 +117,7 @@ def batches(model: Dare, prepared: PreparedSet, sample: Sample, sets: CandidateS
     """Yield (places of the requests, Batch, labels int64 [B, C], -1 = padding), 64 requests at a time."""
     for start in range(0, len(sample), size):
         rows = np.arange(start, min(start + size, len(sample)))
-        part = take_sets(sets, rows)
+        part = sets.take(rows)
         inside = np.arange(np.diff(part.offsets).max())[None, :] < np.diff(part.offsets)[:, None]
         item, label = np.zeros(inside.shape, np.int32), np.full(inside.shape, -1, np.int64)
         item[inside], label[inside] = part.item, part.label
@@ -187,14 +187,14 @@ def main() -> None:
     models = {name: trained_run(directory, prepared).model for name, directory in named.items()}
     first = next(iter(models.values()))
     sample = draw_requests(prepared, "valid", options.requests, 2023)
-    sets = take_sets(prepared.candidates("valid", "uniform"), sample.index)
+    sets = prepared.candidates("valid", "uniform").take(sample.index)
     counted, judged = halves(sample)
     with torch.inference_mode():
         categories = int(first.items.column(first.config.category).max()) + 1
-        oracle = count_oracle(first, prepared, sample.take(counted), take_sets(sets, counted), categories)
+        oracle = count_oracle(first, prepared, sample.take(counted)(sets, counted), categories)
         orders = {name: (model, by_search) for name, model in models.items()}
         orders |= {"newest first": (first, newest_first), "any order": (first, any_order)}
-        found = quality(orders, oracle, prepared, sample.take(judged), take_sets(sets, judged))
+        found = quality(orders, oracle, prepared, sample.take(judged)(sets, judged))
     statistics: dict[str, Statistic] = dict(found)
     estimates = bootstrap(statistics, len(next(iter(found.values())).numerator), 1000, 2023)
     values = {name: {"ndcg_at_20": one.value, "interval": one.interval()} for name, one in estimates.items()}

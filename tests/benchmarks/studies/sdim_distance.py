@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from benchmarks.studies.tables import table  # noqa: E402
 
 from pipelines.prepared import PreparedSet  # noqa: E402
-from pipelines.scoring import assemble_requests, draw_requests, take_sets  # noqa: E402
+from pipelines.scoring import assemble_requests, draw_requests  # noqa: E402
 from pipelines.train import trained_run  # noqa: E402
 from ranking.bucket_sums import bucket_rows, collision, pool, read, signatures  # noqa: E402
 from ranking.sdim import Sdim  # noqa: E402
@@ -43,7 +43,7 @@ PLANE_SEEDS = 5
 def vectors(model: Sdim, prepared: PreparedSet, requests: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return candidates q [B, C, D], events s [B, T, D] (0 at padding) and which events are real [B, T]."""
     sample = draw_requests(prepared, "valid", requests, 2023)
-    sets = take_sets(prepared.candidates("valid", "uniform"), sample.index)
+    sets = prepared.candidates("valid", "uniform").take(sample.index)
     first = sets.offsets[:-1, None] + np.arange(candidates)  # the positives, then negatives
     batch = assemble_requests(model, prepared, sample, sets.item[first])
     padded, row_of = batch.history.padded(model.config.window), model.items.embedding_row
