@@ -191,10 +191,10 @@ def main() -> None:
     counted, judged = halves(sample)
     with torch.inference_mode():
         categories = int(first.items.column(first.config.category).max()) + 1
-        oracle = count_oracle(first, prepared, sample.take(counted)(sets, counted), categories)
+        oracle = count_oracle(first, prepared, sample.take(counted), sets.take(counted), categories)
         orders = {name: (model, by_search) for name, model in models.items()}
         orders |= {"newest first": (first, newest_first), "any order": (first, any_order)}
-        found = quality(orders, oracle, prepared, sample.take(judged)(sets, judged))
+        found = quality(orders, oracle, prepared, sample.take(judged), sets.take(judged))
     statistics: dict[str, Statistic] = dict(found)
     estimates = bootstrap(statistics, len(next(iter(found.values())).numerator), 1000, 2023)
     values = {name: {"ndcg_at_20": one.value, "interval": one.interval()} for name, one in estimates.items()}
