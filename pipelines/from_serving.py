@@ -9,13 +9,15 @@ histories, and trains nothing. So does one dated later than `as_of`, until then.
 
 An item shown is a positive if the user has a positive event of it within the attribution window after the answer; each
 event counts for the last answer before it that showed the item. It is a negative once the window has passed without
-one. An answer whose window has not passed is not mature: it and all after it in its file wait for the next time.
+one. An answer whose window has not passed is not mature: it and all after it in its file wait for the next time, and
+what they showed is attributed to them already.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import polars as pl
 
@@ -27,7 +29,7 @@ from pipelines.mapping import PositiveRule
 from pipelines.parts import keep_part, open_part
 from pipelines.prepared import PreparedSet
 from pipelines.workspace import Workspace
-from ranking.as_served import as_served, can_rebuild
+from ranking.as_served import as_served, can_rebuild, forgotten_users
 from ranking.bundle import Bundle
 from ranking.snapshot import SnapshotReader
 from recsys.columns import ACTION, EVENT_ID, ITEM_ID, TIMESTAMP, USER_ID, VALUE
@@ -40,6 +42,8 @@ from recsys.request_log import LoggedRequest, files, history_digest, read_file
 from recsys.stores import Encoder, Event, LogMark, Tombstone
 
 NAME = "serving.json"
+OTHER, OTHER_SHARE = 3, 0.01
+"""Most answers, and most of those rebuilt, whose history may be another than the one that was served."""
 SERVICE = "service"
 
 
@@ -85,7 +89,9 @@ class FromServing:
         negatives: impressions without.
         not_mature: answers whose window has not passed; they wait.
         verified: answers whose history was rebuilt, and is the one that was served.
-        unverified: answers made over a snapshot, log or bundle that is no longer at hand; not used.
+        other_history: answers whose history was rebuilt, and is another one; not used.
+        unverified: answers made over a snapshot or bundle that is no longer at hand, as all that waited when the next
+            was published; used, as labels need no history. Those over another event log are not.
         part: directory of the part, None if there was no event to make one of.
     """
 
@@ -97,6 +103,7 @@ class FromServing:
     negatives: int
     not_mature: int
     verified: int
+    other_history: int
     unverified: int
     part: str | None
 
@@ -120,8 +127,8 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
         attribution: when an item shown is a positive.
 
     Raises:
-        DataError: there is no log, a log is damaged, or a history that was served differs from the rebuilt one; nothing
-            is taken in then.
+        DataError: there is no log, a log is damaged, or more than a few histories that were served differ from the
+            rebuilt ones; nothing is taken in then.
 
     Cost: the logs are read from where they were left the last time; where answers have matured since, the event log is
     gone through once more from its beginning, for an event may come late.
@@ -129,11 +136,14 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
     log = LogReader(state / "log")
     taken = last_taken(place.parts, log.id)
     posted = _read_events(log, taken, _newest(place.parts), attribution.as_of)
-    found = list(_read_requests(state / "requests", taken, log, posted.forgotten))
-    verified = _verify([request for request, _, _ in found], place, log)
-    shown, cursors, waiting = _mature(found, taken, attribution, verified)
+    forgotten = forgotten_users(log)
+    found = list(_read_requests(state / "requests", taken, log, forgotten))
+    checked = _verify([request for request, _, _ in found], place, log)
+    shown, waiting, cursors = _mature(found, taken, attribution, checked)
     rule = _rule(place)
-    labels = labelled(shown, _attributable(log, shown), rule, attribution.window)
+    # Answers that wait take their events from those before them; only what is mature is written.
+    labels = labelled([*shown, *waiting], _attributable(log, [*shown, *waiting], forgotten), rule, attribution.window)
+    labels = labels.filter(pl.col("request_id").is_in([one.request_id for one in shown]))
     earlier = len(place.parts)
     add_to_list(place.root, sorted(posted.forgotten), earlier)
     mark_parts(place.root, place.parts)
@@ -149,9 +159,10 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
         answers=len(shown),
         positives=positives,
         negatives=labels.height - positives,
-        not_mature=waiting,
-        verified=len(verified),
-        unverified=len(found) - len(verified),
+        not_mature=len(waiting),
+        verified=len(checked.same),
+        other_history=len(checked.other),
+        unverified=len(found) - len(checked.same) - len(checked.other),
         part=None if part is None else str(part),
     )
 
@@ -222,7 +233,7 @@ def _read_events(log: LogReader, taken: Taken, newest: dict[str, int], as_of: in
 
 
 def _read_requests(
-    directory: Path, taken: Taken, log: LogReader, forgotten: dict[str, int]
+    directory: Path, taken: Taken, log: LogReader, forgotten: Mapping[str, int]
 ) -> Iterator[tuple[LoggedRequest, str, int]]:
     """Yield the new answers of users who are not forgotten, with file and the byte after each."""
     for path in files(directory):
@@ -232,48 +243,74 @@ def _read_requests(
             yield request, path.name, end
 
 
-def _verify(requests: Sequence[LoggedRequest], place: Workspace, log: LogReader) -> set[str]:
-    """Rebuild the histories of answers; give the ids of those that could be, and refuse if one was not as served."""
+class _Checked(NamedTuple):
+    """Ids of answers whose history was rebuilt: the same as was served, or another."""
+
+    same: set[str]
+    other: set[str]
+    log: str
+
+    def usable(self, request: LoggedRequest) -> bool:
+        """Whether an answer may be learned from: its user's events are in this log, and nothing speaks against it."""
+        return request.log == self.log and request.position >= 0 and request.request_id not in self.other
+
+
+def _verify(requests: Sequence[LoggedRequest], place: Workspace, log: LogReader) -> _Checked:
+    """Rebuild the histories of answers.
+
+    Raises:
+        DataError: more of them than `OTHER` and `OTHER_SHARE` allow were not as served. Fewer may be: while a bundle is
+            swapped, one replica may know an item that another one's events do not name yet.
+    """
+    checked = _Checked(set(), set(), log.id)
     if not requests:
-        return set()
+        return checked
     snapshot, bundle = SnapshotReader(place.snapshot), Bundle.load(place.bundle, golden=False)
     can = [request for request in requests if can_rebuild(request, snapshot, log, bundle.version)]
     encoder = Encoder(bundle.key_of, bundle.action_of)
     for request, events in as_served(can, snapshot, log, encoder):
         rebuilt = history_digest(events or Events.empty(), request.at)
-        if rebuilt != request.history:
+        (checked.same if rebuilt == request.history else checked.other).add(request.request_id)
+        if rebuilt != request.history and len(checked.other) > max(OTHER, OTHER_SHARE * len(can)):
             raise DataError(
-                f"{place.snapshot} and {log.directory}: answer {request.request_id} was made from a history with "
-                f"digest {request.history}, but the one rebuilt up to position {request.position} has {rebuilt}: what "
+                f"{place.snapshot} and {log.directory}: {len(checked.other)} or more of {len(can)} answers were "
+                f"made from another history than the one rebuilt; answer {request.request_id} from one with digest "
+                f"{request.history}, and the one rebuilt up to position {request.position} has {rebuilt}: what "
                 "the service served is not what it was told; stop it, remove its `histories`, and look at its log"
             )
-    return {request.request_id for request in can}
+    return checked
 
 
 def _mature(
-    found: Sequence[tuple[LoggedRequest, str, int]], taken: Taken, attribution: Attribution, verified: set[str]
-) -> tuple[list[Shown], dict[str, int], int]:
-    """Return the answers to learn from, up to where each file is used, and how many are not mature."""
+    found: Sequence[tuple[LoggedRequest, str, int]], taken: Taken, attribution: Attribution, checked: _Checked
+) -> tuple[list[Shown], list[Shown], dict[str, int]]:
+    """Return the answers to learn from, those that wait, and up to where each file is used."""
     shown: list[Shown] = []
-    cursors, held, waiting = dict(taken.requests), set[str](), 0
+    waiting: list[Shown] = []
+    cursors, held = dict(taken.requests), set[str]()
     for request, file, end in found:
+        items = tuple((item.item_id, item.propensity) for item in request.items)
+        one = Shown(request.request_id, request.user_id, request.at, items)
         if file in held or request.at + attribution.window > attribution.as_of:
             held.add(file)
-            waiting += 1
+            waiting += [one]
             continue
         cursors[file] = end
-        if request.request_id in verified:
-            items = tuple((item.item_id, item.propensity) for item in request.items)
-            shown.append(Shown(request.request_id, request.user_id, request.at, items))
-    return shown, cursors, waiting
+        if checked.usable(request):
+            shown.append(one)
+    return shown, waiting, cursors
 
 
-def _attributable(log: LogReader, shown: Sequence[Shown]) -> Iterator[Event]:
-    """Yield the events of the users who were shown something; all of the log, as late ones may stand anywhere."""
+def _attributable(log: LogReader, shown: Sequence[Shown], forgotten: Mapping[str, int]) -> Iterator[Event]:
+    """Yield the events of the users who were shown something, those before a tombstone aside.
+
+    All of the log is read, as late events may stand anywhere.
+    """
     users = {one.user_id for one in shown}
     if users:
         for record in log.replay():
-            if isinstance(record.event, Event) and record.event.user_id in users:
+            user = record.event.user_id
+            if isinstance(record.event, Event) and user in users and record.end > forgotten.get(user, 0):
                 yield record.event
 
 

@@ -89,8 +89,12 @@ def records(directory: Path, start: int, end: int | None) -> Iterator[Record]:
 
 
 def torn(tail: bytes) -> bool:
-    """Whether unsound bytes at the end are what an interrupted write leaves: a line cut short, or pages of zeros."""
-    return b"\n" not in tail or bytes(8) in tail
+    """Whether unsound bytes are what an interrupted write leaves at the end: a line cut short, or pages of zeros.
+
+    Never so where a sound line follows: it may have been told to somebody as durable.
+    """
+    interrupted = b"\n" not in tail or bytes(8) in tail
+    return interrupted and not any(unframe(line) is not None for line in tail.splitlines(keepends=True))
 
 
 def frame(fields: Mapping[str, Any]) -> bytes:

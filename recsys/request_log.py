@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from recsys.errors import DataError
-from recsys.history import Events
+from recsys.history import UNKNOWN_KEY, Events
 from recsys.log_format import frame, torn, unframe
 
 DIGEST_EVENTS = 10_000
@@ -66,15 +66,16 @@ class LoggedRequest:
     settings: str = ""
 
 
-def history_digest(events: Events, at: int) -> str:
+def history_digest(events: Events, at: int, keys: int = UNKNOWN_KEY) -> str:
     """Return 64 bits, in hexadecimal, over the newest items and times strictly before a moment.
 
-    Actions are left out: an action that a bundle learns to name changes its code in later events only.
+    Actions are left out: an action that a bundle learns to name changes its code in later events only. Item keys from
+    `keys` on count as unknown: a bundle that is served again after a larger one reads them so.
     """
     used = events.before(at)
     used = used.slice(max(0, len(used) - DIGEST_EVENTS), len(used))
     digest = xxhash.xxh3_64(np.ascontiguousarray(used.time).tobytes())
-    digest.update(np.ascontiguousarray(used.item).tobytes())
+    digest.update(np.where(used.item < keys, used.item, UNKNOWN_KEY).astype(np.uint32).tobytes())
     return digest.hexdigest()
 
 

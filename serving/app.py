@@ -16,6 +16,7 @@ from typing import Annotated
 from fastapi import FastAPI, Path, Query, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel
+from starlette.convertors import Convertor, register_url_convertor
 
 import recsys
 from ranking.ladder import Budget, Deadlines
@@ -28,6 +29,7 @@ from recsys.messages import (
     RecommendRequest,
     RecommendResponse,
 )
+from recsys.search_messages import MAX_BUDGET
 from serving import problems
 from serving.availability_routes import add_availability
 from serving.frame import Frame
@@ -48,8 +50,28 @@ from serving.service import Service
 from serving.telemetry import CONTENT_TYPE
 from serving.worker import Worker, json_response
 
+
+class IdConvertor(Convertor[str]):
+    """Any id at all: Starlette's own convertor of paths ends before a last line end, and so names somebody else."""
+
+    regex = r"(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        """Return the id."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """Return the id."""
+        return value
+
+
+register_url_convertor("id", IdConvertor())
+
 REPLICA = "x-replica"
 """Header of `/readyz`: tells processes behind one address apart."""
+
+PATIENCE = (0.0, MAX_BUDGET / 1e3, MAX_BUDGET / 1e3)
+"""Seconds that work of the ranking, the searching and the reranking worker may take by a request's own wish."""
 
 SHADOW_WAITING = 2
 """Waiting requests above which a shadow does not score: those who wait for an answer come first."""
@@ -82,7 +104,7 @@ def create_app(
         request_ids: whether to answer with `x-request-id`; False where the host does.
         keys: that are accepted; None or none leaves the service open.
     """
-    worker = Worker(limits.waiting)
+    worker, *others = workers = [Worker(limits.waiting) for _ in range(3)]
     monitor = Monitor(service, worker, limits.check_seconds)
 
     @asynccontextmanager
@@ -98,14 +120,18 @@ def create_app(
         responses=problems.responses(),
     )
     problems.install(app)
-    searches = Searches(service, Worker(limits.waiting), Worker(limits.waiting))
+    searches = Searches(service, *others)
     app.state.worker = worker
+    # A rerank takes what time the request has given it, and is stuck only after that.
+    app.state.busy_seconds = lambda: max(
+        w.busy_seconds - patience for w, patience in zip(workers, PATIENCE, strict=True)
+    )
     _add_answers(app, service, worker, searches, monitor, limits.deadlines)
     add_search_routes(app, service, worker, searches, limits.deadlines)
     _add_lookups(app, service, worker)
     if service.path.availability is not None:
         add_availability(app, service.path.availability, json_response)
-    _add_operations(app, service, worker, limits)
+    _add_operations(app, service, limits)
     if keys:
         app.add_middleware(KeyCheck, keys=keys)
         declare(app)
@@ -168,12 +194,12 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         """Return some user ids to try, those with posted events first."""
         return await _answer(worker, lambda: service.users(limit))
 
-    @app.get("/v1/users/{user_id:path}/history", response_model=HistoryResponse, tags=["look up"])
+    @app.get("/v1/users/{user_id:id}/history", response_model=HistoryResponse, tags=["look up"])
     async def history(user_id: Annotated[str, Path()], limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
         """Return the newest events of a user, newest first."""
         return await _answer(worker, lambda: service.history(user_id, limit))
 
-    @app.delete("/v1/users/{user_id:path}", response_model=ForgottenResponse, tags=["events"])
+    @app.delete("/v1/users/{user_id:id}", response_model=ForgottenResponse, tags=["events"])
     async def forget(user_id: Annotated[str, Path()]) -> Response:
         """Forget a user: no answer uses or shows what was known; events posted later count again.
 
@@ -190,7 +216,7 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         """Return items by a part of their name: the one whose id it is first, then the most frequent in training."""
         return await _answer(worker, lambda: service.items(query, limit))
 
-    @app.get("/v1/items/{item_id:path}/similar", response_model=SimilarResponse, tags=["look up"])
+    @app.get("/v1/items/{item_id:id}/similar", response_model=SimilarResponse, tags=["look up"])
     async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """Return the items nearest to an item by the retriever's vectors."""
         return await _answer(worker, lambda: service.similar(item_id, k))
@@ -206,7 +232,7 @@ async def _answer(worker: Worker, work: Callable[[], BaseModel]) -> Response:
     return json_response(value, {"queue": waited})
 
 
-def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limits) -> None:
+def _add_operations(app: FastAPI, service: Service, limits: Limits) -> None:
     """The page and the probes."""
     page, replica = read_page(), uuid.uuid4().hex
 
@@ -217,8 +243,9 @@ def _add_operations(app: FastAPI, service: Service, worker: Worker, limits: Limi
     @app.get("/livez", response_class=PlainTextResponse, tags=["operate"])
     async def livez() -> str:
         """Say that the process answers; 503 if a piece of work has been stuck in it."""
-        if worker.busy_seconds > limits.stuck_seconds:
-            raise RequestError(503, "stuck", f"one request has been under way for {worker.busy_seconds:.0f} s")
+        busy = app.state.busy_seconds()
+        if busy > limits.stuck_seconds:
+            raise RequestError(503, "stuck", f"one request has been under way for {busy:.0f} s")
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse, tags=["operate"])

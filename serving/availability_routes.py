@@ -52,6 +52,9 @@ def add_availability(app: FastAPI, table: AvailabilityFile, respond: Callable[..
             table.put(change.available)
         except DataError as error:
             raise RequestError(409, "damaged_table", f"{error}; mend or remove the file, then say it again") from None
+        except OSError as error:
+            reason = f"the table cannot be written ({error.strerror}), so nothing is changed; send it again"
+            raise RequestError(503, "table_unavailable", reason) from error
         return answer(0)
 
     @app.get("/v1/availability", response_model=AvailabilityResponse, tags=["look up"])

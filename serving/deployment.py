@@ -6,6 +6,7 @@ Imported only by Ray's processes, through the path `serving.deployment:applicati
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -89,7 +90,7 @@ class Replica:
         self._parts: Parts | None = None
         self._config = parse(ServeConfig, table, "[serve]")
         self._service = open_service(self._config)
-        self._worker: Worker | None = None
+        self._busy_seconds: Callable[[], float] = lambda: 0.0
         self._follower: Follower | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -97,13 +98,14 @@ class Replica:
         log_to(self._config.state / LOGS, self._config.log_requests)
         keys = read_keys(self._config.api_keys)
         app = create_app(self._service, self._config.limits, request_ids=False, keys=keys)
-        self._worker = app.state.worker
+        self._busy_seconds = app.state.busy_seconds
         return app
 
     def check_health(self) -> None:
         """Raise if a piece of work has been stuck, so that Serve replaces this process."""
-        if self._worker is not None and self._worker.busy_seconds > self._config.limits.stuck_seconds:
-            raise RuntimeError(f"one request has been under way for {self._worker.busy_seconds:.0f} s")
+        busy = self._busy_seconds()
+        if busy > self._config.limits.stuck_seconds:
+            raise RuntimeError(f"one request has been under way for {busy:.0f} s")
 
     async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
         """Serve the bundles of a plan: load them in a thread, replay their golden requests, then swap one reference.

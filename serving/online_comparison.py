@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json, to_json
 
 from recsys.bootstrap import Ratio, bootstrap
 from recsys.errors import DataError
@@ -63,8 +64,9 @@ class Comparison:
     seconds: tuple[float, float]
 
     def table(self) -> dict[str, Any]:
-        """Return the comparison as plain values."""
-        return asdict(self)
+        """Return the comparison as values of JSON: what is not defined is null."""
+        table: dict[str, Any] = from_json(to_json(asdict(self), inf_nan_mode="null"))
+        return table
 
 
 def compare_online(

@@ -6,6 +6,7 @@ Pairs are written after the answer has gone out, by a thread that gives up rathe
 files go when there are too many: losing some of them costs precision, not truth.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -19,8 +20,8 @@ from typing import IO, Any
 logger = logging.getLogger(__name__)
 
 FILE_BYTES = 16 * 2**20
-FILES = 32
-"""Newest files kept of one directory: half a gigabyte at most."""
+MOST_BYTES = 32 * FILE_BYTES
+"""Of one directory; the oldest files go first."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class PairLog:
 
     def append(self, pair: Pair) -> None:
         """Write one pair; it is with the operating system when this returns."""
-        if self._file is None or self._file.tell() >= FILE_BYTES:
-            self._begin()
+        if self._file is None or self._file.tell() >= FILE_BYTES or not Path(self._file.name).exists():
+            self._begin()  # another process may have removed the file to make room
         assert self._file is not None
         self._file.write(json.dumps(asdict(pair), separators=(",", ":"), ensure_ascii=False) + "\n")
         self._file.flush()
@@ -72,8 +73,12 @@ class PairLog:
         self.close()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._file = (self._directory / f"{time.time_ns() // 1000:020d}-{os.getpid()}.jsonl").open("a")
-        for old in sorted(self._directory.glob("*.jsonl"))[:-FILES]:
-            old.unlink(missing_ok=True)
+        kept = FILE_BYTES  # the one that begins
+        for old in sorted(self._directory.glob("*.jsonl"), reverse=True):
+            with contextlib.suppress(FileNotFoundError):
+                kept += old.stat().st_size
+                if kept > MOST_BYTES:
+                    old.unlink()
 
 
 def read_pairs(directory: Path) -> Iterator[Pair]:

@@ -20,6 +20,7 @@
     too_late                  503      the request waited for its turn beyond its deadline
     not_ready                 503      no bundle is loaded yet
     no_replica                503      the process that had the request died; said by the proxy in front of it
+    table_unavailable         503      what cannot be had cannot be written, so nothing of the change was taken
     log_unavailable           503      the event log cannot be written, so no event of the post was taken
     stuck                     503      a piece of work does not end; the process is to be replaced
     internal                  500      a defect; the log has the details under the request id

@@ -1,6 +1,8 @@
 """Writes the request log (`recsys.request_log`): sampled, bounded in size, never in the way of an answer."""
 
+import errno
 import logging
+import os
 import queue
 import random
 import threading
@@ -98,8 +100,14 @@ class RequestLog:
             self._path = self._directory / f"{time.time_ns() // 1000:020d}-{uuid.uuid4().hex[:8]}.jsonl"
             self._path.touch()
             self._make_room()
-        with self._path.open("ab") as file:
-            file.write(line)
+        with self._path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)  # half a line would make the whole file a damaged one
+                raise
 
     def _make_room(self) -> None:
         """Remove the oldest files, other processes' too, until a whole further one fits."""
@@ -119,6 +127,7 @@ def logged(
     observed: Observed,
     log: str,
     champion: str,
+    keys: int,
     settings: str,
 ) -> LoggedRequest:
     """Return the entry of an answer.
@@ -130,6 +139,7 @@ def logged(
         observed: the history it was made from.
         log: id of the event log.
         champion: version of the bundle whose item keys the histories have.
+        keys: how many item keys it knows.
         settings: the recommender's digest of them.
     """
     asked = request.model_dump(mode="json", exclude_defaults=True, exclude={"user_id", "at", "explain"})
@@ -140,7 +150,7 @@ def logged(
         log=log,
         position=observed.position,
         snapshot=observed.base,
-        history=history_digest(observed.events or Events.empty(), at),
+        history=history_digest(observed.events or Events.empty(), at, keys),
         champion=champion,
         model=response.model_version,
         request=asked,

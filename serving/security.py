@@ -104,8 +104,10 @@ def declare(app: FastAPI) -> None:
 
 def _presented(scope: Scope) -> bytes:
     headers: dict[bytes, bytes] = dict(scope["headers"])
+    if b"x-api-key" in headers:  # then Authorization may be for a proxy in front
+        return headers[b"x-api-key"]
     kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-    return key.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+    return key.strip() if kind.lower() == b"bearer" else b""
 
 
 def _digest(key: bytes) -> bytes:

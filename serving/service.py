@@ -43,7 +43,7 @@ from serving.replies import (
     UsersResponse,
 )
 from serving.request_log import RequestLog, logged
-from serving.state import State
+from serving.state import MAX_FUTURE, State
 from serving.telemetry import Telemetry
 from serving.view import LiveHistories
 from serving.watched import Watched
@@ -96,12 +96,19 @@ class Service:
         self._pairs = pairs
         self._requests = requests
         self._lineup: Lineup | None = None
+        self._naming: Bundle | None = None
+        self._encoder = Encoder(lambda item: self._names.key_of(item), lambda action: self._names.action_of(action))
         self._swapping = threading.Lock()
 
     @property
     def served(self) -> Served:
         """The champion; raises `RequestError` 503 before there is a bundle."""
         return self.lineup.champion
+
+    @property
+    def _names(self) -> Bundle:
+        """What gives the keys of histories: the champion, or what is about to be it."""
+        return self.served.bundle if self._naming is None else self._naming
 
     @property
     def lineup(self) -> Lineup:
@@ -156,8 +163,11 @@ class Service:
         if log is None or observed is None or request.user_id is None or response.degraded or not log.wanted():
             return
         at = now if request.at is None else request.at
-        version, settings = champion.bundle.version, champion.recommender.settings_digest()
-        taken = log.offer(logged(request, response, at, observed, self.state.log.id, version, settings))
+        if at - self.state.now() > MAX_FUTURE:  # nobody lives to see what is done then
+            return
+        bundle, settings = champion.bundle, champion.recommender.settings_digest()
+        known = bundle.version, len(bundle.key_to_row)
+        taken = log.offer(logged(request, response, at, observed, self.state.log.id, *known, settings))
         self.telemetry.logged(taken)
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
@@ -201,7 +211,7 @@ class Service:
         """
         bundle = self.served.bundle
         verdicts = []
-        for event, taken in self.state.record(request.events, _encoder(bundle)):
+        for event, taken in self.state.record(request.events, self._encoder):
             unknown = taken == "accepted" and bundle.key_of(event.item_id) == UNKNOWN_KEY
             verdict = "accepted_unknown_item" if unknown else taken
             self.telemetry.verdict(verdict)
@@ -218,8 +228,8 @@ class Service:
         return HistoryResponse(user_id=user_id, total=len(events), events=_describe(newest, self.served.bundle)[::-1])
 
     def forget(self, user_id: str) -> ForgottenResponse:
-        """Forget a user, durably, before answering; raises `RequestError` 404 for a user nothing is known of."""
-        forgotten = self.state.forget(user_id, _encoder(self.served.bundle))
+        """Forget a user, durably, before answering; whoever was forgotten before is forgotten again."""
+        forgotten = self.state.forget(user_id, self._encoder)
         if self.path.states is not None:
             self.path.states.forget(user_id)
         self.telemetry.forget()
@@ -301,9 +311,10 @@ class Service:
         (about a second for 150,000 events of the log), everything else goes on.
         """
         with self._swapping:
-            encoder = _encoder(served.bundle)
             before = self._lineup
-            self.state.follow(encoder, learn=before is not None and before.champion is not served)
+            # First, so that whoever posts meanwhile gives the new champion's keys: nothing would correct them later.
+            self._naming = served.bundle
+            self.state.follow(self._encoder, learn=before is not None and before.champion is not served)
             self._lineup = Lineup(served, challenger, shadow, self._share)
             if before is None or before.champion is not served:
                 self._watch_recall(served.bundle)
@@ -338,10 +349,6 @@ def _models(manifest: Manifest) -> list[ModelInfo]:
         kinds = {"text encoder": manifest.text.encoder, "text reranker": manifest.text.reranker}
         models += [ModelInfo(role=role, name=kind) for role, kind in kinds.items() if kind is not None]
     return models
-
-
-def _encoder(bundle: Bundle) -> Encoder:
-    return Encoder(bundle.key_of, bundle.action_of)
 
 
 def _describe(events: Events, bundle: Bundle) -> list[HistoryEvent]:

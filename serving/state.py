@@ -74,14 +74,12 @@ class State:
             raise RequestError(503, "log_unavailable", reason) from error
 
     def forget(self, user_id: str, encoder: Encoder) -> ForgottenResponse:
-        """Forget a user, durably; raises `RequestError` 404 for a user nothing is known of, `StoreError`."""
+        """Forget a user, durably, known or not: who only asked may stand in the request log. Raises `StoreError`."""
         if len(user_id.encode()) > MAX_USER_BYTES:
             raise RequestError(422, "validation", f"user_id: more than {MAX_USER_BYTES} bytes in UTF-8; no such user")
         self.log.refresh()
         self.store.follow(self.log, encoder)
         snapshot, posted = self.store.parts(user_id)
-        if snapshot is None and posted is None:
-            raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
         position = self.log.forget(user_id)
         self.store.follow(self.log, encoder)
         return ForgottenResponse(
@@ -90,7 +88,7 @@ class State:
             posted_events=0 if posted is None else len(posted),
             position=position,
             erased=["live histories"],
-            hidden=["event log", "request log", "published snapshot", "canonical log"],
+            hidden=["event log", "request log", "online comparison", "published snapshot", "canonical log"],
         )
 
     def follow(self, encoder: Encoder, learn: bool) -> None:

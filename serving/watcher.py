@@ -155,7 +155,10 @@ class Watcher:
     def watch(self, seconds: float, ended: threading.Event) -> None:
         """Look every so many seconds until the event is set."""
         while not ended.wait(seconds):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # a full disk, say; a thread that ended here would follow no alias ever after
+                logger.exception("looking at the model registry failed; it is looked at again in %g s", seconds)
 
     def _planned(self, wanted: Mapping[Role, Registered]) -> Plan:
         """Return the plan for the aliases; a role whose bundle cannot be had stays as it is."""
@@ -203,15 +206,28 @@ def check(directory: Path, version: str | None = None) -> str:
 
 
 def adopt(bundle: Path, version: str, state: Path) -> BundlePlace:
-    """Return a bundle's place under the state directory, linked there (copied across file systems) if need be.
+    """Return a bundle's place under the state directory, copied there if need be.
 
-    What is served must not change under a replica that starts again, and `recsys publish` writes in place.
+    What is served must not change under a replica that starts again, whoever writes into the published one. A copy that
+    was damaged is made again.
     """
     directory = (state / BUNDLES / version).resolve()
-    if not directory.exists():
+    if not _sound(directory, version):
         with whole_directory(directory) as temporary:
-            shutil.copytree(bundle, temporary, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(bundle, temporary, dirs_exist_ok=True)
     return BundlePlace(directory, version)
+
+
+def _sound(directory: Path, version: str) -> bool:
+    """Whether a directory holds a bundle, every file as published."""
+    from ranking.manifest import checked_files, read_manifest
+
+    try:
+        manifest, found = read_manifest(directory)
+        checked_files(directory, manifest)
+    except RecsysError:
+        return False
+    return found == version
 
 
 def keep(state: Path, plan: Plan) -> None:
@@ -229,14 +245,6 @@ def last_plan(state: Path) -> Plan | None:
         return None
     plan = Plan.of(read_json(state / LINEUP))
     return plan if all(place.directory.is_dir() for _, place in plan.places()) else None
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        return str(shutil.copy2(source, target))
-    return target
 
 
 def _lift(found: Path, directory: Path) -> None:

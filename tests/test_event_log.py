@@ -275,3 +275,20 @@ def test_what_makes_a_repeat_the_same_event(tmp_path, changes, verdict):
     assert log.append([replace(posted, **changes)]) == [verdict]
     assert replayed(log) == [posted]
     log.close()
+
+
+@pytest.mark.parametrize("hole", [8, 16, 300])
+def test_zeros_before_sound_records_are_damage_and_zeros_at_the_end_a_torn_tail(tmp_path, hole):
+    log = SegmentLog(tmp_path, "os")
+    log.append([event(number) for number in range(50)])
+    log.close()
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_bytes()
+    damaged = whole[:1000] + bytes(hole) + whole[1000 + hole :]
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"damaged record at byte \d+"):
+        SegmentLog(tmp_path, "os")
+    assert path.read_bytes() == damaged
+    path.write_bytes(whole + bytes(hole) + b"rest of a page\n")
+    log = SegmentLog(tmp_path, "os")
+    assert (len(replayed(log)), path.read_bytes()) == (50, whole)

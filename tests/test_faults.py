@@ -212,6 +212,7 @@ def test_work_that_does_not_end_makes_the_process_unhealthy(service):
     go = threading.Event()
     app = patient_app(service, stuck_seconds=0.05)
     worker: Worker = app.state.worker
+    assert app.state.busy_seconds() <= 0.05
     with TestClient(app) as client:
         assert eventually(lambda: client.get("/livez").status_code == 200)  # its first check may be under way
         done = worker._thread.submit(worker._timed, go.wait, None)

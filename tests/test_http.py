@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -544,8 +545,8 @@ def test_metrics_count_by_route_and_never_name_anybody(client):
         return float(lines[f'recsys_http_request_seconds_count{{method="{method}",route="{route}",status="{status}"}}'])
 
     assert count("/v1/recommend", "POST", 200) == 1
-    assert count("/v1/users/{user_id:path}/history", "GET", 200) == 1
-    assert count("/v1/users/{user_id:path}/history", "GET", 404) == 1
+    assert count("/v1/users/{user_id:id}/history", "GET", 200) == 1
+    assert count("/v1/users/{user_id:id}/history", "GET", 404) == 1
     assert count("unmatched", "GET", 404) == 1
     assert float(lines["recsys_unknown_users_total"]) == 1
     assert float(lines["recsys_unknown_items_total"]) == 1
@@ -553,3 +554,17 @@ def test_metrics_count_by_route_and_never_name_anybody(client):
     assert float(lines["recsys_rank_candidates_sum"]) == 2
     assert float(lines['recsys_stage_seconds_count{stage="encode"}']) >= 1
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("odd", ["\n", "\na", "a\nb", "\r\n", "a/b\n"])
+def test_an_id_with_a_line_end_names_itself_and_nobody_else(place, tmp_path, odd):
+    service = make_service(place, tmp_path / "state")
+    with TestClient(patient_app(service)) as client:
+        for user in ("user-1", f"user-1{odd}"):
+            client.post("/v1/events", json={"events": [{"user_id": user, "item_id": "item-1"}]})
+        quoted = quote(f"user-1{odd}", safe="")
+        assert client.get(f"/v1/users/{quoted}/history").json()["user_id"] == f"user-1{odd}"
+        assert client.delete(f"/v1/users/{quoted}").json()["user_id"] == f"user-1{odd}"
+        assert client.get(f"/v1/users/{quoted}/history").status_code == 404
+        assert client.get("/v1/users/user-1/history").json()["total"] > 1
+    service.close()

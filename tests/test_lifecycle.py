@@ -19,7 +19,7 @@ from recsys.messages import RecommendRequest
 from serving.lineup import BundlePlace, Lineup, Plan
 from serving.pairs import Aside, read_pairs
 from serving.settings import load_into, load_plan, load_served
-from serving.watcher import BUNDLES, MlflowRegistry, Registered, Watcher, adopt, last_plan
+from serving.watcher import BUNDLES, MlflowRegistry, Registered, Watcher, adopt, check, last_plan
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,24 @@ def test_watching_ends_when_told(watcher, shelf, place):
     assert not thread.is_alive()
 
 
+def test_an_error_nobody_foresaw_does_not_end_the_watching(watcher, shelf, place):
+    shelf.named["champion"] = place.smaller
+    ended, seen, calls = threading.Event(), threading.Event(), []
+
+    def deploy(_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        seen.set()
+
+    watcher._deploy = deploy
+    thread = threading.Thread(target=watcher.watch, args=(0.01, ended))
+    thread.start()
+    assert seen.wait(WAIT)
+    ended.set()
+    thread.join(WAIT)
+
+
 @pytest.mark.slow
 def test_aliases_of_mlflow_are_followed_and_mlflow_away_changes_nothing(place, mlflow_uri, tmp_path):
     from pipelines.publish import register
@@ -171,6 +189,18 @@ def test_what_is_served_does_not_change_when_the_bundle_is_published_again(place
     shutil.rmtree(published)
     shutil.copytree(place.smaller, published)
     assert version(held.directory) == held.version
+
+
+def test_what_is_served_is_a_copy_that_is_made_again_where_it_was_damaged(place, tmp_path):
+    published = tmp_path / "published"
+    shutil.copytree(place.bundle, published)
+    held = adopt(published, version(published), tmp_path)
+    shutil.copytree(place.smaller, published, dirs_exist_ok=True)  # written into, as `cp -r other/. published` does
+    assert check(held.directory) == held.version
+    shutil.copytree(place.smaller, held.directory, dirs_exist_ok=True)
+    with pytest.raises(BundleError):
+        check(held.directory, held.version)
+    assert check(adopt(place.bundle, held.version, tmp_path).directory) == held.version
 
 
 # --- who answers

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from recsys.errors import DataError
 from recsys.stores import Event
+from serving import pairs
 from serving.event_log import SegmentLog
 from serving.lineup import BundlePlace, Plan
 from serving.online_comparison import compare_online, describe
@@ -23,7 +24,7 @@ def pair(user: str, at: int, answered: str, other: str) -> Pair:
 
 
 def test_by_hand(tmp_path):
-    pairs = PairLog(tmp_path / "pairs")
+    log_of_pairs = PairLog(tmp_path / "pairs")
     for each in (
         pair("u", 100, "xyz", "zyx"),
         pair("v", 100, "xyz", "abc"),
@@ -31,8 +32,8 @@ def test_by_hand(tmp_path):
         pair("gone", 100, "xyz", "zyx"),
         pair("u", 900, "xyz", "zyx"),  # its window has not ended
     ):
-        pairs.append(each)
-    pairs.close()
+        log_of_pairs.append(each)
+    log_of_pairs.close()
     with (tmp_path / "pairs" / "0.jsonl").open("w") as file:
         file.write('{"at": 100, "user_id": "cut sh')
     with (tmp_path / "pairs" / "1.jsonl").open("wb") as file:
@@ -42,6 +43,8 @@ def test_by_hand(tmp_path):
     log.append([Event("4", "v", "a", 200), Event("5", "v", "q", 120), Event("6", "gone", "x", 120)])
     log.forget("gone")
     log.close()
+    [early] = compare_online(tmp_path, window=100, now=150, resamples=50)  # no window has ended
+    assert json.loads(json.dumps(early.table(), allow_nan=False))["overlap"] is None
     [found] = compare_online(tmp_path, window=100, now=999, resamples=50)
     assert (found.answered, found.other) == ("champion a", "shadow b")
     assert (found.requests, found.users, found.with_outcome, found.young) == (3, 3, 2, 1)
@@ -102,3 +105,21 @@ def test_from_requests_to_the_commands_answer(tmp_path):
 
 def _lines(directory) -> int:
     return sum(path.read_text().count("\n") for path in (directory / "state").glob("pairs/*.jsonl"))
+
+
+def test_pairs_are_kept_by_their_bytes_and_in_a_file_that_exists(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "MOST_BYTES", pairs.FILE_BYTES + 4_000)
+    for number in range(60):  # as many processes, each with a few pairs
+        log = PairLog(tmp_path)
+        log.append(pair(f"u{number}", number, "a", "b"))
+        log.close()
+    kept = [one.at for one in read_pairs(tmp_path)]
+    assert kept == list(range(60 - len(kept), 60))
+    assert 10 < len(kept) < 40
+    log = PairLog(tmp_path)
+    log.append(pair("u", 100, "a", "b"))
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    log.append(pair("u", 101, "a", "b"))
+    log.close()
+    assert [one.at for one in read_pairs(tmp_path)] == [101]

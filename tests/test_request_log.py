@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.request_log import LoggedRequest, files, read_file
+from recsys.request_log import LoggedRequest, encode, files, read_file
 from serving.request_log import RequestLog, RequestLogConfig
 
 
@@ -34,3 +34,39 @@ def test_an_answer_that_cannot_be_written_is_dropped_alone(tmp_path):
     log.offer(answer(2))
     log.close()
     assert (logged(tmp_path), log.dropped) == (["2"], 1)
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    log = RequestLog(tmp_path, RequestLogConfig(1.0))
+    log._write(encode(answer(1)))
+    [path] = files(tmp_path)
+    real = Path.open
+
+    class Full:
+        """A file on a disk with room for ten more bytes."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, line):
+            return self.file.write(line[:10])
+
+    monkeypatch.setattr(Path, "open", lambda path, *how, **more: Full(real(path, *how, **more)))
+    log.offer(answer(2))
+    log.close()
+    monkeypatch.undo()
+    assert log.dropped == 1
+    log = RequestLog(tmp_path, RequestLogConfig(1.0))
+    log._path = path
+    log._write(encode(answer(3)))
+    log.close()
+    assert logged(tmp_path) == ["1", "3"]
