@@ -1,6 +1,11 @@
 """The loop: what users do with what is served is learned from; nothing counts twice or is kept of the forgotten."""
 
 import json
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from serving_world import LATER, Place, make_service, publish_world
+from serving_world import LATER, WAIT, Place, make_service, publish_world
 
 from pipelines.datasets import RawLog
 from pipelines.from_serving import Attribution, FromServing, contained, ingest_from_serving
@@ -22,7 +27,7 @@ from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
 from ranking.availability import AVAILABILITY, AvailabilityFile
 from ranking.bundle import Bundle
-from ranking.recommender import Recommender
+from ranking.recommender import LATEST, Recommender
 from ranking.recommender_config import Cap, RecommenderConfig
 from ranking.snapshot import SnapshotReader
 from recsys.errors import DataError
@@ -30,6 +35,7 @@ from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, Re
 from recsys.request_log import encode, files, read_file
 from serving.request_log import RequestLogConfig
 from serving.service import Service
+from serving.settings import load_into
 from worlds import DAY, START, World, make_world
 
 HOUR = DAY // 24
@@ -227,3 +233,132 @@ def test_answers_whose_window_has_not_passed_wait(loop):
     loop.live(service, ROUNDS[-1] + 2, ROUNDS[-1] + 3)
     service.close()
     assert loop.take(ROUNDS[-1] + 20, window=9 * DAY).answers > taken.not_mature
+
+
+# --- one service, some answers, taken in now and later
+
+
+@dataclass
+class Small:
+    """A workspace over a published world, and a service that logs every answer."""
+
+    place: Workspace
+    world: Place
+
+    @contextmanager
+    def serving(self) -> Iterator[Service]:
+        logs = RequestLogConfig(share=1.0)
+        service = make_service(self.world, self.place.state, self.place.bundle, request_log=logs)
+        yield service
+        service.close()
+
+    def take(self, as_of: int, window: int = DAY) -> FromServing:
+        return ingest_from_serving(self.place.state, self.place, Attribution(window, as_of))
+
+    def impressions(self) -> list[tuple[str, str, int]]:
+        """All positives so far: user, item and the answer's moment."""
+        found = []
+        for part in self.place.parts:
+            if (part / "impressions.parquet").exists():
+                rows = pl.read_parquet(part / "impressions.parquet").filter(pl.col("label") == 1)
+                found += rows.select("user_id", "item_id", "timestamp").rows()
+        return found
+
+
+@pytest.fixture
+def small(tmp_path) -> Small:
+    world, place = publish_world(tmp_path / "world"), Workspace(tmp_path / "place")
+    place.root.mkdir()
+    shutil.copytree(world.bundle, place.bundle)
+    shutil.copytree(world.snapshot, place.snapshot)
+    return Small(place, world)
+
+
+def did(service: Service, name: str, thing: str, at: int) -> None:
+    service.record(EventsRequest(events=[EventIn(user_id=name, item_id=thing, timestamp=at)]))
+
+
+def was_shown(service: Service, name: str, at: int) -> str:
+    """Recommend something, and give the first item."""
+    return service.recommend(RecommendRequest(user_id=name, at=at, k=5)).items[0].item_id
+
+
+def test_who_was_forgotten_while_an_answer_waited_does_not_come_back(small):
+    with small.serving() as service:
+        did(service, "bob", "item-1", LATER)
+        thing = was_shown(service, "bob", LATER + HOUR)
+        did(service, "bob", thing, LATER + 2 * HOUR)
+        service.forget("bob")
+        did(service, "carl", "item-2", LATER + 2 * HOUR)
+    assert small.take(LATER + 3 * HOUR).answers == 0
+    with small.serving() as service:
+        did(service, "carl", "item-3", LATER + 30 * HOUR)
+    assert small.take(LATER + 3 * DAY).answers == 0
+    assert small.impressions() == []
+
+
+def test_an_event_counts_for_the_last_answer_even_while_that_one_waits(small):
+    with small.serving() as service:
+        did(service, "bob", "item-1", LATER)
+        first = was_shown(service, "bob", LATER + 1)
+        assert was_shown(service, "bob", LATER + DAY // 2) == first
+        did(service, "bob", first, LATER + DAY // 2 + HOUR)
+    assert small.take(LATER + DAY + 2).answers == 1
+    with small.serving() as service:
+        did(service, "carl", "item-3", LATER + 2 * DAY)
+    assert small.take(LATER + 3 * DAY).answers == 1
+    assert small.impressions() == [("bob", first, LATER + DAY // 2)]
+
+
+def test_answers_that_waited_while_another_bundle_was_published_are_used(small):
+    with small.serving() as service:
+        did(service, "bob", "item-1", LATER)
+        thing = was_shown(service, "bob", LATER + HOUR)
+        did(service, "bob", thing, LATER + 2 * HOUR)
+    assert small.take(LATER + 3 * HOUR).not_mature == 1
+    shutil.rmtree(small.place.bundle)
+    shutil.copytree(small.world.smaller, small.place.bundle)
+    with small.serving() as service:
+        did(service, "carl", "item-3", LATER + 2 * DAY)
+    taken = small.take(LATER + 3 * DAY)
+    assert (taken.answers, taken.verified, taken.unverified) == (1, 0, 1)
+    assert small.impressions() == [("bob", thing, LATER + HOUR)]
+
+
+def test_an_answer_for_a_far_future_is_not_waited_for(small):
+    with small.serving() as service:
+        did(service, "bob", "item-1", LATER)
+        was_shown(service, "eve", LATEST - 1)
+        thing = was_shown(service, "bob", LATER + HOUR)
+        did(service, "bob", thing, LATER + 2 * HOUR)
+    taken = small.take(LATER + 3 * DAY)
+    assert (taken.answers, taken.not_mature) == (1, 0)
+
+
+def test_a_post_that_waits_behind_a_swap_is_named_by_the_new_bundle(small, monkeypatch):
+    """The post has begun under the bundle that does not know its item, and is applied after the new one's rebuild."""
+    with small.serving() as service:
+        load_into(service, small.world.smaller)
+        did(service, "carl", "item-60", LATER)  # what makes the swap rebuild
+        assert service.store.unknown_events == 1
+        append, begun, swapped = service.state.log.append, threading.Event(), threading.Event()
+
+        def slow(events):
+            begun.set()
+            assert swapped.wait(WAIT)
+            return append(events)
+
+        with ThreadPoolExecutor(1) as other:
+            monkeypatch.setattr(service.state.log, "append", slow)
+            posting = other.submit(did, service, "bob", "item-60", LATER)
+            assert begun.wait(WAIT)
+            load_into(service, small.world.bundle)
+            swapped.set()
+            posting.result(WAIT)
+        assert service.store.unknown_events == 0
+        was_shown(service, "bob", LATER + HOUR)
+        load_into(service, small.world.smaller)  # and back: the view keeps keys that this one does not know
+        was_shown(service, "carl", LATER + HOUR)
+        load_into(service, small.world.bundle)
+    taken = small.take(LATER + 3 * DAY)
+    assert (taken.verified, taken.other_history) == (1, 0)  # the other was answered by a bundle that is not here
