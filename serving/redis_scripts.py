@@ -58,10 +58,15 @@ local function drop_unknown(user, gone)
 end
 
 local function forget(user)
-  redis.call('DEL', prefix .. 'u:' .. user, prefix .. 'x:' .. user)
-  redis.call('SREM', prefix .. 'users', user)
-  redis.call('SREM', prefix .. 'unknown', user)
+  -- In the views of earlier snapshots too.
+  for _, view in ipairs(redis.call('ZRANGE', 'recsys:views', 0, -1)) do
+    redis.call('DEL', view .. 'u:' .. user, view .. 'x:' .. user)
+    redis.call('SREM', view .. 'users', user)
+    redis.call('SREM', view .. 'unknown', user)
+  end
 end
+
+redis.call('ZADD', 'recsys:views', redis.call('TIME')[1], prefix)
 
 for n = 6, #ARGV, 3 do
   local operation, user, data = ARGV[n], ARGV[n + 1], ARGV[n + 2]
@@ -70,6 +75,9 @@ for n = 6, #ARGV, 3 do
     redis.call('SADD', prefix .. 'forgotten', user)
     if redis.call('SADD', prefix .. 'applied', data) == 1 and operation == 'forget' then
       forget(user)
+    end
+    -- Also of a log that is applied anew: the server may have lost the list before others had read it.
+    if redis.call('SADD', 'recsys:tombstoned', data) == 1 then
       redis.call('RPUSH', 'recsys:tombstones', data .. '\\0' .. user)
     end
   elseif operation == 'unknown' then

@@ -6,12 +6,15 @@
     recsys:{snapshot}:at          hash: id of a log -> position up to which it is applied
     recsys:{snapshot}:users, :forgotten, :unknown, :applied     sets: users with events, users whose snapshot is hidden,
                                   users with unknown items, tombstones that were applied
+    recsys:views                  sorted set: prefixes of the views that exist, by when each was opened last
     recsys:tombstones             list: what every machine's log takes over, so that each is whole by itself
+    recsys:tombstoned             set: ids of tombstones that were put on that list
 
 Every change is one Lua script that also moves the log's position: an entry counts once, whoever was killed when. Redis
 may lose everything: the view is then filled again from the snapshot and the logs, each machine's at its next post.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from recsys.errors import DataError, StoreError
+from recsys.errors import ConfigError, DataError, StoreError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.log_format import Record
 from recsys.stores import Encoder, Event, Tombstone
@@ -33,9 +36,18 @@ from serving.view import HISTORY_EVENTS, MAX_USER_BYTES, Observed, ReplayableLog
 RECORD = np.dtype([("time", ">u8"), ("item", ">u4"), ("action", "u1")])
 TOMBSTONES = "recsys:tombstones"
 COPIED = "recsys:copied"
+VIEWS = "recsys:views"
+KEPT_SECONDS = 7 * 86_400
+"""Since anything was applied to the view of an earlier snapshot: other machines may serve over it until then."""
+
+APPLY_EVENTS = 2_000
+"""Entries of one script: nothing else is answered while it runs, and it has to end before `TIMEOUT_SECONDS`."""
+
 TIMEOUT_SECONDS = 0.5
 PAUSE_SECONDS = 1.0
 """How long a server that was gone is not asked again: requests meanwhile are answered without it, at once."""
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -63,9 +75,24 @@ class RedisHistoryStore:
             socket_connect_timeout=TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 1),  # a connection that the server closed while it was idle
         )
+        self._refuse_eviction(url)
         self._apply_script = self._client.register_script(APPLY)
         self._learn_script = self._client.register_script(LEARN)
         self._count_script = self._client.register_script(COUNT_UNKNOWN)
+
+    def _refuse_eviction(self, url: str) -> None:
+        """Refuse a server that would drop keys by itself: with the set of the forgotten their histories come back."""
+        try:
+            about = self._client.info("memory")
+        except redis.exceptions.RedisError:  # away, or nobody may ask: the view is put off, or runs on trust
+            return
+        policy = str(about.get("maxmemory_policy", "noeviction"))
+        if policy.startswith("allkeys") and int(about.get("maxmemory", 0)):
+            where = url.rpartition("@")[2]
+            raise ConfigError(
+                f"redis at {where}: maxmemory-policy is {policy}, by which users who were forgotten come back; "
+                "set it to noeviction"
+            )
 
     def read(self, user_id: str) -> Events | None:
         """Return the user's history, oldest first, or None if neither the snapshot nor a log knows the user."""
@@ -92,13 +119,7 @@ class RedisHistoryStore:
 
     def rebuild(self, log: ReplayableLog, encoder: Encoder) -> int:
         """Empty the view and apply this machine's log; the logs of other machines follow at their next post."""
-
-        def empty() -> int:
-            for keys in _some(self._client.scan_iter(f"{self._prefix}*", count=1_000)):
-                self._client.delete(*keys)
-            return 0
-
-        self._asked(empty)
+        self._asked(self._empty)
         return self.follow(log, encoder)
 
     def learn(self, log: ReplayableLog, encoder: Encoder) -> None:
@@ -123,6 +144,21 @@ class RedisHistoryStore:
     def close(self) -> None:
         """Close the connections; the object can't be used afterwards."""
         self._client.close()
+
+    def _empty(self) -> None:
+        self._delete(self._prefix)
+
+    def _drop_old_views(self) -> None:
+        """Remove the views of earlier snapshots to which nothing has been applied for long."""
+        now = int(self._client.time()[0])
+        for name in self._client.zrangebyscore(VIEWS, 0, now - KEPT_SECONDS):
+            if name.decode() != self._prefix:
+                self._delete(name.decode())
+                self._client.zrem(VIEWS, name)
+
+    def _delete(self, prefix: str) -> None:
+        for keys in _some(self._client.scan_iter(f"{prefix}*", count=1_000)):
+            self._client.delete(*keys)
 
     def _asked(self, work: Callable[[], T]) -> T:
         if time.monotonic() < self._down_until:
@@ -173,10 +209,16 @@ class RedisHistoryStore:
         found = self._client.hget(f"{self._prefix}at", log.id)
         if found is not None:
             position = int(found)
-            if position >= log.end and position >= log.refresh():
-                return 0  # or the log lost its end: what it told the view stays there
-            return self._apply(batches(log, position, None), log, position, encoder, {})
+            if position == log.end or position == log.refresh():
+                return 0
+            if position < log.end:
+                try:
+                    return self._apply(batches(log, position, None, APPLY_EVENTS), log, position, encoder, {})
+                except DataError as error:  # a log that lost its end and has grown again has no entry there
+                    logger.warning("%s; the view is filled anew", error)
+            self._empty()  # what the log lost was in the view; other machines' logs follow at their next post
         self._copy_tombstones(log)
+        self._drop_old_views()
         log.refresh()
         mark = self._base.mark(log.id)
         # Tombstones of a log that is applied from its start stand among other machines' newer events: they may only
@@ -186,7 +228,7 @@ class RedisHistoryStore:
             for record in log.replay(mark.position)
             if isinstance(record.event, Tombstone)
         }
-        return self._apply(batches(log, mark.position, mark), log, mark.position, encoder, last)
+        return self._apply(batches(log, mark.position, mark, APPLY_EVENTS), log, mark.position, encoder, last)
 
     def _apply(
         self,

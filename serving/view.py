@@ -122,20 +122,23 @@ class LiveHistories(HistoryReader, Protocol):
         ...
 
 
-def batches(log: ReplayableLog, position: int, mark: LogMark | None) -> Iterator[list[Record]]:
-    """Yield what a view at a position has to apply, some `APPLY_EVENTS` at a time.
+def batches(
+    log: ReplayableLog, position: int, mark: LogMark | None, size: int = APPLY_EVENTS
+) -> Iterator[list[Record]]:
+    """Yield what a view at a position has to apply, at most `size` entries at a time.
 
     Args:
         log: the event log.
         position: of the view; of a new one, where the snapshot's part of the log ends.
         mark: of the snapshot if the view is new: the events that the snapshot left out come first.
+        size: most entries of a batch.
     """
     if mark is not None and mark.left_out:
         late = [next(iter(log.replay(start))) for start in mark.left_out]
-        for start in range(0, len(late), APPLY_EVENTS):
-            yield [record._replace(end=position) for record in late[start : start + APPLY_EVENTS]]
+        for start in range(0, len(late), size):
+            yield [record._replace(end=position) for record in late[start : start + size]]
     records = log.replay(position)
-    while batch := list(islice(records, APPLY_EVENTS)):
+    while batch := list(islice(records, size)):
         yield batch
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_server import RedisServer, redis_server
@@ -179,6 +180,83 @@ def test_two_machines_share_a_view_and_their_tombstones(server, tmp_path):
         stores[first].rebuild(logs[first], encoder(ALL))
         stores[second].follow(logs[second], encoder(ALL))
         assert stores[first].read("u").time.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_a_log_that_lost_its_end_fills_the_view_anew(server, tmp_path, lost, more):
+    """As after a power cut with `durability = "os"`, or a log from a backup."""
+    log, store = SegmentLog(tmp_path / "log", "os"), RedisHistoryStore(server.url, Snapshot())
+    store._client.flushall()
+    log.append([Event(str(number), "u", str(number), number) for number in range(4)])
+    ends = [0, *(record.end for record in log.replay())]
+    store.follow(log, encoder(ALL))
+    log.close()
+    [path] = (tmp_path / "log").glob("*.jsonl")
+    path.write_bytes(path.read_bytes()[: ends[-1 - lost]])
+    log = SegmentLog(tmp_path / "log", "os")
+    log.append([Event("", "u", str(100 + number), 100 + number) for number in range(more)])
+    for _ in range(2):
+        store.follow(log, encoder(ALL))
+        assert store.read("u").time.tolist() == [*range(4 - lost), *range(100, 100 + more)]
+        assert store.position == log.end
+    store.close()
+    log.close()
+
+
+def test_who_is_forgotten_is_gone_from_views_of_earlier_snapshots_and_after_a_flush(server, tmp_path, monkeypatch):
+    logs = [SegmentLog(tmp_path / name, "os") for name in ("one", "two")]
+    old = RedisHistoryStore(server.url, Snapshot())
+    old._client.flushall()
+    monkeypatch.setattr(Snapshot, "id", "newer")
+    stores = [RedisHistoryStore(server.url, Snapshot()) for _ in logs]
+
+    def post(machine: int, time: int) -> None:
+        stores[machine].before_append(logs[machine])
+        logs[machine].append([Event("", "bob", str(time), time)])
+        stores[machine].follow(logs[machine], encoder(ALL))
+
+    post(0, 1)
+    old.follow(logs[0], encoder(ALL))
+    post(1, 2)
+    logs[0].forget("bob")
+    stores[0].follow(logs[0], encoder(ALL))
+    assert [store.read("bob") for store in (old, *stores)] == [None] * 3
+    assert not list(old._client.scan_iter("*u:bob"))
+    old._client.flushall()  # before the other machine has heard of it
+    logs[0].append([Event("", "carl", "1", 1)])
+    stores[0].follow(logs[0], encoder(ALL))
+    stores[1].before_append(logs[1])
+    logs[1].append([Event("", "carl", "2", 2)])
+    stores[1].follow(logs[1], encoder(ALL))
+    assert [store.read("bob") for store in stores] == [None] * 2
+    assert stores[0].read("carl").time.tolist() == [1, 2]
+
+
+def test_views_nobody_fills_any_more_are_removed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.redis_store.KEPT_SECONDS", -1)
+    log, old = SegmentLog(tmp_path / "log", "os"), RedisHistoryStore(server.url, Snapshot())
+    old._client.flushall()
+    log.append([Event("", "u", "1", 1)])
+    old.follow(log, encoder(ALL))
+    monkeypatch.setattr(Snapshot, "id", "newer")
+    store = RedisHistoryStore(server.url, Snapshot())
+    store.follow(log, encoder(ALL))
+    assert store.read("u").time.tolist() == [1]
+    assert not list(store._client.scan_iter("recsys:snapshot:*"))
+
+
+def test_a_server_that_evicts_is_refused(server):
+    client = redis.Redis.from_url(server.url)
+    client.config_set("maxmemory", "100mb")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(ConfigError, match=r"maxmemory-policy is allkeys-lru.*noeviction"):
+            RedisHistoryStore(server.url, Snapshot())
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 0)
+    RedisHistoryStore(server.url, Snapshot()).close()
 
 
 def test_a_server_that_is_gone_is_told_and_one_that_comes_back_empty_is_filled(tmp_path, monkeypatch):
