@@ -57,8 +57,12 @@ class EncoderTask:
     _hard: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.train = {kind: with_positive(queries) for kind, queries in self.train.items()}
         if not any(len(queries) for queries in self.train.values()):
-            raise DataError("0 training queries; train on a split, keywords or spans the passages are long enough for")
+            raise DataError(
+                "0 training queries with a relevant passage; train on a split, keywords or spans the passages are long "
+                "enough for"
+            )
         self.frozen = self.config.train == "fusion"
         if self.frozen:
             self.model.transformer.requires_grad_(False)
@@ -216,3 +220,8 @@ class EncoderTask:
             torch.stack([state[1] for state in states]).to(self.device),
             torch.stack(sparse).to(self.device) if sparse else None,
         )
+
+
+def with_positive(queries: Queries) -> Queries:
+    """Return the queries that have a passage of a grade above 0."""
+    return queries.only([place for place, grades in enumerate(queries.grades) if max(grades.values(), default=0) > 0])

@@ -17,6 +17,9 @@ import polars as pl
 from recsys.columns import ITEM_ID, TEXT
 from recsys.errors import DataError
 
+FIELDS = 3
+"""Of a line of judgements."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -67,7 +70,8 @@ def read_corpus(directory: Path) -> Corpus:
         if key in first_line:
             raise DataError(f"{path}:{number}: _id {key!r} was on line {first_line[key]} already; ids must be unique")
         first_line[key] = number
-        title, text = _string(path, number, record, "title", ""), _string(path, number, record, "text")
+        title = _string(path, number, record, "title", "")
+        text = _string(path, number, record, "text", "" if title else None)
         ids.append(key)
         passages.append(f"{title} {text}".strip())
     if not ids:
@@ -78,7 +82,12 @@ def read_corpus(directory: Path) -> Corpus:
 def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
     """Read the queries of `qrels/SPLIT.tsv`; raises `DataError` for judgements of unknown queries or documents."""
     path = directory / "queries.jsonl"
-    texts = {_string(path, n, record, "_id"): _string(path, n, record, "text") for n, record in _lines(path)}
+    texts: dict[str, str] = {}
+    for number, record in _lines(path):
+        key = _string(path, number, record, "_id")
+        if key in texts:
+            raise DataError(f"{path}:{number}: _id {key!r} was there before; ids must be unique")
+        texts[key] = _string(path, number, record, "text")
     judgements = directory / "qrels" / f"{split}.tsv"
     row = {key: place for place, key in enumerate(corpus.ids)}
     grades: dict[str, dict[int, int]] = {}
@@ -89,7 +98,11 @@ def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
         if document not in row:
             unknown.append(document)
             continue
-        grades.setdefault(query, {})[row[document]] = grade
+        known = grades.setdefault(query, {}).setdefault(row[document], grade)
+        if known != grade:
+            raise DataError(
+                f"{judgements}: query {query!r} and document {document!r} have grades {known} and {grade}; expected one"
+            )
     if unknown:
         raise DataError(
             f"{judgements}: {len(unknown)} judgements of documents that are not in corpus.jsonl, first five: "
@@ -123,7 +136,7 @@ def catalogue_corpus(items: Path, name: str = "catalogue") -> Corpus:
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -131,6 +144,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}: not JSON, {error.msg} at column {error.colno}") from None
+                except RecursionError:
+                    raise DataError(f"{path}:{number}: JSON nested too deep; expected an object of strings") from None
                 if not isinstance(record, dict):
                     raise DataError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
                 yield number, record
@@ -144,25 +159,37 @@ def _string(path: Path, number: int, record: Mapping[str, Any], key: str, defaul
     value = record.get(key, default)
     if value is None and default is not None:
         return default
+    if key == "_id" and type(value) is int:
+        return str(value)
     if not isinstance(value, str):
         found = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
         raise DataError(f"{path}:{number}: {key} must be a string, found {found}")
+    if not value.isascii() and any("\ud800" <= mark <= "\udfff" for mark in value):
+        raise DataError(
+            f"{path}:{number}: {key} has half of a surrogate pair, as of an emoji cut in two; mend the text"
+        )
     return value
 
 
 def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield query, document and grade of every line but a header, which has no number in the third place."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, delimiter="\t")
-            next(rows, None)  # header
-            for number, fields in enumerate(rows, 2):
-                try:
-                    query, document, grade = fields
-                    yield query, document, int(grade)
-                except ValueError:
-                    raise DataError(
-                        f"{path}:{number}: expected query-id, corpus-id and a whole number, found {fields}"
-                    ) from None
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, fields in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+                if not any(field.strip() for field in fields) or (number == 1 and not _is_grade(fields[-1])):
+                    continue
+                if len(fields) != FIELDS or not _is_grade(fields[2]):
+                    raise DataError(f"{path}:{number}: expected query-id, corpus-id and a whole number, found {fields}")
+                yield fields[0], fields[1], int(float(fields[2]))
     except FileNotFoundError:
         known = sorted(other.stem for other in path.parent.glob("*.tsv"))
         raise DataError(f"{path}: no such split; there are {', '.join(known) or 'none'}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _is_grade(text: str) -> bool:
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False

@@ -34,6 +34,7 @@ TEXT_MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """name -> config and model"""
 CATALOGUE = "catalogue"
+DEV = "dev"
 _RERANKERS = frozenset({"mvp", "mvp_apart", "cross_encoder"})
 _READ_BY = {
     "batches": frozenset({"queries", "passages"}),
@@ -186,10 +187,18 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
 
 
 def natural_queries(directory: Path, corpus: Corpus, split: str) -> tuple[Queries, Queries]:
-    """Return the natural queries of one split to train on and those for dev, a tenth of them, by their ids."""
+    """Return the natural queries of one split to train on, and those for dev.
+
+    These are the corpus' own `qrels/dev.tsv` where there is one, else a tenth of the split, by their ids, at least one.
+    """
     natural = read_queries(directory, corpus, split)
+    if split != DEV and (directory / "qrels" / f"{DEV}.tsv").is_file():
+        return natural, read_queries(directory, corpus, DEV)
     held = [split_of(corpus.name, f"query/{key}") == "dev" for key in natural.ids]
-    return tuple(natural.only([place for place, out in enumerate(held) if out is dev]) for dev in (False, True))  # type: ignore[return-value]
+    if len(natural) > 1 and not any(held):
+        held[-1] = True
+    learn, dev = ([place for place, out in enumerate(held) if out is wanted] for wanted in (False, True))
+    return natural.only(learn), natural.only(dev)
 
 
 def _pool(stages: FirstStages, kinds: dict[str, Queries]) -> Pool:

@@ -13,7 +13,7 @@ from pipelines.cold_start import item_names
 from pipelines.first_stages import NATURAL, FirstStages
 from pipelines.prepared import PreparedSet
 from pipelines.text_cache import VectorCache
-from pipelines.text_corpus import read_corpus, read_queries
+from pipelines.text_corpus import Corpus, Queries, read_corpus, read_queries
 from pipelines.text_pairs import sample
 from pipelines.text_train import finished_run
 from pipelines.tracking import git_commit
@@ -91,20 +91,29 @@ def mix_of(text: str) -> Mix:
     return Mix(weight)
 
 
-def chosen_mix(corpus: Path, encoder: TextEncoder, cache: Path) -> Mix:
-    """Choose the weight of the words on a corpus' own judged queries, of its dev split or else its train split.
+def tuning_queries(corpus: Path, opened: Corpus, but: str = "") -> Queries | None:
+    """Return the judged queries that choose a corpus' weight of words: of its dev split, else its train split.
 
     Args:
-        corpus: a folder in BEIR's layout; without such a split the shipped weight stays.
+        corpus: a folder in BEIR's layout; None without such a split.
+        opened: the corpus there.
+        but: a split that something else is to be judged on.
+    """
+    splits = [name for name in TUNED_ON if name != but and (corpus / "qrels" / f"{name}.tsv").is_file()]
+    return sample(read_queries(corpus, opened, splits[0]), TUNING_QUERIES, 0) if splits else None
+
+
+def chosen_mix(corpus: Path, encoder: TextEncoder, cache: Path) -> Mix:
+    """Choose the weight of the words on a corpus' own judged queries; the shipped one stays where there are none.
+
+    Args:
+        corpus: a folder in BEIR's layout.
         encoder: of queries and passages, whose vectors are in the cache by now.
         cache: directory of vectors.
     """
-    split = next((name for name in TUNED_ON if (corpus / "qrels" / f"{name}.tsv").is_file()), None)
-    if split is None:
-        return Mix()
     opened = read_corpus(corpus)
-    queries = sample(read_queries(corpus, opened, split), TUNING_QUERIES, 0)
-    return Mix(FirstStages(opened, encoder, cache).choose_weight({NATURAL: queries}))
+    queries = tuning_queries(corpus, opened)
+    return Mix() if queries is None else Mix(FirstStages(opened, encoder, cache).choose_weight({NATURAL: queries}))
 
 
 def search_contents(
@@ -152,18 +161,26 @@ def item_rows(prepared: PreparedSet) -> dict[str, int]:
     return {item: row for item, row in zip(ids, prepared.key_to_row.tolist(), strict=True) if row >= FIRST_ITEM}
 
 
-def corpus_passages(directory: Path, row_of: dict[str, int] | None = None) -> Passages:
-    """Return the documents of a corpus in BEIR's layout; those whose id is an item's can be ranked for a user.
+def corpus_passages(directory: Path, row_of: dict[str, int] | None = None) -> tuple[Passages, int]:
+    """Return the documents of a corpus in BEIR's layout, and how many were left out since they have no text.
+
+    Those whose id is an item's can be ranked for a user. The queries that choose the weight of words are read too, so
+    that what is wrong with them is told before anything is encoded.
 
     Args:
         directory: holds corpus.jsonl.
         row_of: model row by item id.
     """
     corpus = read_corpus(directory)
+    tuning_queries(directory, corpus)
+    some = [place for place, text in enumerate(corpus.passages) if text]
+    if not some:
+        raise DataError(f"{directory / 'corpus.jsonl'}: none of {len(corpus)} documents has a text")
+    ids, texts = [corpus.ids[place] for place in some], [corpus.passages[place] for place in some]
     rows = None
     if row_of is not None:
-        rows = np.array([row_of.get(document, 0) for document in corpus.ids], np.int32)
-    return Passages.of(corpus.ids, corpus.passages, rows)
+        rows = np.array([row_of.get(document, 0) for document in ids], np.int32)
+    return Passages.of(ids, texts, rows), len(corpus) - len(some)
 
 
 def publish_text(corpus: Path, text: SearchContents, out: Path, snapshot: Path) -> str:

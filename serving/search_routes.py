@@ -76,6 +76,9 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
         `history` says that the user's could not be read.
         """
         served, searcher = searches.open(request.user_id)
+        if request.rerank and served.bundle.manifest.text is not None and served.bundle.manifest.text.reranker is None:
+            detail = f"bundle {served.bundle.version} has no reranker; leave out `rerank`, or publish with `--reranker`"
+            raise RequestError(409, "not_supported", detail)
         deadline = searcher.deadline(request.budget_ms)
         searched = await searches.run(searcher, request, deadline)
         personal = None

@@ -365,6 +365,9 @@ def test_a_bundle_without_text_says_how_to_get_it(opened):
         refused = client.post("/v1/rerank", json={"query": "tea", "documents": ["tea"]})
         assert (refused.status_code, "--reranker" in refused.json()["detail"]) == (409, True)
         assert client.post("/v1/search", json={"query": "tea", "mode": "dense"}).status_code == 409
+        refused = client.post("/v1/search", json={"query": "tea", "rerank": True})
+        assert (refused.status_code, "--reranker" in refused.json()["detail"]) == (409, True)
+        assert client.post("/v1/search", json={"query": "tea", "rerank": False}).status_code == 200
         assert search(client, query="red tea")["mode"] == "bm25"
 
 

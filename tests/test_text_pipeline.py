@@ -23,7 +23,7 @@ from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_evaluate import TextModelRun, evaluate_text, write_text_report
 from pipelines.text_measures import compare, measure
-from pipelines.text_models import load_text_config, train
+from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
 from ranking.bm25 import Bm25
 from ranking.dense_encoder import DenseConfig, DenseEncoder
@@ -53,7 +53,11 @@ def encoder() -> DenseEncoder:
         ("{not json", [":2: not JSON"]),
         ('["a", "list"]', [":2: expected a JSON object, found list"]),
         ('{"text": "no id"}', [":2: _id must be a string, found nothing"]),
-        ('{"_id": 7, "text": "wing"}', [":2: _id must be a string, found int 7"]),
+        ('{"_id": 7.5, "text": "wing"}', [":2: _id must be a string, found float 7.5"]),
+        ('{"_id": true, "text": "wing"}', [":2: _id must be a string, found bool True"]),
+        ('{"_id": "x"}', [":2: text must be a string, found nothing"]),
+        ('{"_id": "x", "text": "hat \\ud83c"}', [":2: text has half of a surrogate pair"]),
+        ("[" * 100_000, [":2: JSON nested too deep"]),
         ('{"_id": "x", "text": ["wing"]}', [":2: text must be a string, found list"]),
         ('{"_id": "d0", "text": "again"}', [":2: _id 'd0' was on line 1 already"]),
     ],
@@ -73,6 +77,58 @@ def test_empty_and_absent_corpora_are_refused(tmp_path):
         read_corpus(tmp_path)
     with pytest.raises(DataError, match="0 passages"):
         Bm25.build([])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t2\n",
+        "q0\td0\t1\nq1\td1\t2\n",
+        "\ufeffq0\td0\t1\nq1\td1\t2\n",
+        "\ufeffquery-id\tcorpus-id\tscore\r\nq0\td0\t1\r\n\r\nq1\td1\t2.0\r\n",
+    ],
+    ids=["header", "no header", "byte order mark", "as from a spreadsheet"],
+)
+def test_judgements_are_read_with_and_without_a_header(folder, lines):
+    (folder / "qrels" / "mine.tsv").write_text(lines, newline="")
+    found = read_queries(folder, read_corpus(folder), "mine")
+    assert (found.ids, found.grades) == (["q0", "q1"], [{0: 1}, {1: 2}])
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("q0\td0\t1\nq0\td0\t0\n", "query 'q0' and document 'd0' have grades 1 and 0"),
+        ("q0\td0\t1\nq1\td1\n", r"mine.tsv:2: expected query-id, corpus-id and a whole number, found \['q1', 'd1'\]"),
+        ("q0\td0\t1\nq1\td1\t1.5\n", r"mine.tsv:2: expected"),
+        ('q0\td0\t1\n"q1\td1\t1\n', "query '\"q1' is not in"),
+    ],
+)
+def test_judgements_that_cannot_be_meant_are_named(folder, lines, words):
+    (folder / "qrels" / "mine.tsv").write_text(lines)
+    with pytest.raises(DataError, match=words):
+        read_queries(folder, read_corpus(folder), "mine")
+
+
+def test_a_query_that_stands_twice_is_named_and_whole_numbers_are_ids(folder):
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": 7, "text": "wing"}\n')
+    assert read_corpus(folder).ids[-1] == "7"
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q3", "text": "wing"}\n')
+    with pytest.raises(DataError, match=r"queries.jsonl:13: _id 'q3' was there before"):
+        read_queries(folder, read_corpus(folder), "train")
+
+
+def test_dev_queries_are_the_corpus_own_or_at_least_one(folder):
+    corpus = read_corpus(folder)
+    learn, dev = natural_queries(folder, corpus, "train")
+    assert (len(learn) + len(dev), len(dev) >= 1, set(learn.ids) & set(dev.ids)) == (6, True, set())
+    (folder / "qrels" / "two.tsv").write_text("q0\td0\t1\nq2\td2\t1\n")
+    assert [len(part) for part in natural_queries(folder, corpus, "two")] == [1, 1]
+    (folder / "qrels" / "dev.tsv").write_text("q1\td1\t1\n")
+    learn, dev = natural_queries(folder, corpus, "train")
+    assert (len(learn), dev.ids) == (6, ["q1"])
 
 
 def test_judgements_of_unknown_documents_are_counted_and_the_first_five_named(folder):

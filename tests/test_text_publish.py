@@ -16,7 +16,7 @@ from ranking.fusion import Mix
 from ranking.searcher import Searcher
 from ranking.snapshot import SnapshotReader
 from recsys.cli import app
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -43,8 +43,41 @@ def test_a_corpus_becomes_a_bundle_that_answers(corpus, tmp_path):
 
 
 def test_documents_named_like_items_are_items(corpus):
-    passages = corpus_passages(corpus, {"d3": 7, "x": 8})
-    assert passages.items.tolist() == [0, 0, 7]
+    passages, blank = corpus_passages(corpus, {"d3": 7, "x": 8})
+    assert (passages.items.tolist(), blank) == ([0, 0, 7], 0)
+
+
+def test_documents_without_text_are_left_out_and_counted(corpus):
+    with (corpus / "corpus.jsonl").open("a") as file:
+        file.write(
+            '\n{"_id": "e1", "text": ""}\n{"_id": "e2", "title": "  ", "text": " \\n"}\n{"_id": "e3", "title": "Jam"}\n'
+        )
+    passages, blank = corpus_passages(corpus, {"e1": 7, "e3": 8})
+    assert (list(passages.texts), passages.items.tolist(), blank) == (
+        ["Tea green and hot", "rye bread", "Jam"],
+        [0, 0, 0, 8],
+        2,
+    )
+    (corpus / "corpus.jsonl").write_text('{"_id": "e1", "text": " "}')
+    with pytest.raises(DataError, match=r"corpus.jsonl: none of 1 documents has a text"):
+        corpus_passages(corpus)
+
+
+def test_queries_that_choose_the_weight_are_checked_before_anything_is_encoded(tmp_path):
+    folder = tiny_text.beir(tmp_path / "tiny")
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("q0\tnowhere\t1\n")
+    with pytest.raises(DataError, match=r"train.tsv: 1 judgements of documents that are not in corpus.jsonl"):
+        corpus_passages(folder)
+
+
+def test_queries_that_no_weight_tells_apart_leave_the_shipped_one(tmp_path):
+    folder = tiny_text.beir(tmp_path / "tiny", documents=60, queries=60)
+    encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    text = {json.loads(line)["_id"]: json.loads(line)["text"] for line in (folder / "corpus.jsonl").open()}
+    whole = [json.dumps({"_id": f"q{n}", "text": text[f"d{n}"]}) for n in range(60)]  # covered: words decide anyway
+    (folder / "queries.jsonl").write_text("\n".join(whole))
+    assert chosen_mix(folder, encoder, tmp_path / "cache") == Mix()
 
 
 def test_the_weight_of_words_is_chosen_on_judged_queries_that_are_no_test(tmp_path):

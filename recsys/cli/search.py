@@ -27,7 +27,9 @@ def search_parts(
         return None
     if corpus is not None:
         rows = text_publish.item_rows(place.prepared) if items else None
-        passages = text_publish.corpus_passages(corpus, rows)
+        passages, blank = text_publish.corpus_passages(corpus, rows)
+        if blank:
+            Terminal().say(f"{blank:,} documents have no text and are left out.")
     elif items:
         passages = text_publish.item_passages(place.prepared)
     else:
@@ -41,7 +43,9 @@ def search_parts(
         )
     if corpus is None or model is None or fusion != text_publish.BY_QUERY:
         return contents
-    return replace(contents, mix=text_publish.chosen_mix(corpus, model, place.text_vectors))
+    mix = text_publish.chosen_mix(corpus, model, place.text_vectors)
+    Terminal().say(f"Words weigh {mix.weight:g} (or more, where a passage covers the query); --fusion sets it by hand.")
+    return replace(contents, mix=mix)
 
 
 def publish_search(
