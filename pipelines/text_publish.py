@@ -19,7 +19,7 @@ from pipelines.text_train import finished_run
 from pipelines.tracking import git_commit
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
-from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.dense_encoder import DenseEncoder, described
 from ranking.devices import pick_device
 from ranking.fusion import Mix
 from ranking.items import ItemTable
@@ -59,7 +59,7 @@ def find_encoder(name: str, runs: Path) -> TextEncoder | None:
         return _placed(load_encoder(finished_run(runs / name)[1]))
     if _is_saved(Path(name)):
         return _placed(load_encoder(Path(name)))
-    return _placed(DenseEncoder.of(DenseConfig(backbone=name)))
+    return _placed(DenseEncoder.of(described(name)))
 
 
 def find_reranker(name: str, runs: Path) -> TextReranker:

@@ -1,4 +1,4 @@
-"""BM25 over passages, by `bm25s`: Lucene's form, k1 0.9, b 0.4, English stop-words, no stemming."""
+"""BM25 over passages, by `bm25s`: Lucene's form, k1 0.9, b 0.4, over the words of `ranking.words`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.fusion import Ranking, best
+from ranking.words import words_of
 from recsys.errors import DataError
 
 K1, B = 0.9, 0.4
@@ -31,18 +32,15 @@ class Bm25:
         if not texts:
             raise DataError("0 passages to index; expected at least one")
         retriever = bm25s.BM25(method="lucene", k1=K1, b=B)
-        tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
-        if not tokens.vocab:  # nothing but stop-words: an index of one word that nobody will ask for
-            tokens = bm25s.tokenize(["\u2014nothing"] * len(texts), stopwords=None, show_progress=False)
-        retriever.index(tokens, show_progress=False)
+        words = words_of(texts)
+        if not any(words):  # nothing but stop-words: an index of one word that nobody will ask for
+            words = [["\u2014nothing"]] * len(texts)
+        retriever.index(words, show_progress=False)
         return Bm25(retriever, len(texts))
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """Return float32 [passages], 0 where no word of the query occurs."""
-        import bm25s
-
-        words = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)[0]
-        known = [word for word in words if word in self.retriever.vocab_dict]
+        known = [word for word in words_of([query])[0] if word in self.retriever.vocab_dict]
         if not known:
             return np.zeros(self.passages, np.float32)
         scores: NDArray[np.float32] = self.retriever.get_scores(known).astype(np.float32)
@@ -65,9 +63,7 @@ class Bm25:
         it has. Where there is more than one of them to two others the query is in the reader's own words, or misspelt,
         and gives 0; so does one of stop-words alone.
         """
-        import bm25s
-
-        words = bm25s.tokenize(list(queries), stopwords="en", show_progress=False, return_ids=False)
+        words = words_of(queries)
         return np.array([self._covered(set(own), int(row)) for own, row in zip(words, found.rows[:, 0], strict=True)])
 
     def _covered(self, words: set[str], passage: int) -> float:

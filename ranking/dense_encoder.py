@@ -5,7 +5,8 @@ H = transformer(ids)  [N, L, d];   e = pool(H, mask) / |pool(H, mask)|  [N, d]; 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -18,9 +19,12 @@ from ranking.text_backbone import (
     device_of,
     in_passes,
     load_transformer,
+    locate,
 )
 from ranking.text_models import Report, Vectors
 from ranking.text_pooling import pool
+from recsys.errors import ConfigError
+from recsys.files import read_json
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class DenseConfig:
     max_query_len: int = 256
     """tokens, special ones included"""
     max_passage_len: int = 256
+    query_prefix: str = ""
+    """what the backbone was trained to see before a query, e.g. "query: " """
+    passage_prefix: str = ""
 
 
 class DenseEncoder(TextModel):
@@ -68,16 +75,62 @@ class DenseEncoder(TextModel):
 
     def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
         """Return float32 [N, D] in input order."""
-        return self._encode(texts, self.config.max_query_len, report)
+        return self._encode(self.config.query_prefix, texts, self.config.max_query_len, report)
 
     def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
         """Return float32 [N, D] in input order."""
-        return self._encode(texts, self.config.max_passage_len, report)
+        return self._encode(self.config.passage_prefix, texts, self.config.max_passage_len, report)
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [N]: of which passages only the beginning is read."""
-        return self.tokenizer.truncated(texts, self.config.max_passage_len)
+        return self.tokenizer.truncated(_prefixed(self.config.passage_prefix, texts), self.config.max_passage_len)
 
-    def _encode(self, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
-        rows = self.tokenizer.encode(texts, max_len)
+    def _encode(self, prefix: str, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
+        rows = self.tokenizer.encode(_prefixed(prefix, texts), max_len)
         return in_passes(rows, self.tokenizer.pad, device_of(self), self, report).reshape(len(texts), self.dim)
+
+
+def _prefixed(prefix: str, texts: Sequence[str]) -> list[str]:
+    return [prefix + text for text in texts] if prefix else list(texts)
+
+
+def described(source: str) -> DenseConfig:
+    """Return the options that the files of sentence-transformers beside a backbone ask for: pooling, prompts, length.
+
+    Args:
+        source: an alias of an installed package, a local directory or a Hugging Face name.
+
+    Raises:
+        ConfigError: it pools, or goes on, in a way that is not built here.
+    """
+    steps = [str(one.get("type", "")).rpartition(".")[2] for one in _beside(source, "modules.json") or ()]
+    if odd := [step for step in steps if step not in ("Transformer", "Pooling", "Normalize")]:
+        raise ConfigError(f"encoder {source!r}: has a step {odd[0]}; expected Transformer, Pooling and Normalize alone")
+    pooling = _beside(source, "1_Pooling/config.json") or {"pooling_mode_mean_tokens": True}
+    modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if on is True and "_mode_" in name]
+    if modes not in (["mean_tokens"], ["cls_token"]):
+        raise ConfigError(f"encoder {source!r}: pools by {' and '.join(modes)}; expected mean_tokens or cls_token")
+    prompts = (_beside(source, "config_sentence_transformers.json") or {}).get("prompts") or {}
+    most = (_beside(source, "sentence_bert_config.json") or {}).get("max_seq_length") or DenseConfig.max_passage_len
+    return DenseConfig(
+        backbone=source,
+        pool="cls" if modes == ["cls_token"] else "mean",
+        max_query_len=min(DenseConfig.max_query_len, most),
+        max_passage_len=min(DenseConfig.max_passage_len, most),
+        query_prefix=prompts.get("query", ""),
+        passage_prefix=prompts.get("passage", prompts.get("document", "")),
+    )
+
+
+def _beside(source: str, name: str) -> Any:
+    """Return a JSON file of a backbone's folder, None if it has none."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        locate(source),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return read_json(Path(path)) if path else None

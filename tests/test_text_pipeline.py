@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.text_backbone import in_passes, locate, passes
 from ranking.text_models import load_encoder
+from ranking.words import folded, words_of
 from recsys.cli.text import TEXT_MODELS
 from recsys.errors import ConfigError, DataError
 
@@ -239,6 +241,42 @@ def test_bm25_survives_save_and_load_and_odd_queries(tmp_path):
         np.testing.assert_array_equal(index.scores(query), again.scores(query))
     assert again.search(["heat", ""], 2).rows.tolist() == [[1, NONE], [NONE, NONE]]
     assert not any(path.suffix in {".pkl", ".pickle"} for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("creme brulee", 0),
+        ("CRÈME", 0),
+        (unicodedata.normalize("NFD", "crème brûlée"), 0),
+        ("绿茶", 1),
+        ("茶", 1),
+        ("耳机", 2),
+        ("降噪耳机", 2),
+        ("ヘッドホン", 3),
+        ("WH1000", 3),
+        ("наушники", 4),
+        ("ﬁne", 5),
+    ],
+)
+def test_words_of_other_languages_are_found(query, found):
+    passages = [
+        "Crème brûlée",
+        "绿茶茶叶 100g",
+        "索尼降噪耳机",
+        "ソニーヘッドホンWH1000",
+        "Беспроводные наушники",
+        "fine tea",
+    ]
+    index = Bm25.build(passages)
+    assert index.search([query], 6).rows[0, 0] == found
+    assert index.coverage([query], index.search([query], 6))[0] > 0
+
+
+@given(st.text(), st.text(alphabet=st.characters(codec="ascii")))
+def test_how_a_text_is_encoded_changes_no_word_and_ascii_is_left_alone(text, ascii_text):
+    assert folded(ascii_text) == ascii_text
+    assert words_of([unicodedata.normalize("NFD", text)]) == words_of([unicodedata.normalize("NFC", text)])
 
 
 def test_coverage_is_the_share_of_a_query_that_its_best_passage_holds():

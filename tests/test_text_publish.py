@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny_text
 from typer.testing import CliRunner
@@ -11,7 +12,7 @@ from pipelines.text_corpus import read_corpus, read_queries
 from pipelines.text_measures import measure
 from pipelines.text_publish import chosen_mix, corpus_passages, mix_of
 from ranking.bundle import Bundle
-from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.dense_encoder import DenseConfig, DenseEncoder, described
 from ranking.fusion import Mix
 from ranking.searcher import Searcher
 from ranking.snapshot import SnapshotReader
@@ -102,3 +103,54 @@ def test_what_cannot_be_meant_is_refused(corpus):
     for arguments in (["publish"], ["publish", "--corpus", str(corpus)], ["publish", "--text-encoder", "none"]):
         done = CliRunner().invoke(app, arguments)
         assert isinstance(done.exception, ConfigError), done.output
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A backbone with the files that sentence-transformers writes beside it."""
+    place = tmp_path / "backbone"
+    tiny_text.bert().save_pretrained(place)
+    tiny_text.tokenizer().save(place)
+
+    def write(name: str, content) -> None:
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(json.dumps(content))
+
+    return place, write
+
+
+def test_an_encoder_is_pooled_and_prompted_as_its_folder_says(folder):
+    place, write = folder
+    assert described(str(place)) == DenseConfig(str(place))
+    assert described("minilm") == DenseConfig("minilm")
+    write("modules.json", [{"type": f"sentence_transformers.models.{one}"} for one in ("Transformer", "Pooling")])
+    write("1_Pooling/config.json", {"word_embedding_dimension": 8, "pooling_mode_cls_token": True})
+    write("config_sentence_transformers.json", {"prompts": {"query": "heat ", "passage": "wing "}})
+    write("sentence_bert_config.json", {"max_seq_length": 12})
+    config = described(str(place))
+    assert config == DenseConfig(str(place), "cls", 12, 12, "heat ", "wing ")
+    encoder, plain = (DenseEncoder(one, tiny_text.bert(), tiny_text.tokenizer()) for one in (config, DenseConfig()))
+    texts = ["flow jet", "shock"]
+    same = DenseEncoder(DenseConfig(pool="cls"), tiny_text.bert(), tiny_text.tokenizer())
+    assert np.allclose(encoder.encode_queries(texts), same.encode_queries([f"heat {text}" for text in texts]))
+    assert np.allclose(encoder.encode_passages(texts), same.encode_passages([f"wing {text}" for text in texts]))
+    assert not np.allclose(encoder.encode_queries(texts), plain.encode_queries(texts))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by max_tokens; expected"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True},
+            "max_tokens and",
+        ),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "has a step Dense; expected Transformer"),
+    ],
+)
+def test_an_encoder_that_goes_on_otherwise_is_refused(folder, name, content, words):
+    place, write = folder
+    write(name, content)
+    with pytest.raises(ConfigError, match=words):
+        described(str(place))
