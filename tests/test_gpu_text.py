@@ -122,12 +122,11 @@ def test_the_ceiling_is_alike(device):
 def learn(name, how, device, folder, directory, uri, steps=STEPS):
     sets = [
         *("corpus.unit=word", "corpus.part_of_passage=[4]", "corpus.natural=train", f"corpus.path={folder}"),
-        *("rows=8", "seed=1", "temperature=0.1", f"device={device}", f"stop.steps={steps}", "stop.validate_every=4"),
-        *("stop.checkpoint_every=4", "stop.patience=99", "optimiser.learning_rate=1e-3", *SETS[how]),
-        *("optimiser.learning_rate_fresh=1e-2", "optimiser.warmup=0.0", "rank_tau=0.2"),
+        *("rows=8", "seed=1", f"device={device}", f"stop.steps={steps}", "stop.validate_every=4"),
+        *("stop.checkpoint_every=4", "stop.patience=99", "optimiser.learning_rate=3e-4", *SETS[how]),
+        *("optimiser.learning_rate_fresh=1e-2", "optimiser.warmup=0.0"),
+        *(("temperature=0.1", "model.max_passage_len=48") if name == "lexsembridge" else ("rank_tau=0.2",)),
     ]
-    if name == "lexsembridge":
-        sets.append("model.max_passage_len=48")
     if device == "cuda":  # slow on most CPUs
         sets.append("bfloat16=true")
     config = load_text_config(CONFIGS / f"{name}.toml", sets)

@@ -70,7 +70,7 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
     sets += [*IN_BATCH, f"bfloat16={place.half}"] if how == "full" else ["group=8"]
     if how in ("passages", "among_all"):
         also = [str(place.data / other) for other in CORPORA if other != learned]
-        sets = [one for one in sets if not one.startswith("train=")]
+        sets = [one for one in sets if not one.startswith(("train=", "group="))]
         sets += BY_PASSAGES if how == "passages" else AMONG_ALL
         sets += [f"corpus.also={also}", f"optimiser.learning_rate_fresh={FRESH.get(kind, 3e-3)}"]
     elif name == "scifact":
