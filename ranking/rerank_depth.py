@@ -4,6 +4,7 @@ A reranker of MiniLM's size reads some 5 to 40 passages a second and core. A dep
 without reranking, after a second that was spent for nothing; so the depth is measured once, when a bundle is loaded.
 """
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from ranking.search_part import SearchPart
 from ranking.searcher import SearchConfig
+
+logger = logging.getLogger(__name__)
 
 SHARE = 0.7
 """of the budget; the rest is for the first stage, the user's ranker, and a machine that is busier than now"""
@@ -41,4 +44,14 @@ def affordable_depth(
         seconds.append((clock() - began) / len(texts))
     each = float(np.median(seconds[1:]))
     fits = config.rerank if each <= 0 else int(SHARE * config.budget_ms / 1e3 / each)
-    return max(min(config.rerank, fits), LEAST)
+    depth = max(min(config.rerank, fits), LEAST)
+    if depth < config.rerank:
+        logger.warning(
+            "searches rerank the best %d instead of %d: one takes %.0f ms here now, and %.0f %% of %d ms are for them",
+            depth,
+            config.rerank,
+            1e3 * each,
+            100 * SHARE,
+            config.budget_ms,
+        )
+    return depth

@@ -136,7 +136,8 @@ def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, de
         warnings.append("the time was up before all documents were scored: they are in the order of the request")
         order, relevance = np.arange(len(texts)), np.zeros(len(texts))
     else:
-        order, relevance = np.argsort(-found.scores, kind="stable"), _relevance(found.scores)
+        relevance = np.where([bool(text.strip()) for text in texts], _relevance(found.scores), 0.0)  # of nothing, none
+        order = np.lexsort((np.arange(len(texts)), -found.scores, relevance == 0.0))
     if truncated:
         warnings.append(f"only the beginning of {len(truncated)} documents was read: see meta.truncated")
     return RerankResponse(

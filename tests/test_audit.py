@@ -382,12 +382,12 @@ def a_negative_nobody_bought_in_training(prepared: PreparedSet) -> None:
 
 def lists_of_other_requests(prepared: PreparedSet) -> None:
     sets = prepared.candidates("valid", "uniform")
-    save_candidates(prepared, "valid_uniform"(sets, np.roll(np.arange(len(sets)), 1)))
+    save_candidates(prepared, "valid_uniform", sets.take(np.roll(np.arange(len(sets)), 1)))
 
 
 def a_list_too_few(prepared: PreparedSet) -> None:
     sets = prepared.candidates("valid", "uniform")
-    save_candidates(prepared, "valid_uniform"(sets, np.arange(len(sets) - 1)))
+    save_candidates(prepared, "valid_uniform", sets.take(np.arange(len(sets) - 1)))
 
 
 def another_item_in_the_histories(prepared: PreparedSet) -> None:

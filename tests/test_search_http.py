@@ -93,6 +93,13 @@ def with_reranker(service, reranker):
 # --- answers
 
 
+def test_documents_without_text_are_relevant_to_nothing(client):
+    found = rerank(client, query="red tea", documents=["", "green bread", " \n", "red tea", {"title": "", "text": ""}])
+    assert [one["index"] for one in found["results"]][-3:] == [0, 2, 4]
+    assert [one["relevance_score"] == 0.0 for one in found["results"]] == [False, False, True, True, True]
+    assert found["results"][0]["index"] == 3
+
+
 def test_a_search_says_where_each_hit_stood(client):
     plain = search(client, query="red tea", rerank=False, k=30)
     assert (plain["mode"], plain["user_known"], plain["degraded"]) == ("hybrid", None, [])
