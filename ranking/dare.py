@@ -19,15 +19,10 @@ Ours: padding takes no weight even when a history is shorter than K, so an empty
 BatchNorm's running statistics; `pos_mode = "group"`, in which the events of a basket share a position; products that
 no batch shape shows in (`ranking.products`): else two events that differ by rounding would swap places with it.
 Not in the paper, off by default: `own_counts = True` also shows the head how often, how lately and how regularly the
-user chose the candidate before, and how popular it is, over the whole history. Where people repeat themselves a window
-of 200 events forgets much of that. Grocery purchases, validation, 1,500 requests with 100 negatives, 300 steps of 256
-requests, of these numbers the decayed count and the popularity alone: GAUC .869 -> .902 on uniform and .716 -> .745 on
-popular negatives (personal frequency alone: .892 and .652), NDCG@10 .621 -> .694 and .444 -> .516 (.749 and .443).
-Among all items 99 % of the best ten are the user's own, so that the top of a list is a question of which of these is
-due. A pointwise loss on negatives of the whole catalogue says little about it: 1,000 validation requests, 400 steps,
-NDCG@10 among the user's own items, personal frequency .226, one negative from the user's own past per positive
-(`[batches] own_negatives = 1`) .224, four .225; with `objective = "listwise"` and two .231, four .236, eight .232; with
-four, a slower count and how late the item is .238 and .239 (two seeds; the standard error of a difference is .005).
+user chose the candidate before, and how popular it is, over the whole history: where people repeat themselves a window
+of 200 events forgets much of that. Among all items nearly all of the best ten are then the user's own, and which of
+these is due is learned from negatives of the user's own past (`[batches] own_negatives`) by `objective = "listwise"`.
+`tests/benchmarks/RESULTS.md` has what each of these brought.
 `tied = True` lets one table play both roles: TWIN (arXiv 2302.02352) in the form of DARE's authors.
 """
 
