@@ -1,9 +1,9 @@
 """Requests and responses of the service, the same objects for HTTP, the batch job and offline evaluation."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from recsys.history import EARLIEST, LATEST
 
@@ -31,7 +31,13 @@ def _microseconds(value: int) -> int:
     return value
 
 
-Moment = Annotated[int, AfterValidator(_microseconds)]
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str):  # pydantic would take true for 1 and "1" too
+        raise ValueError("expected a whole number of microseconds")  # noqa: TRY004 - of TypeErrors pydantic makes no 422
+    return value
+
+
+Moment = Annotated[int, BeforeValidator(_number), AfterValidator(_microseconds)]
 """Microseconds since 1970, UTC; of a log that knows only an order positions, which are small numbers."""
 
 

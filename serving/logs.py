@@ -23,6 +23,9 @@ REQUESTS = "serving.requests"
 
 FILE_BYTES = 16 * 2**20
 FILES = 8
+MOST_FILES = 64
+"""Newest files kept of earlier processes when one starts."""
+
 FIELDS = ("method", "route", "status", "seconds", "bytes")
 
 
@@ -48,11 +51,16 @@ class JsonFormatter(logging.Formatter):
 def log_to(directory: Path, requests: bool) -> None:
     """Write what this process logs to a file of its own in a directory, oldest lines dropped beyond 128 MiB.
 
+    Of earlier processes the newest files stay, one GiB at most.
+
     Args:
         directory: made if absent.
         requests: whether every request gets a line.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    known = sorted(directory.glob("*.jsonl*"), key=lambda path: path.stat().st_mtime)
+    for path in known[:-MOST_FILES]:  # of processes that are gone: each start writes a file of its own
+        path.unlink(missing_ok=True)
     handler = RotatingFileHandler(directory / f"{os.getpid()}.jsonl", maxBytes=FILE_BYTES, backupCount=FILES - 1)
     handler.setFormatter(JsonFormatter())
     for name in ("serving", "ranking", "recsys"):

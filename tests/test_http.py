@@ -215,6 +215,13 @@ def test_verdicts(client):
     ]
 
 
+@pytest.mark.parametrize("moment", [True, "1", "1700000000000000", 1.5])
+def test_a_time_is_a_whole_number(client, moment):
+    event = {"user_id": "u", "item_id": "item-1", "timestamp": moment}
+    answer = client.post("/v1/events", json={"events": [event]})
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "events.0.timestamp")
+
+
 @pytest.mark.parametrize(("scale", "unit"), [(1, "seconds"), (1_000, "milliseconds")])
 def test_a_time_in_another_unit_is_refused_and_not_taken_for_1970(client, scale, unit):
     moment = int(time.time()) * scale

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from text_world import publish_whole
 
 from recsys.errors import ConfigError
-from serving.logs import LOGS, log_to
+from serving.logs import LOGS, MOST_FILES, log_to
 from serving.security import KEYS, OPEN, ApiKeys, read_keys
 
 KEY = "0123456789abcdef-secret"
@@ -107,6 +107,23 @@ def test_logs_have_ids_and_routes_and_neither_keys_nor_names(service, tmp_path):
     assert defect["request_id"] == "broken"
     assert "ZeroDivisionError" in defect["traceback"]
     assert "secret" not in text
+
+
+def test_logs_of_earlier_processes_stay_within_a_bound(tmp_path):
+    for number in range(100):
+        (tmp_path / f"{number}.jsonl").write_text("x")
+        os.utime(tmp_path / f"{number}.jsonl", (number, number))
+    log_to(tmp_path, requests=False)
+    logging.getLogger("serving").handlers.clear()
+    kept = {path.name for path in tmp_path.glob("*.jsonl")}
+    assert kept == {f"{number}.jsonl" for number in range(100 - MOST_FILES, 100)} | {f"{os.getpid()}.jsonl"}
+
+
+def test_a_key_for_a_proxy_in_front_hides_no_key_of_the_service(service):
+    with TestClient(patient_app(service, keys=ApiKeys([KEY]))) as client:
+        both = {"Authorization": "Bearer of something else", "x-api-key": KEY}
+        assert client.get("/v1/models", headers=both).status_code == 200
+        assert client.get("/v1/models", headers={**both, "x-api-key": "wrong"}).status_code == 401
 
 
 # --- no path leads to a file
