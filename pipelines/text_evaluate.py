@@ -12,24 +12,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.first_stages import PLACES, FirstStages, dense_search
+from pipelines.first_stages import NATURAL, PLACES, FirstStages, dense_search
+from pipelines.logged import log_report
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.text_cache import VectorCache
-from pipelines.text_corpus import Queries
+from pipelines.text_corpus import Queries, read_queries
 from pipelines.text_measures import Comparison, best_possible, compare, mean_of, measure
-from pipelines.text_models import CATALOGUE
+from pipelines.text_models import CATALOGUE, cut_queries, open_corpus
 from pipelines.text_page import write_page
-from pipelines.text_train import finished_run
+from pipelines.text_pairs import PairSource, sample
+from pipelines.text_publish import tuning_queries
+from pipelines.text_train import CorpusConfig, finished_run
+from pipelines.workspace import Workspace
 from ranking.dense_encoder import DenseEncoder
+from ranking.devices import pick_device
 from ranking.fusion import POOL, Ranking
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_models import ENCODERS, TextEncoder, load_encoder, load_reranker, read_config
+from recsys.config import parse
 from recsys.errors import ConfigError
 from recsys.files import read_json, write_json
 from recsys.metrics import Floats
 
 RERANKED = 100
+CUT_QUERIES = 300
+"""Most queries of a kind that are cut from test documents."""
 
 Report = Callable[[str, int, int], None]
 
@@ -156,7 +164,70 @@ def write_text_report(results: Sequence[TaskResult], about: Mapping[str, Any], d
     return write_page(results, about, directory)
 
 
-def require_corpus(path: str, split: str) -> None:
-    """Refuse a judged split of the catalogue, which has none."""
-    if path == CATALOGUE and split:
+def evaluate_runs(
+    names: Sequence[str],
+    place: Workspace,
+    uri: str,
+    corpus: str | None = None,
+    split: str = "",
+    say: Callable[[str], None] = lambda _: None,
+    report: Report = lambda *_: None,
+) -> Path:
+    """Evaluate finished runs of a workspace, write the report and log it; gives the path of the page.
+
+    Judged are queries of `split` and those cut from test documents, as the first run's corpus says.
+
+    Args:
+        names: of the runs.
+        place: the workspace.
+        uri: MLflow tracking URI.
+        corpus: a folder in BEIR's layout; what the first run was trained on if absent.
+        split: of its judged queries; `test` where there is one if absent.
+        say: takes what the user should know beside the report.
+        report: told (words, done, total).
+
+    Raises:
+        ConfigError: there is no query to judge by, or a split of the catalogue is named.
+        DataError: a run or the corpus is not as it should be.
+    """
+    about = {name: read_json(place.run(name) / "run.json") for name in names}
+    first = about[names[0]]["config"]
+    options = parse(CorpusConfig, first["corpus"] | ({"path": corpus} if corpus else {}), "run.json [corpus]")
+    folder = Path(options.path)
+    if not split and (folder / "qrels/test.tsv").is_file():
+        split = "test"
+    if split and options.path == CATALOGUE:
         raise ConfigError("the catalogue has no judged queries; leave --split out, or give --corpus a folder")
+    opened = open_corpus(options.path, place.log / "items.parquet")
+    device = pick_device(first.get("device", "auto"))
+    encoder = DenseEncoder.of().to(device)
+    tasks = _tasks(options, PairSource(opened, encoder.tokenizer), folder, split)
+    facts: dict[str, Any] = {"corpus": opened.name, "passages": len(opened)}
+    learned = [name for name in names if split and not corpus and about[name]["config"]["corpus"]["natural"] == split]
+    if learned:
+        say(f"{', '.join(learned)} learned from the queries of {split}: figures say nothing of new ones.")
+        facts["learned from these queries"] = ", ".join(learned)
+    models = [TextModelRun.load(name, place.run(name), device) for name in names]
+    stages = FirstStages(
+        opened, encoder, place.text_vectors, report=lambda done, total: report("passages encoded", done, total)
+    )
+    tuned = tuning_queries(folder, opened, but=split) if folder.is_dir() else None
+    weight = stages.choose_weight({} if tuned is None else {NATURAL: tuned})
+    chosen = "shipped" if tuned is None else f"by {len(tuned)} of the corpus' dev or train queries"
+    facts["weight of words"] = f"{weight:g}, {chosen}"
+    results = evaluate_text(models, stages, tasks, weight, report=report)
+    directory = place.evaluation / "text"
+    page = write_text_report(results, facts, directory)
+    measured = {name: {key: value for one in results for key, value in one.flat(name).items()} for name in names}
+    log_report(measured, directory, {name: one["run_id"] for name, one in about.items()}, uri)
+    return page
+
+
+def _tasks(options: CorpusConfig, source: PairSource, folder: Path, split: str) -> dict[str, Queries]:
+    """Return the queries to judge by, by name: natural ones first."""
+    tasks = {} if not split else {f"natural {split}": read_queries(folder, source.corpus, split)}
+    for kind, queries in cut_queries(options, source, "test").items():
+        tasks[kind] = sample(queries, CUT_QUERIES, 0)
+    if not tasks:
+        raise ConfigError(f"{options.path}: 0 queries to judge by; give --split, one of its qrels/*.tsv")
+    return tasks

@@ -22,10 +22,11 @@ from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
-from pipelines.text_evaluate import TextModelRun, evaluate_text, write_text_report
+from pipelines.text_evaluate import TextModelRun, evaluate_runs, evaluate_text, write_text_report
 from pipelines.text_measures import compare, measure
 from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
+from pipelines.workspace import Workspace
 from ranking.bm25 import Bm25
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
@@ -458,6 +459,34 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
     assert table["n_queries"] == len(queries)
     counts = table["ndcg_at_10_against_baseline"]["mvp"]
     assert counts["won"] + counts["lost"] + counts["tied"] == len(queries)
+
+
+def test_runs_are_judged_by_test_on_any_corpus_and_told_what_they_learned_from(
+    folder, tmp_path, mlflow_uri, encoder, monkeypatch
+):
+    monkeypatch.setattr(DenseEncoder, "of", lambda *_: encoder)
+    place, said = Workspace(tmp_path / "place"), []
+    made = run("cross_encoder", folder, place.run("mine"), mlflow_uri, encoder, "corpus.keyword=false")
+    assert made.progress.step > 0
+
+    def judged(**more) -> dict:
+        page = evaluate_runs(["mine"], place, mlflow_uri, say=said.append, **more)
+        assert page.name == "report.html"
+        return json.loads((page.parent / "metrics.json").read_text())
+
+    found = judged()
+    assert next(iter(found["tasks"])) == "natural test"
+    assert (said, found["weight of words"]) == ([], "0.4, by 6 of the corpus' dev or train queries")
+    found = judged(split="train")
+    assert said == ["mine learned from the queries of train: figures say nothing of new ones."]
+    assert (found["learned from these queries"], found["weight of words"]) == ("mine", "0.4, shipped")
+    other = tiny_text.beir(tmp_path / "other", documents=9, queries=4)
+    (other / "qrels" / "train.tsv").unlink()
+    assert next(iter(judged(corpus=str(other))["tasks"])) == "natural test"
+    (other / "qrels" / "test.tsv").unlink()
+    (other / "corpus.jsonl").write_text('{"_id": "d0", "text": "one"}\n')
+    with pytest.raises(ConfigError, match="0 queries to judge by; give --split"):
+        judged(corpus=str(other))
 
 
 @pytest.mark.parametrize("name", ["mvp", "mvp_apart"])
