@@ -91,7 +91,7 @@ def parse_numbers(text: pl.Expr, config: NumbersConfig) -> pl.Expr:
     if config != NumbersConfig():
         digits, decimal = r"\d+", re.escape(config.decimal)
         if config.thousands:
-            digits = rf"(\d{{1,3}}({re.escape(config.thousands)}\d{{3}})+|\d+)"
+            digits = rf"([1-9]\d{{0,2}}({re.escape(config.thousands)}\d{{3}})+|\d+)"
         written = text.str.contains(rf"^[+-]?{digits}({decimal}\d*)?$")
         plain = text.str.replace_all(config.thousands, "", literal=True) if config.thousands else text
         text = pl.when(written).then(plain.str.replace(config.decimal, ".", literal=True))

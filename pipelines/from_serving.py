@@ -139,10 +139,10 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
     forgotten = forgotten_users(log)
     found = list(_read_requests(state / "requests", taken, log, forgotten))
     checked = _verify([request for request, _, _ in found], place, log)
-    shown, waiting, cursors = _mature(found, taken, attribution, checked)
+    shown, beside, cursors, waiting = _mature(found, taken, attribution, checked)
     rule = _rule(place)
-    # Answers that wait take their events from those before them; only what is mature is written.
-    labels = labelled([*shown, *waiting], _attributable(log, [*shown, *waiting], forgotten), rule, attribution.window)
+    # Answers that wait, or may not be used, take their events from those before them; only the others are written.
+    labels = labelled([*shown, *beside], _attributable(log, [*shown, *beside], forgotten), rule, attribution.window)
     labels = labels.filter(pl.col("request_id").is_in([one.request_id for one in shown]))
     earlier = len(place.parts)
     add_to_list(place.root, sorted(posted.forgotten), earlier)
@@ -159,7 +159,7 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
         answers=len(shown),
         positives=positives,
         negatives=labels.height - positives,
-        not_mature=len(waiting),
+        not_mature=waiting,
         verified=len(checked.same),
         other_history=len(checked.other),
         unverified=len(found) - len(checked.same) - len(checked.other),
@@ -269,7 +269,7 @@ def _verify(requests: Sequence[LoggedRequest], place: Workspace, log: LogReader)
     can = [request for request in requests if can_rebuild(request, snapshot, log, bundle.version)]
     encoder = Encoder(bundle.key_of, bundle.action_of)
     for request, events in as_served(can, snapshot, log, encoder):
-        rebuilt = history_digest(events or Events.empty(), request.at)
+        rebuilt = history_digest(events or Events.empty(), request.at, len(bundle.key_to_row))
         (checked.same if rebuilt == request.history else checked.other).add(request.request_id)
         if rebuilt != request.history and len(checked.other) > max(OTHER, OTHER_SHARE * len(can)):
             raise DataError(
@@ -283,22 +283,23 @@ def _verify(requests: Sequence[LoggedRequest], place: Workspace, log: LogReader)
 
 def _mature(
     found: Sequence[tuple[LoggedRequest, str, int]], taken: Taken, attribution: Attribution, checked: _Checked
-) -> tuple[list[Shown], list[Shown], dict[str, int]]:
-    """Return the answers to learn from, those that wait, and up to where each file is used."""
+) -> tuple[list[Shown], list[Shown], dict[str, int], int]:
+    """Return the answers to learn from, those beside them, up to where files are used, and how many of those wait."""
     shown: list[Shown] = []
-    waiting: list[Shown] = []
+    beside: list[Shown] = []
+    waiting = 0
     cursors, held = dict(taken.requests), set[str]()
     for request, file, end in found:
         items = tuple((item.item_id, item.propensity) for item in request.items)
         one = Shown(request.request_id, request.user_id, request.at, items)
         if file in held or request.at + attribution.window > attribution.as_of:
             held.add(file)
-            waiting += [one]
+            beside.append(one)
+            waiting += 1
             continue
         cursors[file] = end
-        if checked.usable(request):
-            shown.append(one)
-    return shown, waiting, cursors
+        (shown if checked.usable(request) else beside).append(one)
+    return shown, beside, cursors, waiting
 
 
 def _attributable(log: LogReader, shown: Sequence[Shown], forgotten: Mapping[str, int]) -> Iterator[Event]:

@@ -7,7 +7,7 @@ overrule it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
     sample = _sample(table)
     catalogue = open_table(items) if items else None
     rows = _sample(catalogue) if catalogue else None
-    guesses = guess_columns(table, sample, rows)
+    numbers = guess_numbers([*sample, *(() if rows is None else rows)])
+    guesses = guess_columns(table, sample, rows, numbers)
     time = guess_time(sample, guesses["timestamp"].column) if "timestamp" in guesses else None
     parts = [
         "# How this log is read. Made by `recsys init` from the first rows; check every line with a (?) or a guess.\n",
@@ -101,8 +102,7 @@ def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
     ]
     if catalogue is not None and rows is not None:
         key = guess_item_key(sample, guesses["item_id"].column if "item_id" in guesses else None, rows)
-        parts.append(_items(catalogue, rows, key))
-    numbers = guess_numbers(_numeric(sample, guesses, rows))
+        parts.append(_items(catalogue, rows, key, numbers))
     parts += [_time(time), _numbers(numbers), _sessions(guesses), _filters(guesses, sample, numbers)]
     parts += [_requests(guesses, sample), _QUALITY]
     return "\n".join(parts)
@@ -123,10 +123,13 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.split(":")[0].lower())
 
 
-def guess_columns(table: Table, sample: pl.DataFrame, items: pl.DataFrame | None = None) -> dict[str, Guess]:
+def guess_columns(
+    table: Table, sample: pl.DataFrame, items: pl.DataFrame | None = None, style: NumbersConfig = STYLES[0]
+) -> dict[str, Guess]:
     """Return canonical name -> column, for those that could be guessed; `timestamp` or `position`, never both.
 
-    `items`, the first rows of the catalogue, tells which column names items where its name does not.
+    `items`, the first rows of the catalogue, tells which column names items where its name does not; `style` is how
+    numbers are written.
     """
     guesses: dict[str, Guess] = {}
     left = list(table.columns)
@@ -141,7 +144,7 @@ def guess_columns(table: Table, sample: pl.DataFrame, items: pl.DataFrame | None
         by_name = {_plain(name.rpartition(".")[2]): name for name in reversed(left)}  # product.sku is a sku
         by_name |= {_plain(name): name for name in reversed(left)}
         for plain in (canonical.replace("_", ""), *known):
-            if plain in by_name and _fits(canonical, sample, by_name[plain]):
+            if plain in by_name and _fits(canonical, sample, by_name[plain], style):
                 take(canonical, by_name[plain], "by its name")
                 break
     if "timestamp" not in guesses and "position" not in guesses:
@@ -161,14 +164,14 @@ def guess_columns(table: Table, sample: pl.DataFrame, items: pl.DataFrame | None
     return guesses
 
 
-def _fits(canonical: str, sample: pl.DataFrame, column: str) -> bool:
+def _fits(canonical: str, sample: pl.DataFrame, column: str, style: NumbersConfig) -> bool:
     """Whether a column's content can be what its name says."""
     if canonical == "timestamp":
         return guess_time(sample, column) is not None
     if canonical == "value":
-        return _share_of_numbers(sample[column]) > 0.9
+        return _share_of_numbers(sample[column], style) > 0.9
     if canonical == "position":
-        return _share_of_numbers(sample[column], STYLES[:1]) > 0.9
+        return _share_of_numbers(sample[column], STYLES[0]) > 0.9
     return sample.schema[column].is_integer() or sample.schema[column] in (pl.String, pl.Float64)
 
 
@@ -234,33 +237,17 @@ def guess_time(sample: pl.DataFrame, column: str) -> Time | None:
     return Time("datetime", best, f"text such as {values[column][0]}") if inside[best] > 0.9 * values.height else None
 
 
-def guess_numbers(columns: Sequence[pl.Series]) -> NumbersConfig:
-    """Return the way of writing numbers that suits most values of some columns, the likeliest of equals."""
-    return max(STYLES, key=lambda style: sum(_share_of_numbers(values, [style]) for values in columns))
+def guess_numbers(columns: Iterable[pl.Series]) -> NumbersConfig:
+    """Return the way of writing numbers by which most columns are numbers, the likeliest of equals."""
+    columns = list(columns)
+    return max(STYLES, key=lambda style: sum(_share_of_numbers(values, style) > 0.9 for values in columns))
 
 
-def _numeric(sample: pl.DataFrame, guesses: Mapping[str, Guess], items: pl.DataFrame | None) -> list[pl.Series]:
-    """Return the columns that the mapping reads as numbers, or may."""
-    names = [guesses["value"].column] if "value" in guesses else []
-    columns = [sample[name] for name in [*names, *_amounts(sample)]]
-    return columns + [values for values in ([] if items is None else items) if _is_numeric(values)]
-
-
-def _amounts(sample: pl.DataFrame) -> list[str]:
-    return [name for name in sample.columns if _plain(name) in POSITIVE and _share_of_numbers(sample[name]) > 0.9]
-
-
-def _is_numeric(values: pl.Series) -> bool:
-    known = values.drop_nulls()
-    return _share_of_numbers(known) == 1.0 and known.n_unique() > _FEWEST_NUMBERS
-
-
-def _share_of_numbers(values: pl.Series, styles: Sequence[NumbersConfig] = STYLES) -> float:
-    """Return the share of the values that are numbers, in the style that suits best."""
+def _share_of_numbers(values: pl.Series, style: NumbersConfig) -> float:
     known = values.drop_nulls()
     if known.is_empty() or not (known.dtype.is_numeric() or known.dtype == pl.String):
         return 0.0
-    return max(_as_numbers(known, style).count() for style in styles) / len(known)
+    return _as_numbers(known, style).count() / len(known)
 
 
 def _as_numbers(values: pl.Series, style: NumbersConfig) -> pl.Series:
@@ -312,7 +299,7 @@ def _columns(guesses: Mapping[str, Guess], table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _items(table: Table, sample: pl.DataFrame, key: Guess | None) -> str:
+def _items(table: Table, sample: pl.DataFrame, key: Guess | None, style: NumbersConfig) -> str:
     """Write [items]: id, texts, categories, multi-valued and numeric columns by name and content."""
     by_name = {_plain(name): name for name in reversed(list(table.columns))}
     left = [name for name in table.columns if key is None or name != key.column]
@@ -325,7 +312,7 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None) -> str:
         separator = _separator(values)
         if separator is not None:
             multi[name] = separator
-        elif _is_numeric(values):
+        elif _share_of_numbers(values, style) == 1.0 and values.n_unique() > _FEWEST_NUMBERS:
             numeric.append(name)
         elif values.dtype == pl.String and not texts and values.n_unique() > _MOST_VALUES * sample.height:
             texts.append(name)
@@ -384,7 +371,9 @@ def _filters(guesses: Mapping[str, Guess], sample: pl.DataFrame, style: NumbersC
     needed = [guesses[name].column for name in ("user_id", "item_id") if name in guesses]
     empty = [name for name in needed if sample[name].null_count()]
     shares = ", ".join(f"{sample[name].null_count() / sample.height:.1%} of {_one_line(name)}" for name in empty)
-    low = [name for name in _amounts(sample) if (_as_numbers(sample[name], style) <= 0).any()]
+    amounts = [name for name in sample.columns if _plain(name) in POSITIVE]
+    amounts = [name for name in amounts if _share_of_numbers(sample[name], style) > 0.9]
+    low = [name for name in amounts if (_as_numbers(sample[name], style) <= 0).any()]
     lines = ["[filters]  # rows left out on purpose; they are counted apart from bad ones"]
     if empty:
         lines.append(f"drop_null = {_listed(empty)}  # {shares} is missing in the first {sample.height:,} rows")

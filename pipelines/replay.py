@@ -148,7 +148,7 @@ def replay(
     ]
     history = _One()
     recommender = Recommender(bundle, history, config, AvailabilityFile(state / AVAILABILITY))
-    settings = recommender.settings_digest()
+    settings, keys = recommender.settings_digest(), len(bundle.key_to_row)
     found: list[Difference] = []
     others: Counter[str] = Counter()
     threads = torch.get_num_threads()
@@ -156,7 +156,7 @@ def replay(
     try:
         for request, events in as_served(can, snapshot, log, Encoder(bundle.key_of, bundle.action_of)):
             history.events = events
-            others["history"] += history_digest(events or Events.empty(), request.at) != request.history
+            others["history"] += history_digest(events or Events.empty(), request.at, keys) != request.history
             others["settings"] += request.settings not in ("", settings)
             answer = recommender.recommend(_asked(request, state), request.at)
             found.append(difference(request.request_id, request.items, answer.items))

@@ -7,6 +7,7 @@ qrels/SPLIT.tsv   query-id, corpus-id, score, with a header
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from recsys.errors import DataError
 
 FIELDS = 3
 """Of a line of judgements."""
+
+_HEADER = re.compile(r"\s*(query|q)[-_ ]?id\b|\s*(query|topic)\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -164,19 +167,19 @@ def _string(path: Path, number: int, record: Mapping[str, Any], key: str, defaul
     if not isinstance(value, str):
         found = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
         raise DataError(f"{path}:{number}: {key} must be a string, found {found}")
-    if not value.isascii() and any("\ud800" <= mark <= "\udfff" for mark in value):
-        raise DataError(
-            f"{path}:{number}: {key} has half of a surrogate pair, as of an emoji cut in two; mend the text"
-        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}:{number}: {key} has half of a surrogate pair, as of an emoji cut in two") from None
     return value
 
 
 def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
-    """Yield query, document and grade of every line but a header, which has no number in the third place."""
+    """Yield query, document and grade of every line but a header, which begins as `query-id` or the like."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, fields in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-                if not any(field.strip() for field in fields) or (number == 1 and not _is_grade(fields[-1])):
+                if not any(field.strip() for field in fields) or (number == 1 and _HEADER.match(fields[0])):
                     continue
                 if len(fields) != FIELDS or not _is_grade(fields[2]):
                     raise DataError(f"{path}:{number}: expected query-id, corpus-id and a whole number, found {fields}")

@@ -27,7 +27,7 @@ from pipelines.text_train import CorpusConfig, finished_run
 from pipelines.workspace import Workspace
 from ranking.dense_encoder import DenseEncoder
 from ranking.devices import pick_device
-from ranking.fusion import POOL, Ranking
+from ranking.fusion import POOL, WEIGHT, Ranking
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_models import ENCODERS, TextEncoder, load_encoder, load_reranker, read_config
 from recsys.config import parse
@@ -203,7 +203,7 @@ def evaluate_runs(
     encoder = DenseEncoder.of().to(device)
     tasks = _tasks(options, PairSource(opened, encoder.tokenizer), folder, split)
     facts: dict[str, Any] = {"corpus": opened.name, "passages": len(opened)}
-    learned = [name for name in names if split and not corpus and about[name]["config"]["corpus"]["natural"] == split]
+    learned = [name for name in names if split and _learned_from(about[name]["config"]["corpus"], folder, split)]
     if learned:
         say(f"{', '.join(learned)} learned from the queries of {split}: figures say nothing of new ones.")
         facts["learned from these queries"] = ", ".join(learned)
@@ -213,7 +213,7 @@ def evaluate_runs(
     )
     tuned = tuning_queries(folder, opened, but=split) if folder.is_dir() else None
     weight = stages.choose_weight({} if tuned is None else {NATURAL: tuned})
-    chosen = "shipped" if tuned is None else f"by {len(tuned)} of the corpus' dev or train queries"
+    chosen = "shipped" if tuned is None or weight == WEIGHT else f"by {len(tuned)} of the corpus' dev or train queries"
     facts["weight of words"] = f"{weight:g}, {chosen}"
     results = evaluate_text(models, stages, tasks, weight, report=report)
     directory = place.evaluation / "text"
@@ -221,6 +221,11 @@ def evaluate_runs(
     measured = {name: {key: value for one in results for key, value in one.flat(name).items()} for name in names}
     log_report(measured, directory, {name: one["run_id"] for name, one in about.items()}, uri)
     return page
+
+
+def _learned_from(corpus: Mapping[str, Any], folder: Path, split: str) -> bool:
+    """Whether a run learned from a split of a folder."""
+    return corpus["natural"] == split and Path(corpus["path"]).resolve() == folder.resolve()
 
 
 def _tasks(options: CorpusConfig, source: PairSource, folder: Path, split: str) -> dict[str, Queries]:

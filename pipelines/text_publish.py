@@ -161,18 +161,20 @@ def item_rows(prepared: PreparedSet) -> dict[str, int]:
     return {item: row for item, row in zip(ids, prepared.key_to_row.tolist(), strict=True) if row >= FIRST_ITEM}
 
 
-def corpus_passages(directory: Path, row_of: dict[str, int] | None = None) -> tuple[Passages, int]:
+def corpus_passages(directory: Path, row_of: dict[str, int] | None = None, tuned: bool = False) -> tuple[Passages, int]:
     """Return the documents of a corpus in BEIR's layout, and how many were left out since they have no text.
 
-    Those whose id is an item's can be ranked for a user. The queries that choose the weight of words are read too, so
-    that what is wrong with them is told before anything is encoded.
+    Those whose id is an item's can be ranked for a user.
 
     Args:
         directory: holds corpus.jsonl.
         row_of: model row by item id.
+        tuned: whether its judged queries will choose the weight of words: what is wrong with them is then told here,
+            before anything is encoded.
     """
     corpus = read_corpus(directory)
-    tuning_queries(directory, corpus)
+    if tuned:
+        tuning_queries(directory, corpus)
     some = [place for place, text in enumerate(corpus.passages) if text]
     if not some:
         raise DataError(f"{directory / 'corpus.jsonl'}: none of {len(corpus)} documents has a text")

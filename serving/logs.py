@@ -6,6 +6,7 @@
 A route is told by its template, so that no line of a request names a user or an item; no body or header is ever logged.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -58,9 +59,7 @@ def log_to(directory: Path, requests: bool) -> None:
         requests: whether every request gets a line.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    known = sorted(directory.glob("*.jsonl*"), key=lambda path: path.stat().st_mtime)
-    for path in known[:-MOST_FILES]:  # of processes that are gone: each start writes a file of its own
-        path.unlink(missing_ok=True)
+    _make_room(directory)
     handler = RotatingFileHandler(directory / f"{os.getpid()}.jsonl", maxBytes=FILE_BYTES, backupCount=FILES - 1)
     handler.setFormatter(JsonFormatter())
     for name in ("serving", "ranking", "recsys"):
@@ -71,3 +70,24 @@ def log_to(directory: Path, requests: bool) -> None:
             old.close()
         logger.addHandler(handler)
     logging.getLogger(REQUESTS).setLevel(logging.INFO if requests else logging.WARNING)
+
+
+def _make_room(directory: Path) -> None:
+    """Remove the oldest files of processes that are gone, all but `MOST_FILES`: each start writes one of its own."""
+    ages = []
+    for path in directory.glob("*.jsonl*"):
+        with contextlib.suppress(FileNotFoundError):  # another process that starts makes room too
+            if not _lives(path.name.partition(".")[0]):
+                ages.append((path.stat().st_mtime, path))
+    for _, path in sorted(ages)[:-MOST_FILES]:
+        path.unlink(missing_ok=True)
+
+
+def _lives(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -57,9 +57,10 @@ local function drop_unknown(user, gone)
   if #entries == 0 then redis.call('SREM', prefix .. 'unknown', user) end
 end
 
-local function forget(user)
-  -- In the views of earlier snapshots too.
-  for _, view in ipairs(redis.call('ZRANGE', 'recsys:views', 0, -1)) do
+local function forget(user, everywhere)
+  -- In the views of other snapshots too when it is first heard of, and not again: the user may have come back there.
+  local views = everywhere and redis.call('ZRANGE', 'recsys:views', 0, -1) or {prefix}
+  for _, view in ipairs(views) do
     redis.call('DEL', view .. 'u:' .. user, view .. 'x:' .. user)
     redis.call('SREM', view .. 'users', user)
     redis.call('SREM', view .. 'unknown', user)
@@ -73,11 +74,12 @@ for n = 6, #ARGV, 3 do
   local key = prefix .. 'u:' .. user
   if operation == 'forget' or operation == 'hide' then
     redis.call('SADD', prefix .. 'forgotten', user)
+    local heard = redis.call('SADD', 'recsys:tombstoned', data) == 1
     if redis.call('SADD', prefix .. 'applied', data) == 1 and operation == 'forget' then
-      forget(user)
+      forget(user, heard)
     end
     -- Also of a log that is applied anew: the server may have lost the list before others had read it.
-    if redis.call('SADD', 'recsys:tombstoned', data) == 1 then
+    if heard then
       redis.call('RPUSH', 'recsys:tombstones', data .. '\\0' .. user)
     end
   elseif operation == 'unknown' then

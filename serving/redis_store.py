@@ -6,7 +6,7 @@
     recsys:{snapshot}:at          hash: id of a log -> position up to which it is applied
     recsys:{snapshot}:users, :forgotten, :unknown, :applied     sets: users with events, users whose snapshot is hidden,
                                   users with unknown items, tombstones that were applied
-    recsys:views                  sorted set: prefixes of the views that exist, by when each was opened last
+    recsys:views                  sorted set: prefixes of the views that exist, by when each was last applied to
     recsys:tombstones             list: what every machine's log takes over, so that each is whole by itself
     recsys:tombstoned             set: ids of tombstones that were put on that list
 
@@ -149,16 +149,20 @@ class RedisHistoryStore:
         self._delete(self._prefix)
 
     def _drop_old_views(self) -> None:
-        """Remove the views of earlier snapshots to which nothing has been applied for long."""
+        """Remove the views of earlier snapshots to which nothing has been applied for long, but whom they forgot.
+
+        A machine that serves over one still fills it again at its next post, and hides the forgotten until then.
+        """
         now = int(self._client.time()[0])
         for name in self._client.zrangebyscore(VIEWS, 0, now - KEPT_SECONDS):
             if name.decode() != self._prefix:
-                self._delete(name.decode())
+                self._delete(name.decode(), but=(name + b"forgotten", name + b"applied"))
                 self._client.zrem(VIEWS, name)
 
-    def _delete(self, prefix: str) -> None:
+    def _delete(self, prefix: str, but: Sequence[bytes] = ()) -> None:
         for keys in _some(self._client.scan_iter(f"{prefix}*", count=1_000)):
-            self._client.delete(*keys)
+            if gone := [key for key in keys if key not in but]:
+                self._client.delete(*gone)
 
     def _asked(self, work: Callable[[], T]) -> T:
         if time.monotonic() < self._down_until:
@@ -216,6 +220,8 @@ class RedisHistoryStore:
                     return self._apply(batches(log, position, None, APPLY_EVENTS), log, position, encoder, {})
                 except DataError as error:  # a log that lost its end and has grown again has no entry there
                     logger.warning("%s; the view is filled anew", error)
+            for _ in log.replay(self._base.mark(log.id).position):  # a damaged log must not cost others their view
+                pass
             self._empty()  # what the log lost was in the view; other machines' logs follow at their next post
         self._copy_tombstones(log)
         self._drop_old_views()

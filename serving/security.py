@@ -81,12 +81,16 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or path in OPEN or self._keys.accepts(_presented(scope)):
+        if scope["type"] != "http" or path in OPEN or self._accepted(scope):
             await self._app(scope, receive, send)
             return
         detail = "no accepted API key; send one as `Authorization: Bearer KEY`"
         refusal = problems.problem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
         await refusal(scope, receive, send)
+
+    def _accepted(self, scope: Scope) -> bool:
+        first, second = (self._keys.accepts(key) for key in _presented(scope))  # both, for the same time
+        return first or second
 
 
 def declare(app: FastAPI) -> None:
@@ -102,12 +106,11 @@ def declare(app: FastAPI) -> None:
     app.openapi = with_keys  # type: ignore[method-assign]
 
 
-def _presented(scope: Scope) -> bytes:
+def _presented(scope: Scope) -> list[bytes]:
+    """Return the keys sent along: one of them may be for a proxy in front."""
     headers: dict[bytes, bytes] = dict(scope["headers"])
-    if b"x-api-key" in headers:  # then Authorization may be for a proxy in front
-        return headers[b"x-api-key"]
     kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-    return key.strip() if kind.lower() == b"bearer" else b""
+    return [key.strip() if kind.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
 
 
 def _digest(key: bytes) -> bytes:

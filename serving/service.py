@@ -313,8 +313,12 @@ class Service:
         with self._swapping:
             before = self._lineup
             # First, so that whoever posts meanwhile gives the new champion's keys: nothing would correct them later.
-            self._naming = served.bundle
-            self.state.follow(self._encoder, learn=before is not None and before.champion is not served)
+            named, self._naming = self._naming, served.bundle
+            try:
+                self.state.follow(self._encoder, learn=before is not None and before.champion is not served)
+            except BaseException:
+                self._naming = named
+                raise
             self._lineup = Lineup(served, challenger, shadow, self._share)
             if before is None or before.champion is not served:
                 self._watch_recall(served.bundle)

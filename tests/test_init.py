@@ -156,6 +156,20 @@ def test_how_numbers_are_written_is_guessed(tmp_path: Path) -> None:
     assert pl.read_parquet(tmp_path / "log/items.parquet")["weight"].max() == 29_000.25
 
 
+@pytest.mark.parametrize(
+    ("price", "size", "written", "numeric"),
+    [("0.5{0}", "3,{0}", NumbersConfig(), ("price",)), ("0,5{0}", "3,{0}", NumbersConfig(","), ("price", "size"))],
+)
+def test_one_way_of_writing_numbers_is_guessed_for_all_columns(tmp_path: Path, price, size, written, numeric) -> None:
+    events = file(tmp_path, "buys.csv", "\n".join(["user;item;date", *(f"u{n % 5};{n};2024-01-01" for n in range(40))]))
+    rows = [f"{n};{price.format(n + 10)};{size.format(n + 10)}" for n in range(40)]
+    items = file(tmp_path, "items.csv", "\n".join(["item;price;size", *rows]))
+    (tmp_path / "my.toml").write_text(write_mapping(events, items, tmp_path))
+    config = load_mapping(tmp_path / "my.toml")
+    assert (config.numbers, config.items.numeric) == (written, numeric)
+    assert not ingest_files(config, tmp_path, tmp_path / "log", "x").bad
+
+
 def test_the_command_line_from_a_file_to_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file(tmp_path, "views.csv", VIEWS + VIEWS.split("\n", 1)[1].replace("14332", "14"))

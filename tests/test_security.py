@@ -109,20 +109,32 @@ def test_logs_have_ids_and_routes_and_neither_keys_nor_names(service, tmp_path):
     assert "secret" not in text
 
 
+OLD = 2**30
+"""From here on there are no process ids."""
+
+
 def test_logs_of_earlier_processes_stay_within_a_bound(tmp_path):
-    for number in range(100):
+    for number in range(OLD, OLD + 100):
         (tmp_path / f"{number}.jsonl").write_text("x")
         os.utime(tmp_path / f"{number}.jsonl", (number, number))
+    mine = f"{os.getppid()}.jsonl"  # the oldest, of a process that lives
+    (tmp_path / mine).write_text("x")
+    os.utime(tmp_path / mine, (0, 0))
     log_to(tmp_path, requests=False)
     logging.getLogger("serving").handlers.clear()
     kept = {path.name for path in tmp_path.glob("*.jsonl")}
-    assert kept == {f"{number}.jsonl" for number in range(100 - MOST_FILES, 100)} | {f"{os.getpid()}.jsonl"}
+    assert kept == {f"{number}.jsonl" for number in range(OLD + 100 - MOST_FILES, OLD + 100)} | {
+        f"{os.getpid()}.jsonl",
+        mine,
+    }
 
 
 def test_a_key_for_a_proxy_in_front_hides_no_key_of_the_service(service):
     with TestClient(patient_app(service, keys=ApiKeys([KEY]))) as client:
         both = {"Authorization": "Bearer of something else", "x-api-key": KEY}
         assert client.get("/v1/models", headers=both).status_code == 200
+        other = {"Authorization": f"Bearer {KEY}", "x-api-key": "of something else"}
+        assert client.get("/v1/models", headers=other).status_code == 200
         assert client.get("/v1/models", headers={**both, "x-api-key": "wrong"}).status_code == 401
 
 

@@ -13,7 +13,7 @@ from redis_server import RedisServer, redis_server
 from serving_world import LATER, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
-from recsys.errors import ConfigError, StoreError
+from recsys.errors import ConfigError, DataError, StoreError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.stores import Encoder, Event, LogMark
 from serving import view
@@ -233,17 +233,60 @@ def test_who_is_forgotten_is_gone_from_views_of_earlier_snapshots_and_after_a_fl
     assert stores[0].read("carl").time.tolist() == [1, 2]
 
 
+def test_who_comes_back_stays_when_another_view_hears_of_the_tombstone_later(server, tmp_path, monkeypatch):
+    logs = [SegmentLog(tmp_path / name, "os") for name in ("one", "two")]
+    older = RedisHistoryStore(server.url, Snapshot())
+    older._client.flushall()
+    monkeypatch.setattr(Snapshot, "id", "newer")
+    newer = RedisHistoryStore(server.url, Snapshot())
+    logs[0].append([Event("", "bob", "1", 1)])
+    newer.follow(logs[0], encoder(ALL))
+    logs[0].forget("bob")
+    logs[0].append([Event("", "bob", "5", 5)])
+    newer.follow(logs[0], encoder(ALL))
+    older.before_append(logs[1])
+    logs[1].append([Event("", "carl", "2", 2)])
+    older.follow(logs[1], encoder(ALL))
+    assert newer.read("bob").time.tolist() == [5]
+
+
+def test_a_damaged_log_costs_no_machine_its_view(server, tmp_path):
+    logs = [SegmentLog(tmp_path / name, "os") for name in ("one", "two")]
+    store = RedisHistoryStore(server.url, Snapshot())
+    store._client.flushall()
+    for log, user in zip(logs, ("u", "v"), strict=True):
+        log.append([Event("", user, "1", 1)])
+        store.follow(log, encoder(ALL))
+    logs[0].append([Event("", "u", "2", 2)])
+    logs[0].append([Event("", "u", "3", 3)])
+    [path] = (tmp_path / "one").glob("*.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"time":2', b'"time":7'))
+    for _ in range(2):
+        with pytest.raises(DataError):
+            store.follow(logs[0], encoder(ALL))
+        assert [store.read(user).time.tolist() for user in ("u", "v")] == [[1], [1]]
+    path.write_bytes(whole)
+    store.follow(logs[0], encoder(ALL))
+    assert store.read("u").time.tolist() == [1, 2, 3]
+
+
 def test_views_nobody_fills_any_more_are_removed(server, tmp_path, monkeypatch):
     monkeypatch.setattr("serving.redis_store.KEPT_SECONDS", -1)
     log, old = SegmentLog(tmp_path / "log", "os"), RedisHistoryStore(server.url, Snapshot())
     old._client.flushall()
     log.append([Event("", "u", "1", 1)])
+    log.forget("snapshot")
     old.follow(log, encoder(ALL))
     monkeypatch.setattr(Snapshot, "id", "newer")
     store = RedisHistoryStore(server.url, Snapshot())
     store.follow(log, encoder(ALL))
     assert store.read("u").time.tolist() == [1]
-    assert not list(store._client.scan_iter("recsys:snapshot:*"))
+    left = {key.decode() for key in store._client.scan_iter("recsys:snapshot:*")}
+    assert left == {"recsys:snapshot:forgotten", "recsys:snapshot:applied"}  # a machine over it goes on hiding them
+    assert old.read("snapshot") is None
+    old.follow(log, encoder(ALL))
+    assert (old.read("u").time.tolist(), old.read("snapshot")) == ([1], None)
 
 
 def test_a_server_that_evicts_is_refused(server):

@@ -104,6 +104,7 @@ def test_judgements_are_read_with_and_without_a_header(folder, lines):
         ("q0\td0\t1\nq0\td0\t0\n", "query 'q0' and document 'd0' have grades 1 and 0"),
         ("q0\td0\t1\nq1\td1\n", r"mine.tsv:2: expected query-id, corpus-id and a whole number, found \['q1', 'd1'\]"),
         ("q0\td0\t1\nq1\td1\t1.5\n", r"mine.tsv:2: expected"),
+        ("q0\td0\tx\nq1\td1\t1\n", r"mine.tsv:1: expected"),
         ('q0\td0\t1\n"q1\td1\t1\n', "query '\"q1' is not in"),
     ],
 )
@@ -476,10 +477,11 @@ def test_runs_are_judged_by_test_on_any_corpus_and_told_what_they_learned_from(
 
     found = judged()
     assert next(iter(found["tasks"])) == "natural test"
-    assert (said, found["weight of words"]) == ([], "0.4, by 6 of the corpus' dev or train queries")
+    assert (said, found["weight of words"]) == ([], "0.4, shipped")
     found = judged(split="train")
     assert said == ["mine learned from the queries of train: figures say nothing of new ones."]
     assert (found["learned from these queries"], found["weight of words"]) == ("mine", "0.4, shipped")
+    assert "learned from these queries" in judged(split="train", corpus=str(folder))
     other = tiny_text.beir(tmp_path / "other", documents=9, queries=4)
     (other / "qrels" / "train.tsv").unlink()
     assert next(iter(judged(corpus=str(other))["tasks"])) == "natural test"

@@ -69,7 +69,8 @@ def test_queries_that_choose_the_weight_are_checked_before_anything_is_encoded(t
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.write("q0\tnowhere\t1\n")
     with pytest.raises(DataError, match=r"train.tsv: 1 judgements of documents that are not in corpus.jsonl"):
-        corpus_passages(folder)
+        corpus_passages(folder, tuned=True)
+    assert len(corpus_passages(folder)[0].texts) == 40  # where --fusion says the weight they are not asked
 
 
 def test_queries_that_no_weight_tells_apart_leave_the_shipped_one(tmp_path):

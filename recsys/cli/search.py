@@ -27,7 +27,8 @@ def search_parts(
         return None
     if corpus is not None:
         rows = text_publish.item_rows(place.prepared) if items else None
-        passages, blank = text_publish.corpus_passages(corpus, rows)
+        tuned = encoder != text_publish.WORDS_ALONE and fusion == text_publish.BY_QUERY
+        passages, blank = text_publish.corpus_passages(corpus, rows, tuned)
         if blank:
             Terminal().say(f"{blank:,} documents have no text and are left out.")
     elif items:
