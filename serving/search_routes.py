@@ -32,12 +32,16 @@ class Searches:
         self._searching = searching
         self.reranking = reranking
 
-    def open(self, user_id: str | None) -> tuple[Served, Searcher]:
-        """Return what answers a user; raises `RequestError` 409 for a bundle that searches no text."""
+    def open(self, user_id: str | None, rerank: bool | None = None) -> tuple[Served, Searcher]:
+        """Return what answers a user; raises `RequestError` 409 for a bundle that has no text or no reranker for it."""
         served = self._service.lineup.answering(user_id)
         if served.searcher is None:
             version = served.bundle.version
             text = f"bundle {version} searches no text; publish one with `recsys publish --text-encoder`"
+            raise RequestError(409, "not_supported", text)
+        about = served.bundle.manifest.text
+        if rerank and about is not None and about.reranker is None:
+            text = f"bundle {served.bundle.version} has no reranker; leave out `rerank`, or publish with `--reranker`"
             raise RequestError(409, "not_supported", text)
         return served, served.searcher
 
@@ -75,10 +79,7 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
         keeps the order of the first stage, `dense` goes by words alone, `personal` keeps the order of the search.
         `history` says that the user's could not be read.
         """
-        served, searcher = searches.open(request.user_id)
-        if request.rerank and served.bundle.manifest.text is not None and served.bundle.manifest.text.reranker is None:
-            detail = f"bundle {served.bundle.version} has no reranker; leave out `rerank`, or publish with `--reranker`"
-            raise RequestError(409, "not_supported", detail)
+        served, searcher = searches.open(request.user_id, request.rerank)
         deadline = searcher.deadline(request.budget_ms)
         searched = await searches.run(searcher, request, deadline)
         personal = None
