@@ -214,8 +214,7 @@ class MqsaTed(nn.Module):
         """
         slots = arrange(history.padded(self.config.length), self.items.embedding_row, self.config.baskets)
         x = self.inputs(slots, _keep).double()
-        short, long = (in_float64(branch)(x, slots, _keep, True) for branch in (self.short, self.long))  # [B, 1, D]
-        mixed: Tensor = self.config.alpha * short + (1 - self.config.alpha) * long
+        mixed = self._mixed(lambda branch: in_float64(branch)(x, slots, _keep, True))  # [B, 1, D]
         return mixed[:, -1].to(self.item.dtype)
 
     def score(self, state: Tensor, request: Request, candidates: Candidates) -> Tensor:
@@ -293,9 +292,13 @@ class MqsaTed(nn.Module):
     def forward(self, slots: Slots, drop: Drop, newest: bool = False) -> Tensor:
         """Return Zhat, both branches mixed, of every basket [B, G, D] or of the newest only [B, 1, D]."""
         x = self.inputs(slots, drop)
-        short, long = self.short(x, slots, drop, newest), self.long(x, slots, drop, newest)
-        mixed: Tensor = self.config.alpha * short + (1 - self.config.alpha) * long
-        return mixed
+        return self._mixed(lambda branch: branch(x, slots, drop, newest))
+
+    def _mixed(self, output: Callable[[Branch], Tensor]) -> Tensor:
+        """Return the branches' outputs mixed by alpha; a branch without weight (SASRec's long one) is not computed."""
+        weights = ((self.short, self.config.alpha), (self.long, 1 - self.config.alpha))
+        first, *second = (weight * output(branch) for branch, weight in weights if weight)
+        return first + second[0] if second else first
 
     def inputs(self, slots: Slots, drop: Drop) -> Tensor:
         """Return X, the embedded slots [B, T, D], zero at padding."""

@@ -92,6 +92,8 @@ PAPER_PARTS = {
 }
 FILMS_CHOSEN = ("model.width=128",)
 """By both models, of four trials each on validation (`results/films_tuning.json`)."""
+FILMS_BUDGET = ("stop.max_steps=2115",)
+"""45 epochs of both: what a core does in one to two hours; the best validation of them is kept."""
 FILMS_PARTS = {
     "MQSA-TED": ("model.lambda_kd=0.1", *FILMS_CHOSEN),
     "SASRec": ("model.alpha=1.0", "model.lambda_kd=0.0", *FILMS_CHOSEN),
@@ -105,7 +107,8 @@ def _paper(dataset: str, model: str, seed: int, study: str = "paper") -> Cell:
     if model == "TRANS":  # a large prior leaves the order as it is and the tie break above float32's rounding
         return Cell(study, dataset, model, "transitions", 0, (*LOOKED_AT, "model.prior=0.1"), "leave_one_out")
     if study == "films":
-        return Cell(study, dataset, model, "mqsa_ted_films", seed, FILMS_PARTS[model], "leave_one_out")
+        settings = (*FILMS_PARTS[model], *FILMS_BUDGET)
+        return Cell(study, dataset, model, "mqsa_ted_films", seed, settings, "leave_one_out")
     epoch = USERS[dataset] // 256
     # The paper trains 200 epochs and reports the best on validation; 30 epochs without a gain end a run here.
     settings = (f"stop.validate_every={epoch}", f"stop.checkpoint_every={epoch}", "stop.patience=30")
