@@ -333,7 +333,8 @@ class MqsaTed(nn.Module):
             weight = number.to(weight.dtype)
         scaled = math.sqrt(self.config.width) * self.item.index_select(0, tokens)  # [M, D]
         head = self._dropout(generator)(scaled) / self.tau
-        mean = teacher(transitions, tokens, self.item, self.tau)  # [M, D]
+        distinct, place = torch.unique(tokens, return_inverse=True)
+        mean = teacher(transitions, distinct, self.item, self.tau).index_select(0, place)  # [M, D]
         weight = weight / weight.sum()
         partition = self._partition(head, self.item[FIRST_ITEM:], weight, pad_class=False)
         return partition - (weight * (head * mean).sum(1)).sum()
