@@ -12,13 +12,15 @@ class Deadline:
     """Ends work that takes too long.
 
     Args:
-        seconds: from now.
+        seconds: of the whole work.
         clock: gives seconds from any origin.
+        used: seconds of them that are over already, in another process.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter, used: float = 0.0) -> None:
+        self.seconds = seconds
         self._clock = clock
-        self._end = clock() + seconds
+        self._end = clock() + seconds - used
 
     @property
     def left(self) -> float:

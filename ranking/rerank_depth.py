@@ -1,7 +1,8 @@
-"""How many passages a search reranks on this machine: as many as it reads within most of the time budget, by the clock.
+"""How many passages a search reranks on this machine: as many as it reads within most of its time budget, by the clock.
 
 A reranker of MiniLM's size reads some 5 to 40 passages a second and core. A depth that is too great ends every search
-without reranking, after a second that was spent for nothing; so the depth is measured once, when a bundle is loaded.
+without reranking, after a second that was spent for nothing; so the pace is measured once, when a bundle is loaded, and
+each request's budget says how many passages that is.
 """
 
 import logging
@@ -11,30 +12,41 @@ from collections.abc import Callable
 import numpy as np
 
 from ranking.search_part import SearchPart
-from ranking.searcher import SearchConfig
+from ranking.searcher import SHARE, Searcher
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.7
-"""of the budget; the rest is for the first stage, the user's ranker, and a machine that is busier than now"""
 PROBED, ROUNDS = 6, 3
-LEAST = 2
-"""Passages that are reranked however slow the machine is: fewer have no order."""
 
 
-def affordable_depth(
-    part: SearchPart, config: SearchConfig, clock: Callable[[], float] = time.perf_counter, rounds: int = ROUNDS
-) -> int:
-    """Return `config.rerank`, or fewer passages if a reranker would not read so many in `SHARE` of the search's budget.
+def paced(searcher: Searcher, clock: Callable[[], float] = time.perf_counter, rounds: int = ROUNDS) -> Searcher:
+    """Return a searcher that knows how fast its reranker reads on this machine; warns if that limits every search.
 
     Args:
-        part: of the bundle.
-        config: depth and budget that are wanted.
+        searcher: without a pace.
         clock: gives seconds.
         rounds: of `PROBED` passages from all over the corpus; the median counts.
     """
-    if part.reranker is None or config.rerank <= LEAST:
-        return config.rerank
+    config = searcher.config
+    if searcher.part.reranker is None or not config.rerank:
+        return searcher
+    known = Searcher(searcher.part, config, _pace(searcher.part, clock, rounds))
+    depth = known.rerank_depth(config.budget_ms / 1e3)
+    if depth < config.rerank:
+        logger.warning(
+            "searches rerank the best %d instead of %d: one takes %.0f ms here now, and %.0f %% of %d ms are for them",
+            depth,
+            config.rerank,
+            1e3 * known.pace,
+            100 * SHARE,
+            config.budget_ms,
+        )
+    return known
+
+
+def _pace(part: SearchPart, clock: Callable[[], float], rounds: int) -> float:
+    """Return the seconds a passage takes."""
+    assert part.reranker is not None, "asked for only where there is one"
     places = np.linspace(0, len(part.passages) - 1, min(PROBED, len(part.passages))).astype(int)
     texts = [part.passages.text(place) for place in places.tolist()]
     seconds = []
@@ -42,16 +54,4 @@ def affordable_depth(
         began = clock()
         part.reranker.rerank(texts[0][:100], texts)
         seconds.append((clock() - began) / len(texts))
-    each = float(np.median(seconds[1:]))
-    fits = config.rerank if each <= 0 else int(SHARE * config.budget_ms / 1e3 / each)
-    depth = max(min(config.rerank, fits), LEAST)
-    if depth < config.rerank:
-        logger.warning(
-            "searches rerank the best %d instead of %d: one takes %.0f ms here now, and %.0f %% of %d ms are for them",
-            depth,
-            config.rerank,
-            1e3 * each,
-            100 * SHARE,
-            config.budget_ms,
-        )
-    return depth
+    return float(np.median(seconds[1:]))

@@ -35,6 +35,10 @@ from recsys.search_messages import Mode
 
 logger = logging.getLogger(__name__)
 
+SHARE = 0.7
+"""of a search's budget is for the reranker; the rest for the first stage, the user's ranker, and a busier machine"""
+LEAST = 2
+"""Passages that are reranked however slow the machine is: fewer have no order."""
 CHARACTERS_PER_TOKEN = 32
 """No tokenizer needs more text for a token; what lies beyond is cut before it is looked at."""
 
@@ -46,7 +50,7 @@ class SearchConfig:
     depth: int = 100
     """passages of each first stage"""
     rerank: int = 20
-    """passages at the head of the first stage that are reranked"""
+    """passages at the head of the first stage that are reranked, if the budget is enough for so many"""
     rerank_covered: bool = False
     """rerank also where one passage holds nearly all words of the query, unless the request says itself"""
     items_per_passage: int = 20
@@ -209,11 +213,19 @@ class Searcher:
     Args:
         part: of the bundle.
         config: depths and budgets.
+        pace: seconds the reranker takes for a passage on this machine (`ranking.rerank_depth`); 0 is not known.
     """
 
-    def __init__(self, part: SearchPart, config: SearchConfig = SearchConfig()) -> None:
+    def __init__(self, part: SearchPart, config: SearchConfig = SearchConfig(), pace: float = 0.0) -> None:
         self.part = part
         self.config = config
+        self.pace = pace
+
+    def rerank_depth(self, seconds: float) -> int:
+        """Return how many passages a search of so many seconds reranks: what fits in `SHARE` of them."""
+        if self.pace <= 0 or self.config.rerank <= LEAST:
+            return self.config.rerank
+        return max(LEAST, int(min(self.config.rerank, SHARE * seconds / self.pace)))
 
     def deadline(self, budget_ms: int | None) -> Deadline:
         """Start the clock of a search."""
@@ -339,7 +351,7 @@ class Searcher:
         """Order the head anew, or leave it and say so if there is no time for it."""
         reranker = self.part.reranker
         assert reranker is not None, "asked for only where there is one"
-        head = found.rows[: self.config.rerank]
+        head = found.rows[: self.config.rerank if deadline is None else self.rerank_depth(deadline.seconds)]
         texts = [self.part.passages.text(row) for row in head.tolist()]
         try:
             if deadline is not None:

@@ -45,7 +45,9 @@ class ModelsResponse(Message):
     items: int
     passages: int | None = Field(default=None, description="distinct texts a search goes over; null without text")
     rerank_depth: int | None = Field(
-        default=None, description="passages at the head of a search that are reranked, by this machine's measured speed"
+        default=None,
+        description="passages at the head of a search that are reranked within the default budget, by this machine's "
+        "measured speed; a request's own budget_ms scales it",
     )
     created: str = Field(description="ISO 8601, UTC")
     commit: str

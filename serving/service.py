@@ -288,12 +288,15 @@ class Service:
         bundle, searcher = lineup.champion.bundle, lineup.champion.searcher
         manifest = bundle.manifest
         reranks = manifest.text is not None and manifest.text.reranker is not None
+        depth = None
+        if searcher is not None and reranks:
+            depth = searcher.rerank_depth(searcher.deadline(None).seconds)
         return ModelsResponse(
             version=bundle.version,
             models=_models(manifest),
             items=manifest.counts["items"],
             passages=None if manifest.text is None else manifest.text.passages,
-            rerank_depth=searcher.config.rerank if searcher is not None and reranks else None,
+            rerank_depth=depth,
             created=manifest.provenance.created,
             commit=manifest.provenance.commit,
             data_digest=manifest.provenance.data_digest,

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -232,7 +232,7 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
     """
     from ranking.bundle import Bundle
     from ranking.devices import pick_device
-    from ranking.rerank_depth import affordable_depth
+    from ranking.rerank_depth import paced
     from ranking.searcher import Searcher
 
     # Where models run elsewhere this process has no share of a GPU, and perhaps none at all.
@@ -244,10 +244,7 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
         bundle = elsewhere.bundle(bundle)
     searcher, config = None, service.search_config
     if bundle.text is not None:
-        if elsewhere is None:
-            searcher = Searcher(bundle.text, replace(config, rerank=affordable_depth(bundle.text, config)))
-        else:
-            searcher = elsewhere.searcher(bundle, config)
+        searcher = elsewhere.searcher(bundle, config) if elsewhere else paced(Searcher(bundle.text, config))
         for _ in range(WARM_REQUESTS):
             searcher.search(bundle.text.passages.text(0), rerank=True)
     if bundle.ranking_model is None:

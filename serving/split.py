@@ -30,7 +30,7 @@ from ranking.devices import pick_device
 from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.ranker import Retriever
-from ranking.rerank_depth import affordable_depth
+from ranking.rerank_depth import paced
 from ranking.searcher import Reranked, SearchConfig, Searched, Searcher
 from recsys.errors import BundleError, ConfigError, RequestError
 from recsys.search_messages import Mode
@@ -38,6 +38,8 @@ from serving.lineup import BundlePlace, Plan
 
 Part = Literal["retriever", "ranker", "text"]
 PARTS: tuple[Part, ...] = get_args(Part)
+Spent = tuple[float, float] | None
+"""A deadline on its way to another process: its seconds, and how many of them are over."""
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ class _Held:
         self.bundle = bundle
         self.searcher = None
         if bundle.text is not None:
-            self.searcher = Searcher(bundle.text, replace(search, rerank=affordable_depth(bundle.text, search)))
+            self.searcher = paced(Searcher(bundle.text, search))
 
 
 def _only(part: Part, bundle: Bundle) -> Bundle:
@@ -176,8 +178,8 @@ def _holds(held: _Held) -> str:
     return held.bundle.version
 
 
-def _depth(held: _Held) -> int:
-    return _searcher(held).config.rerank
+def _pace(held: _Held) -> float:
+    return _searcher(held).pace
 
 
 def _score(held: _Held, history: History, request: Request, candidates: Candidates) -> Tensor:
@@ -208,13 +210,17 @@ def _exact(
     return held.bundle.index.exact(vectors, k, allowed)
 
 
-def _find(held: _Held, query: str, seconds: float | None, mode: Mode | None, rerank: bool | None) -> dict[str, Any]:
-    found = _searcher(held).search(query, None if seconds is None else Deadline(seconds), mode, rerank)
+def _find(held: _Held, query: str, spent: Spent, mode: Mode | None, rerank: bool | None) -> dict[str, Any]:
+    found = _searcher(held).search(query, _deadline(spent), mode, rerank)
     return {name: getattr(found, name) for name in FOUND}
 
 
-def _rerank(held: _Held, query: str, documents: Sequence[str], tokens: int, seconds: float | None) -> Reranked:
-    return _searcher(held).rerank(query, documents, tokens, None if seconds is None else Deadline(seconds))
+def _rerank(held: _Held, query: str, documents: Sequence[str], tokens: int, spent: Spent) -> Reranked:
+    return _searcher(held).rerank(query, documents, tokens, _deadline(spent))
+
+
+def _deadline(spent: Spent) -> Deadline | None:
+    return None if spent is None else Deadline(spent[0], used=spent[1])
 
 
 FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded", "timings", "covered")
@@ -222,7 +228,7 @@ FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded",
 
 STAGES: Mapping[str, Callable[..., Any]] = {
     "holds": _holds,
-    "depth": _depth,
+    "pace": _pace,
     "score": _score,
     "user_vectors": _user_vectors,
     "item_vectors": _item_vectors,
@@ -279,8 +285,8 @@ class Elsewhere:
         """Return what searches the text of such a bundle."""
         assert bundle.text is not None, "asked for only where there is text"
         place = BundlePlace(bundle.directory, bundle.version)
-        depth: int = self.ask("text", "depth", place)  # its machine's speed decides
-        return _Searcher(self.ask, place, bundle, replace(config, rerank=depth))
+        pace: float = self.ask("text", "pace", place)  # its machine's speed decides
+        return _Searcher(self.ask, place, bundle, config, pace)
 
 
 @dataclass(frozen=True)
@@ -348,24 +354,24 @@ class _Index:
 class _Searcher(Searcher):
     """Stands for a searcher."""
 
-    def __init__(self, ask: Ask, place: BundlePlace, bundle: Bundle, config: SearchConfig) -> None:
+    def __init__(self, ask: Ask, place: BundlePlace, bundle: Bundle, config: SearchConfig, pace: float) -> None:
         assert bundle.text is not None, "asked for only where there is text"
-        super().__init__(bundle.text, config)
+        super().__init__(bundle.text, config, pace)
         self._ask = ask
         self._place = place
 
     def search(
         self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool | None = None
     ) -> Searched:
-        found = self._ask("text", "find", self._place, query, _left(deadline), mode, rerank)
+        found = self._ask("text", "find", self._place, query, _spent(deadline), mode, rerank)
         return Searched(**found, part=self.part, config=self.config)
 
     def rerank(
         self, query: str, documents: Sequence[str], max_tokens: int, deadline: Deadline | None = None
     ) -> Reranked:
-        found: Reranked = self._ask("text", "rerank", self._place, query, documents, max_tokens, _left(deadline))
+        found: Reranked = self._ask("text", "rerank", self._place, query, documents, max_tokens, _spent(deadline))
         return found
 
 
-def _left(deadline: Deadline | None) -> float | None:
-    return None if deadline is None else deadline.left
+def _spent(deadline: Deadline | None) -> Spent:
+    return None if deadline is None else (deadline.seconds, deadline.seconds - deadline.left)

@@ -25,7 +25,7 @@ from ranking.deadline import Deadline
 from ranking.fusion import Mix, Ranking, convex_fusion
 from ranking.passages import NO_ITEM, Passages
 from ranking.recommender import Recommender
-from ranking.rerank_depth import affordable_depth
+from ranking.rerank_depth import paced
 from ranking.search_part import SHIFT
 from ranking.searcher import SearchConfig, Searcher, shortened
 from ranking.snapshot import SnapshotReader
@@ -380,9 +380,20 @@ def test_for_a_user_passages_are_ordered_by_both_ranks(bundle, scores, weight):
     ("each", "budget", "depth"),
     [(0.001, 1000, 20), (0.034, 1000, 20), (0.069, 1000, 10), (0.35, 1000, 2), (60.0, 1000, 2), (0.1, 200, 2)],
 )
-def test_a_search_reranks_what_this_machine_reads_in_its_budget(bundle, each, budget, depth):
+def test_a_search_reranks_what_this_machine_reads_in_its_budget(bundle, caplog, each, budget, depth):
     reranker = WordCount()
     part = dataclasses.replace(bundle.text, reranker=reranker)
-    config = SearchConfig(budget_ms=budget)
-    assert affordable_depth(part, config, lambda: reranker.scored * each) == depth
-    assert affordable_depth(dataclasses.replace(part, reranker=None), config, lambda: 0.0) == config.rerank
+    searcher = paced(Searcher(part, SearchConfig(budget_ms=budget)), lambda: reranker.scored * each)
+    assert searcher.pace == pytest.approx(each)
+    assert searcher.search("red tea", searcher.deadline(None), rerank=True).reranked == depth
+    assert (f"the best {depth} instead of 20" in caplog.text) == (depth < 20)
+    assert searcher.search("red tea", rerank=True).reranked == 20  # without a budget, as in evaluation
+    assert paced(Searcher(bundle.text), lambda: 0.0).pace == 0
+
+
+@given(st.floats(0.001, 1), st.integers(1, 30), st.lists(st.floats(0.01, 20), min_size=2, max_size=2))
+def test_a_larger_budget_never_reranks_fewer(bundle, pace, most, budgets):
+    searcher = Searcher(bundle.text, SearchConfig(rerank=most), pace)
+    little, much = (searcher.rerank_depth(seconds) for seconds in sorted(budgets))
+    assert min(2, most) <= little <= much <= most
+    assert little <= 2 or little * pace <= 0.7 * min(budgets) * (1 + 1e-9)
