@@ -2,6 +2,9 @@
 
 Accents count for nothing (`creme` finds `crème`), nor does how a letter is encoded. Chinese and Japanese write no
 blanks: each of their signs is a word, and so is each pair of neighbours. Other writing without blanks is not cut.
+
+Codes are also found as one word: `WH-1000XM4` is `wh`, `1000xm4` and `wh1000xm4`. A code is what hyphens join and has a
+letter and a digit.
 """
 
 import re
@@ -14,6 +17,7 @@ _SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """kana and ideographs"""
 _RUN = re.compile(f"[{_SIGNS}]+")
 _ACCENTS = re.compile("[\u0300-\u036f]")
+_CODE = re.compile(r"\b(?=[\w-]*\d)(?=[\w-]*[^\W\d_])\w+(?:-\w+)+\b")
 _WORD = rf"(?u)\b\w\w+\b|[{_SIGNS}]"
 
 
@@ -22,7 +26,11 @@ def words_of(texts: Sequence[str]) -> list[list[str]]:
     import bm25s
 
     found: list[list[str]] = bm25s.tokenize(
-        [folded(text) for text in texts], stopwords="en", token_pattern=_WORD, show_progress=False, return_ids=False
+        [_with_codes(folded(text)) for text in texts],
+        stopwords="en",
+        token_pattern=_WORD,
+        show_progress=False,
+        return_ids=False,
     )
     return found
 
@@ -33,6 +41,11 @@ def folded(text: str) -> str:
         return text
     plain = _ACCENTS.sub("", unicodedata.normalize("NFKD", text))
     return _RUN.sub(_signs, unicodedata.normalize("NFKC", plain))
+
+
+def _with_codes(text: str) -> str:
+    joined = [code.replace("-", "") for code in _CODE.findall(text)] if "-" in text else []
+    return " ".join([text, *joined])
 
 
 def _signs(run: Any) -> str:

@@ -275,6 +275,19 @@ def test_words_of_other_languages_are_found(query, found):
     assert index.coverage([query], index.search([query], 6))[0] > 0
 
 
+@pytest.mark.parametrize("query", ["WH-1000XM4", "wh1000xm4", "WH1000XM4 headphones"])
+@pytest.mark.parametrize("written", ["Sony WH-1000XM4 headphones", "Sony WH1000XM4 headphones"])
+def test_a_code_is_found_with_and_without_its_hyphens(query, written):
+    index = Bm25.build(["Bose QC-45 headphones", "free-stream flow", written])
+    assert index.search([query], 3).rows[0, 0] == 2
+
+
+def test_only_codes_are_joined():
+    assert words_of(["free-stream 2-3 X-1 mach-2-a -7b a--b1"]) == [
+        ["free", "stream", "mach", "7b", "b1", "x1", "mach2a"]
+    ]
+
+
 @given(st.text(), st.text(alphabet=st.characters(codec="ascii")))
 def test_how_a_text_is_encoded_changes_no_word_and_ascii_is_left_alone(text, ascii_text):
     assert folded(ascii_text) == ascii_text
