@@ -1,7 +1,8 @@
 """Comparing models on the same requests and candidates: what decides is named beforehand, the rest is exploratory.
 
 One primary metric over all requests decides, and at most five segments named beforehand, each at a level that keeps the
-chance of any false word among them at that of one (Bonferroni). Everything else in the output is marked exploratory.
+chance of any false word among them about two models at that of one (Bonferroni). Verdicts on further pairs add their
+own chances: of seven equal models some pair differs by luck. Everything else in the output is marked exploratory.
 Nothing is trained here.
 """
 

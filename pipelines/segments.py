@@ -133,14 +133,13 @@ def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: f
         head_share: share of all events the head makes up, at least.
         tail_share: share of all events the tail makes up, at most.
     """
-    descending = np.sort(count[count > 0])[::-1]
-    if not len(descending):
+    value, items = np.unique(count[count > 0], return_counts=True)  # ascending
+    if not len(value):
         return 1, 0
-    running = np.cumsum(descending) / descending.sum()
-    head = int(descending[np.searchsorted(running, head_share)])
-    behind = 1 - running + descending / descending.sum()  # share of an item and all less frequent ones
-    within = descending[behind <= tail_share]
-    tail = int(within[0]) if len(within) else int(descending[-1])
+    events = np.cumsum(value * items)  # of items with so many events or fewer
+    above = events[-1] - events + value * items  # of items with so many or more
+    head = int(value[np.flatnonzero(above >= head_share * events[-1])[-1]])
+    tail = int(value[max(np.count_nonzero(events <= tail_share * events[-1]), 1) - 1])
     return head, min(tail, head - 1)
 
 
@@ -203,7 +202,8 @@ def _ages(
     at = sample.requests.at
     if not config.item_age_days or not len(at) or abs(int(at.max())) < POSITIONS:
         return
-    age = (at[request] - np.minimum(first_seen(prepared)[item], at[request] + 1)) / DAY  # -1 us: not seen before
+    seen = np.minimum(first_seen(prepared)[item], at[request])  # what is taken now was seen now at the latest
+    age = np.where(seen < at[request], (at[request] - seen) / DAY, -1.0)
     starts = [0, *config.item_age_days]
     yield Segment("item_age_unseen", "item age", "never seen before the request", positives=np.asarray(age < 0))
     for low, high in zip(starts, [*config.item_age_days, None], strict=True):

@@ -122,15 +122,32 @@ def of_methods(
         return Verdict(
             "methods", name, other, ask.segment, ask.metric, "cannot tell", value, None, None, ask.users, None, why
         )
-    drawn = _drawn_mean(first[1], rule.seed, "ours") - _drawn_mean(second[1], rule.seed, "theirs")
-    total = float(np.nanvar(drawn))
-    seeds = [float(values.var(ddof=1)) / len(values) for values in (ours, theirs)]
-    below = sum(part**2 / (len(values) - 1) for part, values in zip(seeds, (ours, theirs), strict=True))
-    freedom = total**2 / below if below else np.inf
-    reach = float(np.sqrt(total) * student.ppf(0.5 + rule.level / 2, freedom))
-    of_users = float(np.sqrt(max(total - sum(seeds), 0.0)))
+    low, high, of_users = between_methods(first[1], second[1], rule)
     why = f"{len(ours)} and {len(theirs)} seeds"
-    return _verdict("methods", ask, (name, other), value, (value - reach, value + reach), of_users, rule, why)
+    return _verdict("methods", ask, (name, other), value, (low, high), of_users, rule, why)
+
+
+def between_methods(
+    first: Sequence[Estimate], second: Sequence[Estimate], rule: Rule = Rule()
+) -> tuple[float, float, float]:
+    """Return the interval of the difference of two methods' means over users and seeds, and the users' share of it.
+
+    Args:
+        first: runs of one method, that differ in their seed alone. A single run counts as certain: the interval then
+            says nothing of that side's seeds.
+        second: of the other, on the same users and resamples.
+        rule: level, and seed of the draws.
+
+    Returns:
+        Low and high end, and the standard deviation that is due to the users.
+    """
+    values = [np.array([one.value for one in runs]) for runs in (first, second)]
+    total = float(np.nanvar(_drawn_mean(first, rule.seed, "ours") - _drawn_mean(second, rule.seed, "theirs")))
+    seeds = [float(each.var(ddof=1)) / len(each) if len(each) > 1 else 0.0 for each in values]
+    below = sum(part**2 / (len(each) - 1) for part, each in zip(seeds, values, strict=True) if len(each) > 1)
+    freedom = total**2 / below if below else np.inf
+    value, reach = values[0].mean() - values[1].mean(), np.sqrt(total) * student.ppf(0.5 + rule.level / 2, freedom)
+    return float(value - reach), float(value + reach), float(np.sqrt(max(total - sum(seeds), 0.0)))
 
 
 def all_twins(ask: Question, runs: Mapping[str, Estimate], rule: Rule) -> list[Verdict]:
@@ -142,6 +159,8 @@ def _drawn_mean(runs: Sequence[Estimate], seed: int, purpose: str) -> Floats:
     """Return the mean over seeds drawn with replacement, on each resample of the users, float64 [resamples]."""
     table: NDArray[np.float64] = np.stack([one.resampled for one in runs])  # [seeds, resamples]
     number = len(table)
+    if number == 1:
+        return table[0]
     draws = generator(seed, 0, f"seeds/{purpose}").integers(0, number, (number, table.shape[1]))
     mean = table.mean(axis=0)
     drawn: Floats = mean + np.sqrt(number / (number - 1)) * (np.take_along_axis(table, draws, 0).mean(axis=0) - mean)

@@ -126,7 +126,9 @@ def test_enhancement_keeps_signs_and_stays_within_its_bound(seed, spread):
     assert ((enhanced * e).sum(dim=-1) >= 1 / torch.cosh(spans / 2) - 1e-12).all()
     torch.testing.assert_close(enhance(e, z + 3.0), enhanced)
     torch.testing.assert_close(enhance(e * 7.0, z), enhanced)
-    jacobian = torch.autograd.functional.jacobian(lambda x: torch.softmax(x, dim=-1), z[0])
+    torch.testing.assert_close(enhance(e, torch.full_like(z, spread)), e, atol=1e-15, rtol=0)
+    one = torch.ones_like(z[:1])
+    jacobian = torch.autograd.functional.jacobian(lambda x: enhance(one, x[None], normalized=False)[0], z[0])
     torch.testing.assert_close(jacobian, torch.diag(v[0]) - torch.outer(v[0], v[0]), atol=1e-9, rtol=0)
 
 
@@ -234,6 +236,12 @@ def test_contrastive_loss_has_its_known_values():
     assert float(contrastive_loss(q, p, target, none, 0.02)) == pytest.approx(0, abs=1e-6)
     p[target + 1] = p[target]
     assert float(contrastive_loss(q, p, target, none, 0.02)) == pytest.approx(math.log(2), abs=1e-6)
+    draws = torch.Generator().manual_seed(0)
+    q, p, order = torch.randn(4, 3, generator=draws), torch.randn(8, 3, generator=draws), torch.randperm(8)
+    moved = float(contrastive_loss(q, p[order], torch.argsort(order)[target], none, 0.02))
+    assert moved == pytest.approx(float(contrastive_loss(q, p, target, none, 0.02)), rel=1e-5)
+    q, p = torch.eye(4), torch.eye(8, 4) * 0
+    p[target], p[target + 1] = torch.eye(4), torch.eye(4)
     same = none.clone()
     same[torch.arange(4), target + 1] = True  # false negatives are masked out
     assert float(contrastive_loss(q, p, target, same, 0.02)) == pytest.approx(0, abs=1e-6)

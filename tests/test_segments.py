@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines.evaluate import evaluate
 from pipelines.evaluation import EvaluateConfig
@@ -35,10 +37,34 @@ def test_bounds_of_head_and_tail_by_arithmetic():
     # 100 events: 50 + 20 + 10 + 10 + 5 + 5; the first item alone is half, the last two are a tenth
     count = np.array([5, 50, 10, 0, 20, 5, 10])
     assert popularity_bounds(count, 0.5, 0.1) == (50, 5)
-    assert popularity_bounds(count, 0.6, 0.2) == (20, 10)  # the last 10 together with both 5s are a fifth
+    assert popularity_bounds(count, 0.6, 0.2) == (20, 5)  # both 10s with both 5s would be three tenths
+    assert popularity_bounds(count, 0.7, 0.3) == (20, 10)
+    assert popularity_bounds(np.array([50, 10, 10, 10, 10, 10]), 0.5, 0.2) == (50, 10)  # no smaller tail
     assert popularity_bounds(np.zeros(3, np.int64), 0.5, 0.2) == (1, 0)
     head, tail = popularity_bounds(np.ones(4, np.int64), 0.5, 0.2)
     assert tail < head  # no item is in both
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.floats(0.05, 0.95), st.floats(0.01, 0.9))
+def test_the_head_has_its_share_and_the_tail_no_more_than_its_own(counts, head_share, tail_share):
+    count = np.array(counts)
+    head, tail = popularity_bounds(count, head_share, tail_share)
+    assert tail < head
+    assert count[count >= head].sum() >= head_share * count.sum() > count[count > head].sum()
+    assert count[count <= tail].sum() <= tail_share * count.sum() or tail == count.min()
+
+
+def test_an_item_first_taken_in_the_request_itself_was_never_seen_before(prepared, pool, monkeypatch):
+    at, label = pool.sample.requests.at[pool.request], pool.sets.label > 0
+    first = first_seen(prepared)
+    first[pool.sets.item[label][0]] = at[label][0]  # as if nobody had taken it before
+    monkeypatch.setattr("pipelines.segments.first_seen", lambda _: first)
+    segments, seen = found(prepared, pool), first[pool.sets.item]
+    new = segments["item_age_unseen"].kept(pool.request, pool.sets.item, label) & label
+    assert np.array_equal(new, label & (seen >= at))
+    assert new.any()
+    young = segments["item_age_0_29"].kept(pool.request, pool.sets.item, label) & label
+    assert (seen[young] < at[young]).all()
 
 
 def test_popularity_age_and_category_each_divide_the_positives(prepared, pool):

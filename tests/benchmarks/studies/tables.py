@@ -2,8 +2,8 @@
 
     python tests/benchmarks/studies/tables.py                  # to stdout, and to results/tables.md
 
-An interval of a difference resamples users and, where there are several, seeds: each resample draws the users once for
-both models and the seeds of each model anew. With one seed it covers the users alone, and says so. A cell without a
+An interval of a difference is that of `recsys compare` on methods (`pipelines.verdicts`): over users, drawn once for
+both models, and over the seeds of each, few as they are. A side with one seed counts as certain. A cell without a
 result says "not run yet".
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 HERE = Path(__file__).resolve().parent
@@ -26,10 +25,10 @@ from benchmarks.studies.measure import Vectors, load_vectors  # noqa: E402
 from benchmarks.studies.plan import STUDIES, Cell, Claim, Study, cells  # noqa: E402
 
 from pipelines.leave_one_out import CUTS, Ranks  # noqa: E402
-from recsys.bootstrap import Ratio, bootstrap  # noqa: E402
+from pipelines.verdicts import between_methods  # noqa: E402
+from recsys.bootstrap import Estimate, Ratio, bootstrap  # noqa: E402
 from recsys.errors import DataError  # noqa: E402
 from recsys.files import read_json, whole_file  # noqa: E402
-from recsys.randomness import generator  # noqa: E402
 
 RESAMPLES = 2000
 MISSING = "not run yet"
@@ -91,19 +90,15 @@ def difference(ours: Sequence[Result], theirs: Sequence[Result], metric: str) ->
     digests = {one.record["data"]["digest"] for one in (*ours, *theirs)}
     if len(digests) > 1:
         raise DataError(f"{metric}: results of different data can't be paired: {', '.join(sorted(digests))}")
-    (mean, resampled), (other, others) = (
-        _over_seeds(side, metric, word) for side, word in ((ours, "ours"), (theirs, "theirs"))
-    )
-    low, high = np.nanpercentile(resampled - others, [2.5, 97.5])
-    return mean - other, float(low), float(high)
+    first, second = ([_estimate(one, metric) for one in side] for side in (ours, theirs))
+    low, high, _ = between_methods(first, second)
+    mean, other = (statistics.fmean(one.value for one in side) for side in (first, second))
+    return mean - other, low, high
 
 
-def _over_seeds(results: Sequence[Result], metric: str, side: str) -> tuple[float, NDArray[np.float64]]:
-    ratios = [one.ratio(metric) for one in results]
-    estimates = [bootstrap({metric: one}, len(one.numerator), RESAMPLES, 2023)[metric] for one in ratios]
-    by_seed = np.stack([one.resampled for one in estimates])  # [S, R]
-    drawn = generator(2023, 0, f"seeds/{side}").integers(0, len(by_seed), by_seed.shape)
-    return statistics.fmean(one.value for one in estimates), np.take_along_axis(by_seed, drawn, 0).mean(0)
+def _estimate(result: Result, metric: str) -> Estimate:
+    ratio = result.ratio(metric)
+    return bootstrap({metric: ratio}, len(ratio.numerator), RESAMPLES, 2023)[metric]
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
@@ -230,13 +225,8 @@ def _judged(claim: Claim, found: Mapping[str, Sequence[Result]]) -> list[str]:
         return [MISSING, "–", "–"]
     mean, low, high = difference(ours, theirs, claim.metric)
     verdict = "no difference found" if low <= 0 <= high else "above" if low > 0 else "below"
-    least = (
-        min(len(side) for side in (ours, theirs) if side[0].record["training"]["steps"] or len(side) > 1)
-        if any(side[0].record["training"]["steps"] for side in (ours, theirs))
-        else 1
-    )
-    words = f"{least}" if least > 1 else "1: users only"
-    return [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", words, verdict]
+    seeds = f"{len(ours)} and {len(theirs)}"
+    return [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", seeds, verdict]
 
 
 def render(results: Mapping[tuple[str, str, str], list[Result]]) -> str:
@@ -275,17 +265,22 @@ def render(results: Mapping[tuple[str, str, str], list[Result]]) -> str:
 
 
 def prepared_sets(found: Mapping[str, Sequence[Result]]) -> str:
-    """Say which prepared set the rows are of, by the beginning of its digest, and which commits ran them."""
+    """Say by digest which prepared set the rows are of, and which commits ran them (+: with changes)."""
     rows: dict[str, list[str]] = {}
     for row, seeds in found.items():
         for one in seeds:
             rows.setdefault(one.record["data"]["digest"][:8], []).append(row)
     if not rows:
         return f"Prepared set: {MISSING}."
-    commits = sorted({str(one.record["commit"])[:7] for seeds in found.values() for one in seeds})
+    commits = sorted({_short(one.record["commit"]) for seeds in found.values() for one in seeds})
     told = (f"`{digest}` ({', '.join(dict.fromkeys(names))})" for digest, names in rows.items())
     sets = f"`{next(iter(rows))}`, all rows" if len(rows) == 1 else "; ".join(told)
     return f"Prepared set: {sets}. Run at {', '.join(commits)}."
+
+
+def _short(commit: str) -> str:
+    """Return the first seven digits of a commit, and `+` where files were changed since."""
+    return commit[:7] + "+" * commit.endswith("-dirty")
 
 
 def _facts(found: Mapping[str, Sequence[Result]], sampler: str) -> str:
