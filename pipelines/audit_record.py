@@ -22,10 +22,9 @@ from pipelines.findings import number, percent
 from pipelines.tables import Cell, Table
 from recsys.errors import DataError
 from recsys.files import read_json, write_json
+from recsys.history import POSITIONS
 
 FORMAT = 1
-POSITIONS = 1_000_000_000_000
-"""Below it a moment is a position in a log of order only: as microseconds it would lie in the first days of 1970."""
 
 
 def moment(microseconds: int) -> str:

@@ -38,6 +38,8 @@ class DataCard:
         users: with events.
         items: with events.
         catalogue_items: of the item table.
+        in_catalogue: items with events that the item table has; all of them where there is none.
+        not_in_catalogue: ids of a few that it does not have.
         missing_text: items with events that have no text of their own.
         impressions: rows kept of them; 0 where the log has none.
         bad_impressions: rows of them that could not be meant.
@@ -59,6 +61,8 @@ class DataCard:
     users: int
     items: int
     catalogue_items: int
+    in_catalogue: int
+    not_in_catalogue: tuple[str, ...]
     missing_text: int
     impressions: int
     bad_impressions: int
@@ -81,6 +85,7 @@ class DataCard:
             ("events kept", f"{self.events:,}"),
             ("users", f"{self.users:,}"),
             ("items", f"{self.items:,} with events, {self.catalogue_items:,} in the catalogue"),
+            ("  in both", f"{self.in_catalogue:,}"),
             ("items without text", f"{self.missing_text:,}"),
             ("events per user", ", ".join(f"{name} {n:,}" for name, n in self.history.items())),
             ("repeats", f"{self.repeated_share:.1%} of the events"),
@@ -91,6 +96,15 @@ class DataCard:
         if self.impressions or self.bad_impressions:
             rows.append(("impressions", f"{self.impressions:,}, and {self.bad_impressions:,} bad"))
         return rows
+
+    def doubts(self) -> list[str]:
+        """Return what is well formed and yet hardly meant, in sentences."""
+        if 2 * self.in_catalogue >= self.items:
+            return []
+        return [
+            f"Only {self.in_catalogue:,} of {self.items:,} items with events are in the catalogue; its ids may be "
+            f"written in another way, since it does not have {', '.join(map(repr, self.not_in_catalogue))}."
+        ]
 
     def _moment(self, value: int) -> str:
         if self.order == "position":

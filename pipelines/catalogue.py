@@ -121,8 +121,8 @@ def _refuse_late(part: Part, found: Sequence[pl.DataFrame]) -> None:
         user, first, before = pl.concat(found).sort(USER_ID).select(USER_ID, TIMESTAMP, NEWEST).row(0)
         raise DataError(
             f"{part.directory / 'events.parquet'}: user {user!r} has an event at {first}, not after the user's newest "
-            f"event {before} of the parts before ({count:,} such users); a later part holds later events only: "
-            "ingest the whole log as one and prepare it again"
+            f"event {before} of the parts before ({count:,} such users); a later part holds later events only. "
+            f"Ingest the whole log as one, remove {part.directory} and prepare again"
         )
 
 

@@ -5,6 +5,7 @@ row a bad one. Nothing is decided row by row in Python: all of it is polars expr
 """
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,12 +13,15 @@ import polars as pl
 
 from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig
 from recsys.errors import DataError
-from recsys.history import EARLIEST, LATEST
+from recsys.history import DAY, EARLIEST, LATEST
 
 _TIME_OF_DAY = ("%H", "%I", "%k", "%l", "%T", "%R", "%X", "%c", "%s")
 """parts of a format without which a text is a date"""
+AHEAD = "a time that is not in the future: a single one moves the periods that validate and test"
 _MARKED = r"^[+-]?\d[\d.,' ]*\d$"
 """a number, whatever its marks"""
+CONTAINER = r'^(\[\s*(["\d\[{\]-]|true|false|null)|\{\s*["}])'
+"""a list or an object of JSON; `[deleted]` is an id"""
 _OFFSET = r"\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})$"
 
 
@@ -53,6 +57,7 @@ def read_id(column: str, kind: pl.DataType, file: str) -> Field:
         text,
         lambda parsed: (
             Problem(odd, "an id without decimals"),
+            Problem(parsed.str.contains(CONTAINER).fill_null(False), "an id, not a list or an object of JSON"),
             Problem(parsed.is_null() | (parsed == ""), "an id, found nothing"),
         ),
     )
@@ -160,6 +165,7 @@ def _moment_problems(column: str, kind: pl.DataType, parsed: pl.Expr, config: Ti
         Problem(parsed.is_null() & number, f'{wanted}; a number since 1970 needs [time] unit = "s", "ms" or "us"'),
         Problem(parsed.is_null(), wanted),
         Problem(outside, "a time between 1980 and 2199"),
+        Problem((parsed > _tomorrow()).fill_null(False), AHEAD),
     )
 
 
@@ -180,7 +186,12 @@ def _number_problems(column: str, number: pl.Expr, unit: str) -> tuple[Problem, 
             for other in others
         ),
         Problem(outside, f"a time in {unit} between 1980 and 2199"),
+        Problem((number > _tomorrow() / MICROSECONDS[unit]).fill_null(False), AHEAD),
     )
+
+
+def _tomorrow() -> int:
+    return time.time_ns() // 1000 + DAY
 
 
 def _inside(number: pl.Expr, unit: str) -> pl.Expr:

@@ -14,7 +14,7 @@ keep the order they had, unless sessions had to be cut.
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -91,7 +91,7 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
         written = pl.scan_parquet(out / "events.parquet")
         count = _check_events(raw.name, written)
         facts = measure_events(out / "events.parquet", count, Path(work))
-        missing_text = _write_items(raw, out, facts.items)
+        missing = _write_items(raw, out, facts.items)
         if raw.users is None:
             write_users(out / "events.parquet", facts.first_rows, out / "users.parquet", Path(work))
         else:
@@ -103,12 +103,20 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
             columns = [pl.col(name).cast(kind) for name, kind in wanted.items()]
             raw.impressions.select(columns).sink_parquet(out / "impressions.parquet", compression="zstd")
             names.append("impressions.parquet")
-        card = _card(raw, out, names, facts, count, missing_text)
+        card = _card(raw, out, names, facts, count, missing)
         write_json(out / "ingest.json", asdict(card))
     return card
 
 
-def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: int, missing_text: int) -> DataCard:
+class _Missing(NamedTuple):
+    """Items with events that have no row in the item table, the first ids of them, and those that have no text."""
+
+    rows: int
+    some: tuple[str, ...]
+    texts: int
+
+
+def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: int, missing: _Missing) -> DataCard:
     """Return the data card of what was written under `out`."""
     rows = {name: int(pl.scan_parquet(out / name).select(pl.len()).collect().item()) for name in names}
     tally = raw.tally or Tally(count)
@@ -121,7 +129,9 @@ def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: in
         users=facts.users,
         items=len(facts.items),
         catalogue_items=rows["items.parquet"],
-        missing_text=missing_text,
+        in_catalogue=len(facts.items) - missing.rows,
+        not_in_catalogue=missing.some,
+        missing_text=missing.texts,
         impressions=rows.get("impressions.parquet", 0),
         bad_impressions=tally.bad_impressions,
         order=raw.order,
@@ -185,16 +195,17 @@ def _first_null(events: pl.LazyFrame, name: str) -> int:
     return int(rows.item())
 
 
-def _write_items(raw: RawLog, out: Path, with_events: pl.Series) -> int:
-    """Write items.parquet, the id standing in for a missing text; give the items with events that have no text."""
+def _write_items(raw: RawLog, out: Path, with_events: pl.Series) -> _Missing:
+    """Write items.parquet, the id standing in for a missing text; give what it lacks."""
     seen = with_events.to_frame()
     frame = seen.lazy().sort(ITEM_ID) if raw.items is None else raw.items
     items = _canonical_table(raw.name, "items", frame, ITEM_ID)
     text = pl.col(TEXT).cast(pl.String) if TEXT in items.columns else pl.lit(None, pl.String)
     items = items.with_columns(text.alias(TEXT)).select(ITEM_ID, TEXT, pl.exclude(ITEM_ID, TEXT))
+    strange = seen.join(items, on=ITEM_ID, how="anti")[ITEM_ID].sort()
     without = seen.join(items.filter(pl.col(TEXT).is_not_null()), on=ITEM_ID, how="anti")
     items.with_columns(pl.coalesce(TEXT, ITEM_ID).alias(TEXT)).write_parquet(out / "items.parquet")
-    return without.height
+    return _Missing(len(strange), tuple(strange.head(3)), without.height)
 
 
 def _canonical_table(source: str, table: str, frame: pl.LazyFrame, key: str) -> pl.DataFrame:

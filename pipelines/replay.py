@@ -139,7 +139,7 @@ def replay(
     forgotten = forgotten_users(log)
     answers = [request for path in files(state / "requests") for request, _ in read_file(path)]
     if not answers:
-        raise DataError(f"{state / 'requests'}: no logged answers; serve with [serve.request_log] share above 0")
+        raise DataError(f"{state / 'requests'}: no logged answers; serve with [request_log] share above 0")
     answers = sorted(answers, key=lambda request: request.at)[-limit if limit else 0 :]
     can = [
         one

@@ -28,10 +28,8 @@ from ranking.batch import FIRST_ITEM
 from recsys.columns import USER_ID, USER_KEY
 from recsys.errors import ConfigError
 from recsys.files import read_json
-from recsys.history import DAY
+from recsys.history import DAY, POSITIONS
 
-POSITIONS = 1_000_000_000_000
-"""Below it moments are positions of a log of order only, and an item has no age in days."""
 MISSING = "missing"
 
 Mask = NDArray[np.bool_]
@@ -139,7 +137,8 @@ def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: f
     events = np.cumsum(value * items)  # of items with so many events or fewer
     above = events[-1] - events + value * items  # of items with so many or more
     head = int(value[np.flatnonzero(above >= head_share * events[-1])[-1]])
-    tail = int(value[max(np.count_nonzero(events <= tail_share * events[-1]), 1) - 1])
+    within = int(np.count_nonzero(events <= tail_share * events[-1]))
+    tail = int(value[max(within - 1, 0)])
     return head, min(tail, head - 1)
 
 
@@ -200,7 +199,7 @@ def _ages(
     prepared: PreparedSet, sample: Sample, request: NDArray[np.int64], item: NDArray[np.int32], config: SegmentsConfig
 ) -> Iterator[Segment]:
     at = sample.requests.at
-    if not config.item_age_days or not len(at) or abs(int(at.max())) < POSITIONS:
+    if not config.item_age_days or not len(at) or abs(int(at.max())) < POSITIONS:  # positions have no age in days
         return
     seen = np.minimum(first_seen(prepared)[item], at[request])  # what is taken now was seen now at the latest
     age = np.where(seen < at[request], (at[request] - seen) / DAY, -1.0)

@@ -160,7 +160,8 @@ def _drawn_mean(runs: Sequence[Estimate], seed: int, purpose: str) -> Floats:
     table: NDArray[np.float64] = np.stack([one.resampled for one in runs])  # [seeds, resamples]
     number = len(table)
     if number == 1:
-        return table[0]
+        only: Floats = table[0]
+        return only
     draws = generator(seed, 0, f"seeds/{purpose}").integers(0, number, (number, table.shape[1]))
     mean = table.mean(axis=0)
     drawn: Floats = mean + np.sqrt(number / (number - 1)) * (np.take_along_axis(table, draws, 0).mean(axis=0) - mean)

@@ -1,7 +1,8 @@
 """Item attributes by column name, as filters and rules ask for them: values as text, numbers by row."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +15,8 @@ from recsys.errors import ConfigError
 ITEM_ID = "item_id"
 FIRST_CODE = 2
 """Codes 0 and 1 of a categorical column are padding and missing."""
+MOST_COMPARED = 10_000
+"""Values among which the likest to a misspelt one is looked for."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,17 @@ class Attributes:
             return found
         column_values, known = self.values(column), self._code_of(column)
         return column_values.having([code for value in values if (code := known.get(value)) is not None])
+
+    def unknown(self, column: str, values: Iterable[str]) -> list[str]:
+        """Return the values that no item has, quoted, each with the likest one there is."""
+        there: Mapping[str, int] = self._bundle.row_of if column == ITEM_ID else self._code_of(column)
+        missing = [value for value in values if value not in there]
+        known = {value.lower(): value for value in there} if missing and len(there) <= MOST_COMPARED else {}
+        likest = [get_close_matches(value.lower(), known, 1) for value in missing]
+        return [
+            f"{value!r}" + "".join(f" (but {known[one]!r})" for one in near)
+            for value, near in zip(missing, likest, strict=True)
+        ]
 
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
         """Return bool [V], True at rows whose number is in [least, most]; None leaves that side open.

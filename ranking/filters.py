@@ -6,6 +6,7 @@ per bundle, that of availability once per change of its table, those of requests
 At 1 M items a mask takes 1 MB, joining and packing it for the index some 0.1 ms.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
@@ -21,6 +22,8 @@ from recsys.errors import ConfigError, RequestError
 from recsys.files import sha256_json
 from recsys.history import DAY
 from recsys.messages import ItemFilter, RecommendRequest
+
+logger = logging.getLogger(__name__)
 
 KEPT_MASKS = 64
 """Masks of requests that are kept, the least recently used go first."""
@@ -77,6 +80,8 @@ class Filters:
         self._joined: tuple[object, Allowed] | None = None
         self._digest = (-1, "")
         self._always = [(f"filter of {one.column}", self._of_attribute(one)) for one in self._config]
+        for one in self._config:
+            self._tell_unknown(one)
 
     def allowed(self, request: RecommendRequest, seen: NDArray[np.int32]) -> Allowed:
         """Return what passes every filter and is not among the rows `seen`.
@@ -164,6 +169,11 @@ class Filters:
         if one.at_least is not None or one.at_most is not None:
             mask &= self._attributes.between(one.column, one.at_least, one.at_most)
         return mask
+
+    def _tell_unknown(self, one: ItemFilter) -> None:
+        for verb, values in (("allows", one.allow), ("denies", one.deny)):
+            if unknown := self._attributes.unknown(one.column, values or ()):
+                logger.warning("the filter of %s %s what no item has: %s", one.column, verb, ", ".join(unknown))
 
     def _known(self) -> NDArray[np.bool_]:
         mask = np.ones(self._rows, bool)

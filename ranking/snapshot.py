@@ -58,6 +58,7 @@ def write_snapshot(
             "data_digest": data_digest,
             "counts": counts,
             "logs": [asdict(mark) for mark in logs],
+            "newest": _newest(histories.events),
         }
         write_json(temporary / "snapshot.json", manifest)
 
@@ -71,6 +72,7 @@ class SnapshotReader:
     Attributes:
         id: tells it from every other snapshot.
         data_digest: of the prepared set the histories come from.
+        newest: time of the newest event, None without any.
 
     Raises:
         DataError: the directory is no snapshot, or one of another format.
@@ -101,6 +103,7 @@ class SnapshotReader:
         mapped = histories.events
         events = Events(np.asarray(mapped.item), np.asarray(mapped.action), np.asarray(mapped.time))
         self._histories = Histories(events, np.asarray(histories.offsets))
+        self.newest: int | None = manifest["newest"] if "newest" in manifest else _newest(events)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -124,6 +127,10 @@ class SnapshotReader:
     def users(self, limit: int) -> list[str]:
         """Return the ids of the first `limit` users."""
         return [self._ids[row] for row in range(min(limit, len(self._ids)))]
+
+
+def _newest(events: Events) -> int | None:
+    return int(np.max(events.time)) if len(events) else None
 
 
 def _hash(user_id: bytes) -> int:

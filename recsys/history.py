@@ -19,6 +19,12 @@ DAY = 86_400_000_000
 EARLIEST, LATEST = 315_532_800_000_000, 7_258_118_400_000_000
 """1980 and 2200. Within them no time in one unit can pass for one in another: that is how wrong units are found."""
 
+POSITIONS = 1_000_000_000_000
+"""Below it a moment is a position in a log of order only: as microseconds it would lie in the first days of 1970."""
+
+OLD_DAYS = 30
+"""Age of the newest event from which on a question asked now is told to be one about the past."""
+
 UNKNOWN_KEY = 2**32 - 1
 """Item key of an event whose item the catalogue does not know; every bundle maps it to the unknown row."""
 

@@ -36,10 +36,10 @@ class RequestLogConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ConfigError(f"[serve.request_log] share is {self.share}; expected 0 to 1")
+            raise ConfigError(f"[request_log] share is {self.share}; expected 0 to 1")
         if not 1 <= self.segment_bytes <= self.max_bytes:
             raise ConfigError(
-                f"[serve.request_log] segment_bytes is {self.segment_bytes}, max_bytes {self.max_bytes}; "
+                f"[request_log] segment_bytes is {self.segment_bytes}, max_bytes {self.max_bytes}; "
                 "expected at least 1 and no more than max_bytes"
             )
 

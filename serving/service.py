@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -43,7 +42,7 @@ from serving.replies import (
     UsersResponse,
 )
 from serving.request_log import RequestLog, logged
-from serving.state import MAX_FUTURE, State
+from serving.state import MAX_FUTURE, State, machine_clock
 from serving.telemetry import Telemetry
 from serving.view import LiveHistories
 from serving.watched import Watched
@@ -77,7 +76,7 @@ class Service:
         log: SegmentLog,
         store: LiveHistories,
         telemetry: Telemetry,
-        clock: Callable[[], int] = lambda: time.time_ns() // 1000,
+        clock: Callable[[], int] = machine_clock,
         share: float = 0.0,
         pairs: PairLog | None = None,
         path: RequestPath = WHOLE_PATH,

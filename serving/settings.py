@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from ranking.devices import Device
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from ranking.searcher import SearchConfig
 from recsys.errors import BundleError, ConfigError
+from recsys.history import DAY, OLD_DAYS, POSITIONS
 from recsys.memory import keep_freed_memory
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits
@@ -23,6 +25,7 @@ from serving.pairs import PairLog
 from serving.request_log import RequestLog, RequestLogConfig
 from serving.service import Service
 from serving.split import PARTS, Elsewhere, SplitConfig
+from serving.state import machine_clock, position_clock
 from serving.telemetry import Telemetry
 from serving.view import HISTORY_EVENTS, LiveHistories, Snapshot
 from serving.view_files import remove_unused
@@ -155,7 +158,8 @@ def open_service(config: ServeConfig) -> Service:
     log = SegmentLog(config.state / "log", config.durability, config.window)
     pairs = PairLog(config.state / PAIRS)
     requests = RequestLog(config.state / REQUESTS, config.request_log) if config.request_log.share else None
-    store, telemetry = _open_store(config, SnapshotReader(config.snapshot)), Telemetry()
+    snapshot = SnapshotReader(config.snapshot)
+    store, telemetry = _open_store(config, snapshot), Telemetry()
     telemetry.recovered(*log.recovered())
     states = StateCache(config.recommender.states) if config.recommender.states.bytes else None
     watch = RecallWatch(config.recall_share, telemetry.recall) if config.recall_share else None
@@ -164,6 +168,7 @@ def open_service(config: ServeConfig) -> Service:
         log,
         store,
         telemetry,
+        clock=_clock(snapshot.newest, log),
         share=config.challenger_share,
         pairs=pairs,
         path=path,
@@ -171,6 +176,24 @@ def open_service(config: ServeConfig) -> Service:
         requests=requests,
         device=config.device,
     )
+
+
+def _clock(newest: int | None, log: SegmentLog) -> Callable[[], int]:
+    """Return what tells the moment of a request: the machine's clock, unless histories are of positions.
+
+    Args:
+        newest: time of the snapshot's newest event, None without any.
+        log: events posted since.
+    """
+    if newest is not None and abs(newest) < POSITIONS:
+        return position_clock(newest, log)
+    if newest is not None and (days := (machine_clock() - newest) // DAY) > OLD_DAYS:
+        logger.warning(
+            "the newest event of the snapshot is %d days old, so all that is recent to a model is long past; publish a "
+            "newer log, or let requests say `at`",
+            days,
+        )
+    return machine_clock
 
 
 def _open_store(config: ServeConfig, base: Snapshot) -> LiveHistories:

@@ -58,7 +58,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for name in ("retrievers", "rankers", "texts"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"[serve.split] {name} is {getattr(self, name)}; expected at least 1")
+                raise ConfigError(f"[split] {name} is {getattr(self, name)}; expected at least 1")
 
     def replicas(self, part: Part) -> int:
         """Return how many replicas a part has."""

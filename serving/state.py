@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -130,6 +131,28 @@ class State:
             logger.warning("%s is put off: %s", stage, error)
 
 
+def machine_clock() -> int:
+    """Return now in microseconds UTC."""
+    return time.time_ns() // 1000
+
+
+def position_clock(newest: int, log: SegmentLog) -> Callable[[], int]:
+    """Return the clock of a service over a log that knows only order: one step beyond its newest position.
+
+    The time of day has no meaning among positions. What is posted goes on where the log ends.
+
+    Args:
+        newest: position of the snapshot's newest event.
+        log: whose events other processes of the service append to as well.
+    """
+
+    def now() -> int:
+        log.refresh()
+        return max(newest, log.newest_stamp) + 1
+
+    return now
+
+
 def _event(posted: EventIn, position: int, now: int) -> Event:
     """Return the event of a post, with an id and a time."""
     if len(posted.user_id.encode()) > MAX_USER_BYTES:
@@ -140,16 +163,16 @@ def _event(posted: EventIn, position: int, now: int) -> Event:
         )
     if not math.isfinite(posted.value):
         raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
-    time = now if posted.timestamp is None else posted.timestamp
-    if abs(time) > LATEST:
+    at = now if posted.timestamp is None else posted.timestamp
+    if abs(at) > LATEST:
         raise RequestError(
-            422, "validation", f"events.{position}.timestamp: {time} is no moment in microseconds since 1970"
+            422, "validation", f"events.{position}.timestamp: {at} is no moment in microseconds since 1970"
         )
     return Event(
         event_id=posted.event_id or uuid.uuid4().hex,
         user_id=posted.user_id,
         item_id=posted.item_id,
-        time=time,
+        time=at,
         action=posted.action,
         value=posted.value,
         stamped=posted.timestamp is None,

@@ -39,7 +39,7 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         if self.seconds <= 0:
-            raise ConfigError(f"[serve.watch] seconds is {self.seconds}; expected more than 0")
+            raise ConfigError(f"[watch] seconds is {self.seconds}; expected more than 0")
 
 
 @dataclass(frozen=True)

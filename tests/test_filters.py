@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
+from ranking.attributes import Attributes
 from ranking.availability import AvailabilityFile
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
-from ranking.filters import Unavailable, seen_rows
+from ranking.filters import Filters, Unavailable, seen_rows
 from ranking.items import ItemTable
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
@@ -82,6 +83,19 @@ def bundle(tmp_path_factory):
     )
     write_bundle(directory, contents, Provenance(created="now", commit="none", data_digest="none"))
     return Bundle.load(directory)
+
+
+def test_a_filter_of_what_no_item_has_is_told(bundle, caplog):
+    filters = (
+        ItemFilter("category", deny=("C0", "c1")),
+        ItemFilter("item_id", deny=(ITEMS[0], "itm-1")),
+        ItemFilter("price", at_least=3),
+    )
+    Filters(Attributes(bundle), len(bundle.items), filters)
+    assert "the filter of category denies what no item has: 'C0' (but 'c0')" in caplog.text
+    assert "the filter of item_id denies what no item has: 'itm-1' (but 'item-1')" in caplog.text
+    assert "'c1'" not in caplog.text
+    assert "price" not in caplog.text
 
 
 VALUES = st.lists(st.sampled_from([f"b{n}" for n in range(6)] + ["no such brand"]), max_size=5).map(tuple)

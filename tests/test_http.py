@@ -17,7 +17,9 @@ from starlette.testclient import TestClient
 
 from ranking.batch import FIRST_ITEM
 from ranking.content_vectors import ContentVectors
+from ranking.snapshot import SnapshotReader, write_snapshot
 from recsys.errors import StoreError
+from recsys.history import Events, Histories
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
 from serving.event_log import SegmentLog
@@ -257,6 +259,42 @@ def test_an_id_used_twice_a_far_future_and_what_the_log_promises(client, service
         "position": told["event_log"]["end"],
         "unknown_events": 0,
     }
+
+
+def test_over_a_log_of_positions_now_is_one_step_beyond_its_end(place, tmp_path):
+    known = SnapshotReader(place.snapshot)
+    users = known.users(USERS)
+    runs = [known.read(user) for user in users]
+    ordered = [Events(run.item, run.action, np.arange(len(run))) for run in runs]
+    offsets = np.concatenate([[0], np.cumsum([len(run) for run in ordered])])
+    write_snapshot(tmp_path / "snapshot", users, Histories(Events.packed(ordered), offsets), "positions")
+    newest = max(len(run) for run in ordered) - 1
+    assert SnapshotReader(tmp_path / "snapshot").newest == newest
+    moved = dataclasses.replace(place, snapshot=tmp_path / "snapshot")
+    service = make_service(moved, tmp_path / "state")
+    with TestClient(patient_app(service)) as client:
+        assert service.now == newest + 1
+        lists = {tuple(one["item_id"] for one in recommend(client, user_id=user)["items"]) for user in users}
+        assert len(lists) > USERS // 2  # by the time of day all own events are a lifetime away, and all answers alike
+        for number in range(2):
+            assert post(client, {"user_id": "user-0", "item_id": "item-7"})["accepted"] == 1
+            assert recommend(client, user_id="user-0")["history_events"] == len(ordered[0]) + number + 1
+        beside = SegmentLog(tmp_path / "state" / "log", "os")  # another process of the service
+        beside.append([Event("of another", "user-0", "item-8", newest + 3, stamped=True)])
+        beside.close()
+        assert service.now == newest + 4
+        assert post(client, {"user_id": "user-0", "item_id": "item-7"})["accepted"] == 1
+        assert recommend(client, user_id="user-0")["history_events"] == len(ordered[0]) + 4
+        stamps = [event["timestamp"] for event in history(client, "user-0")["events"]]
+        assert sorted(stamps)[-4:] == [newest + 1, newest + 2, newest + 3, newest + 4]
+        today = {"user_id": "user-0", "item_id": "item-8", "timestamp": time.time_ns() // 1000}
+        assert post(client, today)["verdicts"][0]["verdict"] == "refused_future"
+    service.close()
+
+
+def test_an_old_snapshot_is_told(place, tmp_path, caplog):
+    make_service(place, tmp_path / "state").close()
+    assert "days old" in caplog.text
 
 
 def test_a_clock_that_steps_back_changes_no_order_unless_it_was_far_ahead(place, tmp_path):

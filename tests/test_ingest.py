@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 
 from pipelines import thinning
 from pipelines.cards import prepare_defaults
+from pipelines.datasets import RawLog
 from pipelines.event_facts import measure_events, write_users
 from pipelines.fields import number_reader, time_reader
-from pipelines.ingest import ingest_files
+from pipelines.ingest import ingest, ingest_files
 from pipelines.mapping import IngestConfig, NumbersConfig, TimeConfig, load_mapping
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.sources import open_table
@@ -149,6 +151,40 @@ def test_lines_that_are_no_rows_are_bad_ones_and_the_others_stay(tmp_path: Path)
     places = {(Path(file).name, row) for file, row in bad.select("file", "row").iter_rows()}
     assert {*(("events.csv", n) for n in (2, 3, 4)), *(("events.jsonl", n) for n in (2, 3, 4, 5))} <= places
     assert card.read == card.events + sum(card.bad.values()) + sum(card.filtered.values())
+
+
+def test_a_time_to_come_and_a_list_for_an_id_are_bad_rows(tmp_path: Path) -> None:
+    ahead = int(time.time()) + 3 * 86_400
+    objects = [
+        f'{{"who": "a", "what": 3, "when": {START}, "paid": 1}}',
+        f'{{"who": "[deleted]", "what": 3, "when": {START}, "paid": 1}}',
+        f'{{"who": "a", "what": 3, "when": {ahead}, "paid": 1}}',
+        f'{{"who": "a", "what": ["x", "y"], "when": {START}, "paid": 1}}',
+        f'{{"who": {{"id": 7}}, "what": 3, "when": {START}, "paid": 1}}',
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(objects))
+    _, events = run(mapping(quality={"max_bad_share": 1}), tmp_path)
+    assert events["user_id"].to_list() == ["a", "[deleted]"]
+    bad = pl.read_parquet(tmp_path / "quarantine.parquet").sort("row")
+    assert bad["row"].to_list() == [3, 4, 5]
+    assert "not in the future" in bad["expected"][0]
+    assert bad["expected"].to_list()[1:] == ["an id, not a list or an object of JSON"] * 2
+    now = datetime.now(UTC).replace(tzinfo=None)
+    field = time_reader(TimeConfig("datetime"))("at", pl.String(), "t.csv")
+    for days, fine in ((0, True), (3, False)):
+        table = pl.DataFrame({"at": [str(now + timedelta(days=days))]})
+        problems = field.problems(field.value)
+        assert table.select(pl.any_horizontal(one.holds for one in problems)).item() != fine
+
+
+def test_ids_that_the_catalogue_writes_otherwise_are_told(tmp_path: Path) -> None:
+    events = pl.DataFrame({"user_id": ["a", "b", "b"], "item_id": ["1.0", "2.0", "3"], "timestamp": [START, 2, 3]})
+    items = pl.DataFrame({"item_id": ["1", "2", "3"]})
+    card = ingest(RawLog("shop", events.lazy(), items.lazy()), tmp_path / "log")
+    assert (card.items, card.in_catalogue, card.not_in_catalogue) == (3, 1, ("1.0", "2.0"))
+    assert "Only 1 of 3 items" in card.doubts()[0]
+    assert "'1.0', '2.0'" in card.doubts()[0]
+    assert ingest(RawLog("shop", events.lazy(), None), tmp_path / "alone").doubts() == []
 
 
 def test_too_many_bad_rows_stop_the_job_with_examples_and_keep_the_quarantine(tmp_path: Path) -> None:
@@ -447,11 +483,11 @@ def test_sessions_are_cut_where_a_user_was_away(events: list[tuple[int, int]], g
     expected = set()
     for user in {user for user, _ in events}:
         session = last = None
-        for time in sorted(at for one, at in events if one == user):
-            if last is None or time - last > gap:
-                session = time
-            expected.add((str(user), time, str(session)))
-            last = time
+        for moment in sorted(at for one, at in events if one == user):
+            if last is None or moment - last > gap:
+                session = moment
+            expected.add((str(user), moment, str(session)))
+            last = moment
     frame = pl.DataFrame(events, schema=["user_id", "timestamp"], orient="row").with_columns(
         pl.col("user_id").cast(pl.String), pl.lit("x").alias("item_id")
     )

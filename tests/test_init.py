@@ -58,6 +58,50 @@ NAMES = ("user_id", "item_id", "timestamp", "position", "action", "value", "sess
 
 
 @pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("03/01/2024 02:05 PM", "%m/%d/%Y %I:%M %p"),
+        ("12/31/10 8:26", "%m/%d/%y %H:%M"),
+        ("01-Mar-2024 10:00", "%d-%b-%Y %H:%M"),
+        ("01-Mar-2024", "%d-%b-%Y"),
+    ],
+)
+def test_formats_of_exports_are_known(text, form):
+    found = guess_time(pl.DataFrame({"at": [text, text]}), "at")
+    assert (found.unit, found.format) == ("datetime", form)
+
+
+def test_a_glob_is_guessed_by_its_first_file_and_written_as_it_is(tmp_path):
+    for number in range(2):
+        file(tmp_path, f"part{number}.csv", f"user_id,item_id,timestamp\nu,{number},170000000{number}\n")
+    text = write_mapping(tmp_path / "part*.csv", None, tmp_path)
+    assert 'events = "part*.csv"' in text
+    (tmp_path / "my.toml").write_text(text)
+    assert ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "parts").events == 2
+
+
+@pytest.mark.parametrize("clock", ["10:05", "9:05:30", "01:05 PM"])
+def test_times_of_day_beside_a_date_are_told(tmp_path, clock):
+    path = file(tmp_path, "log.csv", f"user,item,date,time\nu,i,2024-03-01,{clock}\nv,i,2024-03-02,{clock}\n")
+    line = next(one for one in write_mapping(path, None, tmp_path).splitlines() if one.startswith("timestamp"))
+    assert line.startswith('timestamp = "date"')
+    assert "times of day in time are not read" in line
+
+
+def test_neither_a_price_nor_a_list_is_taken_for_an_id(tmp_path):
+    rows = "".join(f"A{n // 2};K{n % 3};B{n % 4};05.03.2024 10:0{n};{n};1.{n}00,50\n" for n in range(9))
+    shop = file(tmp_path, "shop.csv", "Bestellnr;Kunde;Artikel;Datum;Menge;Preis\n" + rows)
+    orders = [
+        {"ts": 1_700_000_000 + n, "person": f"u{n % 3}", "items": [f"a{n}"], "sku": f"s{n % 2}"} for n in range(9)
+    ]
+    nested = file(tmp_path, "orders.jsonl", "".join(json.dumps(row) + "\n" for row in orders))
+    for path, never in ((shop, "Preis"), (nested, "items")):
+        table = open_table(path)
+        guesses = guess_columns(table, table.rows(list(table.columns)).collect())
+        assert never not in {guesses[name].column for name in ("user_id", "item_id") if name in guesses}
+
+
+@pytest.mark.parametrize(
     ("name", "content", "columns", "time"),
     [
         (

@@ -1,11 +1,13 @@
 """The batch job: the same rows from one process and from several, and the first event of a new user counts at once."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import pipelines.recommend as batch_job
@@ -16,6 +18,7 @@ from ranking.recommender import Recommender
 from ranking.recommender_config import Cap, RecommenderConfig
 from ranking.snapshot import SnapshotReader
 from recsys.cli import app
+from recsys.cli.answers import _asked_at
 from recsys.errors import BundleError, ConfigError, RecsysError
 from recsys.history import Events
 from recsys.messages import InlineEvent, RecommendRequest
@@ -114,6 +117,21 @@ def test_the_verb_answers_the_users_of_a_file(published, snapshot, later, tmp_pa
     assert pl.read_parquet(out)["user_id"].to_list() == [user for user in users for _ in range(3)]
     refused = CliRunner().invoke(app, [*arguments, "--workers", "0"])
     assert refused.exit_code == 2
+
+
+def test_the_moment_of_a_batch_is_asked_for_in_words_a_person_writes(capsys):
+    newest, second = 1_700_000_000_000_000, 1_000_000
+    assert _asked_at("end", newest) == newest + 1
+    assert _asked_at("1700000000000000", None) == newest
+    for text in ("2023-11-14T22:13:20", "2023-11-14T23:13:20+01:00", "2023-11-14 22:13:20"):
+        assert _asked_at(text, None) == newest
+    assert _asked_at("2023-11-14", None) == newest - (22 * 3600 + 13 * 60 + 20) * second
+    assert _asked_at(None, 999) == 1000  # positions
+    assert capsys.readouterr().err == ""
+    assert abs(_asked_at(None, newest) - time.time_ns() // 1000) < 60 * second
+    assert "days old" in capsys.readouterr().err
+    with pytest.raises(typer.BadParameter, match="'soon'; expected a date"):
+        _asked_at("soon", newest)
 
 
 @pytest.mark.parametrize("name", ["users.csv", "users.parquet"])

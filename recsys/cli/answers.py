@@ -21,7 +21,13 @@ def recommend(
         Path | None, typer.Option(help="Parquet or CSV with a column user_id; all users if absent.")
     ] = None,
     k: Annotated[int, typer.Option(min=1, max=1000, help="Items per user.")] = 10,
-    at: Annotated[int | None, typer.Option(help="Moment of the requests, microseconds UTC; now if absent.")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            help="Moment of the requests: 2024-06-05, 2024-06-05T18:00, microseconds UTC, or `end`, just after the "
+            "log's newest event. Now if absent, or the end of a log of positions."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 they are Ray workers.")] = 1,
     recommender: RecommenderOption = None,
 ) -> None:
@@ -34,10 +40,11 @@ def recommend(
     from ranking.recommender_config import DEFAULTS, load_recommender
     from ranking.snapshot import SnapshotReader
 
-    place, moment = Workspace(workspace), _now() if at is None else at
+    place = Workspace(workspace)
     config = load_recommender(recommender) if recommender else DEFAULTS
     _, version = read_manifest(place.require(place.bundle, "publish"))
     snapshot = SnapshotReader(place.snapshot)
+    moment = _asked_at(at, snapshot.newest)
     hidden = forgotten_since(place.state, snapshot)
     ids = read_user_ids(users) if users else [user for user in snapshot.users(len(snapshot)) if user not in hidden]
     with Terminal().bar("recommend") as bar:
@@ -193,6 +200,33 @@ def _serve_config(
         "watch": {"mlflow": registry},
     }
     return parse(ServeConfig, overlaid(overlaid(table, lies), given), str(path))
+
+
+def _asked_at(text: str | None, newest: int | None) -> int:
+    """Return the moment of a batch of requests, microseconds UTC; says so if it is long after the log's end."""
+    from datetime import UTC, datetime
+
+    from recsys.history import DAY, OLD_DAYS, POSITIONS
+
+    end = 0 if newest is None else newest + 1
+    if text == "end" or (text is None and newest is not None and abs(newest) < POSITIONS):
+        return end
+    if text is None:
+        if newest is not None and (days := (_now() - newest) // DAY) > OLD_DAYS:
+            typer.echo(
+                f"The newest event is {days:,} days old, and all that is recent to a model with it; `--at end` asks as "
+                "of the end of the log.",
+                err=True,
+            )
+        return _now()
+    try:
+        moment = datetime.fromisoformat(text) if not text.lstrip("-").isdigit() else None
+    except ValueError:
+        found = f"{text!r}; expected a date or time as 2024-06-05T18:00, microseconds UTC, or `end`"
+        raise typer.BadParameter(found, param_hint="--at") from None
+    if moment is None:
+        return int(text)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1_000_000)
 
 
 def _now() -> int:

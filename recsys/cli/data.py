@@ -13,7 +13,7 @@ from recsys.terminal import Terminal, print_result
 
 
 def init(
-    events: Annotated[Path, typer.Option(help="The log: CSV, Parquet or JSON Lines.")],
+    events: Annotated[Path, typer.Option(help="The log: CSV, Parquet or JSON Lines; a file, or a glob in quotes.")],
     items: Annotated[Path | None, typer.Option(help="The catalogue, if there is one.")] = None,
     out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("recsys.toml"),
 ) -> None:
@@ -83,6 +83,13 @@ def ingest(
         typer.echo("\n".join(f"{label:<20} {words}" for label, words in card.describe()))
     if card.bad or card.bad_impressions:
         Terminal().say(f"Bad rows: {quarantine_of(log)}")
+    for doubt in card.doubts():
+        Terminal().say(doubt)
+    if later := Workspace(workspace).parts[1:]:
+        Terminal().say(
+            f"Parts that were added stay beside it: {', '.join(map(str, later))}. Remove those whose events are in "
+            "this log."
+        )
     if card.order == "position":
         Terminal().say("This log knows only an order: prepare splits it by each user's last requests.")
 
@@ -133,6 +140,8 @@ def prepare(
             bar(done, total, words)
 
         for part in add or ():
+            inside = part / "log"  # of a workspace
+            part = inside if inside.exists() and not (part / "events.parquet").exists() else part
             prepared = add_part(part, place.parts, place.later_parts, out, report)
         if not add:
             prepared = run(place.parts, out, options, report, _numbering(place))
