@@ -122,7 +122,7 @@ def _refuse_late(part: Part, found: Sequence[pl.DataFrame]) -> None:
         raise DataError(
             f"{part.directory / 'events.parquet'}: user {user!r} has an event at {first}, not after the user's newest "
             f"event {before} of the parts before ({count:,} such users); a later part holds later events only. "
-            f"Ingest the whole log as one, remove {part.directory} and prepare again"
+            f"Ingest the whole log as one, and prepare again without {part.directory}"
         )
 
 

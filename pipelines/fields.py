@@ -17,11 +17,13 @@ from recsys.history import DAY, EARLIEST, LATEST
 
 _TIME_OF_DAY = ("%H", "%I", "%k", "%l", "%T", "%R", "%X", "%c", "%s")
 """parts of a format without which a text is a date"""
-AHEAD = "a time that is not in the future: a single one moves the periods that validate and test"
+AHEAD = (
+    "a time that is not in the future ([time] future = true takes them): one moves the periods that validate and test"
+)
 _MARKED = r"^[+-]?\d[\d.,' ]*\d$"
 """a number, whatever its marks"""
-CONTAINER = r'^(\[\s*(["\d\[{\]-]|true|false|null)|\{\s*["}])'
-"""a list or an object of JSON; `[deleted]` is an id"""
+CONTAINER = r'(?s)^(\[\s*(["\d\[{-].*|true.*|false.*|null.*)?\]|\{\s*(".*)?\})\s*$'
+"""a list or an object of JSON; `[deleted]` and `[3M] tape` are ids"""
 _OFFSET = r"\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})$"
 
 
@@ -148,7 +150,7 @@ def time_reader(config: TimeConfig) -> Reader:
         whole = _whole(column, kind, number)
         rounded = (number * scale).round().cast(pl.Int64, strict=False)
         time = pl.when(whole == number).then(whole * scale).otherwise(rounded)
-        return Field(time, lambda _: _number_problems(column, number, config.unit))
+        return Field(time, lambda _: _number_problems(column, number, config))
 
     return read
 
@@ -165,15 +167,16 @@ def _moment_problems(column: str, kind: pl.DataType, parsed: pl.Expr, config: Ti
         Problem(parsed.is_null() & number, f'{wanted}; a number since 1970 needs [time] unit = "s", "ms" or "us"'),
         Problem(parsed.is_null(), wanted),
         Problem(outside, "a time between 1980 and 2199"),
-        Problem((parsed > _tomorrow()).fill_null(False), AHEAD),
+        Problem((parsed > _latest(config)).fill_null(False), AHEAD),
     )
 
 
-def _number_problems(column: str, number: pl.Expr, unit: str) -> tuple[Problem, ...]:
+def _number_problems(column: str, number: pl.Expr, config: TimeConfig) -> tuple[Problem, ...]:
     """Tell apart a missing time, one that is no number, one in another unit and one out of the calendar.
 
     Floats are compared: whole microseconds of a time in the wrong unit may not fit 64 bits.
     """
+    unit = config.unit
     outside = ~_inside(number, unit)
     others = [other for other in MICROSECONDS if other != unit]
     return (
@@ -186,12 +189,13 @@ def _number_problems(column: str, number: pl.Expr, unit: str) -> tuple[Problem, 
             for other in others
         ),
         Problem(outside, f"a time in {unit} between 1980 and 2199"),
-        Problem((number > _tomorrow() / MICROSECONDS[unit]).fill_null(False), AHEAD),
+        Problem((number > _latest(config) / MICROSECONDS[unit]).fill_null(False), AHEAD),
     )
 
 
-def _tomorrow() -> int:
-    return time.time_ns() // 1000 + DAY
+def _latest(config: TimeConfig) -> int:
+    """Return the latest moment an event may have: a day ahead of the clock, as the service takes them."""
+    return LATEST if config.future else time.time_ns() // 1000 + DAY
 
 
 def _inside(number: pl.Expr, unit: str) -> pl.Expr:

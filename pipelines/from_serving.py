@@ -36,7 +36,7 @@ from recsys.columns import ACTION, EVENT_ID, ITEM_ID, TIMESTAMP, USER_ID, VALUE
 from recsys.config import parse
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, write_json
-from recsys.history import Events
+from recsys.history import POSITIONS, Events
 from recsys.log_format import LogReader
 from recsys.request_log import LoggedRequest, files, history_digest, read_file
 from recsys.stores import Encoder, Event, LogMark, Tombstone
@@ -251,8 +251,12 @@ class _Checked(NamedTuple):
     log: str
 
     def usable(self, request: LoggedRequest) -> bool:
-        """Whether an answer may be learned from: its user's events are in this log, and nothing speaks against it."""
-        return request.log == self.log and request.position >= 0 and request.request_id not in self.other
+        """Whether an answer may be learned from: its user's events are in this log, and nothing speaks against it.
+
+        Over a log of positions nothing may: what followed an answer has no time after it.
+        """
+        known = request.log == self.log and request.position >= 0 and request.request_id not in self.other
+        return known and request.at >= POSITIONS
 
 
 def _verify(requests: Sequence[LoggedRequest], place: Workspace, log: LogReader) -> _Checked:

@@ -17,7 +17,7 @@ from pipelines.fields import CONTAINER, parse_numbers, time_reader
 from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig, Unit
 from pipelines.sources import BROKEN, Table, find_files, open_table
 from recsys.errors import DataError
-from recsys.history import EARLIEST, LATEST
+from recsys.history import DAY, EARLIEST, LATEST
 
 SAMPLE = 10_000
 """rows looked at"""
@@ -112,7 +112,7 @@ def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
 
 def _first(path: Path) -> Path:
     """Return the file itself, or the first that a glob means."""
-    return find_files(str(path), Path(), "a glob")[0] if set("*?[") & set(path.name) and not path.exists() else path
+    return path if path.exists() or not set("*?[") & set(str(path)) else find_files(str(path), Path(), "init")[0]
 
 
 def _sample(table: Table) -> pl.DataFrame:
@@ -159,7 +159,11 @@ def guess_columns(
             if guess_time(sample, column) is not None:
                 take("timestamp", column, "by its content: times")
                 break
-    if "timestamp" in guesses and (clock := next((name for name in left if _is_clock(sample[name])), None)):
+    if (
+        "timestamp" in guesses
+        and _are_days(sample, guesses["timestamp"].column)
+        and (clock := next((name for name in left if _is_clock(sample[name])), None))
+    ):
         told = f"; CHECK: the times of day in {_one_line(clock)} are not read, join the two first"
         guesses["timestamp"] = replace(guesses["timestamp"], why=guesses["timestamp"].why + told)
     if "item_id" not in guesses and items is not None:
@@ -183,7 +187,7 @@ def _fits(canonical: str, sample: pl.DataFrame, column: str, style: NumbersConfi
     if canonical == "position":
         return _share_of_numbers(sample[column], STYLES[0]) > 0.9
     if sample.schema[column] == pl.String:
-        return not sample[column].str.contains(CONTAINER).fill_null(False).any()
+        return not bool((sample[column].str.contains(CONTAINER).mean() or 0) > _ENOUGH_SHARED)  # type: ignore[operator]
     return sample.schema[column].is_integer() or sample.schema[column] == pl.Float64
 
 
@@ -221,6 +225,15 @@ def _most_like_ids(sample: pl.DataFrame, columns: Sequence[str], canonical: str)
         return None
     fewest_first = sorted(counts, key=lambda name: counts[name])
     return fewest_first[-1] if canonical == "item_id" else fewest_first[max(0, len(fewest_first) - 2)]
+
+
+def _are_days(sample: pl.DataFrame, column: str) -> bool:
+    """Whether a column of times holds dates without a time of day."""
+    time, kind = guess_time(sample, column), sample.schema[column]
+    if time is None:
+        return False
+    read = time_reader(TimeConfig(time.unit, format=time.format))(column, kind, "").value
+    return bool((sample.select(read).to_series() % DAY == 0).all())
 
 
 def _is_clock(values: pl.Series) -> bool:

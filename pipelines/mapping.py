@@ -101,11 +101,13 @@ class TimeConfig:
         unit: s, ms or us since 1970 (UTC), or datetime: a column of datetimes, or text such as 2017-01-31 18:05:00.
         zone: of datetimes that carry none.
         format: of the text, e.g. "%d/%m/%Y %H:%M", where it is not year first.
+        future: times to come are meant, as where dates were shifted; else a row of one is bad.
     """
 
     unit: Unit = "datetime"
     zone: str = "UTC"
     format: str | None = None
+    future: bool = False
 
     def __post_init__(self) -> None:
         try:

@@ -15,6 +15,7 @@ from recsys.errors import ConfigError
 ITEM_ID = "item_id"
 FIRST_CODE = 2
 """Codes 0 and 1 of a categorical column are padding and missing."""
+TOLD = 5
 MOST_COMPARED = 10_000
 """Values among which the likest to a misspelt one is looked for."""
 
@@ -82,15 +83,16 @@ class Attributes:
         return column_values.having([code for value in values if (code := known.get(value)) is not None])
 
     def unknown(self, column: str, values: Iterable[str]) -> list[str]:
-        """Return the values that no item has, quoted, each with the likest one there is."""
+        """Return the values that no item has, quoted, the first few with the likest one there is."""
         there: Mapping[str, int] = self._bundle.row_of if column == ITEM_ID else self._code_of(column)
         missing = [value for value in values if value not in there]
         known = {value.lower(): value for value in there} if missing and len(there) <= MOST_COMPARED else {}
-        likest = [get_close_matches(value.lower(), known, 1) for value in missing]
-        return [
+        likest = [get_close_matches(value.lower(), known, 1) for value in missing[:TOLD]]
+        told = [
             f"{value!r}" + "".join(f" (but {known[one]!r})" for one in near)
-            for value, near in zip(missing, likest, strict=True)
+            for value, near in zip(missing, likest, strict=False)
         ]
+        return told + [f"{len(missing) - TOLD:,} more"] * (len(missing) > TOLD)
 
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
         """Return bool [V], True at rows whose number is in [least, most]; None leaves that side open.

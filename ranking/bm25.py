@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.fusion import Ranking, best
-from ranking.words import words_of
+from ranking.words import codes_of, folded, words_of
 from recsys.errors import DataError
 
 K1, B = 0.9, 0.4
@@ -63,8 +63,18 @@ class Bm25:
         it has. Where there is more than one of them to two others the query is in the reader's own words, or misspelt,
         and gives 0; so does one of stop-words alone.
         """
-        words = words_of(queries)
-        return np.array([self._covered(set(own), int(row)) for own, row in zip(words, found.rows[:, 0], strict=True)])
+        words = [self._one_way(query) for query in queries]
+        return np.array([self._covered(own, int(row)) for own, row in zip(words, found.rows[:, 0], strict=True)])
+
+    def _one_way(self, query: str) -> set[str]:
+        """Return the words of a query, each code written in one way: as one word if passages do that, else in parts."""
+        words, known = set(words_of([query])[0]), self.retriever.vocab_dict
+        for parts in codes_of(folded(query).lower()):
+            if (joined := "".join(parts)) not in known:
+                words.discard(joined)
+            elif any(part in words and part not in known for part in parts):
+                words.difference_update(parts)
+        return words
 
     def _covered(self, words: set[str], passage: int) -> float:
         postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]

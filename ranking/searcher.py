@@ -351,7 +351,10 @@ class Searcher:
         """Order the head anew, or leave it and say so if there is no time for it."""
         reranker = self.part.reranker
         assert reranker is not None, "asked for only where there is one"
-        head = found.rows[: self.config.rerank if deadline is None else self.rerank_depth(deadline.seconds)]
+        depth = self.config.rerank
+        if deadline is not None:
+            depth = self.rerank_depth(min(deadline.seconds, deadline.left / SHARE))  # after a long queue less is left
+        head = found.rows[:depth]
         texts = [self.part.passages.text(row) for row in head.tolist()]
         try:
             if deadline is not None:

@@ -17,7 +17,7 @@ _SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """kana and ideographs"""
 _RUN = re.compile(f"[{_SIGNS}]+")
 _ACCENTS = re.compile("[\u0300-\u036f]")
-_CODE = re.compile(r"\b(?=[\w-]*\d)(?=[\w-]*[^\W\d_])\w+(?:-\w+)+\b")
+_JOINED = re.compile(r"\b\w+(?:-\w+)+")
 _WORD = rf"(?u)\b\w\w+\b|[{_SIGNS}]"
 
 
@@ -43,9 +43,16 @@ def folded(text: str) -> str:
     return _RUN.sub(_signs, unicodedata.normalize("NFKC", plain))
 
 
+def codes_of(text: str) -> list[list[str]]:
+    """Return the parts of each code in a text."""
+    if "-" not in text:
+        return []
+    found = _JOINED.findall(text)
+    return [one.split("-") for one in found if any(map(str.isdecimal, one)) and any(map(str.isalpha, one))]
+
+
 def _with_codes(text: str) -> str:
-    joined = [code.replace("-", "") for code in _CODE.findall(text)] if "-" in text else []
-    return " ".join([text, *joined])
+    return " ".join([text, *map("".join, codes_of(text))])
 
 
 def _signs(run: Any) -> str:

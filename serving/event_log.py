@@ -30,6 +30,7 @@ import xxhash
 
 from recsys.errors import DataError
 from recsys.files import write_json
+from recsys.history import POSITIONS
 from recsys.log_format import (
     Record,
     decode,
@@ -72,6 +73,7 @@ class SegmentLog:
         window: as given.
         end: position after the last record known to this process.
         newest_stamp: the latest time a service gave to an event, as far as this process knows.
+        newest_position: the latest time of an event that is a position in a log of order only, likewise.
         recovered_bytes: bytes of torn tails that this object has cut off.
 
     Raises:
@@ -100,7 +102,7 @@ class SegmentLog:
         self._file = -1
         self._unsynced = False
         self.end = 0
-        self.newest_stamp = -(2**63)
+        self.newest_stamp = self.newest_position = -(2**63)
         with self._exclusive():
             self.id = self._identify()
             self._open_newest()
@@ -167,8 +169,15 @@ class SegmentLog:
                     verdicts.append("duplicate" if _same(known, content) else "conflict")
             self._write(b"".join(lines))
             self.newest_stamp = stamp
+            self._note_positions(entry for entry, _ in entries)
             self._remember(new.items())
         return verdicts
+
+    def behind(self) -> bool:
+        """Whether other processes have written since; asked without the lock, so perhaps a moment ago."""
+        if os.fstat(self._file).st_size != self.end - self._segment_start:
+            return True
+        return self.end != self._segment_start and self._path(self.end).exists()
 
     def replay(self, start: int = 0) -> Iterator[Record]:
         """Return the entries from position `start` to the end this process knows, oldest first.
@@ -271,7 +280,13 @@ class SegmentLog:
     def _noted(self, entry: Event | Tombstone) -> tuple[str, Content]:
         if isinstance(entry, Event) and entry.stamped:
             self.newest_stamp = max(self.newest_stamp, entry.time)
+        self._note_positions([entry])
         return entry.event_id, _content(entry)
+
+    def _note_positions(self, entries: Iterable[Event | Tombstone]) -> None:
+        for entry in entries:
+            if isinstance(entry, Event) and entry.time < POSITIONS:
+                self.newest_position = max(self.newest_position, entry.time)
 
     def _cut(self, good: int, torn_bytes: int) -> None:
         """Cut a torn tail off the open segment, and keep count for whoever asks later."""

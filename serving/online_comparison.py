@@ -20,6 +20,7 @@ from pydantic_core import from_json, to_json
 
 from recsys.bootstrap import Ratio, bootstrap
 from recsys.errors import DataError
+from recsys.history import POSITIONS
 from recsys.log_format import LogReader
 from recsys.stores import Tombstone
 from serving.pairs import Pair, read_pairs
@@ -90,6 +91,8 @@ def compare_online(
         raise DataError(
             f"{state / 'pairs'}: no pairs; publish with --alias challenger or --alias shadow while the service runs"
         )
+    if all(pair.at < POSITIONS for pair in pairs):
+        raise DataError(f"{state / 'pairs'}: answers over a log of positions, after which no time can be waited")
     events, forgotten = _events(state / "log", actions)
     groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     for pair in pairs:

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from ranking.users import LATEST
-from recsys.errors import RequestError, StoreError
-from recsys.history import DAY
+from recsys.errors import DataError, RequestError, StoreError
+from recsys.history import DAY, POSITIONS
 from recsys.messages import EventIn
 from recsys.stores import Encoder, Event
 from serving.event_log import STEP_BACK, SegmentLog
@@ -139,16 +139,23 @@ def machine_clock() -> int:
 def position_clock(newest: int, log: SegmentLog) -> Callable[[], int]:
     """Return the clock of a service over a log that knows only order: one step beyond its newest position.
 
-    The time of day has no meaning among positions. What is posted goes on where the log ends.
+    The time of day has no meaning among positions. What is posted goes on where the log ends; events of the log that
+    were stamped with a time of day are of another service, and never used.
 
     Args:
         newest: position of the snapshot's newest event.
         log: whose events other processes of the service append to as well.
     """
+    if log.newest_stamp >= POSITIONS:
+        logger.warning("%s: holds events stamped by the time of day; over positions they are not used", log.directory)
 
     def now() -> int:
-        log.refresh()
-        return max(newest, log.newest_stamp) + 1
+        try:
+            if log.behind():
+                log.refresh()
+        except (OSError, DataError) as error:  # whoever posts is told
+            logger.warning("%s: cannot be read on (%s)", log.directory, error)
+        return max(newest, log.newest_position) + 1
 
     return now
 

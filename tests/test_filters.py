@@ -96,6 +96,8 @@ def test_a_filter_of_what_no_item_has_is_told(bundle, caplog):
     assert "the filter of item_id denies what no item has: 'itm-1' (but 'item-1')" in caplog.text
     assert "'c1'" not in caplog.text
     assert "price" not in caplog.text
+    gone = tuple(f"gone-{number}" for number in range(1_000))
+    assert Attributes(bundle).unknown("item_id", gone)[-1] == "995 more"
 
 
 VALUES = st.lists(st.sampled_from([f"b{n}" for n in range(6)] + ["no such brand"]), max_size=5).map(tuple)

@@ -24,6 +24,7 @@ from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
 from serving.event_log import SegmentLog
 from serving.settings import ServeConfig, load_into, open_service
+from serving.state import position_clock
 from serving.view import MAX_USER_BYTES
 
 
@@ -279,17 +280,29 @@ def test_over_a_log_of_positions_now_is_one_step_beyond_its_end(place, tmp_path)
         for number in range(2):
             assert post(client, {"user_id": "user-0", "item_id": "item-7"})["accepted"] == 1
             assert recommend(client, user_id="user-0")["history_events"] == len(ordered[0]) + number + 1
+        own = service.now + 5  # a client that counts by itself
+        assert post(client, {"user_id": "user-0", "item_id": "item-9", "timestamp": own})["accepted"] == 1
+        assert recommend(client, user_id="user-0")["history_events"] == len(ordered[0]) + 3
         beside = SegmentLog(tmp_path / "state" / "log", "os")  # another process of the service
-        beside.append([Event("of another", "user-0", "item-8", newest + 3, stamped=True)])
+        beside.append([Event("of another", "user-0", "item-8", own + 7, stamped=True)])
         beside.close()
-        assert service.now == newest + 4
+        assert service.now == own + 8
         assert post(client, {"user_id": "user-0", "item_id": "item-7"})["accepted"] == 1
-        assert recommend(client, user_id="user-0")["history_events"] == len(ordered[0]) + 4
-        stamps = [event["timestamp"] for event in history(client, "user-0")["events"]]
-        assert sorted(stamps)[-4:] == [newest + 1, newest + 2, newest + 3, newest + 4]
+        assert recommend(client, user_id="user-0")["history_events"] == len(ordered[0]) + 5
         today = {"user_id": "user-0", "item_id": "item-8", "timestamp": time.time_ns() // 1000}
         assert post(client, today)["verdicts"][0]["verdict"] == "refused_future"
     service.close()
+
+
+def test_times_of_day_in_a_log_of_positions_are_told_and_not_used(tmp_path, caplog):
+    log = SegmentLog(tmp_path / "log", "os")
+    log.append([Event("before", "u", "item-1", time.time_ns() // 1000, stamped=True)])
+    clock = position_clock(41, log)
+    assert "stamped by the time of day" in caplog.text
+    assert clock() == 42
+    log.append([Event("after", "u", "item-1", clock(), stamped=True)])
+    assert clock() == 43
+    log.close()
 
 
 def test_an_old_snapshot_is_told(place, tmp_path, caplog):

@@ -157,7 +157,7 @@ def test_a_time_to_come_and_a_list_for_an_id_are_bad_rows(tmp_path: Path) -> Non
     ahead = int(time.time()) + 3 * 86_400
     objects = [
         f'{{"who": "a", "what": 3, "when": {START}, "paid": 1}}',
-        f'{{"who": "[deleted]", "what": 3, "when": {START}, "paid": 1}}',
+        f'{{"who": "[deleted]", "what": "[3M] tape", "when": {START}, "paid": 1}}',
         f'{{"who": "a", "what": 3, "when": {ahead}, "paid": 1}}',
         f'{{"who": "a", "what": ["x", "y"], "when": {START}, "paid": 1}}',
         f'{{"who": {{"id": 7}}, "what": 3, "when": {START}, "paid": 1}}',
@@ -169,9 +169,11 @@ def test_a_time_to_come_and_a_list_for_an_id_are_bad_rows(tmp_path: Path) -> Non
     assert bad["row"].to_list() == [3, 4, 5]
     assert "not in the future" in bad["expected"][0]
     assert bad["expected"].to_list()[1:] == ["an id, not a list or an object of JSON"] * 2
+    _, events = run(mapping(quality={"max_bad_share": 1}, time={"unit": "s", "future": True}), tmp_path)
+    assert events["timestamp"].max() == ahead * SECOND
     now = datetime.now(UTC).replace(tzinfo=None)
-    field = time_reader(TimeConfig("datetime"))("at", pl.String(), "t.csv")
-    for days, fine in ((0, True), (3, False)):
+    for days, future, fine in ((0, False, True), (3, False, False), (3, True, True)):
+        field = time_reader(TimeConfig("datetime", future=future))("at", pl.String(), "t.csv")
         table = pl.DataFrame({"at": [str(now + timedelta(days=days))]})
         problems = field.problems(field.value)
         assert table.select(pl.any_horizontal(one.holds for one in problems)).item() != fine

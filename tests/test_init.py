@@ -86,6 +86,8 @@ def test_times_of_day_beside_a_date_are_told(tmp_path, clock):
     line = next(one for one in write_mapping(path, None, tmp_path).splitlines() if one.startswith("timestamp"))
     assert line.startswith('timestamp = "date"')
     assert "times of day in time are not read" in line
+    whole = file(tmp_path, "whole.csv", f"user,item,timestamp,pause\nu,i,2024-03-01 10:05:00,{clock}\n")
+    assert "times of day" not in write_mapping(whole, None, tmp_path)
 
 
 def test_neither_a_price_nor_a_list_is_taken_for_an_id(tmp_path):

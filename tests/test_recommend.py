@@ -130,8 +130,9 @@ def test_the_moment_of_a_batch_is_asked_for_in_words_a_person_writes(capsys):
     assert capsys.readouterr().err == ""
     assert abs(_asked_at(None, newest) - time.time_ns() // 1000) < 60 * second
     assert "days old" in capsys.readouterr().err
-    with pytest.raises(typer.BadParameter, match="'soon'; expected a date"):
-        _asked_at("soon", newest)
+    for text in ("soon", "20240605", "1700000000", "--5", "²"):
+        with pytest.raises(typer.BadParameter, match="expected a date or time"):
+            _asked_at(text, newest)
 
 
 @pytest.mark.parametrize("name", ["users.csv", "users.parquet"])

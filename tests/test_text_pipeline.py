@@ -279,13 +279,23 @@ def test_words_of_other_languages_are_found(query, found):
 @pytest.mark.parametrize("written", ["Sony WH-1000XM4 headphones", "Sony WH1000XM4 headphones"])
 def test_a_code_is_found_with_and_without_its_hyphens(query, written):
     index = Bm25.build(["Bose QC-45 headphones", "free-stream flow", written])
-    assert index.search([query], 3).rows[0, 0] == 2
+    found = index.search([query], 3)
+    assert found.rows[0, 0] == 2
+    assert index.coverage([query], found)[0] == pytest.approx(1)
 
 
 def test_only_codes_are_joined():
     assert words_of(["free-stream 2-3 X-1 mach-2-a -7b a--b1"]) == [
         ["free", "stream", "mach", "7b", "b1", "x1", "mach2a"]
     ]
+    assert words_of(["x-ray--1"]) == [["ray"]]
+
+
+def test_a_long_run_of_hyphens_is_read_in_one_go():
+    """A regex that looks ahead from every hyphen would take hours."""
+    for piece in ("1-", "a-", "1-a-", "-", "ab"):
+        words = words_of([piece * 200_000])[0]
+        assert len(words) <= 1
 
 
 @given(st.text(), st.text(alphabet=st.characters(codec="ascii")))

@@ -205,8 +205,9 @@ def _serve_config(
 def _asked_at(text: str | None, newest: int | None) -> int:
     """Return the moment of a batch of requests, microseconds UTC; says so if it is long after the log's end."""
     from datetime import UTC, datetime
+    from re import fullmatch
 
-    from recsys.history import DAY, OLD_DAYS, POSITIONS
+    from recsys.history import DAY, EARLIEST, LATEST, OLD_DAYS, POSITIONS
 
     end = 0 if newest is None else newest + 1
     if text == "end" or (text is None and newest is not None and abs(newest) < POSITIONS):
@@ -219,13 +220,15 @@ def _asked_at(text: str | None, newest: int | None) -> int:
                 err=True,
             )
         return _now()
-    try:
-        moment = datetime.fromisoformat(text) if not text.lstrip("-").isdigit() else None
-    except ValueError:
-        found = f"{text!r}; expected a date or time as 2024-06-05T18:00, microseconds UTC, or `end`"
-        raise typer.BadParameter(found, param_hint="--at") from None
-    if moment is None:
+    wanted = f"{text!r}; expected a date or time as 2024-06-05T18:00, microseconds UTC, or `end`"
+    if fullmatch(r"-?[0-9]+", text):
+        if newest is not None and newest >= POSITIONS and not EARLIEST <= int(text) < LATEST:
+            raise typer.BadParameter(wanted, param_hint="--at")
         return int(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(wanted, param_hint="--at") from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1_000_000)
 
 
