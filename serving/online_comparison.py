@@ -91,7 +91,7 @@ def compare_online(
         raise DataError(
             f"{state / 'pairs'}: no pairs; publish with --alias challenger or --alias shadow while the service runs"
         )
-    if all(pair.at < POSITIONS for pair in pairs):
+    if now >= POSITIONS and all(pair.at < POSITIONS for pair in pairs):
         raise DataError(f"{state / 'pairs'}: answers over a log of positions, after which no time can be waited")
     events, forgotten = _events(state / "log", actions)
     groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)

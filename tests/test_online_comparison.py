@@ -123,3 +123,11 @@ def test_pairs_are_kept_by_their_bytes_and_in_a_file_that_exists(tmp_path, monke
     log.append(pair("u", 101, "a", "b"))
     log.close()
     assert [one.at for one in read_pairs(tmp_path)] == [101]
+
+
+def test_answers_over_positions_have_no_hours_after_them(tmp_path):
+    pairs = PairLog(tmp_path / "pairs")
+    pairs.append(pair("u", 1_000, "xyz", "zyx"))
+    pairs.close()
+    with pytest.raises(DataError, match="over a log of positions"):
+        compare_online(tmp_path, window=24 * HOUR, now=1_700_000_000_000_000)
