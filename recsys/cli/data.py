@@ -55,7 +55,7 @@ def ingest(
     from pipelines.datasets import newest as newest_of
     from pipelines.from_serving import forget_again
     from pipelines.ingest import ingest as run
-    from pipelines.ingest import ingest_files, quarantine_of
+    from pipelines.ingest import ingest_files
     from pipelines.mapping import load_mapping
     from pipelines.workspace import Workspace
 
@@ -81,11 +81,18 @@ def ingest(
         print_result(card, as_json)
     else:
         typer.echo("\n".join(f"{label:<20} {words}" for label, words in card.describe()))
+    _tell(card, Workspace(workspace))
+
+
+def _tell(card: Any, place: Any) -> None:
+    """Say what of a log wants a person's eye."""
+    from pipelines.ingest import quarantine_of
+
     if card.bad or card.bad_impressions:
-        Terminal().say(f"Bad rows: {quarantine_of(log)}")
+        Terminal().say(f"Bad rows: {quarantine_of(place.log)}")
     for doubt in card.doubts():
         Terminal().say(doubt)
-    if later := Workspace(workspace).parts[1:]:
+    if later := place.parts[1:]:
         Terminal().say(
             f"Parts that were added stay beside it: {', '.join(map(str, later))}. Remove those whose events are in "
             "this log."
