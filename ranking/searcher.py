@@ -352,7 +352,7 @@ class Searcher:
         reranker = self.part.reranker
         assert reranker is not None, "asked for only where there is one"
         depth = self.config.rerank
-        if deadline is not None:
+        if deadline is not None and self.pace > 0:
             depth = self.rerank_depth(min(deadline.seconds, deadline.left / SHARE))  # after a long queue less is left
         head = found.rows[:depth]
         texts = [self.part.passages.text(row) for row in head.tolist()]
