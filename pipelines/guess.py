@@ -2,20 +2,20 @@
 
 Names come first: logs of twenty years call their columns a few dozen ways. Where no name helps, the content does: a
 date, a number that is a time in some unit, ids that come again. Every guess says on what it rests, so that a person can
-overrule it.
+overrule it. What is not in one column is looked for in several, or in the entries of a list (`pipelines.derived`).
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import polars as pl
 
+from pipelines.derived import JOINED_BY
 from pipelines.fields import CONTAINER, parse_numbers, time_reader
 from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig, Unit
-from pipelines.sources import BROKEN, Table, find_files, open_table
+from pipelines.sources import BROKEN, Table
 from recsys.errors import DataError
 from recsys.history import DAY, EARLIEST, LATEST
 
@@ -53,18 +53,18 @@ POSITIVE = ("quantity", "qty", "units", "pieces")
 _FORMATS = (
     "%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d/%m/%Y", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%m/%d/%Y",
     "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d", "%Y%m%d",
-    "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %I:%M %p", "%m/%d/%y %H:%M", "%d/%m/%y %H:%M", "%d-%b-%Y %H:%M:%S",
+    "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %I:%M %p", "%d/%m/%Y %I:%M:%S %p", "%d/%m/%Y %I:%M %p",
+    "%Y-%m-%d %I:%M:%S %p", "%Y-%m-%d %I:%M %p", "%m/%d/%y %H:%M", "%d/%m/%y %H:%M", "%d-%b-%Y %H:%M:%S",
     "%d-%b-%Y %H:%M", "%d-%b-%Y",
 )  # fmt: skip
 MULTI_SEPARATORS = "|;"
+_LISTS = "|;,"
+"""what may stand between the articles of an order"""
 STYLES = (NumbersConfig(), NumbersConfig(","), NumbersConfig(",", "."), NumbersConfig(".", ","))
 """ways of writing numbers that are tried, the likeliest first"""
-_MOST_VALUES = 0.5
-"""of the rows: a text column with more different values than this is not a category"""
-_FEWEST_NUMBERS = 20
-"""different values of a column of numbers that are no categories"""
 _ENOUGH_SHARED = 0.5
-UNKNOWN = "?"
+_FEWEST_LISTS = 0.2
+"""of the rows of a column of lists that have more than one entry"""
 
 
 @dataclass(frozen=True)
@@ -84,48 +84,23 @@ class Time:
     why: str
 
 
-def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
-    """Return the commented TOML for an events file and an items file, or globs of them, relative to `folder`.
+def read_sample(table: Table, guesses: Iterable[Guess] = ()) -> pl.DataFrame:
+    """Return the first rows with all columns of the file and those that guesses make of them.
 
     Raises:
         DataError: a file that cannot be read, or an empty one.
     """
-    table = open_table(_first(events))
-    sample = _sample(table)
-    catalogue = open_table(_first(items)) if items else None
-    rows = _sample(catalogue) if catalogue else None
-    numbers = guess_numbers([*sample, *(() if rows is None else rows)])
-    guesses = guess_columns(table, sample, rows, numbers)
-    time = guess_time(sample, guesses["timestamp"].column) if "timestamp" in guesses else None
-    parts = [
-        "# How this log is read. Made by `recsys init` from the first rows; check every line with a (?) or a guess.\n",
-        _source(events, items, folder),
-        _columns(guesses, table),
-    ]
-    if catalogue is not None and rows is not None:
-        key = guess_item_key(sample, guesses["item_id"].column if "item_id" in guesses else None, rows)
-        parts.append(_items(catalogue, rows, key, numbers))
-    parts += [_time(time), _numbers(numbers), _sessions(guesses), _filters(guesses, sample, numbers)]
-    parts += [_requests(guesses, sample), _QUALITY]
-    return "\n".join(parts)
-
-
-def _first(path: Path) -> Path:
-    """Return the file itself, or the first that a glob means."""
-    return path if path.exists() or not set("*?[") & set(str(path)) else find_files(str(path), Path(), "init")[0]
-
-
-def _sample(table: Table) -> pl.DataFrame:
+    names = list(dict.fromkeys([*table.columns, *(guess.column for guess in guesses)]))
     try:
-        rows = table.rows(list(table.columns)).filter(~pl.col(BROKEN)).head(SAMPLE).collect()
+        rows = table.rows(names).filter(~pl.col(BROKEN)).head(SAMPLE).collect()
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{table.path}: cannot be read ({error})") from None
     if rows.is_empty():
         raise DataError(f"{table.path}: no row; expected at least one")
-    return rows.select(list(table.columns))
+    return rows.select(names)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Return a name without case, punctuation and the type some tools append (`user_id:token`)."""
     return re.sub(r"[^a-z0-9]", "", name.split(":")[0].lower())
 
@@ -148,11 +123,11 @@ def guess_columns(
     for canonical, known in NAMES.items():
         if canonical == "position" and "timestamp" in guesses:
             continue
-        by_name = {_plain(name.rpartition(".")[2]): name for name in reversed(left)}  # product.sku is a sku
-        by_name |= {_plain(name): name for name in reversed(left)}
-        for plain in (canonical.replace("_", ""), *known):
-            if plain in by_name and _fits(canonical, sample, by_name[plain], style):
-                take(canonical, by_name[plain], "by its name")
+        by_name = {plain(name.rpartition(".")[2]): name for name in reversed(left)}  # product.sku is a sku
+        by_name |= {plain(name): name for name in reversed(left)}
+        for name in (canonical.replace("_", ""), *known):
+            if name in by_name and _fits(canonical, sample, by_name[name], style):
+                take(canonical, by_name[name], "by its name")
                 break
     if "timestamp" not in guesses and "position" not in guesses:
         for column in left:
@@ -164,8 +139,13 @@ def guess_columns(
         and _are_days(sample, guesses["timestamp"].column)
         and (clock := next((name for name in left if _is_clock(sample[name])), None))
     ):
-        told = f"; CHECK: the times of day in {_one_line(clock)} are not read, join the two first"
-        guesses["timestamp"] = replace(guesses["timestamp"], why=guesses["timestamp"].why + told)
+        day = guesses["timestamp"]
+        guesses["timestamp"] = Guess(f"{day.column}{JOINED_BY}{clock}", f"{day.why}, with the times of day beside it")
+        left.remove(clock)
+    if "item_id" not in guesses and (listed := _listed(sample, left, "item_id")):
+        guesses["item_id"] = Guess(listed, "its entries: one event each")
+        if "value" not in guesses and (listed := _listed(sample, [listed.partition("[")[0]], "value")):
+            guesses["value"] = Guess(listed, "of the entry, by its name")
     if "item_id" not in guesses and items is not None:
         shares = {column: max(_shared(sample[column], items[key]) for key in items.columns) for column in left}
         if shares and max(shares.values()) > _ENOUGH_SHARED:
@@ -178,14 +158,48 @@ def guess_columns(
     return guesses
 
 
+def _listed(sample: pl.DataFrame, columns: Sequence[str], canonical: str) -> str | None:
+    """Return how a mapping names the entries of a list that are meant, if there is such a column."""
+    known = NAMES[canonical]
+    for column in columns:
+        values = sample[column].drop_nulls().head(100)
+        entries = [entry for value in values.to_list() for entry in _entries(value)]
+        objects = [entry for entry in entries if isinstance(entry, dict)]
+        if objects and len(objects) == len(entries):
+            by_name = {plain(key): key for entry in objects for key in reversed(entry)}
+            if key := next((by_name[name] for name in (*known, "id") if name in by_name), None):
+                return f"{column}[].{key}"
+        name = plain(column)
+        if canonical != "item_id" or not {name.removesuffix("s"), name} & {*known, "basket", "cart"}:
+            continue
+        if entries:
+            return f"{column}[]"
+        if values.dtype == pl.String and len(values):
+            shares = {mark: float(values.str.contains(mark, literal=True).mean() or 0) for mark in _LISTS}  # type: ignore[arg-type]
+            mark = max(shares, key=lambda mark: shares[mark])
+            if shares[mark] > _FEWEST_LISTS:
+                return f"{column}[{mark}]"
+    return None
+
+
+def _entries(value: object) -> list[object]:
+    """Return the entries of a list, or of JSON's text of one; none of anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []
+
+
 def _fits(canonical: str, sample: pl.DataFrame, column: str, style: NumbersConfig) -> bool:
     """Whether a column's content can be what its name says."""
     if canonical == "timestamp":
         return guess_time(sample, column) is not None
     if canonical == "value":
-        return _share_of_numbers(sample[column], style) > 0.9
+        return share_of_numbers(sample[column], style) > 0.9
     if canonical == "position":
-        return _share_of_numbers(sample[column], STYLES[0]) > 0.9
+        return share_of_numbers(sample[column], STYLES[0]) > 0.9
     if sample.schema[column] == pl.String:
         return not bool((sample[column].str.contains(CONTAINER).mean() or 0) > _ENOUGH_SHARED)  # type: ignore[operator]
     return sample.schema[column].is_integer() or sample.schema[column] == pl.Float64
@@ -198,7 +212,7 @@ def guess_item_key(sample: pl.DataFrame, item_id: str | None, items: pl.DataFram
         best = max(shares, key=lambda name: shares[name])
         if shares[best] > _ENOUGH_SHARED:
             return Guess(best, f"it has {shares[best]:.0%} of the log's first {sample.height:,} ids")
-    by_name = {_plain(name): name for name in reversed(items.columns)}
+    by_name = {plain(name): name for name in reversed(items.columns)}
     known = ("itemid", *NAMES["item_id"], "id")
     return next((Guess(by_name[name], "by its name") for name in known if name in by_name), None)
 
@@ -284,160 +298,19 @@ def guess_time(sample: pl.DataFrame, column: str) -> Time | None:
 def guess_numbers(columns: Iterable[pl.Series]) -> NumbersConfig:
     """Return the way of writing numbers by which most columns are numbers, the likeliest of equals."""
     columns = list(columns)
-    return max(STYLES, key=lambda style: sum(_share_of_numbers(values, style) > 0.9 for values in columns))
+    return max(STYLES, key=lambda style: sum(share_of_numbers(values, style) > 0.9 for values in columns))
 
 
-def _share_of_numbers(values: pl.Series, style: NumbersConfig) -> float:
+def share_of_numbers(values: pl.Series, style: NumbersConfig) -> float:
+    """Return the share of the values there are that are numbers."""
     known = values.drop_nulls()
     if known.is_empty() or not (known.dtype.is_numeric() or known.dtype == pl.String):
         return 0.0
-    return _as_numbers(known, style).count() / len(known)
+    return as_numbers(known, style).count() / len(known)
 
 
-def _as_numbers(values: pl.Series, style: NumbersConfig) -> pl.Series:
+def as_numbers(values: pl.Series, style: NumbersConfig) -> pl.Series:
+    """Return values as float64; what is no number in this style is null."""
     if values.dtype != pl.String:
         return values.cast(pl.Float64)
     return values.to_frame().select(parse_numbers(pl.col(values.name).str.strip_chars(), style)).to_series()
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "[" + ", ".join(map(_quoted, names)) + "]"
-
-
-def _relative(path: Path, folder: Path) -> str:
-    try:
-        return path.resolve().relative_to(folder.resolve()).as_posix()
-    except ValueError:
-        return str(path.resolve())
-
-
-def _source(events: Path, items: Path | None, folder: Path) -> str:
-    lines = ["[source]  # paths or globs, from this file's own folder; CSV, Parquet, JSON Lines by their suffix"]
-    lines.append(f"events = {_quoted(_relative(events, folder))}")
-    if items is None:
-        lines.append('# items = "items.csv"')
-    else:
-        lines.append(f"items = {_quoted(_relative(items, folder))}")
-    lines += ['# users = "users.csv"', '# impressions = "impressions.csv"']
-    return "\n".join(lines) + "\n"
-
-
-def _columns(guesses: Mapping[str, Guess], table: Table) -> str:
-    """Write [columns]: what was guessed, what could not be, and what is there besides."""
-    lines = [f"[columns]  # canonical name = name in the file; it has: {_one_line(', '.join(table.columns))}"]
-    needed = {"user_id", "item_id", "position" if "position" in guesses else "timestamp"}
-    for canonical in NAMES:
-        if canonical in guesses:
-            guess = guesses[canonical]
-            lines.append(f"{canonical} = {_quoted(guess.column)}  # {guess.why}")
-        elif canonical in needed:
-            lines.append(f"{canonical} = {_quoted(UNKNOWN)}  # (?) could not be guessed: name the column")
-        elif canonical not in ("timestamp", "position"):
-            lines.append(f'# {canonical} = ""')
-        elif canonical == "position":
-            lines.append('# position = ""  # instead of timestamp, where only the order is known')
-    return "\n".join(lines) + "\n"
-
-
-def _items(table: Table, sample: pl.DataFrame, key: Guess | None, style: NumbersConfig) -> str:
-    """Write [items]: id, texts, categories, multi-valued and numeric columns by name and content."""
-    by_name = {_plain(name): name for name in reversed(list(table.columns))}
-    left = [name for name in table.columns if key is None or name != key.column]
-    texts = [by_name[name] for name in TEXTS if by_name.get(name) in left]
-    multi, numeric, categorical = {}, [], []
-    for name in left:
-        if name in texts:
-            continue
-        values = sample[name].drop_nulls()
-        separator = _separator(values)
-        if separator is not None:
-            multi[name] = separator
-        elif _share_of_numbers(values, style) == 1.0 and values.n_unique() > _FEWEST_NUMBERS:
-            numeric.append(name)
-        elif values.dtype == pl.String and not texts and values.n_unique() > _MOST_VALUES * sample.height:
-            texts.append(name)
-        elif not values.dtype.is_nested() and values.n_unique() <= max(20, _MOST_VALUES * sample.height):
-            categorical.append(name)
-    pairs = ", ".join(f"{_quoted(name)} = {_quoted(separator)}" for name, separator in multi.items())
-    id_ = key or Guess(UNKNOWN, "(?) could not be guessed: name the column")
-    return (
-        f"[items]  # it has: {_one_line(', '.join(table.columns))}\n"
-        f"item_id = {_quoted(id_.column)}  # {id_.why}\n"
-        f"text = {_listed(texts)}  # joined into the item's text\n"
-        f"categorical = {_listed(categorical)}  # one value each\n"
-        f"multi = {{ {pairs} }}  # column = what separates its values\n"
-        f"numeric = {_listed(numeric)}\n"
-    )
-
-
-def _separator(values: pl.Series) -> str | None:
-    """Return what separates the values of a multi-valued column ("" for a list), or None if it is not one."""
-    if isinstance(values.dtype, pl.List):
-        return ""
-    if values.dtype != pl.String or values.is_empty():
-        return None
-    shares = {mark: values.str.contains(mark, literal=True).mean() for mark in MULTI_SEPARATORS}
-    best = max(shares, key=lambda mark: float(shares[mark] or 0))  # type: ignore[arg-type]
-    return best if float(shares[best] or 0) > 0.2 else None  # type: ignore[arg-type]
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f]", " ", text)
-
-
-def _time(time: Time | None) -> str:
-    unit, form, why = (time.unit, time.format, time.why) if time else ("datetime", None, "(?) no time was found")
-    lines = ["[time]", f"unit = {_quoted(unit)}  # s, ms, us or datetime; {_one_line(why)}"]
-    if form:
-        lines.append(f"format = {_quoted(form)}  # CHECK that day and month are not the other way round")
-    lines.append('zone = "UTC"  # of datetimes that carry none, e.g. "Europe/Berlin"')
-    return "\n".join(lines) + "\n"
-
-
-def _numbers(style: NumbersConfig) -> str:
-    return (
-        f"[numbers]  # in text, such as {style.example}\n"
-        f"decimal = {_quoted(style.decimal)}{'  # a guess: CHECK' if style != STYLES[0] else ''}\n"
-        f"thousands = {_quoted(style.thousands)}  # what stands between them\n"
-    )
-
-
-def _sessions(guesses: Mapping[str, Guess]) -> str:
-    line = '# gap = "30m"  # cut a session where a user was away longer; without, every moment is its own'
-    return f"[sessions]\n{line if 'session_id' not in guesses else '# the log has sessions of its own'}\n"
-
-
-def _filters(guesses: Mapping[str, Guess], sample: pl.DataFrame, style: NumbersConfig) -> str:
-    needed = [guesses[name].column for name in ("user_id", "item_id") if name in guesses]
-    empty = [name for name in needed if sample[name].null_count()]
-    shares = ", ".join(f"{sample[name].null_count() / sample.height:.1%} of {_one_line(name)}" for name in empty)
-    amounts = [name for name in sample.columns if _plain(name) in POSITIVE]
-    amounts = [name for name in amounts if _share_of_numbers(sample[name], style) > 0.9]
-    low = [name for name in amounts if (_as_numbers(sample[name], style) <= 0).any()]
-    lines = ["[filters]  # rows left out on purpose; they are counted apart from bad ones"]
-    if empty:
-        lines.append(f"drop_null = {_listed(empty)}  # {shares} is missing in the first {sample.height:,} rows")
-    else:
-        lines.append("drop_null = []")
-    lines.append(
-        f"positive = {_listed(low)}  # columns that must be above 0, e.g. a quantity where returns are negative"
-    )
-    return "\n".join([*lines, "min_user_events = 1", "min_item_events = 1"]) + "\n"
-
-
-def _requests(guesses: Mapping[str, Guess], sample: pl.DataFrame) -> str:
-    lines = ["[requests]  # which events are positives; histories keep them all"]
-    if "action" in guesses:
-        column = sample[guesses["action"].column].cast(pl.String).drop_nulls()
-        names = column.value_counts(sort=True).head(10).to_series().to_list()
-        lines.append(f"# positive.actions = {_one_line(_listed(names))}")
-    if "value" in guesses:
-        lines.append("# positive.min_value = 4")
-    return "\n".join(lines) + "\n"
-
-
-_QUALITY = "[quality]\nmax_bad_share = 0.01  # of the rows read; with more bad ones than this the job stops\n"

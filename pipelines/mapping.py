@@ -27,7 +27,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where the files are: paths or globs, from the TOML's own folder; CSV, Parquet or JSON Lines by their suffix."""
+    """Where the files are: paths or globs, from the TOML's own folder.
+
+    CSV, Parquet or JSON Lines by their suffix, texts also packed (`.csv.gz`).
+    """
 
     events: str
     items: str | None = None
@@ -37,7 +40,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class ColumnsConfig:
-    """The events' columns. `timestamp` says when; `position` says only in which order, where no time is known."""
+    """The events' columns, or columns made of several or of the entries of a list (`pipelines.derived`).
+
+    `timestamp` says when; `position` says only in which order, where no time is known.
+    """
 
     user_id: str = USER_ID
     item_id: str = ITEM_ID

@@ -1,10 +1,13 @@
 """Files of any of three kinds as rows with a number: CSV (comma, tab, semicolon or bar), Parquet, JSON Lines.
 
+CSV and JSON Lines may be packed by gzip (`log.csv.gz`).
+
 Text formats give every column as text, so that one odd value is one bad row and not a file that cannot be read; what a
 value means is decided in `pipelines.fields`. Row numbers count from 1, a CSV's header not counted.
 """
 
 import difflib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +16,8 @@ from typing import Literal
 
 import polars as pl
 
-from pipelines.textfiles import MAX_LINE, Header, check_text, read_header
+from pipelines.derived import derive, with_derived
+from pipelines.textfiles import MAX_LINE, PACKED, Header, check_text, open_bytes, read_header
 from recsys.errors import DataError
 
 ROW = "_row"
@@ -61,13 +65,15 @@ class Table:
     """of the columns of JSON Lines: the keys that lead there"""
 
     def require(self, name: str, meaning: str) -> pl.DataType:
-        """Return the type of a column.
+        """Return the type of a column, or of one that is made of others (`pipelines.derived`).
 
         Raises:
             DataError: there is none of that name; the message names what it was for, the nearest, and all there are.
         """
         if name in self.columns:
             return self.columns[name]
+        if (made := derive(name, self.columns, self.path)) is not None:
+            return made.kind
         nearest = difflib.get_close_matches(name, self.columns, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise DataError(
@@ -75,7 +81,19 @@ class Table:
         )
 
     def rows(self, names: Sequence[str]) -> pl.LazyFrame:
-        """Return the named columns with `ROW` (uint64) and `BROKEN` (bool) beside them, in the file's order."""
+        """Return the named columns with `ROW` (uint64) and `BROKEN` (bool) beside them, in the file's order.
+
+        Where a column has entries (`pipelines.derived`) each of them is a row; those of one row share its number.
+        """
+        wanted = list(dict.fromkeys(names))
+        made = {name: derive(name, self.columns, self.path) for name in wanted if name not in self.columns}
+        derived = {name: one for name, one in made.items() if one is not None}
+        there = [name for name in wanted if name not in derived]
+        frame = self._plain([*there, *(need for one in derived.values() for need in one.needs)])
+        return with_derived(frame, derived).select(ROW, BROKEN, *wanted) if derived else frame
+
+    def _plain(self, names: Sequence[str]) -> pl.LazyFrame:
+        """Return columns that the file has."""
         wanted = list(dict.fromkeys(names))
         if self.kind == "parquet":
             frame = pl.scan_parquet(self.path, row_index_name=ROW, row_index_offset=1, glob=False)
@@ -156,11 +174,15 @@ def open_table(path: Path, max_line: int = MAX_LINE) -> Table:
 
     Cost: text files are streamed through once, at about the disk's speed.
     """
-    kind = KINDS.get(path.suffix.lower())
+    packed = path.suffix.lower() == PACKED
+    suffix = (path.with_suffix("") if packed else path).suffix
+    kind = KINDS.get(suffix.lower())
     if kind is None:
-        hint = "; unpack it first" if path.suffix.lower() in (".gz", ".zip", ".bz2", ".xz", ".zst") else ""
-        raise DataError(f"{path}: suffix {path.suffix!r} is none of {', '.join(KINDS)}{hint}")
+        hint = "; unpack it first" if suffix.lower() in (".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz") else ""
+        raise DataError(f"{path}: suffix {suffix!r} is none of {', '.join(KINDS)}{hint}")
     if kind == "parquet":
+        if packed:
+            raise DataError(f"{path}: Parquet is packed by itself; unpack it first")
         try:
             return Table(path, kind, dict(pl.read_parquet_schema(path)))
         except (OSError, pl.exceptions.PolarsError) as error:
@@ -178,7 +200,7 @@ def _keys(path: Path) -> dict[str, tuple[str, ...]]:
     """Return the columns of the first lines of JSON Lines, and the keys that lead to each."""
     keys: dict[str, tuple[str, ...]] = {}
     number = 0
-    with path.open(encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
         for number, line in zip(range(1, _SAMPLED_LINES + 1), file, strict=False):
             try:
                 row = json.loads(line)

@@ -2,14 +2,18 @@
 
 A CSV parser meets a missing quote by swallowing rows until the next one, so quotes are checked first, over bytes and in
 bounded memory: an opening one stands at the start of a field, a closing one at its end, one inside is doubled (RFC
-4180). A violation is reported where the quote was opened, not where the parser would have noticed.
+4180). A violation is reported where the quote was opened, not where the parser would have noticed. Files packed by gzip
+(`.gz`) are unpacked as they are read.
 """
 
 import codecs
 import csv
+import gzip
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +23,8 @@ from recsys.errors import DataError
 CHUNK = 1 << 22
 MAX_LINE = 1 << 24
 """bytes; a longer line is no row of a log"""
+PACKED = ".gz"
+"""suffix of files packed by gzip, behind that of their kind: log.csv.gz"""
 SEPARATORS = ",\t;|"
 _BOM = codecs.BOM_UTF8
 _QUOTE, _NEWLINE, _RETURN = 0x22, 0x0A, 0x0D
@@ -33,6 +39,11 @@ class Header:
     separator: str
 
 
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a text file, packed by gzip or not, to read its bytes."""
+    return cast("BinaryIO", gzip.open(path)) if path.suffix.lower() == PACKED else path.open("rb")
+
+
 def read_header(path: Path, max_line: int = MAX_LINE) -> Header:
     """Read a CSV file's first line; the separator is the one of comma, tab, semicolon and bar it has most of.
 
@@ -40,10 +51,10 @@ def read_header(path: Path, max_line: int = MAX_LINE) -> Header:
         DataError: the file is missing or empty, the line is too long or not UTF-8, or a name stands twice.
     """
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             line = file.readline(max_line + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not line.strip():
         raise DataError(f"{path}: empty; expected a first line with the names of the columns")
     if len(line) > max_line:
@@ -80,7 +91,9 @@ def check_text(path: Path, header: Header | None = None, max_line: int = MAX_LIN
     """
     lines, quotes = _Lines(path, max_line), _Quotes(path, header) if header else None
     decoder = codecs.getincrementaldecoder("utf-8")()
+    size = 0
     for offset, chunk in _chunks(path):
+        size = offset + len(chunk)
         lines.feed(offset, chunk)
         pending = decoder.getstate()[0]
         try:
@@ -91,9 +104,9 @@ def check_text(path: Path, header: Header | None = None, max_line: int = MAX_LIN
         if quotes:
             quotes.feed(offset, chunk)
     if pending := decoder.getstate()[0]:
-        raise _undecodable(path, path.stat().st_size - len(pending), header)
+        raise _undecodable(path, size - len(pending), header)
     if quotes:
-        quotes.finish()
+        quotes.finish(size)
 
 
 class _Lines:
@@ -131,8 +144,8 @@ class _Quotes:
         self._check(start, self.carry + chunk)
         self.carry = (self.carry + chunk)[-2:]
 
-    def finish(self) -> None:
-        self._check(self.path.stat().st_size - len(self.carry), self.carry + b"\n")
+    def finish(self, size: int) -> None:
+        self._check(size - len(self.carry), self.carry + b"\n")
         if self.seen % 2:
             raise self._unclosed("the file ends before the next quote")
 
@@ -172,12 +185,15 @@ class _Quotes:
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (place in the file, bytes) without the byte order mark."""
-    with path.open("rb") as file:
-        offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-        file.seek(offset)
-        while chunk := file.read(CHUNK):
-            yield offset, chunk
-            offset += len(chunk)
+    try:
+        with open_bytes(path) as file:
+            offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+            file.seek(offset)
+            while chunk := file.read(CHUNK):
+                yield offset, chunk
+                offset += len(chunk)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be unpacked ({error}); expected a whole file packed by gzip") from None
 
 
 def _locate(path: Path, place: int, header: Header | None) -> tuple[int, str, str]:
@@ -190,7 +206,7 @@ def _locate(path: Path, place: int, header: Header | None) -> tuple[int, str, st
             start = offset + newest + 1
         if offset + len(chunk) > place:
             break
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         file.seek(start)
         prefix = file.read(min(place - start, MAX_LINE))
         excerpt = file.read(_EXCERPT).split(b"\n")[0].decode(errors="replace").rstrip("\r")
@@ -203,7 +219,7 @@ def _locate(path: Path, place: int, header: Header | None) -> tuple[int, str, st
 
 def _undecodable(path: Path, place: int, header: Header | None) -> DataError:
     line, column, _ = _locate(path, place, header)
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         file.seek(max(0, place - _EXCERPT // 2))
         around = file.read(_EXCERPT)
         file.seek(place)

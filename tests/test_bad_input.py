@@ -1,5 +1,6 @@
 """Bad input as a newcomer brings it, through the command line: file, row, column, what was found and what is wanted."""
 
+import gzip
 from pathlib import Path
 
 import polars as pl
@@ -114,8 +115,10 @@ def test_json_lines_and_other_files_are_refused_in_words(tmp_path: Path) -> None
     assert "list.json, line 1: not a JSON object (found list)" in refusal(tmp_path, mapping("list.json"))[1]
     (tmp_path / "log.parquet").write_text("hello")
     assert "log.parquet: not a Parquet file" in refusal(tmp_path, mapping("log.parquet"))[1]
-    (tmp_path / "log.csv.gz").write_bytes(b"\x1f\x8b")
-    assert "unpack it first" in refusal(tmp_path, mapping("log.csv.gz"))[1]
+    (tmp_path / "log.csv.zip").write_bytes(b"PK")
+    assert "unpack it first" in refusal(tmp_path, mapping("log.csv.zip"))[1]
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(GOOD.encode())[:-9])
+    assert "log.csv.gz: cannot be" in refusal(tmp_path, mapping("log.csv.gz"))[1]
 
 
 MAPPINGS = {

@@ -1,6 +1,7 @@
 """Ingest of files nobody has seen: the same log from any format, every wrong row told apart, every wrong file named."""
 
 import csv
+import gzip
 import io
 import json
 import time
@@ -153,6 +154,68 @@ def test_lines_that_are_no_rows_are_bad_ones_and_the_others_stay(tmp_path: Path)
     assert card.read == card.events + sum(card.bad.values()) + sum(card.filtered.values())
 
 
+def test_an_order_is_an_event_for_every_entry_whatever_the_file(tmp_path: Path) -> None:
+    """Three baskets, one empty and one that is no list, in six ways of writing them."""
+    baskets = [["a", "b c"], ["b c"], [], None]
+    who, when = ["u", "v", "w", "x"], [START + n for n in range(4)]
+    frame = pl.DataFrame({"who": who, "when": when, "what": baskets, "paid": [[1, 2], [3], [], None]})
+    objects = [
+        None if b is None else [{"sku": item, "n": {"paid": n}} for item, n in zip(b, p, strict=True)]
+        for b, p in zip(baskets, frame["paid"].to_list(), strict=True)
+    ]
+    struct = frame.with_columns(pl.Series("what", objects))
+    marked = frame.with_columns(
+        pl.col("what").list.join(" |").fill_null("|"), pl.col("paid").cast(pl.List(pl.String)).list.join("|")
+    )
+    in_text = frame.with_columns(
+        pl.Series("what", [json.dumps(b) if b is not None else "[1" for b in baskets]),
+        pl.Series("paid", [json.dumps(b) for b in frame["paid"].to_list()]),
+    )
+    written = {
+        "list.parquet": (frame, "what[]", "paid[]"),
+        "struct.parquet": (struct, "what[].sku", "what[].n.paid"),
+        "list.jsonl": (frame, "what[]", "paid[]"),
+        "struct.jsonl": (struct, "what[].sku", "what[].n.paid"),
+        "marked.csv": (marked, "what[|]", "paid[|]"),
+        "text.csv": (in_text, "what[]", "paid[]"),
+    }
+    for name, (table, item_id, value) in written.items():
+        {"parquet": table.write_parquet, "jsonl": table.write_ndjson, "csv": table.write_csv}[name.split(".")[1]](
+            tmp_path / name
+        )
+        columns = {**COLUMNS, "item_id": item_id, "value": value}
+        wanted = mapping(source={"events": name}, columns=columns, quality={"max_bad_share": 0.5})
+        card, events = run(wanted, tmp_path)
+        assert card.read == 5, name
+        assert list(events.select("user_id", "item_id", "value").iter_rows()) == [
+            ("u", "a", 1.0),
+            ("u", "b c", 2.0),
+            ("v", "b c", 3.0),
+        ], name
+        bad = pl.read_parquet(tmp_path / "quarantine.parquet")
+        assert bad["row"].to_list() == [3, 4], name
+        assert set(bad["column"]) == {item_id}
+        packed = tmp_path / f"{name}.gz"
+        if not name.endswith("parquet"):
+            packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+            assert run(replace(wanted, source=replace(wanted.source, events=packed.name)), tmp_path)[1].equals(events)
+
+
+def test_columns_made_of_others_are_named_where_they_cannot_be(tmp_path: Path) -> None:
+    pl.DataFrame({"a": ["x"], "b": [1], "c": [[{"d": 1}]]}).write_parquet(tmp_path / "t.parquet")
+    table = open_table(tmp_path / "t.parquet")
+    for name in ("b[]", "b[;]", "c[]", "c[].e", "c[;]", "a[;].d"):
+        with pytest.raises(DataError, match=r"t.parquet: '.*' cannot be read: column '[abc]' is .*; expected a list"):
+            table.require(name, "[columns] item_id")
+    with pytest.raises(DataError, match=r"no column 'a \+ e'"):
+        table.require("a + e", "[columns] user_id")
+    assert table.rows(["a + b", "c[].d"]).collect().row(0)[2:] == ("x 1", 1)
+    uneven = pl.DataFrame({"i": ["p|q", "p"], "n": ["1", "2"]})
+    uneven.write_csv(tmp_path / "u.csv")
+    found = open_table(tmp_path / "u.csv").rows(["i[|]", "n[|]"]).collect()
+    assert found["i[|]"].to_list() == [None, "p"]  # of the first nobody knows which has the 1
+
+
 def test_a_time_to_come_and_a_list_for_an_id_are_bad_rows(tmp_path: Path) -> None:
     ahead = int(time.time()) + 3 * 86_400
     objects = [
@@ -255,7 +318,13 @@ def test_a_quote_that_is_missing_is_always_found_in_its_own_line(rows: list[tupl
         ("t.jsonl", b"[1, 2]\n", r"line 1: not a JSON object \(found list\)"),
         ("t.jsonl", b"", r"t.jsonl: empty"),
         ("t.parquet", b"id,name\n", r"t.parquet: not a Parquet file"),
-        ("t.csv.gz", b"id", r"suffix '.gz' is none of .csv.*unpack it first"),
+        ("t.csv.zst", b"id", r"suffix '.zst' is none of .csv.*unpack it first"),
+        ("t.log.gz", b"id", r"suffix '.log' is none of .csv"),
+        ("t.parquet.gz", b"id", r"Parquet is packed by itself; unpack it first"),
+        ("t.csv.gz", b"id,name", r"t.csv.gz: cannot be read \(Not a gzipped file"),
+        ("t.csv.gz", gzip.compress(b"id,name\n1,2\n")[:-6], r"t.csv.gz: cannot be unpacked"),
+        ("t.csv.gz", gzip.compress(b'id,name\n1,5" pipe\n'), r"line 2, column 'name': a quote inside a field"),
+        ("t.jsonl.gz", gzip.compress('{"id": "café"}\n'.encode("latin-1")), r"line 1: byte 0xe9 is not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_parsed_is_named_with_its_line(

@@ -1,5 +1,6 @@
 """`recsys init` on logs as they are found: what it guesses, and that its file works as written."""
 
+import datetime as dt
 import json
 import re
 import subprocess
@@ -10,9 +11,10 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipelines.guess import guess_columns, guess_time, write_mapping
+from pipelines.guess import guess_columns, guess_time
 from pipelines.ingest import ingest_files
 from pipelines.mapping import NumbersConfig, load_mapping
+from pipelines.mapping_draft import write_mapping
 from pipelines.sources import open_table
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
@@ -81,13 +83,65 @@ def test_a_glob_is_guessed_by_its_first_file_and_written_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("clock", ["10:05", "9:05:30", "01:05 PM"])
-def test_times_of_day_beside_a_date_are_told(tmp_path, clock):
-    path = file(tmp_path, "log.csv", f"user,item,date,time\nu,i,2024-03-01,{clock}\nv,i,2024-03-02,{clock}\n")
-    line = next(one for one in write_mapping(path, None, tmp_path).splitlines() if one.startswith("timestamp"))
-    assert line.startswith('timestamp = "date"')
-    assert "times of day in time are not read" in line
+@pytest.mark.parametrize("days", [("2024-03-01", "2024-03-02"), ("01/03/2024", "13/03/2024")])
+def test_a_date_and_its_time_of_day_are_read_as_one(tmp_path, clock, days):
+    rows = "".join(f"u{day},i,{day},{clock}\n" for day in days)
+    path = file(tmp_path, "log.csv", "user,item,date,time\n" + rows)
+    text = write_mapping(path, None, tmp_path)
+    assert 'timestamp = "date + time"' in text
+    (tmp_path / "my.toml").write_text(text)
+    assert not ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "x").bad
+    read = pl.read_parquet(tmp_path / "log/events.parquet")["timestamp"].cast(pl.Datetime("us"))
+    seconds = 30 if clock == "9:05:30" else 0
+    hour = {"10:05": 10, "9:05:30": 9, "01:05 PM": 13}[clock]
+    assert [moment.time() for moment in read] == [dt.time(hour, 5, seconds)] * 2
+    assert read[0].date() == dt.date(2024, 3, 1)
     whole = file(tmp_path, "whole.csv", f"user,item,timestamp,pause\nu,i,2024-03-01 10:05:00,{clock}\n")
-    assert "times of day" not in write_mapping(whole, None, tmp_path)
+    assert 'timestamp = "timestamp"' in write_mapping(whole, None, tmp_path)
+
+
+ORDERS = [
+    {
+        "order_id": "o1",
+        "customer": "u1",
+        "ts": 1700000000,
+        "lines": [{"sku": 7, "price": 2.5}, {"sku": "b", "price": 1}],
+    },
+    {"order_id": "o2", "customer": "u2", "ts": 1700000060, "lines": [{"sku": "b", "price": 3}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "item_id", "value"),
+    [
+        ("orders.jsonl", "".join(json.dumps(row) + "\n" for row in ORDERS), "lines[].sku", [2.5, 1.0, 3.0]),
+        (
+            "orders.ndjson",
+            "".join(
+                json.dumps({**row, "lines": None, "items": [line["sku"] for line in row["lines"]]}) + "\n"
+                for row in ORDERS
+            ),
+            "items[]",
+            None,
+        ),
+        (
+            "orders.csv",
+            "order_id,customer,ts,products\no1,u1,1700000000,7; b\no2,u2,1700000060,b\n",
+            "products[;]",
+            None,
+        ),
+    ],
+)
+def test_an_order_with_a_list_of_articles_is_an_event_each(tmp_path, name, content, item_id, value):
+    text = write_mapping(file(tmp_path, name, content), None, tmp_path)
+    assert f'item_id = "{item_id}"' in text
+    (tmp_path / "my.toml").write_text(text)
+    card = ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "x")
+    events = pl.read_parquet(tmp_path / "log/events.parquet")
+    assert (card.bad, card.read) == ({}, 3)
+    assert events["item_id"].to_list() == ["7", "b", "b"]
+    assert events["session_id"].to_list() == ["o1", "o1", "o2"]
+    assert (events["value"].to_list() if "value" in events.columns else None) == value
 
 
 def test_neither_a_price_nor_a_list_is_taken_for_an_id(tmp_path):

@@ -18,7 +18,7 @@ def init(
     out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("recsys.toml"),
 ) -> None:
     """Look at a log of your own and write a commented mapping of its columns, to check and edit."""
-    from pipelines.guess import write_mapping
+    from pipelines.mapping_draft import write_mapping
     from recsys.files import whole_file
 
     if out.exists():
