@@ -19,7 +19,7 @@ from ranking.recall_watch import RecallWatch
 from ranking.recommender_config import RecommenderConfig
 from ranking.rules import Rules
 from ranking.scorer import Encoded, Scorer
-from ranking.searcher import Searched
+from ranking.searched import Searched
 from ranking.sources import (
     Catalogue,
     Followers,

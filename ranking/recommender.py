@@ -30,7 +30,7 @@ from ranking.recall_watch import RecallWatch
 from ranking.recommender_config import DEFAULTS, RecommenderConfig, StatesConfig
 from ranking.rules import Rules
 from ranking.scorer import Encoded, Scorer
-from ranking.searcher import Searched
+from ranking.searched import Searched
 from ranking.sources import Popularity, Source, SourceQuery
 from ranking.state_cache import StateCache
 from ranking.trace import Clock, Found, explain, stages_of

@@ -9,28 +9,24 @@
 
 Service, batch job and evaluation use this one class. A request has a time budget. Work stops when it is over, between
 forward passes of a few documents, and the answer is that of the stages before; `degraded` names what was left out. With
-a budget a stage that fails is left out too; without one, as in evaluation, an error is an error. A blend reads ranks
-alone, since scores of a reranker and of a ranker have nothing in common.
-
-    P passages    n passages found    C candidate items
+a budget a stage that fails is left out too; without one, as in evaluation, an error is an error. What was found, and
+the blend, is in `ranking.searched`.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ranking.deadline import Deadline, OutOfTimeError
-from ranking.fusion import COVERED, POOL, RRF_K, Ranking
+from ranking.fusion import COVERED, POOL, Ranking
 from ranking.search_part import SHIFT, SearchPart
-from ranking.sources import Proposal, SourceQuery
+from ranking.searched import Reranked, SearchConfig, Searched
 from ranking.text_backbone import TextTokenizer
 from ranking.trace import Clock
-from recsys.errors import ConfigError, RequestError
-from recsys.messages import MAX_CANDIDATES
+from recsys.errors import RequestError
 from recsys.search_messages import Mode
 
 logger = logging.getLogger(__name__)
@@ -43,182 +39,18 @@ CHARACTERS_PER_TOKEN = 32
 """No tokenizer needs more text for a token; what lies beyond is cut before it is looked at."""
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """How a search is done."""
-
-    depth: int = 100
-    """passages of each first stage"""
-    rerank: int = 20
-    """passages at the head of the first stage that are reranked, if the budget is enough for so many"""
-    rerank_covered: bool = False
-    """rerank also where one passage holds nearly all words of the query, unless the request says itself"""
-    items_per_passage: int = 20
-    """items of one text that a ranker scores, those most frequent in training"""
-    personal_weight: float = 1.0
-    """of the ranker in a blend; the search has 1"""
-    budget_ms: int = 1_000
-    """time of a search that names none"""
-    rerank_budget_ms: int = 30_000
-    """time of a rerank request that names none"""
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "items_per_passage"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"[search] {name} is {getattr(self, name)}; expected at least 1")
-        for name in ("rerank", "personal_weight", "budget_ms", "rerank_budget_ms"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"[search] {name} is {getattr(self, name)}; expected 0 or more")
-        if self.depth * self.items_per_passage > MAX_CANDIDATES:
-            raise ConfigError(
-                f"[search] depth is {self.depth} and items_per_passage {self.items_per_passage}: a ranker would score "
-                f"{self.depth * self.items_per_passage} items of one search; expected at most {MAX_CANDIDATES}"
-            )
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What a search found; also the candidate source of `Recommender` for a request with a query.
-
-    Attributes:
-        rows: int32 [n] passages, best first.
-        scores: float32 [n]; of the reranker for the first `reranked`, of the first stage below: two scales, which fall
-            within each part but not from one to the other.
-        first: int64 [n] rank in the first stage, from 1.
-        reranked: how many at the head the reranker ordered.
-        truncated: bool [n], of which the reranker read only the beginning.
-        mode: first stage that was used.
-        degraded: stages skipped for want of time.
-        timings: seconds by stage.
-        covered: whether the reranker was left out because one passage holds nearly all words of the query.
-        part: where the passages are from.
-        config: how items are drawn from passages, and blended.
-    """
-
-    name: ClassVar[str] = "search"
-
-    rows: NDArray[np.int32]
-    scores: NDArray[np.float32]
-    first: NDArray[np.int64]
-    reranked: int
-    truncated: NDArray[np.bool_]
-    mode: Mode
-    degraded: tuple[str, ...]
-    timings: dict[str, float]
-    covered: bool
-    part: SearchPart
-    config: SearchConfig = field(default_factory=SearchConfig)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def stages(self) -> dict[str, float]:
-        """Seconds by stage, without their total."""
-        return {stage: seconds for stage, seconds in self.timings.items() if stage != "total"}
-
-    def after(self, stage: str, seconds: float) -> "Searched":
-        """Add a stage outside the search to the timings."""
-        timings = {**self.stages, stage: seconds}
-        return replace(self, timings={**timings, "total": self.timings["total"] + seconds})
-
-    def without(self, stage: str) -> "Searched":
-        """Name a stage that was skipped."""
-        return replace(self, degraded=(*self.degraded, stage))
-
-    def items(self, allowed: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return candidate items int32 [C], best passage first, and int64 [C] the place of each one's passage."""
-        return self.part.passages.items_of(self.rows, self.config.items_per_passage, allowed)
-
-    def propose(self, query: SourceQuery, limit: int) -> Proposal:
-        """Return the items of the found passages, whatever the limit: all of them are ranked together."""
-        rows, places = self.items(query.allowed)
-        return Proposal(rows, (1.0 / (RRF_K + 1 + places)).astype(np.float32))
-
-    def blended(self, rows: NDArray[np.int32], scores: NDArray[np.float32], known: bool) -> NDArray[np.float32]:
-        """Return float32 [C] the blend of search and ranker for items of `items`.
-
-        Args:
-            rows: int32 [C].
-            scores: float32 [C] by the ranker; popularity where nothing is known of the user.
-            known: whether something is; else the scores only order the items of one passage.
-        """
-        own, places = self.part.passages.items_of(self.rows)
-        place = np.zeros(int(max(own.max(initial=0), rows.max(initial=0))) + 1, np.int64)
-        place[own] = places
-        rank = np.empty(len(rows), np.int64)
-        rank[np.lexsort((rows, -scores))] = np.arange(len(rows))
-        found = 1.0 / (RRF_K + 1 + place[rows])
-        if known:
-            return (found + self.config.personal_weight / (RRF_K + 1 + rank)).astype(np.float32)
-        gap = 1.0 / ((RRF_K + len(self)) * (RRF_K + 1 + len(self)))  # the least between two passages
-        return (found - 0.5 * gap * rank / max(len(rows), 1)).astype(np.float32)
-
-    def for_user(self, places: NDArray[np.int64], rows: NDArray[np.int32], scores: NDArray[np.float32]) -> "Personal":
-        """Blend the order of the passages with what a ranker says of their items.
-
-        Args:
-            places: int64 [C] place in `self.rows` of each item's passage.
-            rows: int32 [C] the items.
-            scores: float32 [C] of the user's ranker. A passage counts by its best item.
-        """
-        best = np.full(len(self), -np.inf, np.float32)
-        np.maximum.at(best, places, scores)
-        item = np.full(len(self), -1, np.int64)
-        by_score = np.lexsort((rows, -scores))
-        passages, first = np.unique(places[by_score], return_index=True)
-        item[passages] = rows[by_score[first]]
-        judged = np.flatnonzero(item >= 0)
-        order = judged[np.lexsort((judged, -best[judged]))]
-        rank = np.zeros(len(self), np.int64)
-        rank[order] = np.arange(1, len(order) + 1)
-        total = 1.0 / (RRF_K + 1 + np.arange(len(self)))
-        total[judged] += self.config.personal_weight / (RRF_K + rank[judged])
-        return Personal(np.lexsort((np.arange(len(self)), -total)), total.astype(np.float32), rank, item)
-
-
-@dataclass(frozen=True)
-class Personal:
-    """The found passages in the order for one user.
-
-    Attributes:
-        order: int64 [n] places in the search, best first.
-        scores: float32 [n] by place.
-        rank: int64 [n] by place, rank by the user's ranker alone, from 1; 0 for a passage without items.
-        item: int64 [n] by place, the item of the passage that the ranker puts first, -1 without items.
-    """
-
-    order: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    rank: NDArray[np.int64]
-    item: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Reranked:
-    """What became of documents that were sent along.
-
-    Attributes:
-        scores: float32 [n] in the order of the request; None if there was no time.
-        truncated: bool [n], of which only the beginning was read.
-    """
-
-    scores: NDArray[np.float32] | None
-    truncated: NDArray[np.bool_]
-
-
 class Searcher:
     """Searches the passages of a bundle. Keeps no state between requests; safe to call from several threads.
 
     Args:
         part: of the bundle.
-        config: depths and budgets.
+        config: depths and budgets; the defaults if absent.
         pace: seconds the reranker takes for a passage on this machine (`ranking.rerank_depth`); 0 is not known.
     """
 
-    def __init__(self, part: SearchPart, config: SearchConfig = SearchConfig(), pace: float = 0.0) -> None:
+    def __init__(self, part: SearchPart, config: SearchConfig | None = None, pace: float = 0.0) -> None:
         self.part = part
-        self.config = config
+        self.config = config or SearchConfig()
         self.pace = pace
 
     def rerank_depth(self, seconds: float) -> int:

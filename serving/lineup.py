@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from ranking.bundle import Bundle
 from ranking.ladder import Budget
-from ranking.searcher import Searched, Searcher
+from ranking.searched import Searched
+from ranking.searcher import Searcher
 from recsys.errors import RequestError
 from recsys.messages import RankRequest, RankResponse, RecommendRequest, RecommendResponse
 from serving.name_search import NameSearch

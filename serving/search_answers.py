@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ranking.bundle import Bundle
 from ranking.deadline import Deadline
 from ranking.ladder import Budget
-from ranking.searcher import Personal, Searched, Searcher
+from ranking.searched import Personal, Searched
+from ranking.searcher import Searcher
 from recsys.errors import RequestError
 from recsys.messages import RankRequest
 from recsys.search_messages import (

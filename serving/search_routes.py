@@ -9,7 +9,8 @@ from fastapi import FastAPI, Response
 
 from ranking.deadline import Deadline
 from ranking.ladder import Budget, Deadlines
-from ranking.searcher import Searched, Searcher
+from ranking.searched import Searched
+from ranking.searcher import Searcher
 from recsys.errors import RequestError
 from recsys.search_messages import RerankRequest, RerankResponse, SearchRequest, SearchResponse
 from serving.lineup import Served

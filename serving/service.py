@@ -13,7 +13,7 @@ from ranking.devices import Device
 from ranking.ladder import Budget
 from ranking.manifest import Manifest
 from ranking.request_path import RequestPath
-from ranking.searcher import SearchConfig, Searched
+from ranking.searched import SearchConfig, Searched
 from recsys.errors import RequestError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (

@@ -12,7 +12,7 @@ from typing import Literal
 
 from ranking.devices import Device
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
-from ranking.searcher import SearchConfig
+from ranking.searched import SearchConfig
 from recsys.errors import BundleError, ConfigError
 from recsys.history import DAY, OLD_DAYS, POSITIONS
 from recsys.memory import keep_freed_memory

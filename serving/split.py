@@ -31,7 +31,8 @@ from ranking.index import Index
 from ranking.items import ItemTable
 from ranking.ranker import Retriever
 from ranking.rerank_depth import paced
-from ranking.searcher import Reranked, SearchConfig, Searched, Searcher
+from ranking.searched import Reranked, SearchConfig, Searched
+from ranking.searcher import Searcher
 from recsys.errors import BundleError, ConfigError, RequestError
 from recsys.search_messages import Mode
 from serving.lineup import BundlePlace, Plan

@@ -19,7 +19,7 @@ from ranking.ladder import Deadlines
 from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
-from ranking.searcher import SearchConfig
+from ranking.searched import SearchConfig
 from ranking.snapshot import write_snapshot
 from serving.app import Limits, create_app
 from serving.security import ApiKeys

@@ -10,7 +10,8 @@ from ranking.bundle import Bundle
 from ranking.deadline import Deadline
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.mvp_apart import K1, OPENING, STRIDE, WINDOW, B, MvpApart, MvpApartConfig, readings
-from ranking.searcher import SearchConfig, Searcher
+from ranking.searched import SearchConfig
+from ranking.searcher import Searcher
 from ranking.text_models import load_reranker
 from recsys.errors import ConfigError
 

@@ -27,7 +27,8 @@ from ranking.passages import NO_ITEM, Passages
 from ranking.recommender import Recommender
 from ranking.rerank_depth import paced
 from ranking.search_part import SHIFT
-from ranking.searcher import SearchConfig, Searcher, shortened
+from ranking.searched import SearchConfig
+from ranking.searcher import Searcher, shortened
 from ranking.snapshot import SnapshotReader
 from ranking.text_backbone import TextTokenizer
 from recsys.errors import BundleError, ConfigError, DataError, RequestError

@@ -20,7 +20,7 @@ from ranking.bundle import Bundle, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.search_part import SearchContents
-from ranking.searcher import Searched
+from ranking.searched import Searched
 from recsys.config import parse
 from recsys.errors import ConfigError, PartError
 from serving.app import Limits, create_app

@@ -33,7 +33,8 @@ from ranking.mvp import Mvp, MvpConfig
 from ranking.mvp_apart import MvpApart, MvpApartConfig
 from ranking.passages import Passages
 from ranking.search_part import SHIFT, TOKENS_PER_PASS, SearchPart
-from ranking.searcher import SearchConfig, Searcher
+from ranking.searched import SearchConfig
+from ranking.searcher import Searcher
 from ranking.text_models import TextReranker
 
 TOKENS = 4096
