@@ -17,11 +17,14 @@ from ranking.fusion import POOL, WEIGHT, Mix, Ranking, best, convex_fusion, reci
 from ranking.index import build
 from ranking.splade import Splade, sparse_search
 from ranking.text_models import Report, TextEncoder, Vectors
+from ranking.windows import Windows
 from recsys.files import whole_file
 
 PLACES = 100
 NATURAL = "natural"
 """dev task of queries that people wrote"""
+_AT_ONCE = 64
+"""queries whose similarity to all windows is held at once"""
 LEAST_TOLD_APART = 10
 """Queries that must have another result by another weight before one is chosen by them."""
 
@@ -54,9 +57,22 @@ class FirstStages:
 
     @cached_property
     def passage_vectors(self) -> Vectors:
-        """Plain vectors of the passages, float32 [N, D]."""
-        cache = VectorCache(self.cache / self.encoder.digest / "passages")
-        return cache.get(self.corpus.passages, self.encoder.encode_passages, self.report)
+        """Plain vectors of the passages, float32 [P, D]: of a long one its beginning alone."""
+        return self.encoded(self.encoder, self.corpus.passages)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """What a bundle encodes of the passages: all of the long ones."""
+        return self.encoder.windows(self.corpus.passages)
+
+    @cached_property
+    def window_vectors(self) -> Vectors:
+        """Plain vectors of the windows, float32 [W, D]."""
+        return self.encoded(self.encoder, self.windows.texts)
+
+    def encoded(self, encoder: TextEncoder, texts: Sequence[str]) -> Vectors:
+        """Return an encoder's vectors of passages, those in the cache from there."""
+        return VectorCache(self.cache / encoder.digest / "passages").get(texts, encoder.encode_passages, self.report)
 
     @cached_property
     def _sparse_passages(self) -> Any:
@@ -78,13 +94,20 @@ class FirstStages:
         vectors = self.query_vectors(texts) if vectors is None else vectors
         return dense_search(vectors, self.passage_vectors, places)
 
+    def dense_by_windows(self, texts: Sequence[str], places: int = PLACES) -> Ranking:
+        """Rank as a bundle does, a passage by the nearest of its windows."""
+        return windows_search(self.query_vectors(texts), self.window_vectors, self.windows, places)
+
     def sparse(self, texts: Sequence[str]) -> Ranking:
         """Rank by SPLADE."""
         assert self.splade is not None
         return sparse_search(self.splade.encode(texts), self._sparse_passages, PLACES)
 
     def all(self, texts: Sequence[str], weight: float | None = None) -> dict[str, Ranking]:
-        """Return every first stage by name; the convex fusion and the hybrid where a BM25 weight is given."""
+        """Return every first stage by name; the convex fusion and the hybrid where a BM25 weight is given.
+
+        Dense and the papers' fusions know the beginning of a long passage, the hybrid all of it, as a bundle does.
+        """
         lexical, dense = self.bm25.search(texts, POOL), self.dense(texts, places=POOL)
         rankings = {"bm25": lexical.top(PLACES), "dense": dense.top(PLACES)}
         if self.splade is not None:
@@ -94,6 +117,8 @@ class FirstStages:
         if self.splade is not None:
             rankings["rrf3"] = reciprocal_rank_fusion(found, PLACES)
         if weight is not None:
+            if len(self.windows.texts) > len(self.corpus):
+                rankings["dense_windows"] = self.dense_by_windows(texts)
             rankings["convex"] = convex_fusion(lexical, dense, weight, PLACES)
             rankings["hybrid"] = self.hybrid(texts, weight)
         return rankings
@@ -101,7 +126,7 @@ class FirstStages:
     def hybrid(self, texts: Sequence[str], weight: float = WEIGHT, dense: Ranking | None = None) -> Ranking:
         """Rank as a bundle's search does by default; `dense` stands in for what the plain encoder finds."""
         lexical = self.bm25.search(texts, POOL)
-        dense = self.dense(texts, places=POOL) if dense is None else dense
+        dense = self.dense_by_windows(texts, POOL) if dense is None else dense
         return Mix(weight).fuse(lexical, dense, self.bm25.coverage(texts, lexical), PLACES)
 
     def choose_weight(self, dev: Mapping[str, Queries]) -> float:
@@ -119,6 +144,17 @@ class FirstStages:
         mean = found.mean(axis=1)
         best = [weight for weight, value in zip(WEIGHTS, mean, strict=True) if value >= mean.max() - 1e-9]
         return min(best, key=lambda weight: abs(weight - WEIGHT))
+
+
+def windows_search(queries: Vectors, vectors: Vectors, windows: Windows, places: int = PLACES) -> Ranking:
+    """Rank passages exactly by the nearest of their windows, whose vectors are float32 [W, D]."""
+    order = np.argsort(windows.passage, kind="stable")
+    first = np.flatnonzero(np.diff(windows.passage[order], prepend=-1))
+    vectors, found = vectors[order], [best(np.zeros((0, len(first))), places)]
+    for at in range(0, len(queries), _AT_ONCE):
+        similar = queries[at : at + _AT_ONCE] @ vectors.T
+        found.append(best(np.maximum.reduceat(similar, first, axis=1), places))
+    return Ranking(np.concatenate([one.rows for one in found]), np.concatenate([one.scores for one in found]))
 
 
 def dense_search(queries: Vectors, passages: Vectors, places: int = PLACES) -> Ranking:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.first_stages import NATURAL, PLACES, FirstStages, dense_search
+from pipelines.first_stages import NATURAL, FirstStages, dense_search, windows_search
 from pipelines.logged import log_report
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
-from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Queries, read_queries
 from pipelines.text_measures import Comparison, best_possible, compare, mean_of, measure
 from pipelines.text_models import CATALOGUE, cut_queries, open_corpus
@@ -29,7 +28,8 @@ from ranking.dense_encoder import DenseEncoder
 from ranking.devices import pick_device
 from ranking.fusion import POOL, WEIGHT, Ranking
 from ranking.lexsembridge import LexSemBridge
-from ranking.text_models import ENCODERS, TextEncoder, load_encoder, load_reranker, read_config
+from ranking.text_models import ENCODERS, Vectors, load_encoder, load_reranker, read_config
+from ranking.windows import Windows
 from recsys.config import parse
 from recsys.errors import ConfigError
 from recsys.files import read_json, write_json
@@ -126,9 +126,10 @@ def evaluate_text(
             if report is not None:
                 report(f"{name}: {run.name}", len(results), len(tasks))
             if run.is_encoder:
-                dense = dense_search(run.model.encode_queries(queries.texts), encoded(run, stages), POOL)
-                rankings[run.name] = dense.top(PLACES)
-                rankings[f"{run.name} + bm25"] = stages.hybrid(queries.texts, weight, dense)
+                asked, (vectors, windows) = run.model.encode_queries(queries.texts), encoded(run, stages)
+                rankings[run.name] = dense_search(asked, vectors[: len(stages.corpus)])
+                near = windows_search(asked, vectors, windows, POOL)
+                rankings[f"{run.name} + bm25"] = stages.hybrid(queries.texts, weight, near)
                 baseline |= {run.name: "dense", f"{run.name} + bm25": "hybrid"}
             else:
                 rankings[run.name] = reranked(run, stages, pool, places)
@@ -138,16 +139,15 @@ def evaluate_text(
     return results
 
 
-def encoded(run: TextModelRun, stages: FirstStages) -> Any:
-    """Return the passage vectors of a run's encoder: those at hand where its frozen backbone is the first stage's."""
+def encoded(run: TextModelRun, stages: FirstStages) -> tuple[Vectors, Windows]:
+    """Return the passages' windows and a run's vectors of them, the first stage's where that has the same backbone."""
     if run.frozen and isinstance(stages.encoder, DenseEncoder) and isinstance(run.model, LexSemBridge):
         ours, plain = run.model.config, stages.encoder.config
         same = ("backbone", "pool", "max_passage_len")
         if not ours.fusion_passages and all(getattr(ours, name) == getattr(plain, name) for name in same):
-            return stages.passage_vectors
-    model: TextEncoder = run.model
-    cache = VectorCache(stages.cache / model.digest / "passages")
-    return cache.get(stages.corpus.passages, model.encode_passages, stages.report)
+            return stages.window_vectors, stages.windows
+    windows = run.model.windows(stages.corpus.passages)
+    return stages.encoded(run.model, windows.texts), windows
 
 
 def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) -> Ranking:

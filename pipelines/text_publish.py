@@ -124,7 +124,7 @@ def search_contents(
     cache: Path,
     report: Report | None = None,
 ) -> SearchContents:
-    """Encode the passages, those that are not in the cache yet, and give what search needs.
+    """Encode the passages' windows, those that are not in the cache yet, and give what search needs.
 
     Args:
         passages: what is to be found.
@@ -134,11 +134,12 @@ def search_contents(
         cache: directory of vectors, by the encoder's digest.
         report: told (encoded, in all).
     """
-    vectors = None
-    if encoder is not None:
-        known = VectorCache(cache / encoder.digest / "passages")
-        vectors = known.get(list(passages.texts), encoder.encode_passages, report)
-    return SearchContents(passages, encoder, reranker, mix, vectors)
+    if encoder is None:
+        return SearchContents(passages, None, reranker, mix)
+    windows = encoder.windows(list(passages.texts))
+    known = VectorCache(cache / encoder.digest / "passages")
+    vectors = known.get(windows.texts, encoder.encode_passages, report)
+    return SearchContents(passages, encoder, reranker, mix, vectors, windows.passage)
 
 
 def item_passages(prepared: PreparedSet) -> Passages:

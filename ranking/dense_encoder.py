@@ -23,6 +23,7 @@ from ranking.text_backbone import (
 )
 from ranking.text_models import Report, Vectors
 from ranking.text_pooling import pool
+from ranking.windows import Windows, windows_of
 from recsys.errors import ConfigError
 from recsys.files import read_json
 
@@ -84,6 +85,12 @@ class DenseEncoder(TextModel):
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [N]: of which passages only the beginning is read."""
         return self.tokenizer.truncated(_prefixed(self.config.passage_prefix, texts), self.config.max_passage_len)
+
+    def windows(self, texts: Sequence[str]) -> Windows:
+        """Return what to encode so that all of every passage is read."""
+        prefix = self.config.passage_prefix
+        taken = len(self.tokenizer.pieces([prefix])[0]) if prefix else 0
+        return windows_of(texts, self.tokenizer, self.tokenizer.room(self.config.max_passage_len) - taken)
 
     def _encode(self, prefix: str, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
         rows = self.tokenizer.encode(_prefixed(prefix, texts), max_len)

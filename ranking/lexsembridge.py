@@ -38,6 +38,7 @@ from ranking.text_backbone import (
 )
 from ranking.text_models import Report, Vectors
 from ranking.text_pooling import max_pooled, pool
+from ranking.windows import Windows, windows_of
 from recsys.errors import ConfigError
 
 Kind = Literal["slr", "llr", "clr", "c_only", "linear_map", "off"]
@@ -254,6 +255,10 @@ class LexSemBridge(TextModel):
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [N]: of which passages only the beginning is read."""
         return self.tokenizer.truncated(texts, self.config.max_passage_len)
+
+    def windows(self, texts: Sequence[str]) -> Windows:
+        """Return what to encode so that all of every passage is read."""
+        return windows_of(texts, self.tokenizer, self.tokenizer.room(self.config.max_passage_len))
 
     # Diagnostics.
 

@@ -51,6 +51,10 @@ class TextEntry(Message):
     weight: float | None = Field(description="of the words in the convex sum; null for reciprocal ranks")
     covered: float | None = Field(default=None, description="of the words where one passage holds those of the query")
     index: list[str] = Field(description="files of the passage index's shards, in order")
+    windows: int | None = Field(
+        default=None,
+        description="vectors in the index; null: one per passage, of a long one's beginning",
+    )
 
 
 class IndexRecall(Message):

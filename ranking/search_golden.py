@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from ranking.manifest import TextEntry
-from ranking.search_part import SHIFT, TEXT, SearchContents, SearchPart, load_search_part, write_search_part
+from ranking.search_part import TEXT, SearchContents, SearchPart, load_search_part, write_search_part
 from recsys.errors import BundleError
 from recsys.files import write_json
 from recsys.messages import Message
@@ -90,9 +90,9 @@ def _ask(part: SearchPart, query: str, passages: Sequence[int] | None) -> Golden
     bm25 = _list(part, rows, words.scores[0][: len(rows)].tolist())
     dense, near = None, []
     if part.encoder is not None and part.index is not None:
-        found, scores = part.index.search(part.encoder.encode_queries([query]), min(FOUND, len(part.passages)))
-        near = (found[0] - SHIFT).tolist()
-        dense = _list(part, near, scores[0].tolist())
+        found = part.nearest(part.encoder.encode_queries([query]), FOUND)
+        near = found.rows[0].tolist()
+        dense = _list(part, near, found.scores[0].tolist())
     asked = list(dict.fromkeys([*rows, *near])) if passages is None else list(passages)
     rerank = None
     if part.reranker is not None:

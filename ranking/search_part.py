@@ -3,7 +3,8 @@
     text/passages.safetensors   texts and documents (ranking.passages)
     text/bm25/                  npy and JSON (ranking.bm25)
     text/encoder/               if passages have vectors: the model that encodes queries (ranking.text_models)
-    text/index/shard_<n>.faiss  with an encoder: passage vectors under row + 1 (ranking.index)
+    text/index/shard_<n>.faiss  with an encoder: vectors of the passages' windows under row + 1 (ranking.index)
+    text/windows.safetensors    int32 [W], the passage of each window; only where one has several (ranking.windows)
     text/reranker/              if there is one
     text/golden.json            synthetic searches and what they were answered (ranking.search_golden)
 
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from ranking.bm25 import Bm25
-from ranking.fusion import Mix
+from ranking.fusion import NONE, Mix, Ranking
 from ranking.index import Index, IndexConfig, build
 from ranking.manifest import TextEntry, listed
 from ranking.passages import Passages
@@ -37,6 +39,7 @@ from ranking.text_models import (
     load_reranker,
     read_config,
 )
+from ranking.windows import by_passage
 from recsys.errors import BundleError
 
 TEXT = "text"
@@ -46,7 +49,8 @@ TOKENS_PER_PASS = 512
 BY_QUERY = Mix()
 
 SHIFT = 1
-"""Passage p has row p + 1 in the index, whose row 0 means nothing found."""
+"""Window w has row w + 1 in the index, whose row 0 means nothing found."""
+WINDOWS = "windows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class SearchPart:
         passages: what is found.
         bm25: over their texts.
         encoder: of queries, and of the vectors in `index`; None where search goes by words alone.
-        index: passage vectors under row + 1.
+        index: vectors of the passages' windows under row + 1.
+        windows: int32 [W] the passage of each window; None where every passage has one.
         reranker: orders the head of a first stage.
         tokenizer: of the reranker, or of the encoder where there is none: cuts documents sent along.
         mix: how words and vectors are joined.
@@ -70,6 +75,7 @@ class SearchPart:
     reranker: TextReranker | None = None
     tokenizer: TextTokenizer | None = None
     mix: Mix = BY_QUERY
+    windows: NDArray[np.int32] | None = None
     kinds: Mapping[str, str] | None = None
 
     @cached_property
@@ -77,6 +83,22 @@ class SearchPart:
         """Kind of what orders documents: the reranker's, or the encoder's where there is none."""
         kinds = self.kinds or {}
         return kinds.get("reranker") or kinds.get("encoder") or "first_stage"
+
+    def nearest(self, vectors: NDArray[np.float32], places: int) -> Ranking:
+        """Return the passages nearest to query vectors float32 [Q, D], each by the nearest of its windows."""
+        assert self.index is not None, "asked for only where there are vectors"
+        places = min(places, len(self.passages))
+        if self.windows is None:
+            rows, scores = self.index.search(vectors, places)
+            return Ranking(rows - SHIFT, scores)
+        share = places * len(self.windows) // len(self.passages)
+        for times in (1, 2, 4, 8):  # more only where many of the windows found are of the same few passages
+            wanted = min(times * share, len(self.index))
+            rows, scores = self.index.search(vectors, wanted)
+            found = by_passage(Ranking(rows - SHIFT, scores), self.windows, places)
+            if wanted == len(self.index) or not (found.rows == NONE).any():
+                break
+        return found
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,8 @@ class SearchContents:
         encoder: encodes passages now and queries later; None indexes words alone.
         reranker: of the head of each search.
         mix: how words and vectors are joined.
-        vectors: float32 [P, D] of the passages, if somebody has encoded them already.
+        vectors: float32 [W, D] of the passages' windows, if somebody has encoded them already.
+        windows: int32 [W] the passage of each; None where every passage has one.
         index: how vectors are indexed.
         report: told (encoded, in all).
     """
@@ -98,6 +121,7 @@ class SearchContents:
     reranker: TextReranker | None = None
     mix: Mix = BY_QUERY
     vectors: NDArray[np.float32] | None = None
+    windows: NDArray[np.int32] | None = None
     index: IndexConfig | None = None
     report: Report | None = None
 
@@ -112,13 +136,18 @@ def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
     passages.save(place / "passages.safetensors")
     Bm25.build(list(passages.texts)).save(place / "bm25")
     shards: Sequence[Path] = []
+    count = None
     if encoder is not None:
         encoder.save(place / "encoder")
-        vectors = contents.vectors
+        vectors, owner = contents.vectors, contents.windows
         if vectors is None:
-            vectors = encoder.encode_passages(list(passages.texts), contents.report)
-        rows = np.arange(len(passages), dtype=np.int64) + SHIFT
+            windows = encoder.windows(list(passages.texts))
+            vectors, owner = encoder.encode_passages(windows.texts, contents.report), windows.passage
+        rows = np.arange(len(vectors), dtype=np.int64) + SHIFT
+        if owner is not None and len(owner) > len(passages):
+            save_file({"passage": torch.from_numpy(owner)}, place / WINDOWS)
         (place / "index").mkdir()
+        count = len(vectors)
         shards = build(vectors, rows, contents.index or IndexConfig()).save(place / "index")
     if contents.reranker is not None:
         contents.reranker.save(place / "reranker")
@@ -130,6 +159,7 @@ def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
         weight=contents.mix.weight,
         covered=contents.mix.covered,
         index=[path.relative_to(directory).as_posix() for path in shards],
+        windows=count,
     )
 
 
@@ -156,17 +186,21 @@ def load_search_part(
         raise BundleError(f"{directory}: file {unlisted[0]!r} is not of the published bundle; remove it")
     passages = Passages.load(listed(paths, f"{TEXT}/passages.safetensors", directory))
     bm25 = Bm25.load(directory / TEXT / "bm25")
-    encoder = index = reranker = tokenizer = None
+    encoder = index = reranker = tokenizer = windows = None
     if entry.encoder is not None:
         encoder = load_encoder(_model(directory, "encoder", paths))
         index = Index.load([listed(paths, shard, directory) for shard in entry.index])
         tokenizer = TextTokenizer.of(str(directory / TEXT / "encoder"))
+        windows = _windows(directory, entry, paths)
     if entry.reranker is not None:
         reranker = load_reranker(_model(directory, "reranker", paths))
         tokenizer = TextTokenizer.of(str(directory / TEXT / "reranker"))
-    sizes = {entry.passages, len(passages), bm25.passages} | ({len(index)} if index is not None else set())
+    sizes = {entry.passages, len(passages), bm25.passages}
     if len(sizes) > 1:
         raise BundleError(f"{directory}: {sorted(sizes)} passages in the parts of {TEXT}/; publish again")
+    vectors = len(passages) if windows is None else len(windows)
+    if index is not None and len(index) != vectors:
+        raise BundleError(f"{directory}: {len(index)} vectors of {vectors} windows in {TEXT}/; publish again")
     models: tuple[object, ...] = (encoder, reranker)
     for model in models:
         _in_short_passes(model)
@@ -174,7 +208,24 @@ def load_search_part(
             model.requires_grad_(False).eval().to(device)
     kinds = {"encoder": entry.encoder or "", "reranker": entry.reranker or ""}
     mix = Mix(entry.weight, entry.covered)
-    return SearchPart(passages, bm25, encoder, index, reranker, tokenizer, mix, kinds)
+    return SearchPart(passages, bm25, encoder, index, reranker, tokenizer, mix, windows, kinds)
+
+
+def _windows(directory: Path, entry: TextEntry, paths: Mapping[str, Path]) -> NDArray[np.int32] | None:
+    """Return the passage of each window, None where every passage has one."""
+    if entry.windows is None or entry.windows == entry.passages:
+        return None
+    path = listed(paths, f"{TEXT}/{WINDOWS}", directory)
+    passage = load_file(path).get("passage")
+    if (
+        passage is None
+        or passage.dtype != torch.int32
+        or passage.shape != (entry.windows,)
+        or int(passage.min()) < 0
+        or int(passage.max()) >= entry.passages
+    ):
+        raise BundleError(f"{path}: not the passages of {entry.windows} windows; publish again")
+    return passage.numpy()
 
 
 def _in_short_passes(model: object) -> None:

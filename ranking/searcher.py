@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ranking.deadline import Deadline, OutOfTimeError
 from ranking.fusion import COVERED, POOL, Ranking
-from ranking.search_part import SHIFT, SearchPart
+from ranking.search_part import SearchPart
 from ranking.searched import Reranked, SearchConfig, Searched
 from ranking.text_backbone import TextTokenizer
 from ranking.trace import Clock
@@ -170,14 +170,12 @@ class Searcher:
         return found, mode, bool(coverage[0] >= COVERED)
 
     def _dense(self, query: str, depth: int, clock: Clock) -> Ranking:
-        encoder, index = self.part.encoder, self.part.index
-        assert encoder is not None, "asked for only where there are vectors"
-        assert index is not None
-        vector = encoder.encode_queries([query])
+        assert self.part.encoder is not None, "asked for only where there are vectors"
+        vector = self.part.encoder.encode_queries([query])
         clock.lap("encode_query")
-        rows, scores = index.search(vector, min(depth, len(index)))
+        found = self.part.nearest(vector, depth)
         clock.lap("dense")
-        return Ranking(rows - SHIFT, scores)
+        return found
 
     def _reranked(self, found: Searched, query: str, deadline: Deadline | None, degraded: list[str]) -> Searched:
         """Order the head anew, or leave it and say so if there is no time for it."""

@@ -10,13 +10,16 @@ no model library.
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recsys.errors import DataError
 from recsys.files import read_json
+
+if TYPE_CHECKING:
+    from ranking.windows import Windows
 
 Vectors = NDArray[np.float32]
 Report = Callable[[int, int], None]
@@ -49,6 +52,10 @@ class TextEncoder(Protocol):
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [N]: of which passages only the beginning is read."""
+        ...
+
+    def windows(self, texts: Sequence[str]) -> "Windows":
+        """Return what to encode so that all of every passage is read."""
         ...
 
     def save(self, directory: Path) -> None:

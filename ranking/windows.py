@@ -1,0 +1,76 @@
+"""Long texts in windows, each with a vector of its own.
+
+An encoder reads the first 256 tokens or so, and what a text says later its vector does not know. So a longer text has
+more vectors: of windows of as many tokens as the encoder reads, each `OVERLAP` tokens into the one before and the last
+up to the text's end. A query finds a text by the nearest of them (MaxP of Dai and Callan 2019, arXiv 1905.09217):
+
+    score(q, text) = max over windows w of the text of e_q . e_w
+
+    Q queries    K places    P passages    W windows, the first P of which are the passages, read from their beginning
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranking.fusion import NONE, Ranking
+from ranking.text_backbone import TextTokenizer
+
+OVERLAP = 64
+"""tokens that two neighbouring windows share, at most half of one"""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is encoded of passages.
+
+    Attributes:
+        texts: [W]; the first P are the passages themselves, the encoder cuts them.
+        passage: int32 [W], whose window it is.
+    """
+
+    texts: list[str]
+    passage: NDArray[np.int32]
+
+
+def windows_of(texts: Sequence[str], tokenizer: TextTokenizer, room: int) -> Windows:
+    """Cut the texts that are longer than `room` tokens, special ones not counted.
+
+    Args:
+        texts: [P].
+        tokenizer: of the encoder.
+        room: tokens that the encoder reads of a passage.
+    """
+    room = max(room, 1)
+    step = room - min(OVERLAP, room // 2)
+    further, passage = [], list(range(len(texts)))
+    for place, text in enumerate(texts):
+        if len(text) <= room:  # a token has a character at least
+            continue
+        offsets = tokenizer.tokenizer.encode(text, add_special_tokens=False).offsets
+        last = len(offsets) - room
+        for start in [*range(step, last, step), last] if last > 0 else ():
+            further.append(text[offsets[start][0] : offsets[start + room - 1][1]])
+            passage.append(place)
+    return Windows([*texts, *further], np.array(passage, np.int32))
+
+
+def by_passage(found: Ranking, passage: NDArray[np.int32], places: int) -> Ranking:
+    """Return the passages of the windows that were found, each at the place of its best one.
+
+    Args:
+        found: windows, best first.
+        passage: int32 [W].
+        places: most passages of a query; empty places as in `Ranking` where it has fewer.
+    """
+    rows = np.full((len(found), places), NONE, np.int32)
+    scores = np.full((len(found), places), -np.inf, np.float32)
+    for query, (windows, values) in enumerate(zip(found.rows, found.scores, strict=True)):
+        there = windows != NONE
+        _, first = np.unique(passage[windows[there]], return_index=True)
+        best = np.sort(first)[:places]
+        rows[query, : len(best)] = passage[windows[there]][best]
+        scores[query, : len(best)] = values[there][best]
+    return Ranking(rows, scores)
