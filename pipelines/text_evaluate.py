@@ -1,11 +1,17 @@
 """Evaluation of text models on a corpus: every system beside every first stage, on the same queries.
 
+    NAME                an encoder alone, or a reranker over the best 100 of reciprocal ranks, as its paper has it
+    NAME, fusion off    the same encoder without its fusion; NAME is compared with it
+    NAME + bm25         an encoder in the hybrid, compared with the plain encoder in it
+    NAME, as served     a reranker as a search does it: the hybrid's best 20, and not where a passage covers the query
+
 Writes `metrics.json`, `report.html` and `report.md`: measures with intervals over queries, the paired difference to the
 first stage a model starts from, how many queries it won and lost, and which.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +32,9 @@ from pipelines.text_train import CorpusConfig, finished_run
 from pipelines.workspace import Workspace
 from ranking.dense_encoder import DenseEncoder
 from ranking.devices import pick_device
-from ranking.fusion import POOL, WEIGHT, Ranking
+from ranking.fusion import COVERED, POOL, WEIGHT, Ranking
 from ranking.lexsembridge import LexSemBridge
+from ranking.searched import SearchConfig
 from ranking.text_models import ENCODERS, Vectors, load_encoder, load_reranker, read_config
 from ranking.windows import Windows
 from recsys.config import parse
@@ -59,6 +66,14 @@ class TextModelRun:
         config = read_json(directory / "run.json")["config"]
         model: Any = load_encoder(place) if is_encoder else load_reranker(place)
         return TextModelRun(name, model.to(device), is_encoder, config["train"] == "fusion")
+
+    def without_fusion(self) -> LexSemBridge | None:
+        """Return the same encoder with its fusion off; None where there is none, or none in its queries."""
+        if not isinstance(self.model, LexSemBridge) or not self.model.config.fusion_at_test:
+            return None
+        plain = copy.copy(self.model)
+        plain.config = replace(plain.config, fusion_at_test=False)
+        return plain
 
 
 @dataclass(frozen=True)
@@ -131,9 +146,15 @@ def evaluate_text(
                 near = windows_search(asked, vectors, windows, POOL)
                 rankings[f"{run.name} + bm25"] = stages.hybrid(queries.texts, weight, near)
                 baseline |= {run.name: "dense", f"{run.name} + bm25": "hybrid"}
+                if (plain := run.without_fusion()) is not None:
+                    off = f"{run.name}, fusion off"
+                    rankings[off] = dense_search(plain.encode_queries(queries.texts), vectors[: len(stages.corpus)])
+                    baseline |= {run.name: off, off: "dense"}
             else:
                 rankings[run.name] = reranked(run, stages, pool, places)
-                baseline[run.name] = "rrf"
+                served = f"{run.name}, as served"
+                rankings[served] = as_served(run, stages, Pool(queries, rankings["hybrid"]))
+                baseline |= {run.name: "rrf", served: "hybrid"}
         values = {system: measure(ranking, queries) for system, ranking in rankings.items()}
         results.append(TaskResult(name, queries, values, baseline, best_possible(rankings["rrf"], queries)))
     return results
@@ -156,6 +177,14 @@ def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) ->
     tail = pool.ranking.rows[:, places:]
     low = np.full(tail.shape, -np.inf, np.float32)
     return Ranking(np.concatenate([head.rows, tail], axis=1), np.concatenate([head.scores, low], axis=1))
+
+
+def as_served(run: TextModelRun, stages: FirstStages, pool: Pool) -> Ranking:
+    """Rerank a hybrid's head as `ranking.searcher` does without a limit of time, and keep the rest of it below."""
+    found = reranked(run, stages, pool, SearchConfig().rerank)
+    covered = stages.bm25.coverage(pool.queries.texts, stages.bm25.search(pool.queries.texts, 1)) >= COVERED
+    rows = np.where(covered[:, None], pool.ranking.rows, found.rows)
+    return Ranking(rows, np.where(covered[:, None], pool.ranking.scores, found.scores))
 
 
 def write_text_report(results: Sequence[TaskResult], about: Mapping[str, Any], directory: Path) -> Path:

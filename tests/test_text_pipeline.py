@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import text_world
 import tiny_text
 import torch
 from hypothesis import given, settings
@@ -22,14 +23,16 @@ from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
-from pipelines.text_evaluate import TextModelRun, evaluate_runs, evaluate_text, write_text_report
+from pipelines.text_evaluate import TextModelRun, as_served, evaluate_runs, evaluate_text, write_text_report
 from pipelines.text_measures import compare, measure
 from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
 from pipelines.workspace import Workspace
 from ranking.bm25 import Bm25
+from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
+from ranking.searcher import Searcher
 from ranking.text_backbone import in_passes, locate, passes
 from ranking.text_models import load_encoder
 from ranking.words import folded, words_of
@@ -474,8 +477,10 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
         "convex",
         "hybrid",
         "lexsembridge",
+        "lexsembridge, fusion off",
         "lexsembridge + bm25",
         "mvp",
+        "mvp, as served",
         "mvp_apart",
     ):
         assert f"| {system} |" in report
@@ -483,6 +488,27 @@ def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, ml
     assert table["n_queries"] == len(queries)
     counts = table["ndcg_at_10_against_baseline"]["mvp"]
     assert counts["won"] + counts["lost"] + counts["tied"] == len(queries)
+    found = {name: one["baseline"] for name, one in table["ndcg_at_10_against_baseline"].items()}
+    assert found["lexsembridge"] == "lexsembridge, fusion off"
+    assert (found["mvp"], found["mvp, as served"]) == ("rrf", "hybrid")
+
+
+def test_a_reranker_as_served_is_what_a_published_bundle_answers(folder, tmp_path, mlflow_uri, encoder):
+    run("mvp", folder, tmp_path / "mvp", mlflow_uri, encoder)
+    mvp = TextModelRun.load("mvp", tmp_path / "mvp")
+    corpus = read_corpus(folder)
+    stages = FirstStages(corpus, encoder, folder / "cache")
+    mixed = [f"{text[:30]} {other[-30:]}" for text, other in itertools.pairwise(corpus.passages[:13])]
+    spans = Queries([f"s{n}" for n in range(12)], mixed, [{n: 1} for n in range(12)])
+    judged = read_queries(folder, corpus, "test")
+    texts = [*judged.texts, *spans.texts]
+    found = as_served(mvp, stages, Pool(judged + spans, stages.hybrid(texts)))
+    place = text_world.publish_corpus(tmp_path / "bundle", corpus.passages, encoder=encoder, reranker=mvp.model)
+    searcher = Searcher(Bundle.load(place).text)
+    answers = [searcher.search(text) for text in texts]
+    assert 0 < sum(answer.covered for answer in answers) < len(answers)
+    for answer, rows in zip(answers, found.rows, strict=True):
+        assert answer.rows.tolist() == rows[: len(answer)].tolist()
 
 
 def test_runs_are_judged_by_test_on_any_corpus_and_told_what_they_learned_from(
