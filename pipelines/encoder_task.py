@@ -118,14 +118,16 @@ class EncoderTask:
     ) -> Tensor:
         """Return bool [B, C]: which columns are no negatives of a row.
 
-        Those are relevant to it, equal its positive in text, or belong to another row of the same query.
+        Those are relevant to it, equal its positive in text, or belong to another row of the same query; its own hard
+        negatives stay.
         """
         also = torch.zeros(len(texts), len(columns), dtype=torch.bool)
         for place, (text, known) in enumerate(zip(texts, grades, strict=True)):
             positive = self.texts[columns[int(target[place])]]
             for column, row in enumerate(columns):
-                asked = texts[column // self.config.group]
-                also[place, column] = known.get(row, 0) > 0 or self.texts[row] == positive or asked == text
+                other = column // self.config.group
+                again = other != place and texts[other] == text
+                also[place, column] = known.get(row, 0) > 0 or self.texts[row] == positive or again
         also[torch.arange(len(texts)), target] = False
         return also
 

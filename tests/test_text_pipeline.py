@@ -562,7 +562,25 @@ def test_relevant_and_equal_passages_are_never_negatives(folder, encoder):
     config = load_text_config(CONFIGS / "lexsembridge.toml")
     task = EncoderTask(config, tiny_text.model_of(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})
     also = task.left_out(queries.texts, queries.grades, [0, 1, 2, 1], torch.tensor([0, 2]))
-    assert also.tolist() == [[False, True, True, True], [True, True, False, True]]
+    assert also.tolist() == [[False, True, True, True], [True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "left_out"),
+    [
+        (["wing", "heat"], [[False] * 4, [False] * 4]),
+        (["wing", "wing"], [[False, False, True, True], [True, True, False, False]]),
+    ],
+    ids=["two queries", "one query twice"],
+)
+def test_a_query_is_told_from_its_own_hard_negatives(folder, encoder, texts, left_out):
+    from pipelines.encoder_task import EncoderTask
+
+    corpus = Corpus("c", list("abcd"), ["wing flow", "wing heat", "heat flow", "jet"])
+    queries = Queries(["1", "2"], texts, [{0: 1}, {2: 1}])
+    config = load_text_config(CONFIGS / "lexsembridge.toml")
+    task = EncoderTask(config, tiny_text.model_of(config), FirstStages(corpus, encoder, folder), {"n": queries}, {})
+    assert task.left_out(texts, queries.grades, [0, 1, 2, 3], torch.tensor([0, 2])).tolist() == left_out
 
 
 def test_head_room_grows_with_its_bound_and_starts_at_the_plain_encoder():
