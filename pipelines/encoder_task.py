@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipelines.first_stages import FirstStages, dense_search
 from pipelines.text_corpus import Queries
 from pipelines.text_measures import measure
-from pipelines.text_pairs import normalised
+from pipelines.text_pairs import PairSource, normalised
 from pipelines.text_train import TextTrainConfig, contrastive_loss
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import device_of, padded
@@ -57,7 +57,7 @@ class EncoderTask:
     _hard: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.train = {kind: with_positive(queries) for kind, queries in self.train.items()}
+        self.train = {kind: queries.with_positive() for kind, queries in self.train.items()}
         if not any(len(queries) for queries in self.train.values()):
             raise DataError(
                 "0 training queries with a relevant passage; train on a split, keywords or spans the passages are long "
@@ -82,6 +82,15 @@ class EncoderTask:
         """Normalised passages: equal ones are never each other's negatives."""
         return [normalised(text) for text in self.stages.corpus.passages]
 
+    @cached_property
+    def held_out(self) -> frozenset[int]:
+        """Documents that are no negatives, since queries cut from them are judged."""
+        return PairSource(self.stages.corpus).held_out if self.config.corpus.cut else frozenset()
+
+    @cached_property
+    def _free(self) -> list[int]:
+        return [row for row in range(len(self.texts)) if row not in self.held_out]
+
     def batch(self, step: int) -> tuple[list[str], list[dict[int, int]], list[list[int]]]:
         """Return texts, grades and passages (a positive, then hard negatives) of one step's queries."""
         draws = generator(self.config.seed, step, "text batch")
@@ -95,7 +104,7 @@ class EncoderTask:
             if not positives:
                 continue
             hard = [row for row in self._negatives(text) if row not in known]
-            hard = hard or [int(draws.integers(len(self.texts)))]
+            hard = hard or [self._free[int(draws.integers(len(self._free)))]]
             picked = draws.choice(hard, self.config.group - 1, replace=len(hard) < self.config.group - 1)
             texts.append(text)
             grades.append(known)
@@ -186,7 +195,7 @@ class EncoderTask:
     def _negatives(self, text: str) -> list[int]:
         if text not in self._hard:
             rows = self.stages.bm25.search([text], HARD_RANKS.stop).rows[0]
-            self._hard[text] = [int(row) for row in rows[HARD_RANKS] if row >= 0]
+            self._hard[text] = [int(row) for row in rows[HARD_RANKS] if row >= 0 and row not in self.held_out]
         return self._hard[text]
 
     @torch.no_grad()
@@ -222,8 +231,3 @@ class EncoderTask:
             torch.stack([state[1] for state in states]).to(self.device),
             torch.stack(sparse).to(self.device) if sparse else None,
         )
-
-
-def with_positive(queries: Queries) -> Queries:
-    """Return the queries that have a passage of a grade above 0."""
-    return queries.only([place for place, grades in enumerate(queries.grades) if max(grades.values(), default=0) > 0])

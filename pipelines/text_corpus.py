@@ -58,6 +58,10 @@ class Queries:
         """Return the queries at some places."""
         return Queries(*([part[place] for place in places] for part in (self.ids, self.texts, self.grades)))  # type: ignore[arg-type]
 
+    def with_positive(self) -> "Queries":
+        """Return the queries that have a passage of a grade above 0."""
+        return self.only([place for place, known in enumerate(self.grades) if max(known.values(), default=0) > 0])
+
     def __add__(self, other: "Queries") -> "Queries":
         return Queries(self.ids + other.ids, self.texts + other.texts, self.grades + other.grades)
 

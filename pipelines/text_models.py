@@ -1,9 +1,10 @@
 """From a text config to a trained model: which model, which corpus, which queries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from pipelines.text_train import CorpusConfig, Report, Task, TextRun, TextTrainC
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.devices import pick_device
+from ranking.fusion import NONE, Ranking
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
 from ranking.mvp import Mvp, MvpConfig
 from ranking.mvp_apart import MvpApart, MvpApartConfig
@@ -85,11 +87,16 @@ def cut_queries(options: CorpusConfig, source: PairSource, split: Split) -> dict
 def training_queries(
     corpus: Corpus, options: CorpusConfig, source: PairSource
 ) -> tuple[dict[str, Queries], dict[str, Queries]]:
-    """Return training and dev queries by kind; natural ones are split by their ids, a tenth of them for dev."""
+    """Return training and dev queries by kind.
+
+    Natural ones are split by their ids, a tenth of them for dev; where queries are cut from documents too, those held
+    out are nobody's positives.
+    """
     train = cut_queries(options, source, "train")
     dev = cut_queries(options, source, "dev")
     if options.natural:
-        train[NATURAL], dev[NATURAL] = natural_queries(Path(options.path), corpus, options.natural)
+        learn, dev[NATURAL] = natural_queries(Path(options.path), corpus, options.natural)
+        train[NATURAL] = source.to_learn(learn) if options.cut else learn
     limited = {kind: sample(queries, options.dev_queries, 0) for kind, queries in dev.items() if len(queries)}
     if not limited:
         raise ConfigError("[corpus]: 0 dev queries; name a natural split, keyword or shorter part_of_passage lengths")
@@ -153,13 +160,15 @@ def train(
             return NeighbourTask(
                 config, made, neighbour_sources(config.corpus, each, made), {} if read is None else read
             )
-        queries, dev = training_queries(corpus, config.corpus, PairSource(corpus, made.tokenizer))
+        source = PairSource(corpus, made.tokenizer)
+        queries, dev = training_queries(corpus, config.corpus, source)
         if config.name == "lexsembridge":
             return EncoderTask(config, made, stages, queries, dev, {} if states is None else states)
         if isinstance(made, MvpApart):
             made.count_words(corpus.passages)
         vectors = PairVectors.of(made, cache) if config.train == "fusion" else None
-        return RerankerTask(config, made, corpus, _pool(stages, queries), _pool(stages, dev), vectors)
+        held = source.held_out if config.corpus.cut else frozenset()
+        return RerankerTask(config, made, corpus, _pool(stages, queries, held), _pool(stages, dev), vectors)
 
     inputs = {"passages": sha256_json(corpus.passages), "corpus": corpus.name}
     return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, report)
@@ -173,11 +182,12 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
     """
     made, found = [], not options.natural
     for place, (path, stages) in enumerate(zip((options.path, *options.also), each, strict=True)):
-        dev = cut_queries(options, PairSource(stages.corpus, model.tokenizer), "dev") if place == 0 else {}
+        source = PairSource(stages.corpus, model.tokenizer)
+        dev = cut_queries(options, source, "dev") if place == 0 else {}
         learn = held = Queries([], [], [])
         if options.natural and (Path(path) / "qrels" / f"{options.natural}.tsv").exists():
             learn, held = natural_queries(Path(path), stages.corpus, options.natural)
-            found = True
+            learn, found = source.to_learn(learn), True
         if len(held):
             dev[NATURAL] = held
         made.append(Source(stages, learn, {kind: sample(one, options.dev_queries, 0) for kind, one in dev.items()}))
@@ -201,8 +211,10 @@ def natural_queries(directory: Path, corpus: Corpus, split: str) -> tuple[Querie
     return natural.only(learn), natural.only(dev)
 
 
-def _pool(stages: FirstStages, kinds: dict[str, Queries]) -> Pool:
+def _pool(stages: FirstStages, kinds: dict[str, Queries], but: Collection[int] = ()) -> Pool:
+    """Return queries of all kinds with their pools, without some passages."""
     queries = Queries([], [], [])
     for one in kinds.values():
         queries = queries + one
-    return Pool(queries, stages.all(queries.texts)["rrf"].top(PLACES))
+    found = stages.all(queries.texts)["rrf"].top(PLACES)
+    return Pool(queries, Ranking(np.where(np.isin(found.rows, list(but)), NONE, found.rows), found.scores))

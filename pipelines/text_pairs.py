@@ -66,6 +66,20 @@ class PairSource:
         return [row for row in self.eligible if split_of(corpus.name, keys[row]) == split]
 
     @cached_property
+    def held_out(self) -> frozenset[int]:
+        """Rows of the dev and test documents."""
+        return frozenset(self.rows("dev") + self.rows("test"))
+
+    def to_learn(self, queries: Queries) -> Queries:
+        """Return judged queries to train on: held-out documents count 0 for them, and those without another are gone.
+
+        A document of grade 0 is neither a positive nor a hard negative.
+        """
+        held = self.held_out
+        grades = [{row: 0 if row in held else grade for row, grade in known.items()} for known in queries.grades]
+        return Queries(queries.ids, queries.texts, grades).with_positive()
+
+    @cached_property
     def document_frequency(self) -> Counter[str]:
         """In how many passages each term occurs."""
         return Counter(term for text in self.corpus.passages for term in set(WORD.findall(text.lower())))

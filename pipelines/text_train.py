@@ -325,6 +325,11 @@ class CorpusConfig:
     also: tuple[str, ...] = ()
     """folders of more corpora to learn from, with `batches = "passages"`; dev spans and keywords are those of `path`"""
 
+    @property
+    def cut(self) -> bool:
+        """Whether queries are cut from documents: those of dev and test are then held out of training."""
+        return self.keyword or bool(self.part_of_passage)
+
 
 @dataclass(frozen=True)
 class TextTrainConfig:

@@ -138,6 +138,52 @@ def test_dev_queries_are_the_corpus_own_or_at_least_one(folder):
     assert (len(learn), dev.ids) == (6, ["q1"])
 
 
+def test_natural_queries_teach_nothing_of_documents_that_cut_ones_are_judged_by(folder, tmp_path, encoder):
+    from pipelines.encoder_task import EncoderTask
+    from pipelines.text_models import training_queries
+
+    with (folder / "qrels" / "train.tsv").open("a") as file:  # beside a document to learn from, two that are held out
+        file.writelines(f"q{n}\td{document}\t1\n" for n in range(0, 12, 2) for document in (30, 32))
+    corpus = read_corpus(folder)
+    source = PairSource(corpus, tiny_text.tokenizer())
+    held = set(source.rows("dev") + source.rows("test"))
+    assert held & {30, 32} == {30, 32}
+    config = load_text_config(CONFIGS / "lexsembridge.toml", [*QUICK, f"corpus.path={folder}", "group=8"])
+    known, _ = natural_queries(folder, corpus, "train")
+    train, dev = training_queries(corpus, config.corpus, source)
+    learn = train["natural"]
+    positives = [{row for row, grade in grades.items() if grade > 0} for grades in learn.grades]
+    kept = [key for key, grades in zip(known.ids, known.grades, strict=True) if set(grades) - held]
+    assert (learn.ids, 0 < len(learn) < len(known)) == (kept, True)
+    assert all(rows and not rows & held for rows in positives)
+    assert all({30, 32} <= set(grades) for grades in learn.grades)  # graded 0: no hard negatives either
+
+    task = EncoderTask(config, tiny_text.model_of(config), FirstStages(corpus, encoder, tmp_path), train, dev)
+    assert not held & {row for step in range(9) for group in task.batch(step)[2] for row in group}
+    alone = load_text_config(
+        CONFIGS / "lexsembridge.toml",
+        [*QUICK, f"corpus.path={folder}", "corpus.keyword=false", "corpus.part_of_passage=[]"],
+    )
+    assert training_queries(corpus, alone.corpus, source)[0]["natural"] == known
+
+
+def test_rerankers_meet_no_held_out_document(folder, tmp_path, mlflow_uri, encoder, monkeypatch):
+    from pipelines.reranker_task import RerankerTask
+
+    met: set[int] = set()
+    lists = RerankerTask.lists
+
+    def told(self, step):
+        found = lists(self, step)
+        met.update(row for one in found[1] for row in one)
+        return found
+
+    monkeypatch.setattr(RerankerTask, "lists", told)
+    run("mvp_apart", folder, tmp_path / "run", mlflow_uri, encoder)
+    corpus = read_corpus(folder)
+    assert {split_of(corpus.name, corpus.ids[row]) for row in met} == {"train"}
+
+
 def test_judgements_of_unknown_documents_are_counted_and_the_first_five_named(folder):
     with (folder / "qrels" / "test.tsv").open("a") as file:
         file.writelines(f"q1\tgone{n}\t1\n" for n in range(7))
