@@ -23,6 +23,7 @@ from ranking.fusion import NONE, Ranking
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
 from ranking.mvp import Mvp, MvpConfig
 from ranking.mvp_apart import MvpApart, MvpApartConfig
+from ranking.text_backbone import files_digest
 from recsys.config import assign, parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import sha256_json
@@ -144,7 +145,9 @@ def train(
         states: what a frozen backbone made of queries in earlier runs with the same kind of weights; it is added to.
         read: what the layers below the top ones made of passages in earlier runs cut at the same one; it is added to.
     """
-    corpus = open_corpus(config.corpus.path, items)
+    paths = (config.corpus.path, *(config.corpus.also if config.batches == "passages" else ()))
+    corpora = [open_corpus(path, items) for path in paths]
+    corpus = corpora[0]
 
     def encoded(done: int, total: int) -> None:
         if report is not None:
@@ -155,8 +158,7 @@ def train(
         stages = FirstStages(corpus, encoder(config).to(device), cache, report=encoded)
         made = model(config).to(device)
         if config.batches == "passages":
-            also = [open_corpus(path, items) for path in config.corpus.also]
-            each = [stages, *(FirstStages(one, stages.encoder, cache, report=encoded) for one in also)]
+            each = [stages, *(FirstStages(one, stages.encoder, cache, report=encoded) for one in corpora[1:])]
             return NeighbourTask(
                 config, made, neighbour_sources(config.corpus, each, made), {} if read is None else read
             )
@@ -170,8 +172,38 @@ def train(
         held = source.held_out if config.corpus.cut else frozenset()
         return RerankerTask(config, made, corpus, _pool(stages, queries, held), _pool(stages, dev), vectors)
 
-    inputs = {"passages": sha256_json(corpus.passages), "corpus": corpus.name}
+    learned = [_learned(config, path, one) for path, one in zip(paths, corpora, strict=True)]
+    inputs = {"corpora": learned, "backbones": {source: files_digest(source) for source in _backbones(config)}}
     return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, report)
+
+
+def _learned(config: TextTrainConfig, path: str, corpus: Corpus) -> dict[str, Any]:
+    """Return what of a corpus decides what a run learns: digests, and how many natural queries are left out."""
+    split = config.corpus.natural
+    judged = natural_queries(Path(path), corpus, split) if _has_split(path, split) else ()
+    left_out = 0
+    if judged and (config.corpus.cut or config.batches == "passages"):
+        left_out = len(judged[0]) - len(PairSource(corpus).to_learn(judged[0]))
+    return {
+        "name": corpus.name,
+        "documents": sha256_json([corpus.ids, corpus.passages]),
+        "judged": sha256_json(
+            [[one.ids, one.texts, [sorted(known.items()) for known in one.grades]] for one in judged]
+        ),
+        "natural_left_out": left_out,
+    }
+
+
+def _backbones(config: TextTrainConfig) -> list[str]:
+    """Return the backbones whose weights a run starts from or draws its lists by."""
+    model = config.model
+    if not isinstance(model, LexSemBridgeConfig):
+        return sorted({model.backbone, DenseConfig.backbone})
+    return sorted({model.backbone, *([model.clr_backbone] if model.weights == "clr" else [])} - {"own"})
+
+
+def _has_split(path: str, split: str) -> bool:
+    return bool(split) and (Path(path) / "qrels" / f"{split}.tsv").is_file()
 
 
 def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model: LexSemBridge) -> list[Source]:
@@ -185,7 +217,7 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
         source = PairSource(stages.corpus, model.tokenizer)
         dev = cut_queries(options, source, "dev") if place == 0 else {}
         learn = held = Queries([], [], [])
-        if options.natural and (Path(path) / "qrels" / f"{options.natural}.tsv").exists():
+        if _has_split(path, options.natural):
             learn, held = natural_queries(Path(path), stages.corpus, options.natural)
             learn, found = source.to_learn(learn), True
         if len(held):

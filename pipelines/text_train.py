@@ -158,7 +158,7 @@ def train_text(
     Args:
         build: makes the task with the initial weights its seed gives; not called if the run is finished.
         table: the config, for the log.
-        inputs: what the data are: their digests and the model's.
+        inputs: what the data are: their digests and the backbone's; `run.json` has them as `data`.
         directory: of the run. One of another config or other data is begun again.
         uri: MLflow tracking URI.
         optimiser: learning rates and decay.
@@ -167,7 +167,7 @@ def train_text(
     """
     of_config = {key: value for key, value in table.items() if key != "device"}  # no other run on another device
     digest = sha256_json({"config": of_config, "data": dict(inputs)})
-    with _run(directory, digest, table, uri) as run:
+    with _run(directory, digest, table, inputs, uri) as run:
         path = directory / CHECKPOINT
         if path.exists():
             saved = Checkpoint.load(path, 1)
@@ -183,7 +183,9 @@ def train_text(
 
 
 @contextmanager
-def _run(directory: Path, digest: str, table: Mapping[str, Any], uri: str) -> Iterator[tracking.Run]:
+def _run(
+    directory: Path, digest: str, table: Mapping[str, Any], inputs: Mapping[str, Any], uri: str
+) -> Iterator[tracking.Run]:
     about = directory / "run.json"
     known = read_json(about) if about.exists() else {}
     run_id = known.get("run_id") if known.get("inputs") == digest else None
@@ -191,7 +193,8 @@ def _run(directory: Path, digest: str, table: Mapping[str, Any], uri: str) -> It
         if run_id is None:
             (directory / CHECKPOINT).unlink(missing_ok=True)
             plain = json.loads(json.dumps(table))
-            write_json(about, {"inputs": digest, "run_id": run.run_id, "config": plain, "kind": "text"})
+            known = {"inputs": digest, "run_id": run.run_id, "config": plain, "data": dict(inputs), "kind": "text"}
+            write_json(about, known)
             run.params(plain)
             run.tags({"inputs": digest, "git_commit": tracking.git_commit(), "model": str(table["name"])})
         yield run

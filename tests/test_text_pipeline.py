@@ -477,6 +477,41 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, m
     assert again.run_id == resumed.run_id
 
 
+def test_a_run_is_begun_again_where_what_it_learned_from_is_another(folder, tmp_path, mlflow_uri, encoder):
+    other, backbone = tiny_text.beir(tmp_path / "other", documents=20), tmp_path / "backbone"
+    tiny_text.bert().save_pretrained(backbone)
+    tiny_text.tokenizer().save(backbone)
+    sets = [*PASSAGES, f"corpus.also=['{other}']", f"model.backbone={backbone}", "stop.steps=1"]
+
+    def trained() -> str:
+        return run("lexsembridge", folder, tmp_path / "run", mlflow_uri, encoder, *sets).run_id
+
+    def written(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    known = [trained()]
+    written(folder / "qrels" / "test.tsv", "q1\td1\t1", "q1\td1\t2")  # which no run learns from
+    assert trained() == known[0]
+    for path, old, new in (
+        (folder / "qrels" / "train.tsv", "q2\td2\t1", "q2\td2\t2"),
+        (other / "queries.jsonl", '"q2", "text": "', '"q2", "text": "wing '),
+        (folder / "corpus.jsonl", '"d39"', '"d40"'),
+        (other / "corpus.jsonl", '"d1", "title": ""', '"d1", "title": "heat"'),
+        (backbone / "tokenizer.json", '"gas"', '"fumes"'),
+    ):
+        written(path, old, new)
+        known.append(trained())
+        assert trained() == known[-1]
+    tiny_text.bert(seed=1).save_pretrained(backbone)
+    known.append(trained())
+    assert len(set(known)) == 7
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert [one["name"] for one in data["corpora"]] == ["tiny", "other"]
+    assert data["corpora"][0]["natural_left_out"] > 0
+
+
 def test_every_shipped_text_config_is_read():
     assert set(TEXT_MODELS) == set(pipelines.text_models.TEXT_MODELS)  # the command line keeps a list of its own
     for name in TEXT_MODELS:
