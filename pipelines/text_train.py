@@ -7,6 +7,7 @@ drawn. The best weights by the dev measure are kept; dev and test documents neve
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from recsys.randomness import derive
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model"
 """directory of the finished model in that of its run"""
+SUMMARY = "summary.json"
+"""written last, removed first: a run with one is finished, by what its run.json says"""
 
 SHORTEST_WINDOW = 8
 
@@ -156,7 +159,8 @@ def train_text(
     """Train a task's model, or go on with the run `directory` holds, and save it at its best dev measure.
 
     Args:
-        build: makes the task with the initial weights its seed gives; not called if the run is finished.
+        build: makes the task with the initial weights its seed gives; not called if the run is finished. Where it
+            fails, what `directory` holds stays.
         table: the config, for the log.
         inputs: what the data are: their digests and the backbone's; `run.json` has them as `data`.
         directory: of the run. One of another config or other data is begun again.
@@ -167,17 +171,18 @@ def train_text(
     """
     of_config = {key: value for key, value in table.items() if key != "device"}  # no other run on another device
     digest = sha256_json({"config": of_config, "data": dict(inputs)})
+    run_id, path = _known_run(directory, digest), directory / CHECKPOINT
+    if run_id is not None and path.exists() and _is_finished(directory):
+        saved = Checkpoint.load(path, 1)
+        if saved.progress.finished:
+            return TextRun(directory, run_id, saved.progress)
+    task = build()
     with _run(directory, digest, table, inputs, uri) as run:
-        path = directory / CHECKPOINT
-        if path.exists():
-            saved = Checkpoint.load(path, 1)
-            if saved.progress.finished and (directory / MODEL).is_dir():
-                return TextRun(directory, run.run_id, saved.progress)
-        loop = TextLoop(build(), path, digest, optimiser, stop, int(table["seed"]), run)
+        loop = TextLoop(task, path, digest, optimiser, stop, int(table["seed"]), run)
         progress = loop.run_to_end(report)
         loop.task.model.save(directory / MODEL)  # type: ignore[operator]
         loop.save(finished=True)
-        write_json(directory / "summary.json", TextRun(directory, run.run_id, progress).table())
+        write_json(directory / SUMMARY, TextRun(directory, run.run_id, progress).table())
         run.metrics({"train/seconds": progress.seconds, "train/steps": progress.step}, progress.step)
         return TextRun(directory, run.run_id, loop.progress)
 
@@ -186,18 +191,30 @@ def train_text(
 def _run(
     directory: Path, digest: str, table: Mapping[str, Any], inputs: Mapping[str, Any], uri: str
 ) -> Iterator[tracking.Run]:
-    about = directory / "run.json"
-    known = read_json(about) if about.exists() else {}
-    run_id = known.get("run_id") if known.get("inputs") == digest else None
+    run_id = _known_run(directory, digest)
     with tracking.run(uri, directory.name, run_id) as run:
         if run_id is None:
+            (directory / SUMMARY).unlink(missing_ok=True)
             (directory / CHECKPOINT).unlink(missing_ok=True)
+            if (directory / MODEL).is_dir():
+                shutil.rmtree(directory / MODEL)
             plain = json.loads(json.dumps(table))
             known = {"inputs": digest, "run_id": run.run_id, "config": plain, "data": dict(inputs), "kind": "text"}
-            write_json(about, known)
+            write_json(directory / "run.json", known)
             run.params(plain)
             run.tags({"inputs": digest, "git_commit": tracking.git_commit(), "model": str(table["name"])})
         yield run
+
+
+def _known_run(directory: Path, digest: str) -> str | None:
+    """Return the id of the run that `directory` holds, if it is one of these inputs."""
+    about = directory / "run.json"
+    known = read_json(about) if about.exists() else {}
+    return str(known["run_id"]) if known.get("inputs") == digest else None
+
+
+def _is_finished(directory: Path) -> bool:
+    return (directory / SUMMARY).is_file() and (directory / MODEL).is_dir()
 
 
 class TextLoop:
@@ -401,6 +418,6 @@ class TextTrainConfig:
 def finished_run(directory: Path) -> tuple[str, Path]:
     """Return name and model directory of a finished text run; raises `DataError` for anything else."""
     about = read_json(directory / "run.json")
-    if about.get("kind") != "text" or not (directory / MODEL).is_dir():
+    if about.get("kind") != "text" or not _is_finished(directory):
         raise DataError(f"{directory}: no finished text run; run `recsys train --config lexsembridge` first")
     return str(about["config"]["name"]), directory / MODEL

@@ -27,6 +27,7 @@ from pipelines.text_evaluate import TextModelRun, as_served, evaluate_runs, eval
 from pipelines.text_measures import compare, measure
 from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
+from pipelines.text_train import finished_run
 from pipelines.workspace import Workspace
 from ranking.bm25 import Bm25
 from ranking.bundle import Bundle
@@ -510,6 +511,41 @@ def test_a_run_is_begun_again_where_what_it_learned_from_is_another(folder, tmp_
     data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert [one["name"] for one in data["corpora"]] == ["tiny", "other"]
     assert data["corpora"][0]["natural_left_out"] > 0
+
+
+def test_a_run_that_was_begun_again_is_not_finished_by_its_old_weights(
+    folder, tmp_path, mlflow_uri, encoder, monkeypatch
+):
+    from pipelines import text_train
+
+    directory = tmp_path / "run"
+
+    def trained(*sets: str) -> str:
+        return run("mvp_apart", folder, directory, mlflow_uri, encoder, "stop.steps=1", *sets).run_id
+
+    def dies(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    first = trained()
+    assert finished_run(directory) == ("mvp_apart", directory / "model")
+    with pytest.raises(ConfigError, match="0 dev queries"):  # nothing was begun
+        trained("corpus.natural=", "corpus.keyword=false", "corpus.part_of_passage=[]")
+    assert finished_run(directory)
+    for place, name in (
+        (text_train.shutil, "rmtree"),  # at the old weights
+        (text_train.TextLoop, "step"),
+        (text_train.TextLoop, "save"),  # beside the new weights, which are whole
+        (text_train.TextRun, "table"),
+    ):
+        trained()
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, dies)
+            with pytest.raises(KeyboardInterrupt):
+                trained("seed=2")
+        with pytest.raises(DataError, match="no finished text run"):
+            finished_run(directory)
+    second = trained("seed=2")
+    assert (trained("seed=2"), second != first, finished_run(directory)[0]) == (second, True, "mvp_apart")
 
 
 def test_every_shipped_text_config_is_read():
