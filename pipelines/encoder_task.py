@@ -21,7 +21,7 @@ from pipelines.text_train import TextTrainConfig, contrastive_loss
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import device_of, padded
 from ranking.text_models import Vectors
-from recsys.errors import DataError
+from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator
 
 HARD_RANKS = slice(1, 50)
@@ -64,6 +64,11 @@ class EncoderTask:
                 "enough for"
             )
         self.frozen = self.config.train == "fusion"
+        if self.frozen and self.model.config.fusion_passages:
+            raise ConfigError(
+                "[model] fusion_passages = true with train = 'fusion': passages would be plain in training alone; "
+                "set train = 'full', or leave fusion_passages out"
+            )
         if self.frozen:
             self.model.transformer.requires_grad_(False)
 

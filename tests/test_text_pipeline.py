@@ -570,6 +570,13 @@ def test_what_another_kind_of_training_reads_is_refused(name, key, of):
         load_text_config(CONFIGS / f"{name}.toml", [key])
 
 
+def test_enhanced_passages_are_trained_in_full(folder, tmp_path, mlflow_uri, encoder):
+    sets = ["model.fusion_passages=true", "stop.steps=1"]
+    with pytest.raises(ConfigError, match=r"fusion_passages = true with train = 'fusion'"):
+        run("lexsembridge", folder, tmp_path / "run", mlflow_uri, encoder, *sets)
+    assert run("lexsembridge", folder, tmp_path / "run", mlflow_uri, encoder, *sets, "train=full").progress.step == 1
+
+
 def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, mlflow_uri, encoder):
     for name in ("lexsembridge", "mvp", "mvp_apart"):
         run(name, folder, tmp_path / name, mlflow_uri, encoder)
