@@ -151,8 +151,11 @@ class NeighbourTask:
         """Normalised training documents: equal ones are never each other's negatives."""
         return [normalised(source.stages.corpus.passages[row]) for source, row in self.documents]
 
-    def batch(self, step: int) -> tuple[list[int], list[list[int]], list[int]]:
-        """Return passages, the token ids of queries, and each query's passage by its column, of one step."""
+    def batch(self, step: int) -> tuple[list[int], list[list[int]], list[int], list[list[int]]]:
+        """Return passages, the token ids of queries, and each query's passage by its column, of one step.
+
+        Last come all training documents that are relevant to each query: none of them is its negative.
+        """
         draws = generator(self.config.seed, step, "passage batch")
         passages: list[int] = []
         wanted = min(self.config.rows, len(self.documents))
@@ -163,16 +166,19 @@ class NeighbourTask:
             passages += [one for one in dict.fromkeys(group) if one not in passages]
         passages = passages[:wanted]
         queries, target = [], []
+        relevant: list[list[int]] = []
         for column, passage in enumerate(passages):
             for _ in range(self.config.cuts):
                 queries.append(self._cut(passage, draws))
                 target.append(column)
+                relevant.append([passage])
         chosen = draws.permutation(len(self.natural))[:NATURAL].tolist()
         for text, own in (self.natural[one] for one in chosen):
             passages.append(own[int(draws.integers(len(own)))])
             queries.append(self.model.tokenizer.encode([text], self.model.config.max_query_len)[0])
             target.append(len(passages) - 1)
-        return passages, queries, target
+            relevant.append(own)
+        return passages, queries, target, relevant
 
     def _cut(self, passage: int, draws: np.random.Generator) -> list[int]:
         tokenizer, words, window = self.model.tokenizer, self.keywords[passage], self.windows[passage]
@@ -187,31 +193,36 @@ class NeighbourTask:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the contrastive loss of one step, and how far the fusion turns the queries."""
-        passages, queries, target = self.batch(step)
+        passages, queries, target, relevant = self.batch(step)
         if self.frozen:
-            return self._frozen_loss(queries, [passages[column] for column in target])
+            return self._frozen_loss(queries, [passages[column] for column in target], relevant)
         tokenizer = self.model.tokenizer
         windows = [[*tokenizer.prefix, *self.windows[one], *tokenizer.suffix] for one in passages]
         targets = torch.tensor(target, device=self.device)
-        also = self._alike(torch.tensor(passages, device=self.device), targets)
+        also = self._alike(torch.tensor(passages, device=self.device), targets, relevant)
         plain, enhanced = self._queries(queries)
         found = self._plain(windows, keep=True)
         each = (len(self.documents) - 1) / max(len(passages) - 1, 1)
         loss = contrastive_loss(enhanced, found, targets, also, self.config.temperature, max(each, 1.0))
         return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
 
-    def _frozen_loss(self, queries: list[list[int]], passages: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def _frozen_loss(
+        self, queries: list[list[int]], passages: list[int], relevant: list[list[int]]
+    ) -> tuple[Tensor, dict[str, float]]:
         targets = torch.tensor(passages, device=self.device)
-        also = self._alike(torch.arange(len(self.documents), device=self.device), targets)
+        also = self._alike(torch.arange(len(self.documents), device=self.device), targets, relevant)
         plain, enhanced = self._queries(queries)
         among = torch.from_numpy(self.vectors).to(self.device)
         loss = contrastive_loss(enhanced, among, targets, also, self.config.temperature)
         return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
 
-    def _alike(self, passages: Tensor, targets: Tensor) -> Tensor:
-        """Return bool [B, C]: which of the passages [C] have the text of a query's own, at column `targets` [B]."""
+    def _alike(self, passages: Tensor, targets: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
+        """Return bool [B, C]: which of the passages [C] have the text of a relevant one, but that at `targets` [B]."""
         text = self._same[passages]
         also = text[None] == text[targets][:, None]
+        for query, own in enumerate(relevant):
+            if len(own) > 1:
+                also[query] = torch.isin(text, self._same[own])
         also[torch.arange(len(targets), device=self.device), targets] = False
         return also
 

@@ -75,8 +75,8 @@ def test_neighbouring_passages_bring_queries_of_their_own_and_nobody_held_out(fo
     windows = [" ".join(map(str, window)) for window in task.windows]
     natural = {tuple(task.model.tokenizer.encode([text], 64)[0]) for text, _ in task.natural}
     for step in range(20):
-        passages, queries, target = task.batch(step)
-        assert (passages, queries, target) == task.batch(step)
+        passages, queries, target, _ = task.batch(step)
+        assert (passages, queries, target) == task.batch(step)[:3]
         own = passages[: task.config.rows]
         assert len(set(own)) == len(own) == 8
         for query, column in zip(queries, target, strict=True):
@@ -95,7 +95,7 @@ def test_how_many_layers_learn_does_not_change_the_first_loss(folder, encoder):
 
 def test_a_frozen_backbone_asks_each_query_among_all_training_documents(folder, encoder):
     task = by_passages(folder, encoder, "train=fusion", "model.weights=c_only")
-    passages, queries, target = task.batch(2)
+    passages, queries, target, _ = task.batch(2)
     vectors = torch.from_numpy(task.vectors)
     scores = task._queries(queries)[0] @ vectors.T / task.config.temperature
     own = torch.tensor([passages[column] for column in target])
@@ -106,6 +106,30 @@ def test_a_frozen_backbone_asks_each_query_among_all_training_documents(folder, 
     assert {name for name, p in task.model.named_parameters() if p.grad is not None} == {"lexicon.c"}
     judged = task.validate()
     assert judged["ndcg_at_10"] == pytest.approx(sum(list(judged.values())[1:]) / (len(judged) - 1))
+
+
+@pytest.mark.parametrize("train", ["full", "fusion"])
+def test_no_relevant_passage_is_a_negative(folder, encoder, monkeypatch, train):
+    """A natural query has several; each step draws one of them, and neighbours may bring the others."""
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.writelines(f"q2\td{document}\t1\n" for document in (6, 7, 8, 9, 10))
+    task = by_passages(folder, encoder, f"train={train}", "rows=40")
+    place = {row: at for at, (_, row) in enumerate(task.documents)}
+    relevant = {place[row] for row in (2, 6, 7, 8, 9, 10)}
+    asked = task.model.tokenizer.encode([task.sources[0].natural.texts[0]], 64)[0]
+    seen = []
+
+    def told(queries, passages, target, also, *_):
+        seen.append(also)
+        return contrastive_loss(queries, passages, target, also, 1.0)
+
+    monkeypatch.setattr("pipelines.neighbour_task.contrastive_loss", told)
+    task.loss(0)
+    passages, queries, target, _ = task.batch(0)
+    query = queries.index(asked)
+    candidates = passages if train == "full" else list(range(len(task.documents)))
+    own = target[query] if train == "full" else passages[target[query]]
+    assert seen[0][query].tolist() == [one in relevant and at != own for at, one in enumerate(candidates)]
 
 
 def test_a_negative_counts_for_those_it_stands_for():
