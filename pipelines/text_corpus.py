@@ -83,7 +83,7 @@ def read_corpus(directory: Path) -> Corpus:
         passages.append(f"{title} {text}".strip())
     if not ids:
         raise DataError(f"{path}: 0 documents; expected one JSON object per line")
-    return Corpus(directory.name, ids, passages)
+    return Corpus(directory.resolve().name, ids, passages)  # part of the hold-out hash: "." has the folder's name
 
 
 def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:

@@ -24,7 +24,7 @@ from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.text_corpus import Queries, read_queries
 from pipelines.text_measures import Comparison, best_possible, compare, mean_of, measure
-from pipelines.text_models import CATALOGUE, cut_queries, open_corpus
+from pipelines.text_models import CATALOGUE, DEV, cut_queries, open_corpus
 from pipelines.text_page import write_page
 from pipelines.text_pairs import PairSource, sample
 from pipelines.text_publish import tuning_queries
@@ -253,8 +253,10 @@ def evaluate_runs(
 
 
 def _learned_from(corpus: Mapping[str, Any], folder: Path, split: str) -> bool:
-    """Whether a run learned from a split of a folder."""
-    return corpus["natural"] == split and Path(corpus["path"]).resolve() == folder.resolve()
+    """Whether a run learned from a split of a folder, or chose its best step by it, as it does by a dev split."""
+    if folder.resolve() not in (Path(path).resolve() for path in (corpus["path"], *corpus["also"])):
+        return False
+    return split in ((corpus["natural"], DEV) if corpus["natural"] else ())
 
 
 def _tasks(options: CorpusConfig, source: PairSource, folder: Path, split: str) -> dict[str, Queries]:

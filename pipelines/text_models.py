@@ -145,7 +145,7 @@ def train(
         states: what a frozen backbone made of queries in earlier runs with the same kind of weights; it is added to.
         read: what the layers below the top ones made of passages in earlier runs cut at the same one; it is added to.
     """
-    paths = (config.corpus.path, *(config.corpus.also if config.batches == "passages" else ()))
+    paths = (config.corpus.path, *config.corpus.also)
     corpora = [open_corpus(path, items) for path in paths]
     corpus = corpora[0]
 

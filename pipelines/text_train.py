@@ -399,6 +399,8 @@ class TextTrainConfig:
             )
         if self.batches == "passages" and self.name != "lexsembridge":
             raise ConfigError(f"batches = 'passages' is for lexsembridge, found {self.name}")
+        if self.corpus.also and self.batches != "passages":
+            raise ConfigError("[corpus] also would do nothing with batches = 'queries'; leave it out")
         if self.cuts < 1 or self.layers < 0 or self.train_tokens < SHORTEST_WINDOW:
             raise ConfigError(
                 f"cuts is {self.cuts}, layers {self.layers}, train_tokens {self.train_tokens}; "

@@ -568,6 +568,8 @@ def test_every_shipped_text_config_is_read():
 def test_what_another_kind_of_training_reads_is_refused(name, key, of):
     with pytest.raises(ConfigError, match=f"{key.split('=')[0]} would do nothing for {of}; leave it out"):
         load_text_config(CONFIGS / f"{name}.toml", [key])
+    with pytest.raises(ConfigError, match=r"\[corpus\] also would do nothing with batches = 'queries'"):
+        load_text_config(CONFIGS / f"{name}.toml", ["corpus.also=['there']"])
 
 
 def test_enhanced_passages_are_trained_in_full(folder, tmp_path, mlflow_uri, encoder):
@@ -662,6 +664,30 @@ def test_runs_are_judged_by_test_on_any_corpus_and_told_what_they_learned_from(
     (other / "corpus.jsonl").write_text('{"_id": "d0", "text": "one"}\n')
     with pytest.raises(ConfigError, match="0 queries to judge by; give --split"):
         judged(corpus=str(other))
+
+
+@pytest.mark.parametrize(
+    ("natural", "split", "place", "told"),
+    [
+        ("train", "train", "path", True),
+        ("train", "train", "also", True),
+        ("train", "dev", "path", True),  # chose the best step
+        ("train", "dev", "also", True),
+        ("train", "test", "path", False),
+        ("train", "train", "elsewhere", False),
+        ("", "dev", "path", False),
+    ],
+)
+def test_what_a_run_learned_from_is_known_of_every_corpus_and_of_the_dev_split(natural, split, place, told, tmp_path):
+    from pipelines.text_evaluate import _learned_from
+
+    corpus = {"natural": natural, "path": str(tmp_path / "path"), "also": [str(tmp_path / "also")]}
+    assert _learned_from(corpus, tmp_path / "path" / ".." / place, split) is told
+
+
+def test_a_corpus_is_held_out_alike_from_within_its_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert [read_corpus(path).name for path in (folder, Path(), Path("qrels/.."))] == ["tiny"] * 3
 
 
 @pytest.mark.parametrize("name", ["mvp", "mvp_apart"])
