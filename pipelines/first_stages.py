@@ -14,11 +14,11 @@ from pipelines.text_corpus import Corpus, Queries
 from pipelines.text_measures import measure
 from ranking.bm25 import Bm25
 from ranking.fusion import POOL, WEIGHT, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
-from ranking.index import build
+from ranking.index import IndexConfig, build
 from ranking.splade import Splade, sparse_search
 from ranking.text_models import Report, TextEncoder, Vectors
 from ranking.windows import Windows
-from recsys.files import whole_file
+from recsys.files import sha256_json, whole_file
 
 PLACES = 100
 NATURAL = "natural"
@@ -77,7 +77,7 @@ class FirstStages:
     @cached_property
     def _sparse_passages(self) -> Any:
         assert self.splade is not None
-        path = self.cache / f"splade-{self.corpus.name}-{len(self.corpus)}.npz"
+        path = self.cache / f"splade-{sha256_json([self.splade.digest, self.corpus.passages])[:16]}.npz"
         if path.exists():
             return sparse.load_npz(path)
         matrix = self.splade.encode(self.corpus.passages, self.report)
@@ -158,8 +158,9 @@ def windows_search(queries: Vectors, vectors: Vectors, windows: Windows, places:
 
 
 def dense_search(queries: Vectors, passages: Vectors, places: int = PLACES) -> Ranking:
-    """Rank passages by exact inner product through the bundle's index; rows start at 0 here and at 1 there."""
+    """Rank passages by inner product, exactly however many, through the bundle's index; its rows start at 1."""
     if not len(queries):
         return best(np.zeros((0, len(passages))), places)
-    rows, scores = build(passages, np.arange(1, len(passages) + 1)).search(queries, min(places, len(passages)))
+    index = build(passages, np.arange(1, len(passages) + 1), IndexConfig(exact_below=len(passages) + 1))
+    rows, scores = index.search(queries, min(places, len(passages)))
     return Ranking(rows - 1, scores)

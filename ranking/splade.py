@@ -7,6 +7,7 @@ N texts    L tokens    V vocabulary
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 from ranking.fusion import Ranking, best
 from ranking.products import fast_linear
-from ranking.text_backbone import TextTokenizer, device_of, load_transformer, padded, passes
+from ranking.text_backbone import TextTokenizer, device_of, digest_of, load_transformer, padded, passes
 from ranking.text_models import Report
 from ranking.text_pooling import max_pooled
 
@@ -36,6 +37,11 @@ class Splade:
     def of(backbone: str = "splade-tiny", device: torch.device | str = "cpu") -> "Splade":
         """Load a backbone that has a masked-LM head, to run on a device."""
         return Splade(load_transformer(backbone, "mlm").to(device), TextTokenizer.of(backbone))
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of what decides the weights of a text."""
+        return digest_of(self.model, self.max_len)
 
     def encode(self, texts: Sequence[str], report: Report | None = None) -> Any:
         """Return a float32 scipy CSR matrix [N, V]."""

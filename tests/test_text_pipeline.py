@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipelines.text_models
-from pipelines.first_stages import FirstStages
+from pipelines.first_stages import FirstStages, dense_search
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
@@ -34,6 +34,7 @@ from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.searcher import Searcher
+from ranking.splade import Splade
 from ranking.text_backbone import in_passes, locate, passes
 from ranking.text_models import load_encoder
 from ranking.words import folded, words_of
@@ -377,6 +378,23 @@ def test_a_mix_is_the_convex_fusion_of_each_query_by_its_own_weight(seed, weight
         share = max(weight, covered) if coverage[query] == 1 else weight
         alone = convex_fusion(*(Ranking(r.rows[[query]], r.scores[[query]]) for r in (one, two)), share, 10)
         np.testing.assert_array_equal(mixed.rows[query], alone.rows[0])
+
+
+def test_the_dense_first_stage_is_exact_however_many_passages():
+    draws = np.random.default_rng(0)
+    passages, queries = (draws.normal(size=(many, 16)).astype(np.float32) for many in (101_000, 64))
+    found = dense_search(queries, passages)
+    expected = -np.sort(-(queries @ passages.T), axis=1)[:, :100]
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+
+
+def test_sparse_vectors_are_those_of_these_passages_and_this_model(folder, encoder):
+    corpora = [Corpus("same", ["a", "b"], texts) for texts in (["wing", "heat"], ["heat", "wing"])]
+    models = [Splade(tiny_text.bert(mlm=True, seed=seed), tiny_text.tokenizer()) for seed in (0, 1)]
+    for corpus, model in itertools.product(corpora, models):
+        kept = FirstStages(corpus, encoder, folder, model)._sparse_passages
+        assert abs(kept - model.encode(corpus.passages)).max() < 1e-6
+    assert len(list(folder.glob("splade-*.npz"))) == 4
 
 
 # Queries cut from passages.
