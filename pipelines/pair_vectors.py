@@ -63,7 +63,7 @@ class PairVectors:
         """Open the cache of a model under `root`; another `encode` than the model's must go with another root."""
         if isinstance(model, MvpApart):
             return PairVectors(model, VectorCache(root / model.reading / "pairs"), _ReadApart(model))
-        digest = digest_of(model.transformer, model.prompt.layout)
+        digest = digest_of(model.transformer, model.prompt.layout, model.prompt.tokenizer, model.transformer)
         return PairVectors(model, VectorCache(root / digest / "pairs"), _together(model, encode or model.encode))
 
     def get(self, queries: Sequence[str], passages: Sequence[str], report: Report | None = None) -> Vectors:

@@ -121,10 +121,10 @@ class MvpApart(TextModel):
 
     @property
     def reading(self) -> str:
-        """Digest of what decides the vectors of a pair: the backbone, lengths, and the words' idf."""
+        """Digest of what decides the vectors of a pair: backbone, tokenizer, lengths, and the words' idf."""
         options = (self.config.views, self.config.max_query_len, self.config.max_len, WINDOW, STRIDE, OPENING)
-        words = digest_of(nn.ParameterList([self.idf, self.mean_length]), options)
-        return digest_of(self.transformer, words)
+        words = digest_of(nn.ParameterList([self.idf, self.mean_length]), options, self.tokenizer)
+        return digest_of(self.transformer, words, self.tokenizer, self.transformer)
 
     def count_words(self, passages: Sequence[str]) -> None:
         """Take idf and mean length from a corpus; until then every token counts alike."""

@@ -41,7 +41,7 @@ class Splade:
     @cached_property
     def digest(self) -> str:
         """Digest of what decides the weights of a text."""
-        return digest_of(self.model, self.max_len)
+        return digest_of(self.model, self.max_len, self.tokenizer, self.model)
 
     def encode(self, texts: Sequence[str], report: Report | None = None) -> Any:
         """Return a float32 scipy CSR matrix [N, V]."""

@@ -8,6 +8,7 @@ Weights are read as safetensors only. A directory that holds a pickle instead is
 import dataclasses
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,8 @@ PACKAGES = {
 
 READ_BESIDE = ("*.json", "*.txt", "*.model")
 """Options and tokenizers beside the weights."""
+WRITTEN_BY = frozenset({"transformers_version", "architectures", "dtype", "_name_or_path"})
+"""Of an architecture, what says where it is from and changes nothing."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENS_PER_PASS = 4096
 """Most tokens of one forward pass, padding included: larger passes gain nothing on a CPU and cost memory."""
@@ -264,9 +267,21 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def digest_of(module: nn.Module, options: Any) -> str:
-    """Return 16 hexadecimal digits over options and every tensor of a module."""
-    digest = hashlib.sha256(repr(options).encode())
+def digest_of(module: nn.Module, options: Any, tokenizer: TextTokenizer, *transformers: nn.Module) -> str:
+    """Return 16 hexadecimal digits over all that decides what a model makes of a text.
+
+    Args:
+        module: each of its tensors counts.
+        options: by what `repr` tells of them.
+        tokenizer: its vocabulary and its rules.
+        transformers: in the module; the values of their architectures count, such as heads and norms, which no tensor
+            tells.
+    """
+    values = [
+        {name: value for name, value in architecture_of(one).items() if name not in WRITTEN_BY} for one in transformers
+    ]
+    about = (repr(options), tokenizer.tokenizer.to_str(), json.dumps(values, sort_keys=True))
+    digest = hashlib.sha256("\0".join(about).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -320,8 +335,8 @@ class TextModel(nn.Module):
 
     @cached_property
     def digest(self) -> str:
-        """Digest of weights and options; stale after further training."""
-        return digest_of(self, self.config)
+        """Digest of weights, options, tokenizer and architecture; stale after further training."""
+        return digest_of(self, self.config, self.tokenizer, *self.transformers().values())
 
     def transformers(self) -> dict[str, nn.Module]:
         """Return the transformers whose architecture is written down, by their key in config.json."""

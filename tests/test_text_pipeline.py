@@ -1,5 +1,7 @@
 """Text corpora, first stages, training and evaluation, on a tiny corpus and tiny random models."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -16,9 +18,11 @@ import tiny_text
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 import pipelines.text_models
 from pipelines.first_stages import FirstStages, dense_search
+from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
@@ -34,8 +38,10 @@ from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.searcher import Searcher
+from ranking.mvp import Mvp
+from ranking.mvp_apart import MvpApart, MvpApartConfig
 from ranking.splade import Splade
-from ranking.text_backbone import in_passes, locate, passes
+from ranking.text_backbone import TextTokenizer, in_passes, locate, passes
 from ranking.text_models import load_encoder
 from ranking.words import folded, words_of
 from recsys.cli.text import TEXT_MODELS
@@ -258,6 +264,34 @@ def test_the_cache_computes_each_text_once_and_survives_a_kill(tmp_path, monkeyp
     values = VectorCache(tmp_path).get(texts, compute)
     assert values[:, 0].tolist() == [4, 1, 2, 4, 5, 6]
     assert len(asked) == 1  # four of the five texts were there
+
+
+def test_whatever_changes_a_vector_changes_the_digest(encoder, tmp_path):
+    """Equal weights read other ids by another tokenizer, and give other states by other values of the architecture."""
+    words, bert = tiny_text.tokenizer(), tiny_text.bert()
+    other = Tokenizer.from_str(
+        words.tokenizer.to_str().replace('"wing":11', '"wing":12').replace('"flow":12', '"flow":11')
+    )
+    wide = type(bert)(copy.deepcopy(bert.config)).eval()
+    wide.load_state_dict(bert.state_dict())
+    wide.config.num_attention_heads = 2
+    prompt = load_text_config(CONFIGS / "mvp.toml").model
+
+    def read_by(transformer, tokenizer) -> list[str]:
+        pairs = Mvp(dataclasses.replace(prompt, decoder_heads=4, max_len=48), transformer, tokenizer)
+        return [
+            DenseEncoder(DenseConfig(), transformer, tokenizer).digest,
+            MvpApart(MvpApartConfig(max_len=48), transformer, tokenizer).reading,
+            PairVectors.of(pairs, tmp_path).cache.directory.parent.name,
+            Splade(transformer, tokenizer).digest,
+        ]
+
+    known = read_by(bert, words)
+    assert known == read_by(copy.deepcopy(bert), tiny_text.tokenizer())
+    for changed in (read_by(bert, TextTokenizer.wrap(other)), read_by(wide, words)):
+        assert not set(changed) & set(known)
+    bert.config.architectures, bert.config.name_or_path = ["BertModel"], "here"  # as loading writes them
+    assert known == read_by(bert, words)
 
 
 def test_fusions_by_arithmetic():
