@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.first_stages import FirstStages, dense_search
-from pipelines.text_corpus import Queries
+from pipelines.text_corpus import Queries, normalised
 from pipelines.text_measures import measure
-from pipelines.text_pairs import PairSource, normalised
+from pipelines.text_pairs import PairSource
 from pipelines.text_train import TextTrainConfig, contrastive_loss
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import device_of, padded

@@ -20,6 +20,8 @@ from recsys.errors import DataError
 
 FIELDS = 3
 """Of a line of judgements."""
+ITSELF = -(2**31)
+"""Grade of the document that a query is: it stands in no ranking (`pipelines.text_measures.measure`)."""
 
 _HEADER = re.compile(r"\s*(query|q)[-_ ]?id\b|\s*(query|topic)\s*$", re.IGNORECASE)
 
@@ -44,7 +46,7 @@ class Queries:
     Attributes:
         ids: of the queries.
         texts: of the queries.
-        grades: per query, passage row -> grade; a passage without a grade counts 0.
+        grades: per query, passage row -> grade; a passage without a grade counts 0, `ITSELF` not at all.
     """
 
     ids: list[str]
@@ -87,7 +89,11 @@ def read_corpus(directory: Path) -> Corpus:
 
 
 def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
-    """Read the queries of `qrels/SPLIT.tsv`; raises `DataError` for judgements of unknown queries or documents."""
+    """Read the queries of `qrels/SPLIT.tsv`; raises `DataError` for judgements of unknown queries or documents.
+
+    A query that is a document of the corpus, by its id and its words (ArguAna, Quora), has that document graded
+    `ITSELF` unless it is judged relevant.
+    """
     path = directory / "queries.jsonl"
     texts: dict[str, str] = {}
     for number, record in _lines(path):
@@ -115,7 +121,19 @@ def read_queries(directory: Path, corpus: Corpus, split: str) -> Queries:
             f"{judgements}: {len(unknown)} judgements of documents that are not in corpus.jsonl, first five: "
             f"{', '.join(unknown[:5])}; mend the file or use the corpus it was made for"
         )
+    for key, known_grades in grades.items():
+        own = row.get(key)
+        if own is None or known_grades.get(own, 0) > 0:
+            continue
+        asked = normalised(texts[key])
+        if asked and asked in normalised(corpus.passages[own]):  # Cranfield and MED number both from 1: other texts
+            known_grades[own] = ITSELF
     return Queries(list(grades), [texts[key] for key in grades], list(grades.values()))
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case with single blanks: passages of equal normalised text are one passage."""
+    return " ".join(text.lower().split())
 
 
 def catalogue_corpus(items: Path, name: str = "catalogue") -> Corpus:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.text_corpus import Queries
+from pipelines.text_corpus import ITSELF, Queries
 from ranking.fusion import NONE, Ranking
 from recsys.bootstrap import Estimate, Ratio, bootstrap
 from recsys.metrics import Floats
@@ -18,6 +18,9 @@ RESAMPLES = 10_000
 def measure(ranking: Ranking, queries: Queries, zero_docs: str = "keep", binary: bool = False) -> dict[str, Floats]:
     """Return every measure per query, float64 [Q] in the order of the queries.
 
+    A document that is the query itself is taken out of its ranking first, as BEIR does; BEIR goes by the id alone,
+    which takes a stranger out where queries and documents are both numbered from 1.
+
     Args:
         ranking: one row per query.
         queries: with their judgements.
@@ -29,8 +32,9 @@ def measure(ranking: Ranking, queries: Queries, zero_docs: str = "keep", binary:
     judged, run = {}, {}
     for query in range(len(queries)):
         grades = queries.grades[query]
-        judged[str(query)] = {str(row): min(grade, 1) if binary else grade for row, grade in grades.items()}
-        rows = [int(row) for row in ranking.rows[query] if row != NONE]
+        told = {row: min(grade, 1) if binary else grade for row, grade in grades.items() if grade != ITSELF}
+        judged[str(query)] = {str(row): grade for row, grade in told.items()}
+        rows = [int(row) for row in ranking.rows[query] if row != NONE and grades.get(int(row)) != ITSELF]
         if zero_docs == "remove":
             rows = [row for row in rows if grades.get(row) != 0]
         run[str(query)] = {str(row): float(-place) for place, row in enumerate(rows)}  # ties stay in our order

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.text_corpus import Corpus, Queries
+from pipelines.text_corpus import Corpus, Queries, normalised
 from ranking.text_backbone import TextTokenizer
 from recsys.errors import ConfigError
 from recsys.randomness import generator
@@ -33,11 +33,6 @@ def split_of(collection: str, key: str) -> Split:
     """Return the split of a document: sha1(collection + "/" + key) mod 10; 0-6 train, 7 dev, 8-9 test."""
     tenth = int(hashlib.sha1(f"{collection}/{key}".encode(), usedforsecurity=False).hexdigest(), 16) % 10
     return next(split for split, tenths in TENTHS.items() if tenth in tenths)
-
-
-def normalised(text: str) -> str:
-    """Return a text in lower case with single blanks: passages of equal normalised text are one passage."""
-    return " ".join(text.lower().split())
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_evaluate import TextModelRun, as_served, evaluate_runs, evaluate_text, write_text_report
 from pipelines.text_measures import compare, measure
+from pipelines.text_evaluate import TextModelRun, evaluate_runs, evaluate_text, write_text_report
+from pipelines.text_measures import best_possible, compare, measure
 from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
 from pipelines.text_train import finished_run
@@ -484,6 +486,21 @@ def test_measures_by_arithmetic():
     found = compare(np.array([1.0, 0.5, 0.2]), np.array([0.5, 0.5, 0.4]))
     assert (found.won, found.lost, found.tied) == (1, 1, 1)
     assert found.difference.value == pytest.approx(0.1)
+
+
+def test_a_document_that_is_the_query_stands_in_no_ranking(folder):
+    """Counter-arguments and duplicate questions are asked for by documents of the corpus."""
+    corpus = read_corpus(folder)
+    asked = {"d3": corpus.passages[3], "d5": "what the flow does", "d7": corpus.passages[7].upper(), "q1": "wing"}
+    lines = [json.dumps({"_id": key, "text": text}) for key, text in asked.items()]
+    (folder / "queries.jsonl").write_text("\n".join(lines))
+    (folder / "qrels" / "mine.tsv").write_text("d3\td4\t1\nd5\td4\t1\nd7\td7\t1\nq1\td1\t1\n")
+    queries = read_queries(folder, corpus, "mine")
+    ranking = Ranking(np.array([[3, 4], [5, 4], [7, 4], [0, 1]], np.int32), np.zeros((4, 2), np.float32))
+    found = measure(ranking, queries)
+    assert found["mrr_at_10"].tolist() == [1, 0.5, 1, 0.5]  # d5 is another text, d7 is judged
+    assert found["recall_at_100"].tolist() == [1] * 4
+    assert best_possible(ranking, queries) == 1
 
 
 # Training and evaluation.
