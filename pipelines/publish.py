@@ -43,10 +43,8 @@ def publish(
     out: Path,
     snapshot: Path,
     metrics: Mapping[str, Any],
+    logs: Sequence[LogMark],
     index: IndexConfig | None = None,
-    created: str | None = None,
-    commit: str | None = None,
-    logs: Sequence[LogMark] = (),
     text: SearchContents | None = None,
     calibration: Calibration | None = None,
 ) -> str:
@@ -62,10 +60,8 @@ def publish(
         out: the bundle's directory.
         snapshot: the snapshot's directory.
         metrics: what is known of the ranker; numbers are kept.
-        index: how item vectors are indexed.
-        created: ISO 8601 time in UTC; now if absent.
-        commit: of the code; that of the running code if absent.
         logs: what the set contains of a service's event log (`pipelines.from_serving.contained`).
+        index: how item vectors are indexed.
         text: what search needs; None publishes no search.
         calibration: makes the ranker's scores probabilities in answers; None leaves them as they are.
 
@@ -83,8 +79,8 @@ def publish(
         contents = replace(contents, content_vectors=vectors)
         metrics = {**metrics, **({f"content/{name}": value for name, value in asdict(told).items()} if told else {})}
     provenance = Provenance(
-        created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=commit or git_commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=git_commit(),
         data_digest=prepared.digest,
         metrics=_numbers(metrics),
     )

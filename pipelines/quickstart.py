@@ -15,6 +15,7 @@ from pipelines.audit import audit, refuse_failed
 from pipelines.audit_record import last_audit
 from pipelines.datasets import completejourney
 from pipelines.evaluate import EvaluateConfig, TrainingSummary, evaluate
+from pipelines.from_serving import contained
 from pipelines.ingest import ingest
 from pipelines.logged import log_evaluation
 from pipelines.parts import open_part
@@ -219,6 +220,7 @@ class Job:
                 out=bundle,
                 snapshot=self.workspace.snapshot,
                 metrics=chosen.summary.table(),
+                logs=contained(prepared, self.workspace.parts),
                 text=text,
             )
             register(bundle, chosen.run_id, self.uri, alias=self.config.alias)

@@ -63,5 +63,5 @@ def published(prepared, mlflow_uri: str, tmp_path_factory: pytest.TempPathFactor
         for name in ("dare", "mqsa_ted")
     }
     place = Published(root / "bundle", root / "snapshot")
-    publish(prepared, trained["dare"], trained["mqsa_ted"], place.bundle, place.snapshot, {})
+    publish(prepared, trained["dare"], trained["mqsa_ted"], place.bundle, place.snapshot, {}, ())
     return place

@@ -20,8 +20,10 @@ from pipelines.from_serving import Attribution, FromServing, contained, ingest_f
 from pipelines.ingest import ingest
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish
+from pipelines.quickstart import Job, QuickstartConfig
 from pipelines.replay import replay
 from pipelines.settings import SplitConfig
+from pipelines.shipped import find_config
 from pipelines.train import train
 from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
@@ -33,6 +35,7 @@ from ranking.snapshot import SnapshotReader
 from recsys.errors import DataError
 from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
 from recsys.request_log import encode, files, read_file
+from recsys.terminal import Terminal
 from serving.request_log import RequestLogConfig
 from serving.service import Service
 from serving.settings import load_into
@@ -85,7 +88,7 @@ class Loop:
         prepared = prepare(place.parts, place.prepared.directory, config, previous=previous)
         name = f"run-{len(place.parts)}"
         trained = train(load_config(CONFIG, QUICK), prepared, place.run(name), self.uri)
-        publish(prepared, trained, None, place.bundle, place.snapshot, {}, logs=contained(prepared, place.parts))
+        publish(prepared, trained, None, place.bundle, place.snapshot, {}, contained(prepared, place.parts))
         return self.quality()
 
     def quality(self) -> float:
@@ -160,6 +163,20 @@ def test_serving_teaches_twice_and_ends_with_a_better_model(loop):
     assert known is not None
     assert min(known.time) >= START + ROUNDS[1] * DAY
     assert quality[2] > quality[0] + 0.03, quality
+
+
+def test_a_quickstart_over_the_grown_log_publishes_a_snapshot_that_knows_what_it_contains(loop):
+    """After the rounds above: what came back from serving is in the snapshot, and must not count over it too."""
+    place, name = loop.place, "mqsa_ted"
+    config = load_config(find_config(name), ["stop.max_steps=2", "stop.requests=20", "batches.rows=16"])
+    train(config, place.prepared, place.run(name), loop.uri)
+    service = loop.serve()
+    before = loop.read(service, "user-0")
+    service.close()
+    Job(place, QuickstartConfig((name,), name), Terminal(), loop.uri)._publish({name: config})
+    service = loop.serve()
+    assert loop.read(service, "user-0") == before
+    service.close()
 
 
 def check_taken(loop: Loop, taken: FromServing, number: int) -> None:

@@ -216,7 +216,7 @@ def test_the_verb_takes_names_run_ids_and_bundles(prepared, mlflow_uri, tmp_path
         train(load_config(find_config("popularity"), [f"seed={seed}"]), place.prepared, place.run(name), mlflow_uri)
         for seed, name in enumerate(("first", "second"))
     ]
-    publish(prepared, runs[0], None, place.bundle, place.snapshot, {})
+    publish(prepared, runs[0], None, place.bundle, place.snapshot, {}, ())
     names = ["first", runs[1].run_id, str(place.bundle)]
     settings = ["--set", "compare.max_requests=40", "--set", "compare.resamples=100"]
     words = ["compare", *names, "-w", str(place.root), "--mlflow", mlflow_uri, "--json"]

@@ -29,7 +29,7 @@ REQUESTS = 12
 def bundle(prepared, mlflow_uri, tmp_path_factory):
     root = tmp_path_factory.mktemp("funnel")
     chosen = train(load_config(find_config("personal_frequency")), prepared, root / "run", mlflow_uri)
-    publish(prepared, chosen, None, root / "bundle", root / "snapshot", {})
+    publish(prepared, chosen, None, root / "bundle", root / "snapshot", {}, ())
     return Bundle.load(root / "bundle")
 
 
@@ -50,7 +50,7 @@ def test_recall_only_falls_from_the_union_to_the_answer(prepared, bundle):
 def test_with_a_query_each_stage_is_what_search_and_service_give(prepared, mlflow_uri, tmp_path):
     chosen = train(load_config(find_config("personal_frequency")), prepared, tmp_path / "run", mlflow_uri)
     text = SearchContents(item_passages(prepared), None, WordCount(reads=3))
-    publish(prepared, chosen, None, tmp_path / "bundle", tmp_path / "snapshot", {}, text=text)
+    publish(prepared, chosen, None, tmp_path / "bundle", tmp_path / "snapshot", {}, (), text=text)
     bundle = Bundle.load(tmp_path / "bundle")
     searches, stages = measure_search(bundle, prepared, requests=REQUESTS, resamples=50)
     assert [stage.name for stage in stages] == ["search", "reranked", "answer"]

@@ -471,7 +471,7 @@ def test_lightgbm_trains_is_found_again_and_serves_from_a_bundle(prepared, mlflo
     assert torch.equal(again.model.trees, bytes_of)  # type: ignore[attr-defined]
     assert torch.equal(found.model.trees, bytes_of)  # type: ignore[attr-defined]
 
-    publish(prepared, found, None, tmp_path / "bundle", tmp_path / "snapshot", {})
+    publish(prepared, found, None, tmp_path / "bundle", tmp_path / "snapshot", {}, ())
     bundle = Bundle.load(tmp_path / "bundle")  # replays the golden requests
     assert bundle.ranker_name == "lightgbm"
 

@@ -15,7 +15,7 @@ from pipelines.prepared import PreparedSet
 from pipelines.publish import publish, register
 from pipelines.recommend import RECOMMENDATIONS, SCORES, rank_requests, recommend_users
 from pipelines.reference import score_reference
-from pipelines.tracking import run, tracking_client
+from pipelines.tracking import git_commit, run, tracking_client
 from pipelines.train import Trained
 from pipelines.train_config import TrainConfig
 from ranking.bundle import Bundle
@@ -66,7 +66,7 @@ def published(tmp_path_factory) -> tuple[Path, Path, PreparedSet]:
     bundle, snapshot = root / "bundle", root / "snapshot"
     metrics = {"gauc": 0.75, "device": "cpu", "curve": [1], "finished": True, "worst": float("-inf")}
     retriever = trained("mqsa_ted", width=8, length=10)
-    publish(prepared, trained("dare"), retriever, bundle, snapshot, metrics, created="now", commit="abc")
+    publish(prepared, trained("dare"), retriever, bundle, snapshot, metrics, ())
     return bundle, snapshot, prepared
 
 
@@ -79,7 +79,7 @@ def test_the_bundle_holds_the_prepared_set(published):
     assert [bundle.action_of(name) for name in ("", "view", "purchase", "dance")] == [0, 1, 2, 0]
     provenance = bundle.manifest.provenance
     assert provenance.metrics == {"gauc": 0.75}
-    assert (provenance.created, provenance.commit, provenance.data_digest) == ("now", "abc", prepared.digest)
+    assert (provenance.commit, provenance.data_digest) == (git_commit(), prepared.digest)
     for name, value in prepared.items.state_dict().items():
         assert torch.equal(bundle.items.state_dict()[name], value)
 
@@ -88,7 +88,7 @@ def test_a_catalogue_that_does_not_fit_is_refused(tmp_path):
     prepared = prepare_by_hand(tmp_path / "prepared")
     np.save(tmp_path / "prepared" / "key_to_row.npy", WORLD.key_to_row[:-1])
     with pytest.raises(DataError, match="32 catalogue rows, 31 keys"):
-        publish(prepared, trained("popularity"), None, tmp_path / "bundle", tmp_path / "snapshot", {})
+        publish(prepared, trained("popularity"), None, tmp_path / "bundle", tmp_path / "snapshot", {}, ())
     assert not (tmp_path / "bundle").exists()
 
 
@@ -189,7 +189,7 @@ def test_registering_gives_a_version_that_can_be_loaded(published, tmp_path):
     with run(uri, "training") as tracked:
         first = register(published[0], tracked.run_id, uri)
         assert register(published[0], tracked.run_id, uri, alias="shadow") == first
-        publish(published[2], trained("popularity"), None, tmp_path / "other", tmp_path / "snapshot", {})
+        publish(published[2], trained("popularity"), None, tmp_path / "other", tmp_path / "snapshot", {}, ())
         second = register(tmp_path / "other", tracked.run_id, uri)
     client = tracking_client(uri)
     assert (first, second) == ("1", "2")
