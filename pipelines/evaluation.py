@@ -93,7 +93,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         least = {"max_requests": 1, "full_ranking_requests": 1, "batch_requests": 1}
-        for name in (*least, "cold_requests", "attention_requests", "resamples"):
+        for name in (*least, "cold_requests", "attention_requests", "funnel_requests", "resamples"):
             if getattr(self, name) < least.get(name, 0):
                 raise ConfigError(f"evaluate: {name} = {getattr(self, name)}; expected at least {least.get(name, 0)}")
         if not self.samplers:

@@ -169,7 +169,8 @@ class SegmentLog:
                     verdicts.append("duplicate" if _same(known, content) else "conflict")
             self._write(b"".join(lines))
             self.newest_stamp = stamp
-            self._note_positions(entry for entry, _ in entries)
+            accepted = zip(entries, verdicts, strict=True)
+            self._note_positions(entry for (entry, _), verdict in accepted if verdict == "accepted")
             self._remember(new.items())
         return verdicts
 

@@ -318,6 +318,7 @@ def test_what_is_refused(prepared):
         evaluate({}, prepared, replace(CONFIG, samplers=("never",)))
     for table, message in (
         ({"samplers": []}, "samplers is empty"),
+        ({"funnel_requests": -1}, "funnel_requests = -1; expected at least 0"),
         ({"history_edges": [10, 5]}, "ascending"),
         ({"level": 2.0}, "level = 2.0"),
         ({"max_request": 5}, "did you mean 'max_requests'"),

@@ -131,6 +131,13 @@ def test_damage_before_sound_records_is_refused_and_left_alone(place, bit):
         assert path.read_bytes() == damaged
 
 
+def test_the_position_of_a_refused_event_is_not_the_newest(tmp_path):
+    log = SegmentLog(tmp_path, "os")
+    one = replace(event(1), time=5)
+    assert log.append([one, replace(one, time=500)]) == ["accepted", "conflict"]
+    assert log.newest_position == 5
+
+
 def test_a_segment_that_cannot_be_begun_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     log = SegmentLog(tmp_path, "os", segment_bytes=1)
     log.append([event(1)])

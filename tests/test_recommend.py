@@ -22,6 +22,7 @@ from recsys.cli.answers import _asked_at
 from recsys.errors import BundleError, ConfigError, RecsysError
 from recsys.history import Events
 from recsys.messages import InlineEvent, RecommendRequest
+from serving.event_log import SegmentLog
 
 DAY = 86_400_000_000
 
@@ -115,6 +116,9 @@ def test_the_verb_answers_the_users_of_a_file(published, snapshot, later, tmp_pa
     assert done.exit_code == 0, done.output
     assert f"12 rows for 4 users, bundle {Bundle.load(published.bundle).version}" in done.output
     assert pl.read_parquet(out)["user_id"].to_list() == [user for user in users for _ in range(3)]
+    SegmentLog(workspace / "state" / "log").forget(users[0])
+    again = CliRunner().invoke(app, [*arguments, "--k", "3", "--at", str(later)])
+    assert "12 rows for 4 users, 1 of them without a history, served by popularity, bundle" in again.output
     refused = CliRunner().invoke(app, [*arguments, "--workers", "0"])
     assert refused.exit_code == 2
 

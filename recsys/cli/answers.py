@@ -47,10 +47,10 @@ def recommend(
     moment = _asked_at(at, snapshot.newest)
     hidden = forgotten_since(place.state, snapshot)
     ids = read_user_ids(users) if users else [user for user in snapshot.users(len(snapshot)) if user not in hidden]
+    known = Remembered(snapshot, hidden)
     with Terminal().bar("recommend") as bar:
         if workers == 1:
             bundle = Bundle.load(place.bundle)
-            known = Remembered(snapshot, hidden)
             count = recommend_users(
                 bundle, known, ids, k, moment, out, config=config, progress=lambda done, n: bar(done, n, "")
             )
@@ -59,8 +59,8 @@ def recommend(
             count = recommend_on_workers(
                 place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
             )
-    strangers = sum(snapshot.read(user) is None for user in ids) if users else 0
-    told = f", {strangers} of them unknown and served by popularity" if strangers else ""
+    strangers = sum(known.read(user) is None for user in ids) if users else 0
+    told = f", {strangers} of them without a history, served by popularity" if strangers else ""
     typer.echo(f"{out}: {count} rows for {len(ids)} users{told}, bundle {version}")
 
 
