@@ -87,7 +87,7 @@ class FromServing:
         answers: logged answers that became impressions.
         positives: impressions with an event in the window.
         negatives: impressions without.
-        not_mature: answers whose window has not passed; they wait.
+        waiting: answers whose window has not passed, or that there is no part for; they wait for the next time.
         verified: answers whose history was rebuilt, and is the one that was served.
         other_history: answers whose history was rebuilt, and is another one; not used.
         unverified: answers made over a snapshot or bundle that is no longer at hand, as all that waited when the next
@@ -101,7 +101,7 @@ class FromServing:
     answers: int
     positives: int
     negatives: int
-    not_mature: int
+    waiting: int
     verified: int
     other_history: int
     unverified: int
@@ -151,6 +151,8 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
     if posted.events:
         now = Taken(log.id, posted.end, tuple(posted.left_out), cursors)
         part = _write(place, posted.events, labels, now, rule)
+    else:  # no part that could say up to where the answers are taken in: they wait
+        waiting, shown, labels = waiting + len(shown), [], labels.clear()
     positives = int(labels["label"].sum())
     return FromServing(
         events=len(posted.events),
@@ -159,7 +161,7 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
         answers=len(shown),
         positives=positives,
         negatives=labels.height - positives,
-        not_mature=waiting,
+        waiting=waiting,
         verified=len(checked.same),
         other_history=len(checked.other),
         unverified=len(found) - len(checked.same) - len(checked.other),

@@ -245,11 +245,11 @@ def test_answers_whose_window_has_not_passed_wait(loop):
     loop.live(service, ROUNDS[-1] + 1, ROUNDS[-1] + 2)
     service.close()
     taken = loop.take(ROUNDS[-1] + 2, window=9 * DAY)
-    assert (taken.answers, taken.not_mature > 0) == (0, True)
+    assert (taken.answers, taken.waiting > 0) == (0, True)
     service = loop.serve()
     loop.live(service, ROUNDS[-1] + 2, ROUNDS[-1] + 3)
     service.close()
-    assert loop.take(ROUNDS[-1] + 20, window=9 * DAY).answers > taken.not_mature
+    assert loop.take(ROUNDS[-1] + 20, window=9 * DAY).answers > taken.waiting
 
 
 # --- one service, some answers, taken in now and later
@@ -314,6 +314,22 @@ def test_who_was_forgotten_while_an_answer_waited_does_not_come_back(small):
     assert small.impressions() == []
 
 
+def test_answers_wait_where_no_event_was_posted_to_make_a_part_of(small):
+    with small.serving() as service:
+        did(service, "bob", "item-1", LATER)
+        thing = was_shown(service, "bob", LATER + HOUR)
+        did(service, "bob", thing, LATER + 2 * HOUR)
+    assert small.take(LATER + 3 * HOUR).waiting == 1
+    for _ in range(2):
+        taken = small.take(LATER + 3 * DAY)
+        told = (taken.answers, taken.positives, taken.negatives, taken.waiting, taken.part)
+        assert told == (0, 0, 0, 1, None)
+    with small.serving() as service:
+        did(service, "carl", "item-3", LATER + 2 * DAY)
+    taken = small.take(LATER + 3 * DAY)
+    assert (taken.answers, taken.positives, taken.negatives, taken.waiting) == (1, 1, 4, 0)
+
+
 def test_an_event_counts_for_the_last_answer_even_while_that_one_waits(small):
     with small.serving() as service:
         did(service, "bob", "item-1", LATER)
@@ -332,7 +348,7 @@ def test_answers_that_waited_while_another_bundle_was_published_are_used(small):
         did(service, "bob", "item-1", LATER)
         thing = was_shown(service, "bob", LATER + HOUR)
         did(service, "bob", thing, LATER + 2 * HOUR)
-    assert small.take(LATER + 3 * HOUR).not_mature == 1
+    assert small.take(LATER + 3 * HOUR).waiting == 1
     shutil.rmtree(small.place.bundle)
     shutil.copytree(small.world.smaller, small.place.bundle)
     with small.serving() as service:
@@ -349,7 +365,7 @@ def test_an_answer_for_a_far_future_is_not_waited_for(small):
         thing = was_shown(service, "bob", LATER + HOUR)
         did(service, "bob", thing, LATER + 2 * HOUR)
     taken = small.take(LATER + 3 * DAY)
-    assert (taken.answers, taken.not_mature) == (1, 0)
+    assert (taken.answers, taken.waiting) == (1, 0)
 
 
 def test_a_post_that_waits_behind_a_swap_is_named_by_the_new_bundle(small, monkeypatch):
