@@ -14,7 +14,7 @@ from ranking.searcher import Searcher
 from recsys.errors import RequestError
 from recsys.search_messages import RerankRequest, RerankResponse, SearchRequest, SearchResponse
 from serving.lineup import Served
-from serving.search_answers import personal_order, rerank_answer, search_answer
+from serving.search_answers import UserOrder, personal_order, rerank_answer, search_answer
 from serving.service import Service
 from serving.worker import Worker, json_response
 
@@ -87,9 +87,13 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
         if request.user_id is not None or request.history is not None:
             if deadline.left > 0:
                 now, ranked = service.now, Budget(deadlines)
-                (personal, missed), waited = await worker.run(
-                    lambda: (personal_order(served, searched, request, now, ranked), service.histories.missed())
-                )
+
+                def personally() -> tuple[UserOrder, bool]:
+                    with service.histories.reading() as read:
+                        order = personal_order(served, searched, request, now, ranked)
+                    return order, read.missed
+
+                (personal, missed), waited = await worker.run(personally)
                 searched = searched.after("queue", waited)
                 for stage in dict.fromkeys((*personal.left_out, *(("history",) if missed else ()))):
                     searched = searched.without(stage)

@@ -44,7 +44,7 @@ from serving.replies import (
 from serving.request_log import RequestLog, logged
 from serving.state import MAX_FUTURE, State, machine_clock
 from serving.telemetry import Telemetry
-from serving.view import LiveHistories
+from serving.view import LiveHistories, Observed
 from serving.watched import Watched
 
 WHOLE_PATH = RequestPath()
@@ -142,23 +142,29 @@ class Service:
             found: what was found for the request's query, and by which bundle, which then ranks it too.
         """
         lineup, moment = self.lineup, self.state.now() if now is None else now
-        self.histories.observed()  # what an earlier request left behind, as one does that is refused
-        self.histories.missed()
-        if found is None:
-            response = lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
-        else:
-            response = found[0].recommender.recommend(request, moment, budget, found[1])
-        if self.histories.missed():
+        with self.histories.reading() as read:
+            if found is None:
+                response = lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
+            else:
+                response = found[0].recommender.recommend(request, moment, budget, found[1])
+        if read.missed:
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.recommended(request.k, len(response.items), response.candidates)
         if found is None:  # what a text search proposed can't be made again from the history
-            self._log_answer(request, response, moment, lineup.champion)
+            self._log_answer(request, response, moment, lineup.champion, read.observed)
         return response
 
-    def _log_answer(self, request: RecommendRequest, response: RecommendResponse, now: int, champion: Served) -> None:
+    def _log_answer(
+        self,
+        request: RecommendRequest,
+        response: RecommendResponse,
+        now: int,
+        champion: Served,
+        observed: Observed | None,
+    ) -> None:
         """Offer an answer to the request log, if it was made whole from a stored history and is drawn."""
-        log, observed = self._requests, self.histories.observed()
+        log = self._requests
         if log is None or observed is None or request.user_id is None or response.degraded or not log.wanted():
             return
         at = now if request.at is None else request.at
@@ -171,9 +177,9 @@ class Service:
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
         """Return the scores of given items for a user."""
-        self.histories.missed()  # what an earlier request left behind
-        response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now(), budget)
-        if self.histories.missed():
+        with self.histories.reading() as read:
+            response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now(), budget)
+        if read.missed:
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
         self.telemetry.answer(response.user_known, response.degraded)
         self.telemetry.candidates(len(request.item_ids), len(response.unknown_item_ids))
@@ -197,7 +203,6 @@ class Service:
         if rival is None or answering.bundle.version != response.model_version:  # swapped in the meantime
             return
         other = rival[1].recommender.recommend(request, now)
-        self.histories.missed()  # not to be taken for the next answer's
         if self._pairs is not None and request.user_id is not None:
             moment = now if request.at is None else request.at
             self._pairs.append(Pair(moment, request.user_id, _listed(role, response), _listed(rival[0], other)))

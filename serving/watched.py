@@ -2,6 +2,9 @@
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from recsys.errors import StoreError
 from recsys.history import Events
@@ -10,35 +13,43 @@ from serving.view import LiveHistories, Observed
 logger = logging.getLogger(__name__)
 
 
-class Watched:
-    """The live histories as a recommender reads them: one that can't be had is none, and is told to the caller.
+@dataclass
+class Reading:
+    """What one request read.
 
-    Remembers per thread what the last read gave, so that the answer made of it can be logged with its origin.
+    Attributes:
+        missed: whether the store was unavailable.
+        observed: the history read last, with its origin, so that the answer made of it can be logged; None for none.
     """
+
+    missed: bool = False
+    observed: Observed | None = None
+
+
+class Watched:
+    """The live histories as a recommender reads them: one that is unavailable is none, and is told to the caller."""
 
     def __init__(self, store: LiveHistories) -> None:
         self._store = store
-        self._last = threading.local()
+        self._here = threading.local()
+
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Tell what this thread reads inside."""
+        self._here.reading = reading = Reading()
+        try:
+            yield reading
+        finally:
+            del self._here.reading
 
     def read(self, user_id: str) -> Events | None:
-        """Return the user's history; None too if the store can't be had."""
+        """Return the user's history; None too if the store is unavailable."""
+        reading: Reading = getattr(self._here, "reading", Reading())
         try:
             observed = self._store.observe(user_id)
         except StoreError as error:
-            self._last.missed = True
+            reading.missed = True
             logger.warning("user unknown for now: %s", error)
             return None
-        self._last.observed = observed
+        reading.observed = observed
         return observed.events
-
-    def missed(self) -> bool:
-        """Whether the store could not be had since this thread asked last."""
-        missed = getattr(self._last, "missed", False)
-        self._last.missed = False
-        return missed
-
-    def observed(self) -> Observed | None:
-        """Return what this thread read since it asked last, None for nothing."""
-        observed: Observed | None = getattr(self._last, "observed", None)
-        self._last.observed = None
-        return observed

@@ -131,8 +131,11 @@ def test_a_search_says_that_a_history_could_not_be_read_and_the_next_answer_does
     with monkeypatch.context() as away:
         away.setattr(opened["search"].store, "observe", gone)
         found = search(client, query="red tea", user_id="user-3", at=LATER)
+        refused = {"user_id": "user-3", "filters": [{"column": "?", "deny": ["a"]}]}
+        assert client.post("/v1/recommend", json=refused).status_code == 422
     assert (found["user_known"], found["degraded"]) == (False, ["history"])
     inline = {"history": [{"item_id": "item-1", "timestamp": 1}]}
+    assert search(client, query="red tea", **inline)["degraded"] == []
     assert client.post("/v1/recommend", json=inline).json()["degraded"] == []
     assert client.post("/v1/rank", json=inline | {"item_ids": ["item-2"]}).json()["degraded"] == []
 
