@@ -128,7 +128,7 @@ class CandidateSearch:
                 query = self._narrowed(asked.query, np.concatenate([pool.rows, unscored]), chosen.full)
             clock.lap("rules")
             ended = len(chosen.places) >= k or query.blocked == len(self._items) or asked.searched is not None
-            if ended or asked.ladder.late("search"):
+            if ended or asked.ladder.give_up_if_late("search"):
                 names = [*(source.name for source, _ in asked.sources), self._catalogue.name]
                 return Found(names, pool, scores, chosen, unscored, rounds)
 

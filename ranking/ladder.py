@@ -94,7 +94,7 @@ class Ladder:
         """Return the result of a stage, or `instead` if it is late, fails, or was left out before in this request."""
         if self._budget is None:
             return work()
-        if stage in self.degraded or self.late(stage):
+        if stage in self.degraded or self.give_up_if_late(stage):
             return instead
         try:
             return work()
@@ -105,8 +105,8 @@ class Ladder:
             self.degraded.append(stage)
             return instead
 
-    def late(self, stage: Stage) -> bool:
-        """Whether it is too late to begin a stage; if so it counts as left out."""
+    def give_up_if_late(self, stage: Stage) -> bool:
+        """Leave a stage out if it is too late to begin it; says whether it is."""
         if self._budget is None or not self._budget.late(stage):
             return False
         if stage not in self.degraded:
