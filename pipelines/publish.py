@@ -26,7 +26,7 @@ from ranking.index import SAMPLE, IndexConfig
 from ranking.manifest import MANIFEST, Provenance, read_manifest
 from ranking.search_part import SearchContents
 from ranking.snapshot import write_snapshot
-from ranking.users import LATEST
+from ranking.users import MAX_MOMENT
 from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json
@@ -172,7 +172,7 @@ def _user_vectors(prepared: PreparedSet, model: Any) -> NDArray[np.float32]:
     starts, ends = histories.offsets[users], histories.offsets[users + 1]
     users = users[ends > starts]
     starts, ends = histories.offsets[users], histories.offsets[users + 1]
-    at = np.full(len(users), LATEST, np.int64)
+    at = np.full(len(users), MAX_MOMENT, np.int64)
     nothing = np.empty((len(users), 0), np.int32)
     batch = assemble(histories.events, starts, ends, at, nothing, prepared.key_to_row, window=model.window)
     device = model.items.count.device

@@ -34,7 +34,7 @@ from ranking.searched import Searched
 from ranking.sources import Popularity, Source, SourceQuery
 from ranking.state_cache import StateCache
 from ranking.trace import Clock, Found, explain, stages_of
-from ranking.users import LATEST, User, Users
+from ranking.users import User, Users
 from recsys.errors import RequestError
 from recsys.files import sha256_json
 from recsys.messages import (
@@ -47,7 +47,7 @@ from recsys.messages import (
 )
 from recsys.stores import HistoryReader
 
-__all__ = ["LATEST", "Recommender", "RecommenderConfig"]
+__all__ = ["Recommender", "RecommenderConfig"]
 
 GROUP = 16
 """Users encoded and scored at once: with DARE 8, 16 and 32 cost about the same per user, 64 more again."""
@@ -267,7 +267,7 @@ class Recommender:
         searched: Searched | None,
         encode: bool = True,
     ) -> Asked:
-        """Join the filters, encode."""
+        """Return the request with what may be answered, the sources to ask and, if wanted, the encoded user."""
         seen = seen_rows(request, user, self.config.exclude_seen_days)
         mask, blocked = self._filters.allowed(request, seen)
         clock.lap("filter")

@@ -14,7 +14,7 @@ from recsys.history import Events
 from recsys.messages import InlineEvent
 from recsys.stores import HistoryReader
 
-LATEST = 2**61
+MAX_MOMENT = 2**61
 """Moments beyond this (the year 75,000) or before its negative are refused."""
 
 
@@ -85,6 +85,6 @@ class Users:
 
 
 def _moment(value: int, field: str) -> int:
-    if not -LATEST <= value <= LATEST:
+    if not -MAX_MOMENT <= value <= MAX_MOMENT:
         raise RequestError(422, "invalid_time", f"{field} is {value}; expected microseconds since 1970, UTC")
     return value

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from ranking.users import LATEST
+from ranking.users import MAX_MOMENT
 from recsys.errors import DataError, RequestError, StoreError
 from recsys.history import DAY, POSITIONS
 from recsys.messages import EventIn
@@ -171,7 +171,7 @@ def _event(posted: EventIn, position: int, now: int) -> Event:
     if not math.isfinite(posted.value):
         raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
     at = now if posted.timestamp is None else posted.timestamp
-    if abs(at) > LATEST:
+    if abs(at) > MAX_MOMENT:
         raise RequestError(
             422, "validation", f"events.{position}.timestamp: {at} is no moment in microseconds since 1970"
         )

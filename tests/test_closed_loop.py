@@ -29,9 +29,10 @@ from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
 from ranking.availability import AVAILABILITY, AvailabilityFile
 from ranking.bundle import Bundle
-from ranking.recommender import LATEST, Recommender
+from ranking.recommender import Recommender
 from ranking.recommender_config import Cap, RecommenderConfig
 from ranking.snapshot import SnapshotReader
+from ranking.users import MAX_MOMENT
 from recsys.errors import DataError
 from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
 from recsys.request_log import encode, files, read_file
@@ -361,7 +362,7 @@ def test_answers_that_waited_while_another_bundle_was_published_are_used(small):
 def test_an_answer_for_a_far_future_is_not_waited_for(small):
     with small.serving() as service:
         did(service, "bob", "item-1", LATER)
-        was_shown(service, "eve", LATEST - 1)
+        was_shown(service, "eve", MAX_MOMENT - 1)
         thing = was_shown(service, "bob", LATER + HOUR)
         did(service, "bob", thing, LATER + 2 * HOUR)
     taken = small.take(LATER + 3 * DAY)
