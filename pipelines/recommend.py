@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import polars as pl
 import torch
@@ -23,13 +22,11 @@ from ranking.snapshot import SnapshotReader
 from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import whole_file
-from recsys.messages import RankRequest, RecommendRequest
+from recsys.messages import RecommendRequest
 from recsys.stores import HistoryReader
 
 CHUNK = 250
-"""Requests answered between two writes: bounds memory, and is what one worker takes at a time."""
-
-T = TypeVar("T")
+"""Users answered between two writes: bounds memory, and is what one worker takes at a time."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -42,15 +39,6 @@ RECOMMENDATIONS = pl.Schema(
         ("score", pl.Float32()),
         ("sources", pl.List(pl.String())),
         ("user_known", pl.Boolean()),
-    ]
-)
-
-SCORES = pl.Schema(
-    [
-        ("request", pl.Int64()),  # place of the request in the input
-        (USER_ID, pl.String()),  # null for an inline history
-        (ITEM_ID, pl.String()),
-        ("score", pl.Float32()),  # null where the bundle does not know the item
     ]
 )
 
@@ -74,14 +62,13 @@ def read_user_ids(path: Path) -> list[str]:
 class BatchRequest:
     """What is asked for every user of a batch.
 
-    `k` items each, at the moment `at` (microseconds UTC; only events strictly before it are used), without the items of
-    the user's history if `exclude_seen`; `config` holds quotas and limits, as the service has them. Of `hidden` users
-    nothing is known: they asked the service to be forgotten since the snapshot was published.
+    `k` items each, at the moment `at` (microseconds UTC; only events strictly before it are used); `config` holds
+    quotas and limits, as the service has them. Of `hidden` users nothing is known: they asked the service to be
+    forgotten since the snapshot was published.
     """
 
     k: int
     at: int
-    exclude_seen: bool = False
     config: RecommenderConfig = field(default_factory=RecommenderConfig)
     hidden: frozenset[str] = frozenset()
 
@@ -90,11 +77,8 @@ def recommend_users(
     bundle: Bundle,
     histories: HistoryReader,
     user_ids: Sequence[str],
-    k: int,
-    at: int,
+    asked: BatchRequest,
     out: Path,
-    exclude_seen: bool = False,
-    config: RecommenderConfig | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write the k best items of each user at one moment, and give the number of rows.
@@ -103,11 +87,8 @@ def recommend_users(
         bundle: models, items and index.
         histories: the snapshot, or the live store.
         user_ids: a user without history gets the popularity answer, marked `user_known` = false.
-        k: items per user.
-        at: moment of all requests, microseconds UTC; only events strictly before it are used.
+        asked: what is asked for each of them.
         out: Parquet with the columns of `RECOMMENDATIONS`, users in the order given; whole or absent.
-        exclude_seen: leave out items of the user's history.
-        config: quotas and limits, as the service has them.
         progress: called after every `CHUNK` users.
 
     Raises:
@@ -117,9 +98,8 @@ def recommend_users(
     time (`tests/benchmarks/batch_recommend.py`); half of what is left are the ranker's scores. Memory is bounded by
     `CHUNK` users. A score may differ from the service's in its last float32 digit.
     """
-    asked = BatchRequest(k, at, exclude_seen, config or RecommenderConfig())
-    recommender = Recommender(bundle, histories, asked.config)
-    tables = (_recommendations(recommender, asked, chunk) for _, chunk in _chunks(user_ids))
+    recommender = Recommender(bundle, Remembered(histories, asked.hidden), asked.config)
+    tables = (_recommendations(recommender, asked, chunk) for chunk in _chunks(user_ids))
     with _one_thread():
         return _write_tables(tables, len(user_ids), out, progress)
 
@@ -138,9 +118,9 @@ def recommend_on_workers(
     Args:
         bundle: directory of the bundle; on several machines, where each of them finds it.
         snapshot: directory of the user snapshot, likewise.
-        user_ids: as of `recommend_users`.
+        user_ids: as for `recommend_users`.
         asked: what is asked for each of them.
-        out: as of `recommend_users`.
+        out: as for `recommend_users`.
         workers: processes, one core each, in the Ray of RAY_ADDRESS or one that is started and stopped here.
         progress: called after every `CHUNK` users.
 
@@ -165,37 +145,11 @@ def recommend_on_workers(
         # Where there are fewer chunks than workers, the rest would only load the bundle.
         count = min(workers, -(-len(user_ids) // CHUNK))
         pool = ActorPool([actor.remote(bundle.resolve(), snapshot.resolve(), asked) for _ in range(count)])
-        tables = pool.map(lambda worker, chunk: worker.answer.remote(chunk), [chunk for _, chunk in _chunks(user_ids)])
+        tables = pool.map(lambda worker, chunk: worker.answer.remote(chunk), list(_chunks(user_ids)))
         try:
             return _write_tables(tables, len(user_ids), out, progress)
         except RayError as error:
             raise RecsysError(f"{out}: a worker failed: {str(error).strip().splitlines()[-1].strip()}") from error
-
-
-def rank_requests(
-    bundle: Bundle,
-    histories: HistoryReader,
-    requests: Sequence[RankRequest],
-    now: int,
-    out: Path,
-    config: RecommenderConfig | None = None,
-    progress: Progress | None = None,
-) -> int:
-    """Write the scores of many rank requests, items in the order of each request; gives the number of rows.
-
-    Args:
-        bundle: models, items and index.
-        histories: the snapshot, or the live store.
-        requests: what the service would be asked.
-        now: moment of the requests that name none, microseconds UTC.
-        out: Parquet with the columns of `SCORES`; whole or absent.
-        config: limits, as the service has them.
-        progress: called after every `CHUNK` requests.
-    """
-    recommender = Recommender(bundle, histories, config or RecommenderConfig())
-    tables = (_scores(recommender, chunk, start, now) for start, chunk in _chunks(requests))
-    with _one_thread():
-        return _write_tables(tables, len(requests), out, progress)
 
 
 class _Worker:
@@ -214,10 +168,7 @@ class _Worker:
 
 
 def _recommendations(recommender: Recommender, asked: BatchRequest, user_ids: Sequence[str]) -> pl.DataFrame:
-    requests = [
-        RecommendRequest(user_id=user_id, k=asked.k, at=asked.at, exclude_seen=asked.exclude_seen)
-        for user_id in user_ids
-    ]
+    requests = [RecommendRequest(user_id=user_id, k=asked.k, at=asked.at) for user_id in user_ids]
     item_ids, rows = recommender.bundle.item_ids, []
     for user_id, (known, found) in zip(user_ids, recommender.trace_many(requests, asked.at), strict=True):
         places = found.chosen.places[: asked.k]
@@ -230,21 +181,10 @@ def _recommendations(recommender: Recommender, asked: BatchRequest, user_ids: Se
     return pl.DataFrame(rows, schema=RECOMMENDATIONS, orient="row")
 
 
-def _scores(recommender: Recommender, requests: Sequence[RankRequest], start: int, now: int) -> pl.DataFrame:
-    rows: list[tuple[object, ...]] = []
-    for number, request in enumerate(requests, start):
-        answer = recommender.rank(request, now)
-        rows += [
-            (number, request.user_id, item_id, score)
-            for item_id, score in zip(request.item_ids, answer.scores, strict=True)
-        ]
-    return pl.DataFrame(rows, schema=SCORES, orient="row")
-
-
-def _chunks(requests: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
-    """Yield runs of `CHUNK` requests with the place of their first; one empty run if there are none."""
-    for start in range(0, max(len(requests), 1), CHUNK):
-        yield start, requests[start : start + CHUNK]
+def _chunks(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield runs of `CHUNK` users; one empty run if there are none."""
+    for start in range(0, max(len(user_ids), 1), CHUNK):
+        yield user_ids[start : start + CHUNK]
 
 
 def _write_tables(tables: Iterable[pl.DataFrame], total: int, out: Path, progress: Progress | None) -> int:

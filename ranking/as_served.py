@@ -8,7 +8,7 @@ from ranking.snapshot import SnapshotReader
 from recsys.history import Events
 from recsys.log_format import LogReader
 from recsys.request_log import LoggedRequest
-from recsys.stores import Encoder, Event, Tombstone
+from recsys.stores import Encoder, Event, HistoryReader, Tombstone
 
 
 @dataclass
@@ -24,9 +24,9 @@ class _User:
             # Equal times keep the order of arrival, as in the live view.
             self.posted = Events.concatenate(self.posted, encoder.events(self.fresh))
             self.fresh = []
-        if self.base is None or not len(self.posted):
-            return self.base if self.base is not None or not len(self.posted) else self.posted
-        return Events.concatenate(self.base, self.posted)
+        if not len(self.posted):
+            return self.base
+        return self.posted if self.base is None else Events.concatenate(self.base, self.posted)
 
 
 def forgotten_users(log: LogReader, start: int = 0) -> dict[str, int]:
@@ -88,12 +88,12 @@ def forgotten_since(state: Path, snapshot: SnapshotReader) -> frozenset[str]:
 
 
 class Remembered:
-    """A snapshot without the users who were forgotten since it was published."""
+    """Histories without the users who were forgotten since they were published."""
 
-    def __init__(self, snapshot: SnapshotReader, hidden: Iterable[str]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, histories: HistoryReader, hidden: Iterable[str]) -> None:
+        self._histories = histories
         self._hidden = frozenset(hidden)
 
     def read(self, user_id: str) -> Events | None:
         """Return the user's history, None if the user is unknown or forgotten."""
-        return None if user_id in self._hidden else self._snapshot.read(user_id)
+        return None if user_id in self._hidden else self._histories.read(user_id)

@@ -129,11 +129,6 @@ class Bundle:
         return self.ranking_model
 
     @property
-    def ranker_name(self) -> str:
-        """Name of the ranker in `ranking.models.RANKERS`."""
-        return self.manifest.models["ranker"].name
-
-    @property
     def retriever_window(self) -> int | None:
         """Newest events the retriever reads; every retriever is a ranker too."""
         return cast(AnyRanker, self.retriever).window

@@ -116,9 +116,3 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Return the SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sha256_tree(directory: Path) -> str:
-    """Return one digest over the relative names and contents of all files under a directory."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return sha256_json({str(path.relative_to(directory)): sha256_file(path) for path in files})

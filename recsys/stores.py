@@ -1,6 +1,6 @@
 """What the request path asks of the state under it; `serving/` holds the implementations."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -71,16 +71,4 @@ class HistoryReader(Protocol):
 
     def read(self, user_id: str) -> Events | None:
         """Return the user's history, oldest first, or None if the user is unknown."""
-        ...
-
-
-class EventLog(Protocol):
-    """The truth: append-only, durable before `append` returns, idempotent by event id."""
-
-    def append(self, events: Sequence[Event]) -> list[Verdict]:
-        """Write durably the events whose id is not in the window yet; says of each what became of it."""
-        ...
-
-    def forget(self, user_id: str) -> None:
-        """Write durably that a user is forgotten; events written later count again."""
         ...

@@ -86,7 +86,7 @@ def test_every_model_comes_back_bit_for_bit(tmp_path, name):
     version = write_bundle(tmp_path / "bundle", contents(ranker, retriever), PROVENANCE)
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.version == version
-    assert bundle.ranker_name == name
+    assert bundle.manifest.models["ranker"].name == name
     assert bundle.device == torch.device("cpu")
     for batch in WORLD.requests("test"):
         assert torch.equal(worlds.scores(bundle.ranker, batch), worlds.scores(ranker.model, batch))

@@ -473,7 +473,7 @@ def test_lightgbm_trains_is_found_again_and_serves_from_a_bundle(prepared, mlflo
 
     publish(prepared, found, None, tmp_path / "bundle", tmp_path / "snapshot", {}, ())
     bundle = Bundle.load(tmp_path / "bundle")  # replays the golden requests
-    assert bundle.ranker_name == "lightgbm"
+    assert bundle.manifest.models["ranker"].name == "lightgbm"
 
 
 # Configurations

@@ -11,8 +11,9 @@ import httpx
 import polars as pl
 import pytest
 
-from pipelines.recommend import rank_requests, recommend_users
+from pipelines.recommend import BatchRequest, recommend_users
 from ranking.bundle import Bundle
+from ranking.recommender import Recommender
 from ranking.snapshot import SnapshotReader
 from recsys.messages import RankRequest
 from recsys.randomness import generator
@@ -54,19 +55,18 @@ def assert_agreement(client: httpx.Client, bundle: Bundle, histories, users: lis
     draws = generator(7, at % 2**31, "parity")
     known = bundle.item_ids[2:]
     wanted = [[known[i] for i in draws.integers(0, len(known), 50)] + ["no such item"] for _ in users]
-    requests = [RankRequest(user_id=user, item_ids=items, at=at) for user, items in zip(users, wanted, strict=True)]
-    recommend_users(bundle, histories, users, K, at, tmp / "recommend.parquet")
-    rank_requests(bundle, histories, requests, at, tmp / "rank.parquet")
+    recommend_users(bundle, histories, users, BatchRequest(K, at), tmp / "recommend.parquet")
+    recommender = Recommender(bundle, histories)
     listed = pl.read_parquet(tmp / "recommend.parquet").partition_by("user_id", as_dict=True)
-    scored = pl.read_parquet(tmp / "rank.parquet").partition_by("request", as_dict=True)
-    for place, (user, items) in enumerate(zip(users, wanted, strict=True)):
+    for user, items in zip(users, wanted, strict=True):
         online = client.post("/v1/recommend", json={"user_id": user, "k": K, "at": at}).raise_for_status().json()
         offline = listed[(user,)].sort("rank")
         assert [item["item_id"] for item in online["items"]] == offline["item_id"].to_list()
         for item, score in zip(online["items"], offline["score"], strict=True):
             assert close(score, item["score"])
         online = client.post("/v1/rank", json={"user_id": user, "item_ids": items, "at": at}).raise_for_status().json()
-        for mine, theirs in zip(scored[(place,)]["score"], online["scores"], strict=True):
+        scored = recommender.rank(RankRequest(user_id=user, item_ids=items, at=at), at)
+        for mine, theirs in zip(scored.scores, online["scores"], strict=True):
             assert (mine is None and theirs is None) or close(mine, theirs)
         assert online["scores"][-1] is None
         assert online["unknown_item_ids"] == ["no such item"]

@@ -13,7 +13,7 @@ import pipelines.recommend as batch_job
 import worlds
 from pipelines.prepared import PreparedSet
 from pipelines.publish import publish, register
-from pipelines.recommend import RECOMMENDATIONS, SCORES, rank_requests, recommend_users
+from pipelines.recommend import RECOMMENDATIONS, BatchRequest, recommend_users
 from pipelines.reference import score_reference
 from pipelines.tracking import git_commit, run, tracking_client
 from pipelines.train import Trained
@@ -25,7 +25,7 @@ from ranking.snapshot import SnapshotReader, write_snapshot
 from recsys.errors import DataError
 from recsys.files import write_json
 from recsys.history import Events, Histories
-from recsys.messages import RankRequest, RecommendRequest
+from recsys.messages import RecommendRequest
 
 WORLD = worlds.make_world(users=25, length=12, known=30)
 USERS = [f"usér-{number}" for number in range(25)]
@@ -150,7 +150,7 @@ def test_the_batch_job_answers_as_the_service(published, tmp_path, monkeypatch, 
     asked, seen = [*USERS, "nobody"], []
     out = tmp_path / "deep" / "recommendations.parquet"
     rows = recommend_users(
-        bundle, reader, asked, 7, NOW, out, exclude_seen=True, progress=lambda done, total: seen.append((done, total))
+        bundle, reader, asked, BatchRequest(7, NOW), out, lambda done, total: seen.append((done, total))
     )
     table = pl.read_parquet(out)
     assert table.schema == RECOMMENDATIONS
@@ -159,7 +159,7 @@ def test_the_batch_job_answers_as_the_service(published, tmp_path, monkeypatch, 
     assert len(seen) == -(-26 // chunk)
     expected = []
     for user in asked:
-        answer = recommender.recommend(RecommendRequest(user_id=user, k=7, at=NOW, exclude_seen=True), 0)
+        answer = recommender.recommend(RecommendRequest(user_id=user, k=7, at=NOW), 0)
         expected += [
             (user, item.item_id, rank, item.score, item.sources, user != "nobody")
             for rank, item in enumerate(answer.items, 1)
@@ -167,18 +167,10 @@ def test_the_batch_job_answers_as_the_service(published, tmp_path, monkeypatch, 
     assert table.rows() == expected
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
-    requests = [RankRequest(user_id=user, item_ids=["i1", "what", f"i{n}"]) for n, user in enumerate(asked)]
-    rank_requests(bundle, reader, requests, NOW, tmp_path / "scores.parquet")
-    table = pl.read_parquet(tmp_path / "scores.parquet")
-    assert table.schema == SCORES
-    assert table["request"].to_list() == [n for n in range(len(requests)) for _ in range(3)]
-    assert table["score"].to_list() == [s for request in requests for s in recommender.rank(request, NOW).scores]
-    assert table["item_id"].to_list() == [item for request in requests for item in request.item_ids]
-
 
 def test_a_batch_job_over_nobody_is_an_empty_table(published, tmp_path):
     bundle, reader = Bundle.load(published[0]), SnapshotReader(published[1])
-    assert recommend_users(bundle, reader, [], 7, NOW, tmp_path / "none.parquet") == 0
+    assert recommend_users(bundle, reader, [], BatchRequest(7, NOW), tmp_path / "none.parquet") == 0
     assert pl.read_parquet(tmp_path / "none.parquet").schema == RECOMMENDATIONS
 
 
@@ -199,7 +191,7 @@ def test_registering_gives_a_version_that_can_be_loaded(published, tmp_path):
         assert version.tags["ranker"] == ranker
         path = version.source.removeprefix(f"runs:/{tracked.run_id}/")
         fetched = Bundle.load(Path(client.download_artifacts(tracked.run_id, path, str(tmp_path))))
-        assert fetched.ranker_name == ranker
+        assert fetched.manifest.models["ranker"].name == ranker
         assert fetched.version == version.tags["bundle"]
 
 

@@ -77,8 +77,8 @@ def test_two_workers_write_what_one_process_writes(published, bundle, snapshot, 
     users = [*reversed(snapshot.users(60)), "a user nobody knows", *snapshot.users(3)]
     monkeypatch.setattr(batch_job, "CHUNK", 7)
     one, two, seen = tmp_path / "one.parquet", tmp_path / "two.parquet", []
-    rows = recommend_users(bundle, snapshot, users, 12, later, one, exclude_seen=True)
-    asked = BatchRequest(12, later, exclude_seen=True)
+    asked = BatchRequest(12, later, hidden=frozenset(users[:2]))
+    rows = recommend_users(bundle, snapshot, users, asked, one)
     again = recommend_on_workers(
         published.bundle, published.snapshot, users, asked, two, 2, lambda done, total: seen.append((done, total))
     )
@@ -177,7 +177,7 @@ def test_many_users_at_once_are_answered_as_one_by_one(bundle, snapshot, later, 
 def test_the_job_tells_what_the_service_tells_calibrated_scores_too(bundle, snapshot, later, tmp_path):
     calibrated = replace(bundle, calibration=Calibration(method="platt", slope=0.5, intercept=-1, answers=1, shown=1))
     users = ["a user nobody knows", *snapshot.users(5)]
-    recommend_users(calibrated, snapshot, users, 7, later, tmp_path / "recs.parquet")
+    recommend_users(calibrated, snapshot, users, BatchRequest(7, later), tmp_path / "recs.parquet")
     rows = pl.read_parquet(tmp_path / "recs.parquet").partition_by("user_id", maintain_order=True)
     service = Recommender(calibrated, snapshot)
     for user, told in zip(users, rows, strict=True):

@@ -47,18 +47,16 @@ def recommend(
     moment = _asked_at(at, snapshot.newest)
     hidden = forgotten_since(place.state, snapshot)
     ids = read_user_ids(users) if users else [user for user in snapshot.users(len(snapshot)) if user not in hidden]
-    known = Remembered(snapshot, hidden)
+    asked = BatchRequest(k, moment, config, hidden)
     with Terminal().bar("recommend") as bar:
         if workers == 1:
             bundle = Bundle.load(place.bundle)
-            count = recommend_users(
-                bundle, known, ids, k, moment, out, config=config, progress=lambda done, n: bar(done, n, "")
-            )
+            count = recommend_users(bundle, snapshot, ids, asked, out, lambda done, n: bar(done, n, ""))
         else:
-            asked = BatchRequest(k, moment, config=config, hidden=hidden)
             count = recommend_on_workers(
                 place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
             )
+    known = Remembered(snapshot, hidden)
     strangers = sum(known.read(user) is None for user in ids) if users else 0
     told = f", {strangers} of them without a history, served by popularity" if strangers else ""
     typer.echo(f"{out}: {count} rows for {len(ids)} users{told}, bundle {version}")
