@@ -14,7 +14,7 @@ Changed, and why:
   - Row 1 is the unknown item: an input like any other (its vector starts at 0), never a target, a teacher or a pupil.
   - The query mask of the authors' code (attention off where the normalised query is 0) is left out: it is dead after
     the first step, and padding is silenced by ids.
-  - TED is computed from observed edges only, exactly: see `distillation`.
+  - TED is computed from observed edges only, exactly: see `teacher`.
 
     B users    T slots (events)    G baskets    D width    V item rows    R query rows with a target    M heads of TED
 """
@@ -210,7 +210,7 @@ class MqsaTed(nn.Module):
         """Return the user vectors float32 [B, D]: the output at the newest basket; one constant for empty histories.
 
         The oldest of the `length` newest events may begin inside a basket; the rest of that basket is not seen.
-        Computed in float64, like all scores: see `ranking.layers`.
+        The branches are computed in float64 and rounded at the end: see `ranking.layers`.
         """
         slots = arrange(history.padded(self.config.length), self.items.embedding_row, self.config.baskets)
         x = self.inputs(slots, _keep).double()

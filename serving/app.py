@@ -1,9 +1,9 @@
 """The HTTP application: the same object under Ray Serve and under plain uvicorn.
 
-Handlers are `async def` and hand the work to one thread (`serving.worker`): the event loop stays free for health checks
-and for reading the next request, and what waits can be counted, so that overload is answered at once with 503. One
-thread, because models need not be safe in several, and because the work is mostly torch and numpy on cores that
-replicas use better.
+Handlers are `async def` and hand the work to three workers (`serving.worker`), a thread each: one ranks, one searches
+texts, one reranks what clients send. The event loop stays free for health checks and for reading the next request, and
+what waits can be counted, so that overload is answered at once with 503. One thread each, because models need not be
+safe in several, and because the work is mostly torch and numpy on cores that replicas use better.
 """
 
 import time
@@ -104,8 +104,8 @@ def create_app(
         request_ids: whether to answer with `x-request-id`; False where the host does.
         keys: that are accepted; None or none leaves the service open.
     """
-    worker, *others = workers = [Worker(limits.waiting) for _ in range(3)]
-    monitor = Monitor(service, worker, limits.check_seconds)
+    ranking, searching, reranking = (Worker(limits.waiting) for _ in range(3))
+    monitor = Monitor(service, ranking, limits.check_seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -120,15 +120,16 @@ def create_app(
         responses=problems.responses(),
     )
     problems.install(app)
-    searches = Searches(service, *others)
-    app.state.worker = worker
+    searches = Searches(service, searching, reranking)
+    app.state.worker = ranking
     # A rerank takes what time the request has given it, and is stuck only after that.
     app.state.busy_seconds = lambda: max(
-        w.busy_seconds - patience for w, patience in zip(workers, PATIENCE, strict=True)
+        worker.busy_seconds - patience
+        for worker, patience in zip((ranking, searching, reranking), PATIENCE, strict=True)
     )
-    _add_answers(app, service, worker, searches, monitor, limits.deadlines)
-    add_search_routes(app, service, worker, searches, limits.deadlines)
-    _add_lookups(app, service, worker)
+    _add_answers(app, service, ranking, searches, monitor, limits.deadlines)
+    add_search_routes(app, service, ranking, searches, limits.deadlines)
+    _add_lookups(app, service, ranking)
     if service.path.availability is not None:
         add_availability(app, service.path.availability, json_response)
     _add_operations(app, service, limits)
@@ -218,7 +219,10 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
 
     @app.get("/v1/items/{item_id:id}/similar", response_model=SimilarResponse, tags=["look up"])
     async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
-        """Return the items nearest to an item by the retriever's vectors."""
+        """Return the items nearest to an item: by the retriever's vectors, or by name and category without a vector.
+
+        `by` says which.
+        """
         return await _answer(worker, lambda: service.similar(item_id, k))
 
     @app.get("/v1/models", response_model=ModelsResponse, tags=["look up"])

@@ -8,6 +8,7 @@
                                   users with unknown items, tombstones that were applied
     recsys:views                  sorted set: prefixes of the views that exist, by when each was last applied to
     recsys:tombstones             list: what every machine's log takes over, so that each is whole by itself
+    recsys:copied                 hash: id of a log -> how many tombstones of that list it has taken over
     recsys:tombstoned             set: ids of tombstones that were put on that list
 
 Every change is one Lua script that also moves the log's position: an entry counts once, whoever was killed when. Redis
