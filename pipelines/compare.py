@@ -192,8 +192,11 @@ def decide(
     settings = EvaluateConfig(history_edges=config.history_edges)
     estimates = {one.name: _estimates(pool, one.score, settings, segments, config) for one in predictions}
     users = len(np.unique(chosen.requests.user))
-    names = {name.removeprefix("segment/").removesuffix(f"/{SEGMENT_METRIC}") for name in estimates[first.name]}
-    known = {name for name in names if f"segment/{name}/{SEGMENT_METRIC}" in estimates[first.name]}
+    known = {
+        name.removeprefix("segment/").removesuffix(f"/{SEGMENT_METRIC}")
+        for name in estimates[first.name]
+        if _is_of_segment(name)
+    }
     absent = [segment.name for segment in segments if segment.name not in known]
     absent += [name for name in OF_TARGETS if name in config.segments and name not in (*known, *absent)]
     for name in config.segments:
@@ -237,9 +240,14 @@ def _estimates(
     wanted = {
         name: statistic
         for name, statistic in result.statistics.items()
-        if name == config.metric or (name.startswith("segment/") and name.endswith(f"/{SEGMENT_METRIC}"))
+        if name == config.metric or _is_of_segment(name)
     }
     return bootstrap(wanted, result.users, config.resamples, config.seed)
+
+
+def _is_of_segment(name: str) -> bool:
+    """Whether a metric is the one that segments are compared by."""
+    return name.startswith("segment/") and name.endswith(f"/{SEGMENT_METRIC}")
 
 
 def _groups(names: Sequence[str], methods: Mapping[str, str | None]) -> dict[str, list[str]]:

@@ -76,7 +76,7 @@ def replay(
     """Score logged answers again with any bundle, over the histories as they were, and say what differs."""
     import json
 
-    from pipelines.replay import replay as run
+    from pipelines import replay
     from pipelines.workspace import Workspace
     from ranking.bundle import Bundle
     from ranking.recommender_config import DEFAULTS, load_recommender
@@ -87,7 +87,7 @@ def replay(
     chosen = Bundle.load(bundle or place.require(place.bundle, "publish"), golden=False)
     with Terminal().bar("replay") as bar:
         base = SnapshotReader(snapshot or place.snapshot)
-        found = run(log, chosen, base, config, limit, lambda done, n: bar(done, n, ""))
+        found = replay.replay(log, chosen, base, config, limit, lambda done, n: bar(done, n, ""))
     typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else found.text())
 
 
@@ -132,14 +132,14 @@ def compare_online(
 ) -> None:
     """Compare challenger and shadow with the champion on the same live requests, by what users did afterwards."""
     from pipelines.workspace import Workspace
-    from serving.online_comparison import compare_online as run
-    from serving.online_comparison import describe
+    from serving import online_comparison
 
-    found = run(state or Workspace(workspace).state, int(window_hours * 3.6e9), _now(), tuple(action or ()))
+    directory = state or Workspace(workspace).state
+    found = online_comparison.compare_online(directory, int(window_hours * 3.6e9), _now(), tuple(action or ()))
     if as_json:
         print_result([comparison.table() for comparison in found], as_json)
     else:
-        typer.echo(describe(found))
+        typer.echo(online_comparison.describe(found))
 
 
 def quickstart(
@@ -191,13 +191,13 @@ def _serve_config(
     table = read_toml(path, assignments)
     if registry == "workspace":
         registry = table.get("watch", {}).get("mlflow") or place.tracking_uri
-    lies = {
+    paths = {
         "bundle": place.require(place.bundle, "publish"),
         "snapshot": place.snapshot,
         "state": place.state,
         "watch": {"mlflow": registry},
     }
-    return parse(ServeConfig, overlaid(overlaid(table, lies), given), str(path))
+    return parse(ServeConfig, overlaid(overlaid(table, paths), given), str(path))
 
 
 def _asked_at(text: str | None, newest: int | None) -> int:

@@ -51,11 +51,10 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Read a raw log into the canonical events, items and users of a workspace."""
+    from pipelines import ingest
     from pipelines.datasets import DATASETS
     from pipelines.datasets import newest as newest_of
     from pipelines.from_serving import forget_again
-    from pipelines.ingest import ingest as run
-    from pipelines.ingest import ingest_files
     from pipelines.mapping import load_mapping
     from pipelines.workspace import Workspace
 
@@ -68,14 +67,14 @@ def ingest(
     if config is not None:
         if dataset is not None or users is not None or newest is not None:
             raise ConfigError("--dataset, --users and --newest choose a known log; expected --config alone")
-        card = ingest_files(load_mapping(config, assignments or ()), config.parent, log, config.stem)
+        card = ingest.ingest_files(load_mapping(config, assignments or ()), config.parent, log, config.stem)
     elif assignments:
         raise ConfigError("--set changes a mapping; expected --config with it")
     elif name not in DATASETS:
         raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}, found {name!r}")
     else:
         raw = DATASETS[name](users)
-        card = run(raw if newest is None else newest_of(raw, newest), log)
+        card = ingest.ingest(raw if newest is None else newest_of(raw, newest), log)
     forget_again(Workspace(workspace))
     if as_json:
         print_result(card, as_json)
@@ -125,11 +124,10 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Pack histories, split by time, build requests, candidates, counts and transitions."""
+    from pipelines import prepare
     from pipelines.append import add_part
     from pipelines.cards import prepare_defaults
     from pipelines.overview import overview, warnings
-    from pipelines.prepare import PrepareConfig
-    from pipelines.prepare import prepare as run
     from pipelines.shipped import find_config
     from pipelines.workspace import Workspace
     from recsys.config import overlaid, parse, read_toml
@@ -137,7 +135,9 @@ def prepare(
     path = find_config(config)
     place = Workspace(workspace)
     place.require(place.log, "ingest")
-    options = parse(PrepareConfig, overlaid(prepare_defaults(place.log), read_toml(path, assignments or ())), str(path))
+    options = parse(
+        prepare.PrepareConfig, overlaid(prepare_defaults(place.log), read_toml(path, assignments or ())), str(path)
+    )
     if add and assignments:
         raise ConfigError("--add goes on with the settings of the prepared set; expected no --set beside it")
     out = place.require(place.prepared.directory, "prepare") if add else place.prepared.directory
@@ -151,7 +151,7 @@ def prepare(
             part = inside if inside.exists() and not (part / "events.parquet").exists() else part
             prepared = add_part(part, place.parts, place.later_parts, out, report)
         if not add:
-            prepared = run(place.parts, out, options, report, _numbering(place))
+            prepared = prepare.prepare(place.parts, out, options, report, _numbering(place))
     print_result(prepared.manifest | ({} if as_json else overview(prepared.manifest)), as_json)
     for line in warnings(prepared.manifest):
         Terminal().say(line)
@@ -167,8 +167,7 @@ def _numbering(place: Any) -> Path | None:
 
 def audit(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
     """Look for leaks in the prepared set: checks that can fail (exit 4) and facts; writes audit.json."""
-    from pipelines.audit import audit as run
-    from pipelines.audit import refuse_failed
+    from pipelines import audit
     from pipelines.audit_record import text
     from pipelines.workspace import Workspace
 
@@ -176,7 +175,7 @@ def audit(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = 
     place.require(place.prepared.directory, "prepare")
     with Terminal().bar("audit") as bar:
         parts = place.parts if place.log.exists() else []
-        found = run(place.prepared, parts, lambda words, done, total: bar(done, total, words))
+        found = audit.audit(place.prepared, parts, lambda words, done, total: bar(done, total, words))
     found.save(place.audit)
     typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else text(found))
-    refuse_failed(found)
+    audit.refuse_failed(found)

@@ -34,8 +34,8 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train one model, or go on with a run that was interrupted; on CUDA where there is one (--set device=cpu)."""
+    from pipelines import train
     from pipelines.shipped import find_config
-    from pipelines.train import train as run
     from pipelines.train_config import load_config, suited
     from pipelines.workspace import Workspace
 
@@ -59,7 +59,7 @@ def train(
         trained = train_on_workers(options, prepared, directory, uri, workers)
     else:
         with Terminal().bar(f"train {options.name}") as bar:
-            trained = run(options, prepared, directory, uri, bar)
+            trained = train.train(options, prepared, directory, uri, bar)
     print_result({"run_id": trained.run_id, **trained.summary.table()}, as_json)
 
 
@@ -72,17 +72,16 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Tune every model with the same budget on the validation period, or go on with a sweep that was interrupted."""
+    from pipelines import sweep
     from pipelines.shipped import find_config
-    from pipelines.sweep import load_sweep
-    from pipelines.sweep import sweep as run
     from pipelines.workspace import Workspace
 
     place = Workspace(workspace)
-    options = load_sweep(find_config(config), assignments or ())
+    options = sweep.load_sweep(find_config(config), assignments or ())
     prepared = _prepared(place)
     directory = place.run(name or Path(config).stem)
     with Terminal().bar("sweep") as bar:
-        swept = run(options, prepared, directory, mlflow or place.tracking_uri, bar)
+        swept = sweep.sweep(options, prepared, directory, mlflow or place.tracking_uri, bar)
     typer.echo(json.dumps(swept.table(), indent=2, sort_keys=True) if as_json else swept.markdown())
     Terminal().say(f"Runs, sweep.json and sweep.md: {directory.resolve()}")
 
@@ -102,9 +101,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score the test requests with trained models and write metrics.json, report.html and report.md."""
+    from pipelines import evaluate
     from pipelines.audit_record import last_audit
-    from pipelines.evaluate import EvaluateConfig
-    from pipelines.evaluate import evaluate as run
     from pipelines.logged import log_evaluation
     from pipelines.report import write_report
     from pipelines.shipped import find_config
@@ -118,7 +116,7 @@ def evaluate(
         evaluate_text(runs, place, corpus, split, mlflow, as_json)
         return
     refuse_given("for rankers, whose split is in the config", corpus=corpus, split=split)
-    options = parse(EvaluateConfig, read_toml(path, assignments or ()), str(path))
+    options = parse(evaluate.EvaluateConfig, read_toml(path, assignments or ()), str(path))
     if len({Path(name).name for name in runs}) < len(runs):
         raise ConfigError(
             f"runs must differ in their last part, which names them in the report; found {' '.join(runs)}"
@@ -130,7 +128,7 @@ def evaluate(
         _leave_one_out(models, place, options, as_json)
         return
     with Terminal().bar("evaluate") as bar:
-        evaluation = run(models, prepared, options, lambda words, done, total: bar(done, total, words))
+        evaluation = evaluate.evaluate(models, prepared, options, lambda words, done, total: bar(done, total, words))
         funnel = _funnel(place, options, bar)
     summaries = {name: one.summary for name, one in trained.items()}
     evaluation.save(place.evaluation)
@@ -183,10 +181,10 @@ def _leave_one_out(
     models: "Mapping[str, AnyRanker]", place: "Workspace", options: "EvaluateConfig", as_json: bool
 ) -> None:
     """Judge models by the protocol of papers: a table and leave_one_out.json instead of the report."""
-    from pipelines.leave_one_out import evaluate as run
+    from pipelines import leave_one_out
 
     with Terminal().bar("evaluate") as bar:
-        report = run(
+        report = leave_one_out.evaluate(
             models,
             place.prepared,
             options.split,
@@ -211,8 +209,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Say which of several models is better, how surely, and how many users it would take; trains nothing."""
-    from pipelines.compare import CompareFile
-    from pipelines.compare import compare as run
+    from pipelines import compare
     from pipelines.compare_page import build_page, render_markdown, write_page
     from pipelines.compare_runs import subjects
     from pipelines.shipped import find_config
@@ -221,9 +218,9 @@ def compare(
 
     place, path = Workspace(workspace), find_config(config)
     prepared = _prepared(place)
-    options = parse(CompareFile, read_toml(path, assignments or ()), str(path))
+    options = parse(compare.CompareFile, read_toml(path, assignments or ()), str(path))
     with subjects(runs, place, mlflow or place.tracking_uri) as found, Terminal().bar("compare") as bar:
-        compared = run(found, prepared, options, lambda words, done, total: bar(done, total, words))
+        compared = compare.compare(found, prepared, options, lambda words, done, total: bar(done, total, words))
     compared.save(place.comparison)
     write_page(compared, place.comparison)
     text = render_markdown(build_page(compared)).partition("## Exploratory")[0].replace("`", "")
@@ -255,9 +252,8 @@ def publish(
     mlflow: UriOption = None,
 ) -> None:
     """Write a bundle and a user snapshot, and register the bundle in MLflow: a ranker, text search, or both."""
+    from pipelines import publish
     from pipelines.from_serving import contained
-    from pipelines.publish import publish as run
-    from pipelines.publish import register
     from pipelines.train import trained_run
     from pipelines.workspace import Workspace
 
@@ -275,7 +271,7 @@ def publish(
     probabilities = _calibration(calibration, chosen, place) if calibration is not None else None
     # Last, since encoding takes minutes and everything else is refused in seconds.
     text = search_parts(text_encoder, reranker, corpus, fusion, place, items=True)
-    bundle_version = run(
+    bundle_version = publish.publish(
         place.prepared,
         ranker=chosen,
         retriever=found,
@@ -286,7 +282,7 @@ def publish(
         text=text,
         calibration=probabilities,
     )
-    version = register(place.bundle, chosen.run_id, uri, alias=alias)
+    version = publish.register(place.bundle, chosen.run_id, uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
 
 

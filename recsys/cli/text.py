@@ -21,16 +21,15 @@ def train_text(
     path: Path, place: "Workspace", name: str | None, mlflow: str | None, assignments: Sequence[str], as_json: bool
 ) -> None:
     """Train a text model on the catalogue of a workspace or on a corpus folder."""
-    from pipelines.text_models import load_text_config
-    from pipelines.text_models import train as run
+    from pipelines import text_models
 
-    options = load_text_config(path, assignments)
+    options = text_models.load_text_config(path, assignments)
     if options.corpus.path == "catalogue":
         place.require(place.log / ITEMS, "ingest")
     place.root.mkdir(parents=True, exist_ok=True)
     directory = place.run(name or path.stem)
     with Terminal().bar(f"train {options.name}") as bar:
-        trained = run(
+        trained = text_models.train(
             options, place.log / ITEMS, directory, place.text_vectors, mlflow or place.tracking_uri, report=bar
         )
     print_result(trained.table(), as_json)
