@@ -116,7 +116,7 @@ class Pieces:
         return np.unique(np.concatenate([[limits.min], inner, [limits.max]]).astype(np.int64))
 
     def _piece(self, places: Sequence[list[int]], heads: Sequence[list[int]]) -> Requests:
-        """Read so many requests of each bucket, and their positives, and put them in order."""
+        """Read a range of requests of each bucket, and their positives, and put them in order."""
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in ("user", "at", "end", "size", "positive")}
         base = 0
         for (folder, summary), (low, high), (first, stop) in zip(self.buckets, places, heads, strict=True):

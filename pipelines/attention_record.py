@@ -41,7 +41,7 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """A request: an item that was taken, after so many events, and each model's view of it."""
+    """A request: an item that was taken, after `events` events, and each model's view of it."""
 
     item: str
     events: int

@@ -78,7 +78,7 @@ def aligned_samplers(prepared: PreparedSet, requests: AllRequests, samplers: Seq
 
 
 def user_slices(offsets: NDArray[np.int64], events: int) -> Iterator[tuple[int, int]]:
-    """Yield runs of users first..last (exclusive) that hold at most so many events, at least one user each."""
+    """Yield runs of users first..last (exclusive) that hold at most `events` events, at least one user each."""
     begin, users = 0, len(offsets) - 1
     while begin < users:
         end = max(int(np.searchsorted(offsets, offsets[begin] + events, side="right")) - 1, begin + 1)

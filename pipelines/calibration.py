@@ -71,7 +71,7 @@ class Reliability:
 
 
 def fit_scores(method: Method, score: NDArray[np.floating], label: NDArray[np.generic], answers: int) -> Calibration:
-    """Fit a map on scores [N] and labels [N] of so many answers.
+    """Fit a map on scores [N] and labels [N] of `answers` answers.
 
     Platt's targets are (t + 1) / (t + 2) for the t items taken and 1 / (n + 2) for the n others; an isotonic map keeps
     within the same bounds, since no number of examples makes a probability 0 or 1.
@@ -87,7 +87,7 @@ def fit_scores(method: Method, score: NDArray[np.floating], label: NDArray[np.ge
     if min(positives, negatives) < LEAST_TAKEN:
         raise DataError(
             f"{positives} items taken and {negatives} not taken among what was shown in {answers} answers; a "
-            f"calibration wants {LEAST_TAKEN} of each: collect more answers, or publish without `--calibration`"
+            f"calibration needs at least {LEAST_TAKEN} of each: collect more, or publish without `--calibration`"
         )
     counts = {"answers": answers, "shown": len(x)}
     low, high = 1 / (negatives + 2), (positives + 1) / (positives + 2)

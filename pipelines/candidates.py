@@ -124,7 +124,7 @@ def _slices(pieces: Iterable[Requests]) -> Iterator[Requests]:
 
 
 def _append(files: Mapping[str, IO[bytes]], some: Requests | CandidateSets, before: int) -> None:
-    """Write ragged arrays behind others with so many values."""
+    """Write ragged arrays behind others that have `before` values."""
     for name, file in files.items():
         values: NDArray[Any] = getattr(some, name)
         put(file, values[1:] + before if name == "offsets" else values)

@@ -64,7 +64,7 @@ def completejourney(users: int | None = None) -> RawLog:
     negatives they would flatter every ranker.
 
     Args:
-        users: keep only so many households, the ones with the smallest hashes: always the same for the same number,
+        users: households kept, the ones with the smallest hashes: always the same for the same number,
             and those of a smaller number are among those of a larger one.
 
     Raises:
@@ -187,7 +187,7 @@ DATASETS: dict[str, Callable[[int | None], RawLog]] = {
 
 
 def _sampled(events: pl.LazyFrame, users: int | None) -> pl.LazyFrame:
-    """Keep only so many users, the ones with the smallest hashes; None keeps all."""
+    """Keep `users` users, the ones with the smallest hashes; None keeps all."""
     if users is None:
         return events
     ids = events.select(pl.col(USER_ID).unique()).collect()[USER_ID].to_list()

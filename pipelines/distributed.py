@@ -41,7 +41,7 @@ def train_on_workers(config: TrainConfig, prepared: PreparedSet, directory: Path
     Args:
         config: the run; `batches.rows` are shared out, so a step sees as many rows as in one process.
         prepared: the prepared set.
-        directory: of the run, as of `pipelines.train.train`.
+        directory: of the run, as for `pipelines.train.train`.
         uri: MLflow tracking URI; the first worker alone writes to it.
         workers: processes, one core each, in the Ray of RAY_ADDRESS or one that is started and stopped here.
 

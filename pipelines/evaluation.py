@@ -45,7 +45,7 @@ ALL_ITEMS = "all_items"
 INSIDE = "target_in_history"
 OUTSIDE = "target_outside_history"
 NOT_DEFINED = ("logloss", "ece")
-"""Metrics of click probabilities: without impressions, as of sampled candidates, there are none to be calibrated to."""
+"""Metrics of click probabilities: sampled candidates have none that scores could be calibrated to."""
 
 Metrics = dict[str, float | None]
 

@@ -1,6 +1,6 @@
 """Users who asked the service to be forgotten: the tombstone list that every later step of the pipeline honours.
 
-    {workspace}/forgotten.json     {user id: parts}: of the log's first so many parts the user's events count no more
+    {workspace}/forgotten.json     {user id: parts}: in that many first parts the user's events no longer count
     {part}/forgotten.json          [user ids]: whom this part gives none of; made from the list, read by `open_part`
     {prepared}/forgotten.json      [[user ids] of each part]: whom the set was prepared without
 

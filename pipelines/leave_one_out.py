@@ -97,7 +97,7 @@ def target_ranks(
         model: any ranker; a retriever's scores are inner products of its vectors, which is one matrix product.
         prepared: a set split by `last_request`.
         split: `valid` or `test`.
-        max_requests: a sample of so many requests, chosen by seed; all of them if absent.
+        max_requests: size of a sample of the requests, chosen by seed; all of them if absent.
         seed: of that sample.
         advance: called after each batch.
 
@@ -253,7 +253,7 @@ def _id_places(prepared: PreparedSet) -> NDArray[np.int64]:
 
 
 def _batches(sample: Sample, items: int, most: int) -> Iterator[NDArray[np.int64]]:
-    """Yield requests with histories of like length together, so many that their scores stay within bounds."""
+    """Yield requests with histories of like length together, as many as keep their scores within bounds."""
     order = np.argsort(sample.length, kind="stable")
     size = min(max(most // max(items, 1), 1), 256 * (most // SCORE_MATRIX))
     for start in range(0, len(order), size):

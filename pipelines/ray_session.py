@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ray_session(workers: int) -> Iterator[None]:
-    """Have a Ray: the one this process uses, that of RAY_ADDRESS, else one of so many cores until the block ends."""
+    """Have a Ray: the one this process uses, that of RAY_ADDRESS, else one of `workers` cores until the block ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets everything else on the machine go first
     import ray

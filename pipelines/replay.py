@@ -2,7 +2,7 @@
 
 The bundle that answered gives what it gave, to the bit: any difference is then a defect. Answers whose history can't be
 rebuilt (made over another snapshot or log, or of users who are forgotten) are skipped and counted. Those made with
-other filters, rules or quotas, or when other items could not be had, are replayed by those of now, and counted.
+other filters, rules or quotas, or when other items were unavailable, are replayed by those of now, and counted.
 """
 
 from collections import Counter
@@ -63,7 +63,7 @@ class Replay:
         replayed: scored again.
         skipped: whose history can't be rebuilt, or whose user is forgotten.
         other_history: replayed with a history that differs from the one served, as the bundle knows other items.
-        other_settings: made with other quotas, filters or rules, or when other items could not be had.
+        other_settings: made with other quotas, filters or rules, or when other items were unavailable.
         identical: the same items, order and scores.
         overlap: mean.
         rank_correlation: mean of those that have one.
@@ -125,7 +125,7 @@ def replay(
     """Score the newest `limit` logged answers (all if None) with a bundle, and compare.
 
     Args:
-        state: the service's state directory, with its event log, its request log and what cannot be had now.
+        state: the service's state directory, with its event log, its request log and its table of unavailable items.
         bundle: any bundle whose item keys go with the snapshot's.
         snapshot: the one that was served.
         config: that of the service.

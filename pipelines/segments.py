@@ -134,8 +134,8 @@ def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: f
     value, items = np.unique(count[count > 0], return_counts=True)  # ascending
     if not len(value):
         return 1, 0
-    events = np.cumsum(value * items)  # of items with so many events or fewer
-    above = events[-1] - events + value * items  # of items with so many or more
+    events = np.cumsum(value * items)  # of items with `value` events or fewer
+    above = events[-1] - events + value * items  # of items with `value` or more
     head = int(value[np.flatnonzero(above >= head_share * events[-1])[-1]])
     within = int(np.count_nonzero(events <= tail_share * events[-1]))
     tail = int(value[max(within - 1, 0)])

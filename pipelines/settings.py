@@ -23,7 +23,7 @@ class PrepareConfig:
         numeric: columns of the item table's dense part; None takes every column of numbers not named in `columns`.
         samplers: fixed candidates are drawn once by each of these (`pipelines.samplers.SAMPLERS`).
         negatives: sampled negatives per validation or test request.
-        max_eval_requests: keep only so many validation and so many test requests, chosen by hash: always the same, and
+        max_eval_requests: validation requests kept, and test requests likewise, chosen by hash: always the same, and
             those of a smaller number are among those of a larger one. None keeps all.
         transitions_top_n: heaviest transitions kept per item; 0 keeps all. 200 of the grocery set's keep 73 % of the
             weight in 39 MB; all are 99 MB.

@@ -62,7 +62,7 @@ def write_shown(
         items: item_id, item_key.
         histories: of all users.
         cuts: of the split.
-        at_most: keep so many requests, by hash as other evaluated requests; None keeps all.
+        at_most: requests kept, chosen by hash as other evaluated requests; None keeps all.
         hashes: of each history row.
         seed: of the choice.
     """

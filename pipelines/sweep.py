@@ -173,7 +173,7 @@ def axes(space: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
 
 
 def draw(space: Mapping[str, list[Any]], number: int, seed: int, where: str) -> list[Setting]:
-    """Draw so many different settings from a space, in the order of its grid; an empty space has one, the model's own.
+    """Draw `number` different settings from a space, in the order of its grid; an empty space has one, the model's own.
 
     Raises:
         ConfigError: the space has fewer.

@@ -64,7 +64,7 @@ class TrainConfig:
 def load_config(path: Path, assignments: Sequence[str] = (), overlay: Mapping[str, Any] | None = None) -> TrainConfig:
     """Read a training TOML: [model] with a name and its options, [batches], [optimiser], [stop], seed, device.
 
-    `overlay` holds sections laid over those of the file; assignments, as of `--set`, win over both.
+    `overlay` holds sections laid over those of the file; assignments, as `--set` gives them, win over both.
     """
     table = overlaid(read_toml(path), overlay or {})
     for assignment in assignments:

@@ -4,7 +4,7 @@ Two files. The paired difference on the same requests, with its interval over re
 the interval leaves out zero, else "cannot tell". It speaks of these two files only: a model trained once more with
 another seed is another file.
 
-Two methods. A method is all runs that differ in nothing but the seed. Its verdict wants at least `least_seeds` runs of
+Two methods. A method is all runs that differ in nothing but the seed. Its verdict needs at least `least_seeds` runs of
 either, and both the users and the seeds are resampled. Few seeds resampled as they are spread too little, so the drawn
 mean's distance from the mean is stretched by sqrt(n / (n - 1)), and the interval takes the quantile of Student's t with
 Welch and Satterthwaite's degrees of freedom, users counted as certain (Welch, Biometrika 34, 1947).
@@ -118,7 +118,7 @@ def of_methods(
         return _verdict("methods", ask, (name, other), value, (float("nan"), float("nan")), float("nan"), rule)
     fewest = min(len(ours), len(theirs))
     if fewest < rule.least_seeds:
-        why = f"{len(ours)} and {len(theirs)} seeds; a verdict on methods wants {rule.least_seeds} of each"
+        why = f"{len(ours)} and {len(theirs)} seeds; a verdict on methods needs at least {rule.least_seeds} of each"
         return Verdict(
             "methods", name, other, ask.segment, ask.metric, "cannot tell", value, None, None, ask.users, None, why
         )

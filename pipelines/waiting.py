@@ -62,7 +62,7 @@ class Heads:
 
 
 def save_waiting(pieces: Iterable[Sessions], count: int, positives: int, users: Users, growth: Path) -> None:
-    """Write run 0000: requests by user, piece by piece, `count` of them with so many positives."""
+    """Write run 0000: requests by user, piece by piece, `count` of them with `positives` positives."""
     _write_run(pieces, count, positives, users, growth / _FOLDER / "0000")
 
 

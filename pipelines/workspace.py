@@ -68,7 +68,7 @@ class Workspace:
 
     @property
     def snapshot(self) -> Path:
-        """Packed histories of all users as of the last publish: the base under the live store."""
+        """Packed histories of all users at the last publish: the base under the live store."""
         return self.root / "snapshot"
 
     @property

@@ -189,7 +189,7 @@ class BinnedAuc:
     def build(
         score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.int64], users: int, bins: int = 64
     ) -> "BinnedAuc":
-        """Sort once, and look every candidate up among those of the other class. Arguments as of `PooledAuc`."""
+        """Sort once, and look every candidate up among those of the other class. Arguments as for `PooledAuc`."""
         negative, ours = _sorted_pairs(score, label, user)
         quantiles = [len(negative) * number // bins for number in range(1, bins)] if len(negative) else []
         edges = np.unique(negative[quantiles] & ~LOW)

@@ -6,7 +6,7 @@ A message says what was found, what was wanted and what to do next. No public op
     |-- ConfigError       2  a configuration or command line that cannot be meant
     |-- DataError         3  files, rows or bundles that are not what they should be
     |   `-- BundleError   3  a bundle that is damaged, of another format, or answers differently than when published
-    |-- StoreError        1  a store of live histories that cannot be had for now
+    |-- StoreError        1  a store of live histories that is unavailable for now
     |-- PartError         1  a deployment of the split topology that did not answer
     |-- GateError         4  a check the user asked for did not pass
     `-- RequestError      -  a request the service refuses; carries the HTTP status and a stable code
@@ -36,7 +36,7 @@ class BundleError(DataError):
 
 
 class StoreError(RecsysError):
-    """A store of live histories cannot be had for now: it is damaged, or its server is gone."""
+    """A store of live histories is unavailable for now: it is damaged, or its server is gone."""
 
 
 class GateError(RecsysError):

@@ -102,7 +102,7 @@ class RecommendRequest(Message):
     at: Moment | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
     exclude_seen: bool = Field(default=False, description="leave out every item of the history")
     exclude_seen_days: float | None = Field(
-        default=None, ge=0, le=MAX_DAYS, description="leave out items of the last so many days; the config's if absent"
+        default=None, ge=0, le=MAX_DAYS, description="leave out items of this many last days; the config's if absent"
     )
     filters: list[ItemFilter] = Field(
         default=[], max_length=MAX_FILTERS, description="an item must pass all of them, and those of the config"

@@ -44,7 +44,7 @@ class LoggedRequest:
         log: id of the event log.
         position: of that log, up to which the histories were filled; -1 where several logs filled them.
         snapshot: id of the snapshot under them.
-        history: `history_digest` of what was used; empty if the histories could not be had.
+        history: `history_digest` of what was used; empty if the histories were unavailable.
         champion: version of the bundle whose item keys the histories have.
         model: version of the bundle that answered.
         request: the request's fields that are not defaults, but user and moment.

@@ -1,4 +1,4 @@
-"""Routes of the live table of what cannot be had now."""
+"""Routes of the live table of unavailable items."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -23,7 +23,7 @@ class AvailabilityChange(Message):
 
 
 class AvailabilityResponse(Message):
-    """What cannot be had now."""
+    """The items that are unavailable now."""
 
     unavailable: int = Field(description="how many items")
     item_ids: list[str] = Field(description="the first of them, in the order of their ids")
@@ -59,5 +59,5 @@ def add_availability(app: FastAPI, table: AvailabilityFile, respond: Callable[..
 
     @app.get("/v1/availability", response_model=AvailabilityResponse, tags=["look up"])
     def get(limit: Annotated[int, Query(ge=0, le=10_000)] = 100) -> Response:
-        """Return what cannot be had now."""
+        """Return the items that are unavailable now."""
         return answer(limit)

@@ -232,7 +232,7 @@ class SegmentLog:
             self._sync()
         new = not self._path(start).exists()
         opened = os.open(self._path(start), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        if self._file >= 0:  # only now: where the new one cannot be had, this one is still the log's
+        if self._file >= 0:  # only now: where the new one is unavailable, this one is still the log's
             os.close(self._file)
         self._file, self._segment_start = opened, start
         if new and self.durability == "fsync":

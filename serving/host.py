@@ -194,7 +194,7 @@ def _require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"port {port} of {host} cannot be had ({error.strerror}); stop what uses it or choose another port"
+                f"port {port} of {host} is unavailable ({error.strerror}); stop what uses it or choose another port"
             ) from None
 
 
@@ -363,7 +363,7 @@ def _last_line(message: str) -> str:
 
 
 def _await_ready(address: str, version: str, replicas: int) -> None:
-    """Wait until so many replicas have named a bundle and none another since."""
+    """Wait until `replicas` replicas have named a bundle and none another since."""
     deadline = time.monotonic() + READY_SECONDS
     ready: set[str | None] = set()
     while time.monotonic() < deadline:

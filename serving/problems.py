@@ -14,13 +14,13 @@
     unknown_item              404      the bundle does not know the item asked about
     method_not_allowed        405
     not_supported             409      the bundle lacks a part that the route needs
-    part_unavailable          503      a model in a deployment of its own can't be had for now
-    store_unavailable         503      the live histories can't be had for now
+    part_unavailable          503      a model in a deployment of its own is unavailable for now
+    store_unavailable         503      the live histories are unavailable for now
     overloaded                503      too many requests wait; `Retry-After` says when to come back
     too_late                  503      the request waited for its turn beyond its deadline
     not_ready                 503      no bundle is loaded yet
     no_replica                503      the process that had the request died; said by the proxy in front of it
-    table_unavailable         503      what cannot be had cannot be written, so nothing of the change was taken
+    table_unavailable         503      the table of unavailable items cannot be written: nothing of the change was taken
     log_unavailable           503      the event log cannot be written, so no event of the post was taken
     stuck                     503      a piece of work does not end; the process is to be replaced
     internal                  500      a defect; the log has the details under the request id
@@ -121,12 +121,12 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 async def _gone(_: Request, error: Exception) -> Response:
     logger.warning("%s", error)
-    return problem(503, "store_unavailable", "the live histories can't be had for now; come back in a moment")
+    return problem(503, "store_unavailable", "the live histories are unavailable for now; come back in a moment")
 
 
 async def _out(_: Request, error: Exception) -> Response:
     logger.warning("%s", error)
-    return problem(503, "part_unavailable", "a model can't be had for now; come back in a moment")
+    return problem(503, "part_unavailable", "a model is unavailable for now; come back in a moment")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -79,7 +79,7 @@ class ReplayableLog(Protocol):
 
 
 class LiveHistories(HistoryReader, Protocol):
-    """A store of live histories, as the service uses it; every method raises `StoreError` while it can't be had."""
+    """A store of live histories, as the service uses it; every method raises `StoreError` while it is unavailable."""
 
     kind: str
 
@@ -175,5 +175,5 @@ def joined(base: Events | None, posted: Events | None) -> Events | None:
 
 
 def unavailable(kind: str, error: Exception) -> StoreError:
-    """Return the error of a store that can't be had."""
-    return StoreError(f"the {kind} history store can't be had ({type(error).__name__}: {error})")
+    """Return the error of a store that is unavailable."""
+    return StoreError(f"the {kind} history store is unavailable ({type(error).__name__}: {error})")

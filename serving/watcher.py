@@ -153,7 +153,7 @@ class Watcher:
         return True
 
     def watch(self, seconds: float, ended: threading.Event) -> None:
-        """Look every so many seconds until the event is set."""
+        """Look every `seconds` seconds until the event is set."""
         while not ended.wait(seconds):
             try:
                 self.look()
@@ -161,7 +161,7 @@ class Watcher:
                 logger.exception("looking at the model registry failed; it is looked at again in %g s", seconds)
 
     def _planned(self, wanted: Mapping[Role, Registered]) -> Plan:
-        """Return the plan for the aliases; a role whose bundle cannot be had stays as it is."""
+        """Return the plan for the aliases; a role whose bundle is unavailable stays as it is."""
         plan = self.plan
         for role in ROLES:
             registered = wanted.get(role)

@@ -144,8 +144,8 @@ def test_without_answers_in_the_validation_period_the_report_says_why(prepared, 
     one_class = replace(EVALUATE, max_requests=5)
     told = evaluate({"model": model}, done, one_class).reliability["model"]
     assert list(told.readings) == ["none"]
-    assert "wants 20 of each" in told.why
-    with pytest.raises(DataError, match="wants 20 of each"):
+    assert "needs at least 20 of each" in told.why
+    with pytest.raises(DataError, match="needs at least 20 of each"):
         fit_calibration("platt", model, done, most=5)
 
 

@@ -105,7 +105,7 @@ def test_a_method_needs_seeds_and_errs_as_seldom_as_it_says():
     assert better >= 90
     few = of_methods(ASK, ("a", found[:4]), ("b", found[5:]), RULE)
     assert few.word == "cannot tell"
-    assert "4 and 5 seeds; a verdict on methods wants 5" in few.why
+    assert "4 and 5 seeds; a verdict on methods needs at least 5" in few.why
 
 
 # -- the same questions -----------------------------------------------------------------------------------------------

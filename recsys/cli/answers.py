@@ -69,7 +69,7 @@ def replay(
         Path | None, typer.Option(help="Snapshot that was served; that of the workspace if absent.")
     ] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of the newest answers.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many of the newest answers.")] = None,
     recommender: RecommenderOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -213,8 +213,8 @@ def _asked_at(text: str | None, newest: int | None) -> int:
     if text is None:
         if newest is not None and (days := (_now() - newest) // DAY) > OLD_DAYS:
             typer.echo(
-                f"The newest event is {days:,} days old, and all that is recent to a model with it; `--at end` asks as "
-                "of the end of the log.",
+                f"The newest event is {days:,} days old, and all that is recent to a model with it; `--at end` asks at "
+                "the end of the log.",
                 err=True,
             )
         return _now()

@@ -37,7 +37,7 @@ def ingest(
         str | None, typer.Option(help="A log this package knows; completejourney if no --config is given.")
     ] = None,
     users: Annotated[int | None, typer.Option(help="Keep a sample of this many users of a dataset.", min=1)] = None,
-    newest: Annotated[int | None, typer.Option(help="Keep only so many newest events of each user.", min=1)] = None,
+    newest: Annotated[int | None, typer.Option(help="Keep only this many newest events of each user.", min=1)] = None,
     from_serving: Annotated[
         Path | None, typer.Option(help="State directory of a service: take in what it logged since the last time.")
     ] = None,
