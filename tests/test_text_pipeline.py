@@ -28,8 +28,6 @@ from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_evaluate import TextModelRun, as_served, evaluate_runs, evaluate_text, write_text_report
-from pipelines.text_measures import compare, measure
-from pipelines.text_evaluate import TextModelRun, evaluate_runs, evaluate_text, write_text_report
 from pipelines.text_measures import best_possible, compare, measure
 from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
