@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ranking.search_part import SearchPart
-from ranking.searcher import SHARE, Searcher
+from ranking.searcher import SHARE, Searcher, readable
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,6 @@ def _pace(part: SearchPart, clock: Callable[[], float], rounds: int) -> float:
     seconds = []
     for _ in range(rounds + 1):  # the first one warms up
         began = clock()
-        part.reranker.rerank(texts[0][:100], texts)
+        part.reranker.rerank(texts[0][:100], readable(part, texts)[0])
         seconds.append((clock() - began) / len(texts))
     return float(np.median(seconds[1:]))

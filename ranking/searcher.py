@@ -189,6 +189,7 @@ class Searcher:
         try:
             if deadline is not None:
                 deadline.check(0, len(texts))
+            texts, cut = readable(self.part, texts, deadline)
             scores = reranker.rerank(query, texts, None if deadline is None else deadline.check)
         except OutOfTimeError:
             degraded.append("rerank")
@@ -202,7 +203,7 @@ class Searcher:
         order = np.argsort(-scores, kind="stable")
         every = np.concatenate([order, np.arange(len(head), len(found))])
         truncated = found.truncated.copy()
-        truncated[: len(head)] = reranker.truncated(query, texts)
+        truncated[: len(head)] = cut | reranker.truncated(query, texts)
         return replace(
             found,
             rows=found.rows[every],
@@ -211,6 +212,20 @@ class Searcher:
             truncated=truncated[every],
             reranked=len(head),
         )
+
+
+def readable(
+    part: SearchPart, texts: Sequence[str], deadline: Deadline | None = None
+) -> tuple[list[str], NDArray[np.bool_]]:
+    """Cut texts far behind what the reranker reads of them, so that it scores as before; gives them and which were cut.
+
+    Its tokenizer would read all of a text to leave out most: 20 texts of 222 kB took it over a second. What it reads is
+    `max_len` of its config; twice as many tokens are left, so that no word it reads is cut in two.
+    """
+    most = getattr(getattr(part.reranker, "config", None), "max_len", None)
+    if most is None or part.tokenizer is None:
+        return list(texts), np.zeros(len(texts), bool)
+    return shortened(part.tokenizer, texts, 2 * most, deadline)
 
 
 def shortened(

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_world import (
@@ -21,6 +22,7 @@ from text_world import (
 
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
+from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.deadline import Deadline
 from ranking.fusion import Mix, Ranking, convex_fusion
 from ranking.passages import NO_ITEM, Passages
@@ -303,6 +305,34 @@ def test_cutting_keeps_whole_tokens_and_says_what_it_cut():
     assert short[:3] + short[4:] == ["red tea", "red tea", "", given_texts[4], "red tea"]
     assert cut.tolist() == [False, True, False, True, False, True]
     assert len(short[3]) <= 64
+
+
+class Given(CrossEncoder):
+    """A reranker that knows how much text it was given."""
+
+    most = 0
+
+    def rows(self, query, passages):
+        self.most = max(self.most, *map(len, passages))
+        return super().rows(query, passages)
+
+
+def test_long_passages_are_cut_before_the_reranker_reads_them_and_score_alike(tmp_path):
+    corpus = ["wing flow " * length for length in (1, 10, 19, 30, 60, 20_000)] + ["wing " + " " * 9_000 + "flow"]
+    reranker = Given(CrossEncoderConfig(max_len=48), tiny_text.bert(), tiny_text.tokenizer())
+    bundle = Bundle.load(publish_corpus(tmp_path / "long", corpus))
+    part = dataclasses.replace(bundle.text, reranker=reranker, tokenizer=reranker.tokenizer)
+    found = Searcher(part).search("wing", rerank=True)
+    assert 0 < reranker.most < 10_000
+    whole = [part.passages.text(row) for row in found.rows.tolist()]
+    assert found.scores.tolist() == reranker.rerank("wing", whole).tolist()
+    assert found.truncated.tolist() == reranker.truncated("wing", whole).tolist()
+    assert 0 < found.truncated.sum() < len(corpus)
+    reranker.most = 0
+    late = Searcher(part).search("wing", Deadline(4, Steps()), rerank=True)
+    assert (late.degraded, reranker.most) == (("rerank",), 0), "the clock was not looked at between the texts"
+    assert paced(Searcher(part)).pace > 0
+    assert 0 < reranker.most < 10_000
 
 
 def test_settings_out_of_range_are_refused():
