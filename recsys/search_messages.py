@@ -4,14 +4,18 @@ Reranking takes and gives what version 2 of Cohere's API does, so that its clien
 and named as such.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from recsys.messages import Id, InlineEvent, Message, Moment, Query
 
 MAX_DOCUMENTS = 1000
 """Most documents of one `rerank` request; more is answered with 413. Cohere advises no more either."""
+
+MAX_TEXT = 2**30
+"""Longest document in characters, more than any body holds. As for an id, the bound makes half of a surrogate pair an
+error of its field."""
 
 MAX_BUDGET = 60_000
 """Longest time a request may ask for, milliseconds."""
@@ -72,11 +76,44 @@ class SearchResponse(Message):
     timings: dict[str, float] = Field(description="seconds by stage")
 
 
-class RerankDocument(Message):
-    """A document as an object. Only `text` and `title` are read; a title stands before the text."""
+DocumentText = Annotated[str, Field(max_length=MAX_TEXT)]
 
-    text: str
-    title: str = ""
+
+class RerankDocument(Message):
+    """A document as an object. Only `text` and `title` are read, one is enough; a title stands before the text."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text: DocumentText | None = None
+    title: DocumentText | None = None
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        if self.text is None and self.title is None:
+            raise ValueError("expected `text` or `title`")
+        return self
+
+    @property
+    def words(self) -> str:
+        """Title and text as the reranker reads them."""
+        return f"{self.title or ''} {self.text or ''}".strip()
+
+
+def _form(document: Any) -> str | None:
+    """Tell the two forms of a document apart, so that what is wrong is told of the one that was sent."""
+    if isinstance(document, str):
+        return "string"
+    return "object" if isinstance(document, dict | RerankDocument) else None
+
+
+Document = Annotated[
+    Annotated[DocumentText, Tag("string")] | Annotated[RerankDocument, Tag("object")],
+    Discriminator(
+        _form,
+        custom_error_type="document",
+        custom_error_message="expected a string, or an object with `text` or `title`",
+    ),
+]
 
 
 class RerankRequest(Message):
@@ -84,13 +121,22 @@ class RerankRequest(Message):
 
     model: str | None = Field(default=None, max_length=512, description="taken and not used: a bundle has one reranker")
     query: Query
-    documents: list[str | RerankDocument] = Field(min_length=1)
+    documents: list[Document] = Field(min_length=1)
     top_n: int | None = Field(default=None, ge=1, description="how many results; all if absent or above the list")
     max_tokens_per_doc: int = Field(
         default=4096, ge=1, description="a longer document is cut; so is one longer than the reranker reads"
     )
+    return_documents: bool = Field(
+        default=False, description="of version 1: give each result its document's text as it was sent"
+    )
     priority: int = Field(default=0, ge=0, le=999, description="taken and not used")
     budget_ms: int | None = Field(default=None, ge=0, le=MAX_BUDGET, description="ours: time the request may take")
+
+
+class RerankedText(Message):
+    """A document that was sent along."""
+
+    text: str
 
 
 class RerankResult(Message):
@@ -98,6 +144,9 @@ class RerankResult(Message):
 
     index: int
     relevance_score: float = Field(description="0 to 1, comparable within this answer alone; 0 if nothing was reranked")
+    document: RerankedText | None = Field(
+        default=None, exclude_if=lambda document: document is None, description="only with `return_documents`"
+    )
 
 
 class ApiVersion(Message):

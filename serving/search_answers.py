@@ -16,6 +16,7 @@ from recsys.errors import RequestError
 from recsys.messages import RankRequest
 from recsys.search_messages import (
     MAX_DOCUMENTS,
+    RerankedText,
     RerankMeta,
     RerankRequest,
     RerankResponse,
@@ -129,7 +130,7 @@ def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, de
         text = f"{len(request.documents)} documents; at most {MAX_DOCUMENTS} are reranked at once"
         raise RequestError(413, "too_many_documents", text)
     began = time.perf_counter()
-    texts = [each if isinstance(each, str) else f"{each.title} {each.text}".strip() for each in request.documents]
+    texts = [each if isinstance(each, str) else each.words for each in request.documents]
     found = searcher.rerank(request.query, texts, request.max_tokens_per_doc, deadline)
     truncated = np.flatnonzero(found.truncated).tolist()
     warnings = []
@@ -144,7 +145,11 @@ def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, de
     return RerankResponse(
         id=str(uuid.uuid4()),
         results=[
-            RerankResult(index=index, relevance_score=float(relevance[index]))
+            RerankResult(
+                index=index,
+                relevance_score=float(relevance[index]),
+                document=RerankedText(text=texts[index]) if request.return_documents else None,
+            )
             for index in order[: request.top_n].tolist()
         ],
         meta=RerankMeta(

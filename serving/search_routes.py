@@ -107,6 +107,8 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
     async def rerank(request: RerankRequest) -> Response:
         """Order documents by their relevance to a query: the request and answer of Cohere's `POST /v2/rerank`.
 
+        A document is a string, or an object with `text` or `title` whose other fields are not read. Version 1's
+        `return_documents` is taken too.
         The bundle's reranker scores all of them together; where there is none, the encoder's cosine. Past the budget
         the order is that of the request, every score is 0 and `meta.degraded` says `rerank`.
         """

@@ -1,6 +1,7 @@
 """Search and rerank over HTTP: shapes, time budgets, what does not wait for what, and every refusal."""
 
 import dataclasses
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -220,6 +221,19 @@ def test_rerank_has_the_shape_of_cohere(client, path):
     assert cut["meta"]["truncated"] == [1]
 
 
+def test_documents_are_taken_as_clients_send_them(client):
+    documents = ["green bread", {"id": "1", "text": "tea", "title": "red", "tags": [1]}, {"title": "red soap"}]
+    plain = rerank(client, query="red tea", documents=documents)
+    assert {*plain["results"][0]} == {"index", "relevance_score"}
+    found = rerank(client, query="red tea", documents=documents, return_documents=True)
+    assert [result.pop("document") for result in found["results"]] == [
+        {"text": "red tea"},
+        {"text": "red soap"},
+        {"text": "green bread"},
+    ]
+    assert found["results"] == plain["results"]
+
+
 def test_a_bundle_of_text_alone_searches_and_says_what_it_cannot(opened):
     with client_of(opened["corpus"]) as client:
         assert search(client, query="bread")["hits"][0]["document_id"] == "d1"
@@ -314,12 +328,40 @@ WRONG = {
     "zero documents": ("rerank", {"query": "tea", "documents": []}, 422, "validation", "documents"),
     "no documents": ("rerank", {"query": "tea"}, 422, "validation", "documents"),
     "mixed types": ("rerank", {"query": "tea", "documents": ["a", 3]}, 422, "validation", "documents.1"),
-    "an object without text": (
+    "a number among documents": (
         "rerank",
-        {"query": "t", "documents": [{"title": "a"}]},
+        {"query": "t", "documents": ["a", 3]},
         422,
         "validation",
-        "documents.0",
+        "documents.1: expected a string, or an object with `text` or `title`",
+    ),
+    "an object without text and title": (
+        "rerank",
+        {"query": "t", "documents": ["a", {"id": "1"}]},
+        422,
+        "validation",
+        "documents.1.object: Value error, expected `text` or `title`",
+    ),
+    "an object whose text is none": (
+        "rerank",
+        {"query": "t", "documents": [{"text": 3}]},
+        422,
+        "validation",
+        "documents.0.object.text: Input should be a valid string",
+    ),
+    "half of a surrogate pair": (
+        "rerank",
+        {"query": "t", "documents": ["a", "red \ud83d tea"]},
+        422,
+        "validation",
+        "documents.1.string",
+    ),
+    "half of a surrogate pair in an object": (
+        "rerank",
+        {"query": "t", "documents": [{"text": "a", "title": "red \ud83d tea"}]},
+        422,
+        "validation",
+        "documents.0.object.title",
     ),
     "one text in place of a list": ("rerank", {"query": "tea", "documents": "tea"}, 422, "validation", "documents"),
     "top_n of nothing": ("rerank", {"query": "tea", "documents": ["a"], "top_n": 0}, 422, "validation", "top_n"),
@@ -345,7 +387,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_input_is_refused_in_words(client, case):
     route, body, status, code, told = WRONG[case]
-    response = client.post(f"/v1/{route}", json=body)
+    headers = {"Content-Type": "application/json"}
+    response = client.post(f"/v1/{route}", content=json.dumps(body), headers=headers)  # surrogates as \\ud83d
     found = response.json()
     assert response.status_code == status, found
     assert response.headers["content-type"] == "application/problem+json"
