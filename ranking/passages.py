@@ -76,14 +76,35 @@ class Passages:
         """Return the text of a passage."""
         return self.texts[passage]
 
-    def documents(self, passage: int, most: int) -> list[str]:
-        """Return the ids of the first documents of a passage."""
-        start, end = self.offsets[passage], self.offsets[passage + 1]
-        return [self.document_ids[number] for number in range(start, min(end, start + most))]
+    def documents(self, passage: int, most: int, allowed: NDArray[np.bool_] | None = None) -> list[str]:
+        """Return the ids of the first documents of a passage; see `allows`."""
+        return [self.document_ids[number] for number in self._numbers(passage, allowed)[:most].tolist()]
 
-    def count(self, passage: int) -> int:
-        """Return how many documents have this text."""
-        return int(self.offsets[passage + 1] - self.offsets[passage])
+    def count(self, passage: int, allowed: NDArray[np.bool_] | None = None) -> int:
+        """Return how many documents have this text; see `allows`."""
+        return len(self._numbers(passage, allowed))
+
+    def allows(self, passages: NDArray[np.int32], allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return bool [n]: which passages have a document that may be shown, as all may that are no items.
+
+        Args:
+            passages: [n].
+            allowed: bool [V] by model row.
+        """
+        if not len(passages):
+            return np.zeros(0, bool)
+        starts, ends = self.offsets[passages], self.offsets[passages + 1]
+        first = np.cumsum(ends - starts) - (ends - starts)
+        items = self.items[np.repeat(starts - first, ends - starts) + np.arange(int((ends - starts).sum()))]
+        shown: NDArray[np.bool_] = np.logical_or.reduceat((items == NO_ITEM) | allowed[items], first)
+        return shown
+
+    def _numbers(self, passage: int, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        numbers = np.arange(self.offsets[passage], self.offsets[passage + 1], dtype=np.int64)
+        if allowed is not None:
+            items = self.items[numbers]
+            numbers = numbers[(items == NO_ITEM) | allowed[items]]
+        return numbers
 
     def items_of(
         self, passages: NDArray[np.int32], most: int | None = None, allowed: NDArray[np.bool_] | None = None

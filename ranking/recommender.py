@@ -97,6 +97,10 @@ class Recommender:
         """Name what answers depend on beside bundle, history and request: the config, and what cannot be had now."""
         return sha256_json([self._settings, self._filters.unavailable_digest()])[:16]
 
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Return bool [V], the items that the config's filters and availability let through now; None for all."""
+        return self._filters.allowed(RecommendRequest(), np.empty(0, np.int32)).mask
+
     def recommend(
         self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None
     ) -> RecommendResponse:

@@ -68,6 +68,7 @@ class Searched:
         timings: seconds by stage.
         covered: whether the reranker was left out because one passage holds nearly all words of the query.
         part: where the passages are from.
+        allowed: bool [V] the items that were searched for; None for all.
         config: how items are drawn from passages, and blended.
     """
 
@@ -83,6 +84,7 @@ class Searched:
     timings: dict[str, float]
     covered: bool
     part: SearchPart
+    allowed: NDArray[np.bool_] | None = None
     config: SearchConfig = field(default_factory=SearchConfig)
 
     def __len__(self) -> int:
@@ -104,6 +106,7 @@ class Searched:
 
     def items(self, allowed: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return candidate items int32 [C], best passage first, and int64 [C] the place of each one's passage."""
+        allowed = self.allowed if allowed is None else allowed
         return self.part.passages.items_of(self.rows, self.config.items_per_passage, allowed)
 
     def propose(self, query: SourceQuery, limit: int) -> Proposal:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.deadline import Deadline, OutOfTimeError
-from ranking.fusion import COVERED, POOL, Ranking
+from ranking.fusion import COVERED, NONE, POOL, Ranking
 from ranking.search_part import SearchPart
 from ranking.searched import Reranked, SearchConfig, Searched
 from ranking.text_backbone import TextTokenizer
@@ -64,7 +64,12 @@ class Searcher:
         return Deadline((self.config.budget_ms if budget_ms is None else budget_ms) / 1e3)
 
     def search(
-        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool | None = None
+        self,
+        query: str,
+        deadline: Deadline | None = None,
+        mode: Mode | None = None,
+        rerank: bool | None = None,
+        allowed: NDArray[np.bool_] | None = None,
     ) -> Searched:
         """Return the passages found for a query, best first.
 
@@ -74,13 +79,15 @@ class Searcher:
             mode: first stage; the best the bundle has if absent.
             rerank: whether the head is reranked, if the bundle has a reranker; None leaves it to the query: where one
                 passage covers it the first stage decides, unless `rerank_covered`.
+            allowed: bool [V] items that may be found; None for all. A passage of others alone is not found, and what
+                stands below moves up, as far as `POOL` passages of each first stage go.
 
         Raises:
             RequestError: 409 for vectors from a bundle without an encoder.
         """
         clock = Clock()
         degraded: list[str] = []
-        ranking, used, covered = self._first_stage(query, mode, deadline, degraded, clock)
+        ranking, used, covered = self._first_stage(query, mode, deadline, degraded, clock, allowed)
         rows = ranking.rows[0][ranking.rows[0] >= 0]
         found = Searched(
             rows=rows,
@@ -93,6 +100,7 @@ class Searcher:
             timings={},
             covered=False,
             part=self.part,
+            allowed=allowed,
             config=self.config,
         )
         if rerank is not False and self.part.reranker is not None and self.config.rerank and len(rows):
@@ -132,7 +140,13 @@ class Searcher:
             return Reranked(None, np.zeros(len(documents), bool))
 
     def _first_stage(
-        self, query: str, mode: Mode | None, deadline: Deadline | None, degraded: list[str], clock: Clock
+        self,
+        query: str,
+        mode: Mode | None,
+        deadline: Deadline | None,
+        degraded: list[str],
+        clock: Clock,
+        allowed: NDArray[np.bool_] | None,
     ) -> tuple[Ranking, Mode, bool]:
         part, depth = self.part, self.config.depth
         if part.encoder is None or part.index is None:
@@ -147,14 +161,14 @@ class Searcher:
             mode = "bm25"
         lexical = dense = None
         coverage = np.zeros(1)
-        places = max(depth, POOL) if mode == "hybrid" else depth
+        places = max(depth, POOL) if mode == "hybrid" or allowed is not None else depth
         if mode != "dense":
-            lexical = part.bm25.search([query], places)
+            lexical = self._kept(part.bm25.search([query], places), allowed)
             coverage = part.bm25.coverage([query], lexical)
             clock.lap("bm25")
         if mode != "bm25":
             try:
-                dense = self._dense(query, places, clock)
+                dense = self._kept(self._dense(query, places, clock), allowed)
             except Exception:
                 if deadline is None or lexical is None:
                     raise
@@ -168,6 +182,17 @@ class Searcher:
         found = part.mix.fuse(lexical, dense, coverage, depth)
         clock.lap("fuse")
         return found, mode, bool(coverage[0] >= COVERED)
+
+    def _kept(self, found: Ranking, allowed: NDArray[np.bool_] | None) -> Ranking:
+        """Leave out the passages of items that may not be found, of one query's."""
+        if allowed is None:
+            return found
+        rows, scores = found.rows[0], found.scores[0]
+        keep = rows != NONE
+        keep[keep] = self.part.passages.allows(rows[keep], allowed)
+        order = np.argsort(~keep, kind="stable")
+        kept, of_kept = np.where(keep, rows, NONE)[order], np.where(keep, scores, -np.inf)[order]
+        return Ranking(kept[None].astype(np.int32), of_kept[None].astype(np.float32))
 
     def _dense(self, query: str, depth: int, clock: Clock) -> Ranking:
         assert self.part.encoder is not None, "asked for only where there are vectors"

@@ -57,7 +57,7 @@ class SearchHit(Message):
     first_stage_rank: int = Field(description="from 1")
     rerank_rank: int | None = Field(description="rank after reranking; null if nothing was reranked")
     personal_rank: int | None = Field(description="rank by the user's ranker alone; null without a known user")
-    documents: int = Field(description="how many documents have this text")
+    documents: int = Field(description="how many documents have this text, items that may not be shown aside")
     also: list[str] = Field(description="the next of them")
     truncated: bool = Field(description="the reranker read only the beginning of the text")
 

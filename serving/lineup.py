@@ -44,6 +44,10 @@ class Answers(Protocol):
         """Return the scores of given items."""
         ...
 
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Return bool [V] by model row, the items that may be shown at all; None for all."""
+        ...
+
     def settings_digest(self) -> str:
         """Name what answers depend on beside bundle, history and request."""
         ...
@@ -73,6 +77,10 @@ class NoRanker:
     ) -> RankResponse:
         """Raise `RequestError` 409."""
         raise self._error()
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Return none: documents that are no items may all be shown."""
+        return None
 
     def settings_digest(self) -> str:
         """Return none."""

@@ -98,7 +98,7 @@ def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | 
 
 def _hit(bundle: Bundle, searched: Searched, place: int, personal: Personal | None) -> SearchHit:
     passages, row = searched.part.passages, int(searched.rows[place])
-    documents = passages.documents(row, ALSO + 1)
+    documents = passages.documents(row, ALSO + 1, searched.allowed)
     item = -1 if personal is None else int(personal.item[place])
     first = documents[0] if item < 0 else bundle.item_ids[item]
     if personal is not None:
@@ -114,7 +114,7 @@ def _hit(bundle: Bundle, searched: Searched, place: int, personal: Personal | No
         first_stage_rank=int(searched.first[place]),
         rerank_rank=place + 1 if searched.reranked else None,
         personal_rank=int(personal.rank[place]) or None if personal is not None else None,
-        documents=passages.count(row),
+        documents=passages.count(row, searched.allowed),
         also=[other for other in documents if other != first][:ALSO],
         truncated=bool(searched.truncated[place]),
     )

@@ -50,12 +50,13 @@ class Searches:
         """Return what is found for a query, within the configured budget, and by which bundle."""
         served, searcher = self.open(user_id)
         deadline = searcher.deadline(None)
-        return served, await self.run(searcher, SearchRequest(query=query), deadline)
+        searched, waited = await self._searching.run(lambda: searcher.search(query, deadline))
+        return served, searched.after("search_queue", waited)  # its items are filtered with the request's own filters
 
-    async def run(self, searcher: Searcher, request: SearchRequest, deadline: Deadline) -> Searched:
-        """Search on the thread of searches."""
+    async def run(self, served: Served, searcher: Searcher, request: SearchRequest, deadline: Deadline) -> Searched:
+        """Search on the thread of searches, for what may be shown."""
         searched, waited = await self._searching.run(
-            lambda: searcher.search(request.query, deadline, request.mode, request.rerank)
+            lambda: searcher.search(request.query, deadline, request.mode, request.rerank, served.recommender.allowed())
         )
         return searched.after("search_queue", waited)
 
@@ -76,13 +77,16 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
     async def search(request: SearchRequest) -> Response:
         """Return the k best passages for a text: by words and vectors, the head reranked, blended with a user's ranker.
 
+        Items that the service's filters deny or that are unavailable now are not among the documents of a hit, and a
+        passage of such items alone is no hit; what stands below moves up. Documents that are no items stay.
+
         The budget counts from the request's arrival. What does not fit is left out and named in `degraded`: `rerank`
         keeps the order of the first stage, `dense` goes by words alone, `personal` keeps the order of the search.
         `history` says that the user's could not be read.
         """
         served, searcher = searches.open(request.user_id, request.rerank)
         deadline = searcher.deadline(request.budget_ms)
-        searched = await searches.run(searcher, request, deadline)
+        searched = await searches.run(served, searcher, request, deadline)
         personal = None
         if request.user_id is not None or request.history is not None:
             if deadline.left > 0:

@@ -211,8 +211,10 @@ def _exact(
     return held.bundle.index.exact(vectors, k, allowed)
 
 
-def _find(held: _Held, query: str, spent: Spent, mode: Mode | None, rerank: bool | None) -> dict[str, Any]:
-    found = _searcher(held).search(query, _deadline(spent), mode, rerank)
+def _find(
+    held: _Held, query: str, spent: Spent, mode: Mode | None, rerank: bool | None, allowed: NDArray[np.bool_] | None
+) -> dict[str, Any]:
+    found = _searcher(held).search(query, _deadline(spent), mode, rerank, allowed)
     return {name: getattr(found, name) for name in FOUND}
 
 
@@ -225,7 +227,7 @@ def _deadline(spent: Spent) -> Deadline | None:
 
 
 FOUND = ("rows", "scores", "first", "reranked", "truncated", "mode", "degraded", "timings", "covered")
-"""Of a `Searched`: what travels. The ingress has passages and config itself."""
+"""Of a `Searched`: what travels. The ingress has passages, allowed items and config itself."""
 
 STAGES: Mapping[str, Callable[..., Any]] = {
     "holds": _holds,
@@ -362,10 +364,15 @@ class _Searcher(Searcher):
         self._place = place
 
     def search(
-        self, query: str, deadline: Deadline | None = None, mode: Mode | None = None, rerank: bool | None = None
+        self,
+        query: str,
+        deadline: Deadline | None = None,
+        mode: Mode | None = None,
+        rerank: bool | None = None,
+        allowed: NDArray[np.bool_] | None = None,
     ) -> Searched:
-        found = self._ask("text", "find", self._place, query, _spent(deadline), mode, rerank)
-        return Searched(**found, part=self.part, config=self.config)
+        found = self._ask("text", "find", self._place, query, _spent(deadline), mode, rerank, allowed)
+        return Searched(**found, part=self.part, allowed=allowed, config=self.config)
 
     def rerank(
         self, query: str, documents: Sequence[str], max_tokens: int, deadline: Deadline | None = None

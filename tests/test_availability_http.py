@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
-from serving_world import make_service, patient_app, publish_world
+from serving_world import LATER, PATIENT_SEARCH, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
+from text_world import WordCount, publish_search, snapshot
 
 from ranking.availability import AvailabilityFile
 from ranking.recommender_config import Cap, RecommenderConfig
@@ -48,6 +49,36 @@ def test_what_cannot_be_had_is_not_recommended_by_any_replica(place, tmp_path):
         assert best[0] not in other.post("/v1/recommend", json=asked).text  # the table before it stays in force
     first.close()
     second.close()
+
+
+def test_a_search_finds_no_item_that_cannot_be_had_or_is_denied(tmp_path):
+    bundle = publish_search(tmp_path / "bundle", reranker=WordCount())
+    denied = RecommenderConfig(filters=(ItemFilter("item_id", deny=("item-1", "item-31", "item-61")),))  # all green tea
+    config = ServeConfig(
+        bundle, snapshot(tmp_path / "snapshot"), tmp_path / "state", recommender=denied, search=PATIENT_SEARCH
+    )
+    service = open_service(config)
+    load_into(service, bundle)
+    with TestClient(patient_app(service)) as client:
+
+        def hits(**asked):
+            return client.post("/v1/search", json={"query": "red tea", **asked}).json()["hits"]
+
+        before = hits(k=29)
+        assert "green tea" not in {hit["text"] for hit in before}
+        assert len(before) == 29
+        first = before[0]
+        assert (first["text"], first["documents"]) == ("red tea", 3)
+        gone = {first["document_id"]: False, "item-2": False, "item-32": False}  # all blue tea
+        assert client.put("/v1/availability", json={"available": gone}).status_code == 200
+        for asked in ({}, {"rerank": True}, {"mode": "bm25"}, {"user_id": "user-3", "at": LATER}):
+            after = hits(k=5, **asked)
+            assert len(after) == 5
+            assert not {"green tea", "blue tea"} & {hit["text"] for hit in after}
+            [red] = [hit for hit in after if hit["text"] == "red tea"]
+            assert red["documents"] == 2
+            assert {red["document_id"], *red["also"]} == {"item-0", "item-30", "item-60"} - set(gone)
+    service.close()
 
 
 def test_filters_of_requests_and_of_the_config(place, tmp_path):

@@ -82,6 +82,17 @@ def test_documents_of_one_text_are_one_passage_and_none_is_lost(documents):
     assert all(documents[row - FIRST_ITEM][0] == passages.text(place) for row, place in zip(rows, places, strict=True))
 
 
+def test_documents_that_are_no_items_may_all_be_shown():
+    items = np.array([2, NO_ITEM, 3, 4, 5], np.int32)
+    passages = Passages.of(["a", "b", "c", "d", "e"], ["x", "x", "y", "y", "z"], items)
+    allowed = np.array([False, False, False, False, True, False])
+    assert passages.allows(np.array([0, 1, 2], np.int32), allowed).tolist() == [True, True, False]
+    assert passages.allows(np.array([2, 0], np.int32), allowed).tolist() == [False, True]
+    assert passages.allows(np.empty(0, np.int32), allowed).tolist() == []
+    assert [passages.documents(row, 9, allowed) for row in range(3)] == [["b"], ["d"], []]
+    assert [passages.count(row, allowed) for row in range(3)] == [1, 1, 0]
+
+
 def test_no_documents_are_refused():
     with pytest.raises(DataError, match="at least one"):
         Passages.of([], [])
@@ -379,6 +390,26 @@ def test_filters_hold_for_what_a_search_finds(bundle, recommender):
     found = [item.item_id for item in recommender.recommend(request, 0, None, searched).items]
     assert len(found) == 60
     assert not {"item-0", "item-30"} & set(found)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.booleans(), min_size=62, max_size=62),
+    st.sampled_from(["bm25", "dense"]),
+    st.sampled_from([3, 30]),
+)
+def test_a_search_finds_what_may_be_shown_and_no_less(bundle, shown, mode, depth):
+    allowed = np.array([False, False, *shown])
+    searcher = Searcher(bundle.text, SearchConfig(depth=depth))
+    found = searcher.search("red tea", mode=mode, rerank=False, allowed=allowed)
+    every = Searcher(bundle.text).search("red tea", mode=mode, rerank=False)
+    left = [row for row in every.rows if allowed[every.part.passages.items_of(np.array([row]))[0]].any()]
+    assert found.rows.tolist() == left[:depth]
+    assert found.first.tolist() == list(range(1, len(found) + 1))
+    rows, _ = found.items()
+    assert allowed[rows].all()
+    both = searcher.search("red tea", rerank=True, allowed=allowed)
+    assert len(both) == min(depth, len({NAMES[n % 30] for n, one in enumerate(shown) if one}))
 
 
 def test_a_query_without_a_search_is_refused(recommender):

@@ -193,6 +193,25 @@ def test_a_part_that_is_out_is_a_step_down_or_a_503(world, tmp_path):
     service.close()
 
 
+def test_text_in_a_part_of_its_own_is_searched_for_what_may_be_shown(world, tmp_path):
+    gone = {"available": {f"item-{number}": False for number in (0, 1, 31, 61)}}
+    answers = []
+    for name, elsewhere in (("fused", None), ("split", Elsewhere(Local(world)))):
+        service = open_service(replace(world, state=tmp_path / name))
+        load_plan(service, Plan(BundlePlace(world.bundle, "")), elsewhere)
+        with TestClient(create_app(service, world.limits)) as client:
+            assert client.put("/v1/availability", json=gone).status_code == 200
+            asked = ({}, {"user_id": "user-2", "at": LATER})
+            posted = [client.post("/v1/search", json={"query": "red tea", "k": 30, **one}) for one in asked]
+        service.close()
+        answers.append([told(answer.content) for answer in posted])
+    assert answers[0] == answers[1]
+    for answer in answers[1]:
+        assert len(answer["hits"]) == 29  # no green tea
+        named = {document for hit in answer["hits"] for document in (hit["document_id"], *hit["also"])}
+        assert not named & set(gone["available"])
+
+
 def test_a_process_whose_models_run_elsewhere_needs_no_device_of_its_own(world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     service = open_service(replace(world, state=tmp_path, device="cuda"))
