@@ -26,6 +26,7 @@ from ranking.items import ItemTable
 from ranking.manifest import Provenance
 from ranking.passages import Passages
 from ranking.search_part import SearchContents
+from ranking.sequence_reranker import SequenceReranker
 from ranking.snapshot import write_snapshot
 from ranking.text_models import CONFIG, Report, TextEncoder, TextReranker, load_encoder, load_reranker, read_config
 from recsys.columns import ITEM_ID
@@ -63,12 +64,23 @@ def find_encoder(name: str, runs: Path) -> TextEncoder | None:
 
 
 def find_reranker(name: str, runs: Path) -> TextReranker:
-    """Load a reranker, onto the GPU where there is one: a finished run under `runs`, or where one was saved to."""
+    """Load a reranker, onto the GPU where there is one.
+
+    Args:
+        name: a finished run under `runs`, a directory that a text model was saved to, or a cross-encoder with one logit
+            as a Hugging Face name or folder.
+        runs: directory of the workspace's runs.
+    """
     if (runs / name / "run.json").is_file():
         return _placed(load_reranker(finished_run(runs / name)[1]))
-    if not Path(name).is_dir():
-        raise ConfigError(f"no run {name!r} under {runs} and no directory of that name; train one with `--config mvp`")
-    return _placed(load_reranker(Path(name)))
+    if _is_saved(Path(name)):
+        return _placed(load_reranker(Path(name)))
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise ConfigError(
+            f"no run {name!r} under {runs} and no directory of that name; train one with `--config mvp`, or name one "
+            "of Hugging Face as cross-encoder/ms-marco-MiniLM-L-6-v2"
+        )
+    return _placed(SequenceReranker.of(name))
 
 
 def mix_of(text: str) -> Mix:

@@ -30,15 +30,19 @@ class PairPrompt:
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
         """Return the token ids of every pair."""
-        head, room = self._head(query)
+        head = self.head(query)
+        room = self._room(head)
         return [[*head, *ids[:room], *self.tail] for ids in self.tokenizer.pieces(passages)]
 
     def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [n]: which passages are cut beside this query."""
-        _, room = self._head(query)
+        room = self._room(self.head(query))
         return np.array([len(ids) > room for ids in self.tokenizer.pieces(passages)], bool)
 
-    def _head(self, query: str) -> tuple[list[int], int]:
+    def head(self, query: str) -> list[int]:
+        """Return the token ids of every pair up to its passage."""
         most = min(self.max_query_len, max(self.max_len - len(self.lead) - len(self.middle) - len(self.tail), 0))
-        head = [*self.lead, *self.tokenizer.pieces([query])[0][:most], *self.middle]
-        return head, max(self.max_len - len(head) - len(self.tail), 0)
+        return [*self.lead, *self.tokenizer.pieces([query])[0][:most], *self.middle]
+
+    def _room(self, head: Sequence[int]) -> int:
+        return max(self.max_len - len(head) - len(self.tail), 0)

@@ -97,35 +97,48 @@ def load_transformer(source: str, head: str = "none") -> nn.Module:
 
     Args:
         source: an alias of `PACKAGES`, a local directory, or a Hugging Face name.
-        head: "none" for the bare model, "mlm" with its masked-language-model head (fresh where it has none).
+        head: "none" for the bare model, "mlm" with its masked-language-model head (fresh where it has none), "sequence"
+            with its sequence classifier, which it must have.
 
     Raises:
         ConfigError, DataError: nothing of that name, or no safetensors weights in it.
     """
-    from transformers import AutoModel, AutoModelForMaskedLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    kind: Any = AutoModelForMaskedLM if head == "mlm" else AutoModel
+    kind = _class_of(head)
     try:
-        model = kind.from_pretrained(locate(source), use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
-    except (OSError, SafetensorError) as error:
+        model, loaded = kind.from_pretrained(
+            locate(source),
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"backbone {source!r}: cannot be loaded: {first}") from None
+    if head == "sequence" and (missing := sorted(loaded["missing_keys"])):
+        raise DataError(f"backbone {source!r}: no trained sequence classifier in it, {missing[0]} is missing")
     module: nn.Module = model.eval()
     return module
 
 
 def build_transformer(architecture: dict[str, Any], head: str = "none") -> nn.Module:
     """Build a transformer of a saved architecture with fresh weights."""
-    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+    from transformers import AutoConfig
 
     options = {key: value for key, value in architecture.items() if key != "model_type"}
     config = AutoConfig.for_model(architecture["model_type"], **options)
-    kind: Any = AutoModelForMaskedLM if head == "mlm" else AutoModel
-    module: nn.Module = kind.from_config(config).eval()
+    module: nn.Module = _class_of(head).from_config(config).eval()
     return module
+
+
+def _class_of(head: str) -> Any:
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    return {"none": AutoModel, "mlm": AutoModelForMaskedLM, "sequence": AutoModelForSequenceClassification}[head]
 
 
 def architecture_of(model: nn.Module) -> dict[str, Any]:

@@ -103,6 +103,7 @@ RERANKERS = {
     "mvp": ("ranking.mvp", "Mvp"),
     "cross_encoder": ("ranking.cross_encoder", "CrossEncoder"),
     "mvp_apart": ("ranking.mvp_apart", "MvpApart"),
+    "sequence": ("ranking.sequence_reranker", "SequenceReranker"),
 }
 
 

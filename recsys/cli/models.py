@@ -235,7 +235,10 @@ def publish(
         str | None,
         typer.Option(help="Run, model folder or backbone (minilm) that search encodes with; none: words alone."),
     ] = None,
-    reranker: Annotated[str | None, typer.Option(help="Run or model folder that orders the best of a search.")] = None,
+    reranker: Annotated[
+        str | None,
+        typer.Option(help="Run, model folder or Hugging Face cross-encoder that orders the best of a search."),
+    ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="BEIR folder to search; the texts of the items if absent.")
     ] = None,
