@@ -37,9 +37,9 @@ from ranking.bm25 import Bm25
 from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import COVERED, NONE, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
-from ranking.searcher import Searcher
 from ranking.mvp import Mvp
 from ranking.mvp_apart import MvpApart, MvpApartConfig
+from ranking.searcher import Searcher
 from ranking.splade import Splade
 from ranking.text_backbone import TextTokenizer, in_passes, locate, passes
 from ranking.text_models import load_encoder
