@@ -31,7 +31,7 @@ from ranking.snapshot import write_snapshot
 from ranking.text_models import CONFIG, Report, TextEncoder, TextReranker, load_encoder, load_reranker, read_config
 from recsys.columns import ITEM_ID
 from recsys.errors import ConfigError, DataError
-from recsys.files import sha256_file
+from recsys.files import read_json, sha256_file
 from recsys.history import Events, Histories
 
 M = TypeVar("M")
@@ -115,16 +115,26 @@ def tuning_queries(corpus: Path, opened: Corpus, but: str = "") -> Queries | Non
     return sample(read_queries(corpus, opened, splits[0]), TUNING_QUERIES, 0) if splits else None
 
 
-def chosen_mix(corpus: Path, encoder: TextEncoder, cache: Path) -> Mix:
+def split_learned_from(name: str, runs: Path, corpus: Path) -> str:
+    """Return the split of a corpus' judged queries that an encoder was trained on; "" where it was on none."""
+    if not (runs / name / "run.json").is_file():
+        return ""
+    learned = read_json(runs / name / "run.json")["config"]["corpus"]
+    folders = (Path(path).resolve() for path in (learned["path"], *learned["also"]))
+    return str(learned["natural"]) if corpus.resolve() in folders else ""
+
+
+def chosen_mix(corpus: Path, encoder: TextEncoder, cache: Path, but: str = "") -> Mix:
     """Choose the weight of the words on a corpus' own judged queries; the shipped one stays where there are none.
 
     Args:
         corpus: a folder in BEIR's layout.
         encoder: of queries and passages, whose vectors are in the cache by now.
         cache: directory of vectors.
+        but: a split that the encoder learned from, whose queries would choose too little of the words.
     """
     opened = read_corpus(corpus)
-    queries = tuning_queries(corpus, opened)
+    queries = tuning_queries(corpus, opened, but)
     return Mix() if queries is None else Mix(FirstStages(opened, encoder, cache).choose_weight({NATURAL: queries}))
 
 

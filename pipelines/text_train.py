@@ -67,6 +67,16 @@ class TextOptimiser:
     dropout: bool = True
     """the backbone's own; without it a step takes half the time on a processor, whose fused attention drops nothing"""
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "learning_rate_fresh", "clip"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"[optimiser] {name} must be above 0, found {getattr(self, name)}")
+        if self.weight_decay < 0 or not 0 <= self.warmup <= 1:
+            raise ConfigError(
+                f"[optimiser] weight_decay = {self.weight_decay}, warmup = {self.warmup}: expected a decay of 0 or "
+                "more and a share of the steps"
+            )
+
 
 class Task(Protocol):
     """What the loop needs of a training task."""

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pipelines.first_stages import FirstStages
 from pipelines.text_corpus import read_corpus, read_queries
 from pipelines.text_measures import measure
-from pipelines.text_publish import chosen_mix, corpus_passages, mix_of
+from pipelines.text_publish import chosen_mix, corpus_passages, mix_of, split_learned_from
 from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder, described
 from ranking.fusion import Mix
@@ -92,6 +92,13 @@ def test_the_weight_of_words_is_chosen_on_judged_queries_that_are_no_test(tmp_pa
         w: measure(stages.hybrid(queries.texts, w), queries)["ndcg_at_10"].mean() for w in (0.1, chosen.weight, 0.9)
     }
     assert max(found, key=lambda weight: found[weight]) == chosen.weight or len(set(found.values())) < 3
+    assert chosen_mix(folder, encoder, tmp_path / "cache", but="train") == Mix()
+    learned = {"path": str(folder), "also": [], "natural": "train"}
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/run.json").write_text(json.dumps({"config": {"corpus": learned}}))
+    assert split_learned_from("mine", tmp_path / "runs", folder) == "train"
+    assert split_learned_from("mine", tmp_path / "runs", tmp_path) == ""
+    assert split_learned_from("minilm", tmp_path / "runs", folder) == ""
     (folder / "qrels" / "train.tsv").unlink()
     assert chosen_mix(folder, encoder, tmp_path / "cache") == Mix()
 

@@ -197,10 +197,13 @@ def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
     return adams + ([torch.optim.SparseAdam(sparse, lr=learning_rate)] if sparse else [])
 
 
-def fit(model: Any, batches: Sequence[Batch], steps: int, learning_rate: float = 0.01, seed: int = 0) -> list[float]:
-    """Train in place, going round the batches; gives the loss of every step."""
+def fit(
+    model: Any, batches: Sequence[Batch], steps: int, learning_rate: float = 0.01, seed: int = 0, falling: bool = False
+) -> list[float]:
+    """Train in place, going round the batches, at one rate or one that falls to 0; gives the loss of every step."""
     model.train()
     adams = optimisers(model, learning_rate)
+    rates = [torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0 if falling else 1.0, steps) for adam in adams]
     losses = []
     for step in range(steps):
         draws = torch.Generator().manual_seed(derive(seed, step, "fit"))
@@ -208,8 +211,9 @@ def fit(model: Any, batches: Sequence[Batch], steps: int, learning_rate: float =
         for adam in adams:
             adam.zero_grad()
         loss.backward()
-        for adam in adams:
+        for adam, rate in zip(adams, rates, strict=True):
             adam.step()
+            rate.step()
         losses.append(float(loss.detach()))
     model.eval()
     return losses

@@ -44,8 +44,12 @@ def search_parts(
         )
     if corpus is None or model is None or fusion != text_publish.BY_QUERY:
         return contents
-    mix = text_publish.chosen_mix(corpus, model, place.text_vectors)
-    Terminal().say(f"Words weigh {mix.weight:g} (or more, where a passage covers the query); --fusion sets it by hand.")
+    learned = text_publish.split_learned_from(encoder, runs, corpus)
+    mix = text_publish.chosen_mix(corpus, model, place.text_vectors, but=learned)
+    why = f"; the encoder learned from {learned}'s queries, so they do not choose it" if learned else ""
+    Terminal().say(
+        f"Words weigh {mix.weight:g} (or more, where a passage covers the query){why}; --fusion sets it by hand."
+    )
     return replace(contents, mix=mix)
 
 
