@@ -37,6 +37,8 @@ LEAST = 2
 """Passages that are reranked however slow the machine is: fewer have no order."""
 CHARACTERS_PER_TOKEN = 32
 """No tokenizer needs more text for a token; what lies beyond is cut before it is looked at."""
+OFTEN_ENOUGH = 8
+"""Characters per token that are looked at first."""
 
 
 class Searcher:
@@ -268,8 +270,18 @@ def shortened(
             text = " ".join(text.split())
         if len(text) <= tokens:  # a token has a character at least
             continue
-        offsets = tokenizer.tokenizer.encode(text[:most], add_special_tokens=False).offsets
+        offsets = _offsets(tokenizer, text, tokens)
         cut[place] = len(offsets) > tokens or len(text) > most
         if cut[place]:
             short[place] = text[: offsets[tokens - 1][1]] if len(offsets) >= tokens else text[:most]
     return short, cut
+
+
+def _offsets(tokenizer: TextTokenizer, text: str, tokens: int) -> list[tuple[int, int]]:
+    """Return where a text's tokens stand, more than `tokens` of them if it has so many."""
+    blank = text.rfind(" ", 0, tokens * OFTEN_ENOUGH) if len(text) > tokens * OFTEN_ENOUGH else 0
+    for end in (blank, tokens * CHARACTERS_PER_TOKEN):  # a word cut in two might be other tokens
+        found: list[tuple[int, int]] = tokenizer.tokenizer.encode(text[: max(end, 0)], add_special_tokens=False).offsets
+        if len(found) > tokens:
+            break
+    return found

@@ -346,6 +346,20 @@ def test_long_passages_are_cut_before_the_reranker_reads_them_and_score_alike(tm
     assert 0 < reranker.most < 10_000
 
 
+@given(st.lists(st.sampled_from(["red", "tea", "?", "   ", "unheard" * 9, "\n"]), max_size=40), st.integers(1, 6))
+def test_a_text_is_cut_behind_its_token_however_long_its_words_are(words, tokens):
+    tokenizer = TextTokenizer.wrap(tiny_tokenizer())
+    text = " ".join(words)
+    offsets = tokenizer.tokenizer.encode(text, add_special_tokens=False).offsets
+    [short], [cut] = shortened(tokenizer, [text], tokens)
+    if len(text) <= 32 * tokens:
+        assert cut == (len(offsets) > tokens)
+        assert short == (text[: offsets[tokens - 1][1]] if cut else text)
+    else:
+        own = tokenizer.pieces([text, short])
+        assert own[1] == own[0][:tokens] or len(own[1]) < tokens
+
+
 def test_settings_out_of_range_are_refused():
     for wrong in ({"depth": 0}, {"rerank": -1}, {"budget_ms": -1}, {"personal_weight": -0.1}, {"depth": 600}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
