@@ -17,7 +17,7 @@ from ranking.fusion import POOL, WEIGHT, Mix, Ranking, best, convex_fusion, reci
 from ranking.index import IndexConfig, build
 from ranking.splade import Splade, sparse_search
 from ranking.text_models import Report, TextEncoder, Vectors
-from ranking.windows import Windows
+from ranking.windows import Windows, beside_beginning
 from recsys.files import sha256_json, whole_file
 
 PLACES = 100
@@ -68,7 +68,7 @@ class FirstStages:
     @cached_property
     def window_vectors(self) -> Vectors:
         """Plain vectors of the windows, float32 [W, D]."""
-        return self.encoded(self.encoder, self.windows.texts)
+        return self.of_windows(self.encoder, self.windows)
 
     def encoded(self, encoder: TextEncoder, texts: Sequence[str]) -> Vectors:
         """Return an encoder's vectors of passages, those in the cache from there."""
@@ -84,6 +84,10 @@ class FirstStages:
         with whole_file(path) as temporary, temporary.open("wb") as file:
             sparse.save_npz(file, matrix)
         return matrix
+
+    def of_windows(self, encoder: TextEncoder, windows: Windows) -> Vectors:
+        """Return vectors float32 [W, D] of windows as a bundle indexes them; the passages' own come first."""
+        return beside_beginning(self.encoded(encoder, windows.texts), windows.passage)
 
     def query_vectors(self, texts: Sequence[str]) -> Vectors:
         """Plain vectors of queries, float32 [Q, D]."""

@@ -168,7 +168,7 @@ def encoded(run: TextModelRun, stages: FirstStages) -> tuple[Vectors, Windows]:
         if not ours.fusion_passages and all(getattr(ours, name) == getattr(plain, name) for name in same):
             return stages.window_vectors, stages.windows
     windows = run.model.windows(stages.corpus.passages)
-    return stages.encoded(run.model, windows.texts), windows
+    return stages.of_windows(run.model, windows), windows
 
 
 def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) -> Ranking:

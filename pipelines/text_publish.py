@@ -29,6 +29,7 @@ from ranking.search_part import SearchContents
 from ranking.sequence_reranker import SequenceReranker
 from ranking.snapshot import write_snapshot
 from ranking.text_models import CONFIG, Report, TextEncoder, TextReranker, load_encoder, load_reranker, read_config
+from ranking.windows import beside_beginning
 from recsys.columns import ITEM_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, sha256_file
@@ -160,7 +161,7 @@ def search_contents(
         return SearchContents(passages, None, reranker, mix)
     windows = encoder.windows(list(passages.texts))
     known = VectorCache(cache / encoder.digest / "passages")
-    vectors = known.get(windows.texts, encoder.encode_passages, report)
+    vectors = beside_beginning(known.get(windows.texts, encoder.encode_passages, report), windows.passage)
     return SearchContents(passages, encoder, reranker, mix, vectors, windows.passage)
 
 

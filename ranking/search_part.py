@@ -39,7 +39,7 @@ from ranking.text_models import (
     load_reranker,
     read_config,
 )
-from ranking.windows import by_passage
+from ranking.windows import beside_beginning, by_passage
 from recsys.errors import BundleError
 
 TEXT = "text"
@@ -110,7 +110,7 @@ class SearchContents:
         encoder: encodes passages now and queries later; None indexes words alone.
         reranker: of the head of each search.
         mix: how words and vectors are joined.
-        vectors: float32 [W, D] of the passages' windows, if somebody has encoded them already.
+        vectors: float32 [W, D] of the passages' windows (`ranking.windows`), if somebody has encoded them already.
         windows: int32 [W] the passage of each; None where every passage has one.
         index: how vectors are indexed.
         report: told (encoded, in all).
@@ -142,7 +142,8 @@ def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
         vectors, owner = contents.vectors, contents.windows
         if vectors is None:
             windows = encoder.windows(list(passages.texts))
-            vectors, owner = encoder.encode_passages(windows.texts, contents.report), windows.passage
+            owner = windows.passage
+            vectors = beside_beginning(encoder.encode_passages(windows.texts, contents.report), owner)
         rows = np.arange(len(vectors), dtype=np.int64) + SHIFT
         if owner is not None and len(owner) > len(passages):
             save_file({"passage": torch.from_numpy(owner)}, place / WINDOWS)

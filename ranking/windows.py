@@ -2,9 +2,13 @@
 
 An encoder reads the first 256 tokens or so, and what a text says later its vector does not know. So a longer text has
 more vectors: of windows of as many tokens as the encoder reads, each `OVERLAP` tokens into the one before and the last
-up to the text's end. A query finds a text by the nearest of them (MaxP of Dai and Callan 2019, arXiv 1905.09217):
+up to the text's end. A query finds a text by the nearest of them (MaxP of Dai and Callan 2019, arXiv 1905.09217), each
+beside the beginning, which says what the text is about:
 
-    score(q, text) = max over windows w of the text of e_q . e_w
+    score(q, text) = max over windows w of the text of e_q . ((1 - b) e_w + b e_beginning)    b = BEGINNING
+
+Chosen on SciFact's training queries: the hybrid's nDCG@10 is 72.1 by the beginning alone, 71.9 with b = 0, which favours
+long texts, and 72.4 with 0.5.
 
     Q queries    K places    P passages    W windows, the first P of which are the passages, read from their beginning
 """
@@ -20,6 +24,8 @@ from ranking.text_backbone import TextTokenizer
 
 OVERLAP = 64
 """tokens that two neighbouring windows share, at most half of one"""
+BEGINNING = 0.5
+"""share of a text's beginning in the vector of each of its windows"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ def windows_of(texts: Sequence[str], tokenizer: TextTokenizer, room: int) -> Win
             further.append(text[offsets[start][0] : offsets[start + room - 1][1]])
             passage.append(place)
     return Windows([*texts, *further], np.array(passage, np.int32))
+
+
+def beside_beginning(vectors: NDArray[np.float32], passage: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return what is indexed of windows [W, D]: each with its share of the text's beginning, which itself stays."""
+    return (np.float32(1 - BEGINNING) * vectors + np.float32(BEGINNING) * vectors[passage]).astype(np.float32)
 
 
 def by_passage(found: Ranking, passage: NDArray[np.int32], places: int) -> Ranking:

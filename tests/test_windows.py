@@ -97,7 +97,10 @@ def test_batch_evaluation_and_a_published_bundle_find_the_same_by_windows(tmp_pa
     part = load_search_part(tmp_path / "bundle", entry, written)
     queries = [" ".join(text.split()[-4:]) for text in documents]
     vectors = encoder.encode_queries(queries)
-    every = encoder.encode_passages(stages.windows.texts)
+    alone = encoder.encode_passages(stages.windows.texts)
+    every = 0.5 * alone + 0.5 * alone[stages.windows.passage]
+    assert np.allclose(stages.window_vectors, every, atol=1e-6)
+    assert np.array_equal(stages.window_vectors[: len(documents)], stages.passage_vectors)
     wanted = np.full((len(queries), len(documents)), -np.inf)
     for window, passage in enumerate(stages.windows.passage.tolist()):
         wanted[:, passage] = np.maximum(wanted[:, passage], vectors @ every[window])
