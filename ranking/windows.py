@@ -5,7 +5,7 @@ more vectors: of windows of as many tokens as the encoder reads, each `OVERLAP` 
 up to the text's end. A query finds a text by the nearest of them (MaxP of Dai and Callan 2019, arXiv 1905.09217), each
 beside the beginning, which says what the text is about:
 
-    score(q, text) = max over windows w of the text of e_q . ((1 - b) e_w + b e_beginning)    b = BEGINNING
+    score(q, text) = max over windows w of e_q . ((1 - b) e_w + b e_beginning)        b = BEGINNING
 
 Chosen on SciFact's training queries: the hybrid's nDCG@10 is 72.1 by the beginning alone, 71.9 with b = 0, which favours
 long texts, and 72.4 with 0.5.
