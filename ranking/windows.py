@@ -7,8 +7,8 @@ beside the beginning, which says what the text is about:
 
     score(q, text) = max over windows w of e_q . ((1 - b) e_w + b e_beginning)        b = BEGINNING
 
-Chosen on SciFact's training queries: the hybrid's nDCG@10 is 72.1 by the beginning alone, 71.9 with b = 0, which favours
-long texts, and 72.4 with 0.5.
+Chosen on SciFact's training queries: the hybrid's nDCG@10 is 72.1 by the beginning alone, 71.9 with b = 0, which
+favours long texts, and 72.4 with 0.5.
 
     Q queries    K places    P passages    W windows, the first P of which are the passages, read from their beginning
 """
