@@ -8,6 +8,7 @@ A mapping writes them as a name:
     lines[].sku      the same where the entries are objects: what stands under `sku` there
 
 So an order with a list of articles becomes an event per article. A column that has such a name itself comes first.
+Entries are numbered from 0 (`ENTRY`), so that an id of the order can become one of the entry.
 """
 
 import json
@@ -22,6 +23,11 @@ from polars.datatypes import DataTypeClass
 from recsys.errors import DataError
 
 JOINED_BY = " + "
+ENTRY = "_entry"
+"""number of an entry in its row; there only where rows have entries"""
+_MIDNIGHT = r"[ T]00:00(:00(\.0+)?)?(Z|\s*UTC)?$"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""half of a pair: no text"""
 _ENTRIES = re.compile(r"(?P<column>.+)\[(?P<mark>[^\[\]]*)\](\.(?P<keys>.+))?")
 
 
@@ -70,10 +76,11 @@ def derive(name: str, columns: Mapping[str, pl.DataType], path: Path) -> Derived
     )
 
 
-def with_derived(frame: pl.LazyFrame, derived: Mapping[str, Derived]) -> pl.LazyFrame:
+def with_derived(frame: pl.LazyFrame, derived: Mapping[str, Derived], broken: pl.Expr) -> pl.LazyFrame:
     """Add the columns; where they have entries a row becomes as many as it has, or one without any.
 
-    Lists of one row that differ in length say nothing about which entries belong together: they have none.
+    Lists of one row that differ in length say nothing about which entries belong together: they have none. Nor has a
+    broken row.
     """
     frame = frame.with_columns(one.value.alias(name) for name, one in derived.items())
     lists = [name for name, one in derived.items() if one.entries]
@@ -81,16 +88,17 @@ def with_derived(frame: pl.LazyFrame, derived: Mapping[str, Derived]) -> pl.Lazy
         return frame
     lengths = [pl.col(name).list.len() for name in lists]
     alike = pl.all_horizontal(length == lengths[0] for length in lengths)
-    frame = frame.with_columns(pl.when(alike).then(pl.col(name)).alias(name) for name in lists)
-    return frame.explode(lists, empty_as_null=True)
+    frame = frame.with_columns(pl.when(alike & ~broken).then(pl.col(name)).alias(name) for name in lists)
+    frame = frame.with_columns(pl.int_ranges(pl.col(lists[0]).list.len()).alias(ENTRY))
+    return frame.explode([*lists, ENTRY], empty_as_null=True)
 
 
 def _joined(columns: Mapping[str, pl.DataType]) -> pl.Expr:
-    parts = []
+    parts: list[pl.Expr] = []
     for name, kind in columns.items():
         value = pl.col(name)
-        text = value.dt.date() if isinstance(kind, pl.Datetime) else value
-        text = text.cast(pl.String).str.strip_chars()
+        text = (value.dt.date() if isinstance(kind, pl.Datetime) else value).cast(pl.String).str.strip_chars()
+        text = text.str.replace(_MIDNIGHT, "") if not parts else text  # of a date that has one beside its clock
         parts.append(pl.when(text != "").then(text))
     return pl.concat_str(parts, separator=" ")
 
@@ -140,4 +148,5 @@ def _entry(entry: object, keys: tuple[str, ...]) -> str | None:
     """Return what stands under the keys as text; JSON again where it is a list or an object."""
     for key in keys:
         entry = entry.get(key) if isinstance(entry, dict) else None
-    return entry if entry is None or isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+    text = entry if entry is None or isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+    return None if text is None or _SURROGATE.search(text) else text

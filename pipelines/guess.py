@@ -54,12 +54,20 @@ _FORMATS = (
     "%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d/%m/%Y", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%m/%d/%Y",
     "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d", "%Y%m%d",
     "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %I:%M %p", "%d/%m/%Y %I:%M:%S %p", "%d/%m/%Y %I:%M %p",
-    "%Y-%m-%d %I:%M:%S %p", "%Y-%m-%d %I:%M %p", "%m/%d/%y %H:%M", "%d/%m/%y %H:%M", "%d-%b-%Y %H:%M:%S",
+    "%Y-%m-%d %I:%M:%S %p", "%Y-%m-%d %I:%M %p", "%Y/%m/%d %H:%M", "%Y%m%d %H:%M:%S", "%Y%m%d %H:%M",
+    "%m/%d/%y %H:%M", "%d/%m/%y %H:%M", "%d-%b-%Y %H:%M:%S",
     "%d-%b-%Y %H:%M", "%d-%b-%Y",
 )  # fmt: skip
 MULTI_SEPARATORS = "|;"
 _LISTS = "|;,"
 """what may stand between the articles of an order"""
+_CLOCKS = (
+    "time", "timeofday", "clock", "hour", "hours", "eventtime", "ordertime", "purchasetime", "transactiontime",
+    "transtime", "saletime", "uhrzeit", "zeit", "heure", "hora", "orario",
+)  # fmt: skip
+"""names of columns of times of day"""
+_FEW = 100
+"""rows of which lists are looked into"""
 STYLES = (NumbersConfig(), NumbersConfig(","), NumbersConfig(",", "."), NumbersConfig(".", ","))
 """ways of writing numbers that are tried, the likeliest first"""
 _ENOUGH_SHARED = 0.5
@@ -93,7 +101,7 @@ def read_sample(table: Table, guesses: Iterable[Guess] = ()) -> pl.DataFrame:
     names = list(dict.fromkeys([*table.columns, *(guess.column for guess in guesses)]))
     try:
         rows = table.rows(names).filter(~pl.col(BROKEN)).head(SAMPLE).collect()
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{table.path}: cannot be read ({error})") from None
     if rows.is_empty():
         raise DataError(f"{table.path}: no row; expected at least one")
@@ -134,22 +142,19 @@ def guess_columns(
             if guess_time(sample, column) is not None:
                 take("timestamp", column, "by its content: times")
                 break
-    if (
-        "timestamp" in guesses
-        and _are_days(sample, guesses["timestamp"].column)
-        and (clock := next((name for name in left if _is_clock(sample[name])), None))
-    ):
-        day = guesses["timestamp"]
-        guesses["timestamp"] = Guess(f"{day.column}{JOINED_BY}{clock}", f"{day.why}, with the times of day beside it")
-        left.remove(clock)
-    if "item_id" not in guesses and (listed := _listed(sample, left, "item_id")):
-        guesses["item_id"] = Guess(listed, "its entries: one event each")
-        if "value" not in guesses and (listed := _listed(sample, [listed.partition("[")[0]], "value")):
-            guesses["value"] = Guess(listed, "of the entry, by its name")
+    if "timestamp" in guesses and (clock := _clock_beside(sample, left, guesses["timestamp"].column)):
+        guesses["timestamp"] = _with_clock(table, guesses["timestamp"], clock)
+        if JOINED_BY in guesses["timestamp"].column:
+            left.remove(clock)
     if "item_id" not in guesses and items is not None:
         shares = {column: max(_shared(sample[column], items[key]) for key in items.columns) for column in left}
         if shares and max(shares.values()) > _ENOUGH_SHARED:
             take("item_id", max(shares, key=lambda column: shares[column]), "its values are the catalogue's")
+    if "item_id" not in guesses and (listed := _listed_items(sample, left)):
+        guesses["item_id"] = Guess(listed, "its entries: one event each; CHECK")
+        value = _key_among(sample[listed.partition("[")[0]], NAMES["value"], style) if "." in listed else None
+        if "value" not in guesses and value:
+            guesses["value"] = Guess(f"{listed.partition('[')[0]}[].{value}", "of the entry, by its name")
     for canonical in ("user_id", "item_id"):
         if canonical not in guesses and (likely := _most_like_ids(sample, left, canonical)):
             take(canonical, likely, "by its content: ids that come again; CHECK")
@@ -158,27 +163,69 @@ def guess_columns(
     return guesses
 
 
-def _listed(sample: pl.DataFrame, columns: Sequence[str], canonical: str) -> str | None:
-    """Return how a mapping names the entries of a list that are meant, if there is such a column."""
-    known = NAMES[canonical]
+def _clock_beside(sample: pl.DataFrame, columns: Sequence[str], timestamp: str) -> str | None:
+    """Return the column of times of day beside one of dates: the one named as such, else the first."""
+    if not _are_days(sample, timestamp):
+        return None
+    clocks = [name for name in columns if _is_clock(sample[name])]
+    return next((name for name in clocks if plain(name) in _CLOCKS), clocks[0] if clocks else None)
+
+
+def _with_clock(table: Table, day: Guess, clock: str) -> Guess:
+    """Join a date with its time of day if both can be read as one for every row that has the date; else tell of it."""
+    joined = Guess(f"{day.column}{JOINED_BY}{clock}", f"{day.why}, with the times of day beside it")
+    sample = read_sample(table, [joined])
+    dates, moments = sample[day.column].drop_nulls(), sample[joined.column].drop_nulls()
+    if plain(clock) in _CLOCKS and len(moments) >= len(dates) and guess_time(sample, joined.column) is not None:
+        return joined
+    told = f"; CHECK: the times of day in {json.dumps(clock)} are not read"
+    return Guess(day.column, day.why + told)
+
+
+def _listed_items(sample: pl.DataFrame, columns: Sequence[str]) -> str | None:
+    """Return how a mapping names the items in a column of lists: objects with an item's name first, then a column's."""
+    known = NAMES["item_id"]
     for column in columns:
-        values = sample[column].drop_nulls().head(100)
-        entries = [entry for value in values.to_list() for entry in _entries(value)]
-        objects = [entry for entry in entries if isinstance(entry, dict)]
-        if objects and len(objects) == len(entries):
-            by_name = {plain(key): key for entry in objects for key in reversed(entry)}
-            if key := next((by_name[name] for name in (*known, "id") if name in by_name), None):
-                return f"{column}[].{key}"
-        name = plain(column)
-        if canonical != "item_id" or not {name.removesuffix("s"), name} & {*known, "basket", "cart"}:
+        if key := _key_among(sample[column], known):
+            return f"{column}[].{key}"
+    for column in columns:
+        if not {plain(column).removesuffix("s"), plain(column)} & {*known, "basket", "cart"}:
             continue
-        if entries:
+        if key := _key_among(sample[column], ("id",)):
+            return f"{column}[].{key}"
+        values = sample[column].drop_nulls().head(_FEW)
+        if any(_entries(value) for value in values.to_list()):
             return f"{column}[]"
-        if values.dtype == pl.String and len(values):
-            shares = {mark: float(values.str.contains(mark, literal=True).mean() or 0) for mark in _LISTS}  # type: ignore[arg-type]
-            mark = max(shares, key=lambda mark: shares[mark])
-            if shares[mark] > _FEWEST_LISTS:
-                return f"{column}[{mark}]"
+        if values.dtype == pl.String and (mark := _mark_between(values)):
+            return f"{column}[{mark}]"
+    return None
+
+
+def _key_among(values: pl.Series, known: Sequence[str], style: NumbersConfig | None = None) -> str | None:
+    """Return the key of the objects in a column of lists that is named so; in a style of numbers, if it holds some."""
+    entries = [entry for value in values.drop_nulls().head(_FEW).to_list() for entry in _entries(value)]
+    objects = [entry for entry in entries if isinstance(entry, dict)]
+    if not objects or len(objects) < len(entries):
+        return None
+    by_name = {plain(key): key for entry in objects for key in reversed(entry)}
+    for name in known:
+        found = [
+            str(entry[by_name[name]]) for entry in objects if name in by_name and entry.get(by_name[name]) is not None
+        ]
+        if found and (style is None or share_of_numbers(pl.Series("v", found), style) > 0.9):
+            return str(by_name[name])
+    return None
+
+
+def _mark_between(values: pl.Series) -> str | None:
+    """Return what separates the values of texts that are lists: some come again, and after commas there is no blank."""
+    for mark in _LISTS:
+        if float(values.str.contains(mark, literal=True).mean() or 0) <= _FEWEST_LISTS:  # type: ignore[arg-type]
+            continue
+        parts = values.str.split(mark).explode()
+        again = parts.n_unique() < len(parts) or len(values) < 20
+        if again and not (mark == "," and parts.str.starts_with(" ").any()):
+            return mark
     return None
 
 

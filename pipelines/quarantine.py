@@ -11,9 +11,11 @@ from typing import Literal
 
 import polars as pl
 
+from pipelines.derived import ENTRY
 from pipelines.fields import Field, Reader
 from pipelines.mapping import FiltersConfig
 from pipelines.sources import BROKEN, ROW, WHOLE_ROW, Table
+from recsys.columns import EVENT_ID
 from recsys.errors import DataError
 from recsys.files import whole_file
 
@@ -95,7 +97,7 @@ def check_rows(
     files = tuple(table.path for table in tables)
     try:
         codes = _write(tables, wanted, filters, read_number, out)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{', '.join(map(str, files))}: cannot be read ({error})") from None
     counted = pl.scan_parquet(out).group_by(VERDICT).agg(pl.len()).collect(engine="streaming")
     return Checked(out, files, tuple(codes), dict(counted.iter_rows()))
@@ -154,7 +156,13 @@ def _with_verdicts(
     found = pl.coalesce(*(pl.when(holds).then(text) for _, holds, text in numbered), pl.lit(None, pl.String))
     names = [one.column for one in wanted] + [*filters.drop_null, *filters.positive]
     # Two steps: the conditions are many, and each would parse its column anew.
-    rows = table.rows(names).with_columns(field.value.alias(name) for name, field in parsed.items())
+    rows = table.rows(names)
+    entries = ENTRY in rows.collect_schema()
+    rows = rows.with_columns(field.value.alias(name) for name, field in parsed.items())
+    if entries and EVENT_ID in fields:  # an order's id is that of several events
+        own = pl.col(f"{_PARSED}{EVENT_ID}")
+        of_entry = pl.when(pl.col(ENTRY) > 0).then(pl.concat_str(own, pl.lit("#"), pl.col(ENTRY))).otherwise(own)
+        rows = rows.with_columns(of_entry.alias(f"{_PARSED}{EVENT_ID}"))
     return rows.select(
         pl.lit(place, pl.UInt32).alias(FILE),
         ROW,

@@ -16,7 +16,7 @@ from typing import Literal
 
 import polars as pl
 
-from pipelines.derived import derive, with_derived
+from pipelines.derived import ENTRY, derive, with_derived
 from pipelines.textfiles import MAX_LINE, PACKED, Header, check_text, open_bytes, read_header
 from recsys.errors import DataError
 
@@ -83,14 +83,18 @@ class Table:
     def rows(self, names: Sequence[str]) -> pl.LazyFrame:
         """Return the named columns with `ROW` (uint64) and `BROKEN` (bool) beside them, in the file's order.
 
-        Where a column has entries (`pipelines.derived`) each of them is a row; those of one row share its number.
+        Where a column has entries (`pipelines.derived`) each of them is a row; those of one row share its number and
+        have one of their own, `ENTRY`.
         """
         wanted = list(dict.fromkeys(names))
         made = {name: derive(name, self.columns, self.path) for name in wanted if name not in self.columns}
         derived = {name: one for name, one in made.items() if one is not None}
         there = [name for name in wanted if name not in derived]
         frame = self._plain([*there, *(need for one in derived.values() for need in one.needs)])
-        return with_derived(frame, derived).select(ROW, BROKEN, *wanted) if derived else frame
+        if not derived:
+            return frame
+        entry = [ENTRY] if any(one.entries for one in derived.values()) else []
+        return with_derived(frame, derived, pl.col(BROKEN)).select(ROW, BROKEN, *entry, *wanted)
 
     def _plain(self, names: Sequence[str]) -> pl.LazyFrame:
         """Return columns that the file has."""

@@ -91,8 +91,8 @@ def _ask(part: SearchPart, query: str, passages: Sequence[int] | None) -> Golden
     dense, near = None, []
     if part.encoder is not None and part.index is not None:
         found = part.nearest(part.encoder.encode_queries([query]), FOUND)
-        near = found.rows[0].tolist()
-        dense = _list(part, near, found.scores[0].tolist())
+        near = found.rows[0][found.rows[0] >= 0].tolist()
+        dense = _list(part, near, found.scores[0][: len(near)].tolist())
     asked = list(dict.fromkeys([*rows, *near])) if passages is None else list(passages)
     rerank = None
     if part.reranker is not None:

@@ -85,20 +85,23 @@ class SearchPart:
         return kinds.get("reranker") or kinds.get("encoder") or "first_stage"
 
     def nearest(self, vectors: NDArray[np.float32], places: int) -> Ranking:
-        """Return the passages nearest to query vectors float32 [Q, D], each by the nearest of its windows."""
+        """Return the passages nearest to query vectors float32 [Q, D], each by the nearest of its windows.
+
+        Where passages have windows there may be fewer than `places`, but a tenth of them at least if there are so many:
+        the windows nearest to a query may be of few passages, and the last places are not worth reading them all.
+        """
         assert self.index is not None, "asked for only where there are vectors"
-        places = min(places, len(self.passages))
+        asked, places = places, min(places, len(self.passages))
         if self.windows is None:
             rows, scores = self.index.search(vectors, places)
             return Ranking(rows - SHIFT, scores)
-        share = places * len(self.windows) // len(self.passages)
-        for times in (1, 2, 4, 8):  # more only where many of the windows found are of the same few passages
-            wanted = min(times * share, len(self.index))
-            rows, scores = self.index.search(vectors, wanted)
+        wanted, enough = 2 * asked, max(places // 10, 1)
+        while True:
+            rows, scores = self.index.search(vectors, min(wanted, len(self.index)))
             found = by_passage(Ranking(rows - SHIFT, scores), self.windows, places)
-            if wanted == len(self.index) or not (found.rows == NONE).any():
-                break
-        return found
+            if wanted >= len(self.index) or not (found.rows[:, :enough] == NONE).any():
+                return found
+            wanted *= 4
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def shortened(
         most = tokens * CHARACTERS_PER_TOKEN
         if len(text) > most:  # blanks are no tokens, and there may be any number of them
             text = " ".join(text.split())
-        if len(text) <= tokens:  # a token has a character at least
+        if len(text.encode()) <= tokens:  # a token has a byte at least
             continue
         offsets = _offsets(tokenizer, text, tokens)
         cut[place] = len(offsets) > tokens or len(text) > most

@@ -1,9 +1,9 @@
 """Long texts in windows, each with a vector of its own.
 
 An encoder reads the first 256 tokens or so, and what a text says later its vector does not know. So a longer text has
-more vectors: of windows of as many tokens as the encoder reads, each `OVERLAP` tokens into the one before and the last
-up to the text's end. A query finds a text by the nearest of them (MaxP of Dai and Callan 2019, arXiv 1905.09217), each
-beside the beginning, which says what the text is about:
+more vectors: of windows of nearly as many tokens as the encoder reads, each `OVERLAP` tokens into the one before and
+the last up to the text's end. A query finds a text by the nearest of them (MaxP of Dai and Callan 2019, arXiv
+1905.09217), each beside the beginning, which says what the text is about:
 
     score(q, text) = max over windows w of e_q . ((1 - b) e_w + b e_beginning)        b = BEGINNING
 
@@ -24,6 +24,8 @@ from ranking.text_backbone import TextTokenizer
 
 OVERLAP = 64
 """tokens that two neighbouring windows share, at most half of one"""
+SPARE = 32
+"""A window leaves one token in so many free: cut inside a word it may have more than the text had there."""
 BEGINNING = 0.5
 """share of a text's beginning in the vector of each of its windows"""
 
@@ -50,15 +52,16 @@ def windows_of(texts: Sequence[str], tokenizer: TextTokenizer, room: int) -> Win
         room: tokens that the encoder reads of a passage.
     """
     room = max(room, 1)
-    step = room - min(OVERLAP, room // 2)
+    size = room - room // SPARE
+    step = size - min(OVERLAP, size // 2)
     further, passage = [], list(range(len(texts)))
     for place, text in enumerate(texts):
-        if len(text) <= room:  # a token has a character at least
+        if len(text.encode()) <= room:  # a token has a byte at least
             continue
         offsets = tokenizer.tokenizer.encode(text, add_special_tokens=False).offsets
-        last = len(offsets) - room
-        for start in [*range(step, last, step), last] if last > 0 else ():
-            further.append(text[offsets[start][0] : offsets[start + room - 1][1]])
+        last = len(offsets) - size
+        for start in [*range(step, last, step), last] if len(offsets) > room else ():
+            further.append(text[offsets[start][0] : offsets[start + size - 1][1]])
             passage.append(place)
     return Windows([*texts, *further], np.array(passage, np.int32))
 

@@ -50,8 +50,10 @@ class Searches:
         """Return what is found for a query, within the configured budget, and by which bundle."""
         served, searcher = self.open(user_id)
         deadline = searcher.deadline(None)
-        searched, waited = await self._searching.run(lambda: searcher.search(query, deadline))
-        return served, searched.after("search_queue", waited)  # its items are filtered with the request's own filters
+        searched, waited = await self._searching.run(
+            lambda: searcher.search(query, deadline, allowed=served.recommender.allowed())
+        )
+        return served, searched.after("search_queue", waited)  # the request's own filters come after it
 
     async def run(self, served: Served, searcher: Searcher, request: SearchRequest, deadline: Deadline) -> Searched:
         """Search on the thread of searches, for what may be shown."""

@@ -100,6 +100,60 @@ def test_a_date_and_its_time_of_day_are_read_as_one(tmp_path, clock, days):
     assert 'timestamp = "timestamp"' in write_mapping(whole, None, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("columns", "row", "timestamp"),
+    [
+        ("date,time", "20240131,10:05:00", "date + time"),
+        ("date,time", "2024/01/31,10:05", "date + time"),
+        ("date,time", "2024-01-31 00:00:00,10:05", "date + time"),
+        ("date,time", "31.01.2024,0:05:15.5", "date"),  # no format reads both: told
+        ("date,duration", "2024-01-31,10:05", "date"),  # minutes of something
+        ("date,delivery_time", "2024-01-31T00:00:00Z,10:05", "date"),
+    ],
+)
+def test_a_clock_is_joined_only_where_both_can_be_read(tmp_path, columns, row, timestamp):
+    path = file(tmp_path, "log.csv", f"user,item,{columns}\n" + "".join(f"u{n},i{n % 2},{row}\n" for n in range(9)))
+    text = write_mapping(path, None, tmp_path)
+    assert f'timestamp = "{timestamp}"' in text
+    assert (timestamp == "date") == ("are not read" in text)
+    (tmp_path / "my.toml").write_text(text)
+    card = ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "x")
+    assert (card.events, card.bad) == (9, {})
+
+
+def test_a_date_without_its_clock_in_most_rows_is_read_alone(tmp_path):
+    rows = "".join(f"u{n},i,2024-01-31,{'10:05' if n % 3 == 0 else ''}\n" for n in range(9))
+    text = write_mapping(file(tmp_path, "log.csv", "user,item,date,time\n" + rows), None, tmp_path)
+    assert 'timestamp = "date"' in text
+
+
+def test_lists_that_are_no_orders_are_let_be(tmp_path):
+    names = "".join(f'u{n % 3},c{n % 4},"Milk {n}, 1l",{1_700_000_000 + n}\n' for n in range(40))
+    text = write_mapping(file(tmp_path, "named.csv", "user,code,products,ts\n" + names), None, tmp_path)
+    assert "products[" not in text
+    rows = [
+        {
+            "user": f"u{n % 3}",
+            "ts": 1_700_000_000 + n,
+            "device": [{"id": f"d{n}"}],
+            "promotions": [{"id": 7}],
+            "lines": [{"sku": f"s{n % 4}", "id": n}],
+        }
+        for n in range(9)
+    ]
+    text = write_mapping(file(tmp_path, "o.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), None, tmp_path)
+    assert 'item_id = "lines[].sku"' in text
+    assert '# value = ""' in text
+    rows = [{"user": f"u{n % 3}", "ts": 1_700_000_000 + n, "items": [{"id": n % 4, "qty": 2}]} for n in range(9)]
+    text = write_mapping(file(tmp_path, "i.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), None, tmp_path)
+    assert 'item_id = "items[].id"' in text
+    assert '# value = ""' in text
+    rows = [{"user": f"u{n % 3}", "ts": 1_700_000_000 + n, "no": f"p{n % 4}", "items": [{"id": n}]} for n in range(9)]
+    items = file(tmp_path, "items.csv", "no,title\n" + "".join(f"p{n},Tea {n}\n" for n in range(4)))
+    events = file(tmp_path, "c.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert 'item_id = "no"  # its values are the catalogue' in write_mapping(events, items, tmp_path)
+
+
 ORDERS = [
     {
         "order_id": "o1",
