@@ -299,4 +299,4 @@ def test_every_process_gets_a_share_of_the_gpus(table, available, share):
 
 
 def test_all_of_a_search_travels():
-    assert {*FOUND, "part", "config"} == {each.name for each in fields(Searched)}
+    assert {*FOUND, "part", "config", "allowed"} == {each.name for each in fields(Searched)}
