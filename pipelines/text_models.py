@@ -17,7 +17,7 @@ from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus
 from pipelines.text_pairs import PairSource, Split, sample, split_of
 from pipelines.text_train import CorpusConfig, Report, Task, TextRun, TextTrainConfig, own_draws, train_text
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
-from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.dense_encoder import DenseConfig, DenseEncoder, pooling_of
 from ranking.devices import pick_device
 from ranking.fusion import NONE, Ranking
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
@@ -114,6 +114,11 @@ def plain_encoder(config: TextTrainConfig) -> DenseEncoder:
     """Return the plain encoder of the first stage: the model's own backbone for LexSemBridge, MiniLM for rerankers."""
     model = config.model
     if isinstance(model, LexSemBridgeConfig):
+        if (trained := pooling_of(model.backbone)) not in (None, model.pool):
+            raise ConfigError(
+                f"[model] pool is {model.pool!r}, and {model.backbone} was trained with {trained!r}; set "
+                f"model.pool={trained}"
+            )
         options = DenseConfig(model.backbone, model.pool, max_passage_len=model.max_passage_len)
         return DenseEncoder.of(options)
     return DenseEncoder.of()

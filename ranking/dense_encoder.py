@@ -27,6 +27,8 @@ from ranking.windows import Windows, windows_of
 from recsys.errors import ConfigError
 from recsys.files import read_json
 
+Pool = Literal["cls", "mean"]
+
 
 @dataclass(frozen=True)
 class DenseConfig:
@@ -34,7 +36,7 @@ class DenseConfig:
 
     backbone: str = "minilm"
     """alias of an installed package, local directory or Hugging Face name"""
-    pool: Literal["cls", "mean"] = "mean"
+    pool: Pool = "mean"
     max_query_len: int = 256
     """tokens, special ones included"""
     max_passage_len: int = 256
@@ -113,20 +115,31 @@ def described(source: str) -> DenseConfig:
     steps = [str(one.get("type", "")).rpartition(".")[2] for one in _beside(source, "modules.json") or ()]
     if odd := [step for step in steps if step not in ("Transformer", "Pooling", "Normalize")]:
         raise ConfigError(f"encoder {source!r}: has a step {odd[0]}; expected Transformer, Pooling and Normalize alone")
-    pooling = _beside(source, "1_Pooling/config.json") or {"pooling_mode_mean_tokens": True}
-    modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if on is True and "_mode_" in name]
-    if modes not in (["mean_tokens"], ["cls_token"]):
-        raise ConfigError(f"encoder {source!r}: pools by {' and '.join(modes)}; expected mean_tokens or cls_token")
     prompts = (_beside(source, "config_sentence_transformers.json") or {}).get("prompts") or {}
     most = (_beside(source, "sentence_bert_config.json") or {}).get("max_seq_length") or DenseConfig.max_passage_len
     return DenseConfig(
         backbone=source,
-        pool="cls" if modes == ["cls_token"] else "mean",
+        pool=pooling_of(source) or "mean",
         max_query_len=min(DenseConfig.max_query_len, most),
         max_passage_len=min(DenseConfig.max_passage_len, most),
         query_prefix=prompts.get("query", ""),
         passage_prefix=prompts.get("passage", prompts.get("document", "")),
     )
+
+
+def pooling_of(source: str) -> Pool | None:
+    """Return how a backbone was trained to be pooled, by the files of sentence-transformers beside it; None without.
+
+    Raises:
+        ConfigError: it pools in a way that is not built here.
+    """
+    pooling = _beside(source, "1_Pooling/config.json")
+    if pooling is None:
+        return None
+    modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if on is True and "_mode_" in name]
+    if modes not in (["mean_tokens"], ["cls_token"]):
+        raise ConfigError(f"encoder {source!r}: pools by {' and '.join(modes)}; expected mean_tokens or cls_token")
+    return "cls" if modes == ["cls_token"] else "mean"
 
 
 def _beside(source: str, name: str) -> Any:

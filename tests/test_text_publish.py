@@ -8,8 +8,10 @@ import tiny_text
 from typer.testing import CliRunner
 
 from pipelines.first_stages import FirstStages
+from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import read_corpus, read_queries
 from pipelines.text_measures import measure
+from pipelines.text_models import load_text_config, plain_encoder
 from pipelines.text_publish import chosen_mix, corpus_passages, mix_of, split_learned_from
 from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder, described
@@ -143,6 +145,10 @@ def test_an_encoder_is_pooled_and_prompted_as_its_folder_says(folder):
     assert np.allclose(encoder.encode_queries(texts), same.encode_queries([f"heat {text}" for text in texts]))
     assert np.allclose(encoder.encode_passages(texts), same.encode_passages([f"wing {text}" for text in texts]))
     assert not np.allclose(encoder.encode_queries(texts), plain.encode_queries(texts))
+    asked = load_text_config(CONFIGS / "lexsembridge.toml", [f"model.backbone={place}", "model.pool=cls"])
+    assert plain_encoder(asked).config.pool == "cls"
+    with pytest.raises(ConfigError, match=r"pool is 'mean', and .* was trained with 'cls'; set model.pool=cls"):
+        plain_encoder(load_text_config(CONFIGS / "lexsembridge.toml", [f"model.backbone={place}"]))
 
 
 @pytest.mark.parametrize(
