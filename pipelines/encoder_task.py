@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.first_stages import FirstStages, dense_search
+from pipelines.text_config import TextTrainConfig
 from pipelines.text_corpus import Queries, normalised
 from pipelines.text_measures import measure
 from pipelines.text_pairs import PairSource
-from pipelines.text_train import TextTrainConfig, contrastive_loss
+from pipelines.text_train import contrastive_loss
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import device_of, padded
 from ranking.text_models import Vectors

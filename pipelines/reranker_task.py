@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.pair_vectors import PairVectors
+from pipelines.text_config import TextTrainConfig
 from pipelines.text_corpus import Corpus, Queries
 from pipelines.text_measures import measure
-from pipelines.text_train import TextTrainConfig
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import NONE, Ranking
 from ranking.mvp import Mvp, orthogonal_loss, rank_loss, targets

@@ -22,13 +22,14 @@ from pipelines.first_stages import NATURAL, FirstStages, dense_search, windows_s
 from pipelines.logged import log_report
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
+from pipelines.text_config import CorpusConfig
 from pipelines.text_corpus import Queries, read_queries
 from pipelines.text_measures import Comparison, best_possible, compare, mean_of, measure
 from pipelines.text_models import CATALOGUE, DEV, cut_queries, open_corpus
 from pipelines.text_page import write_page
 from pipelines.text_pairs import PairSource, sample
 from pipelines.text_publish import tuning_queries
-from pipelines.text_train import CorpusConfig, finished_run
+from pipelines.text_train import finished_run
 from pipelines.workspace import Workspace
 from ranking.dense_encoder import DenseEncoder
 from ranking.devices import pick_device

@@ -13,9 +13,10 @@ from pipelines.first_stages import NATURAL, PLACES, FirstStages
 from pipelines.neighbour_task import NeighbourTask, Source
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
+from pipelines.text_config import CorpusConfig, TextTrainConfig
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_pairs import PairSource, Split, sample, split_of
-from pipelines.text_train import CorpusConfig, Report, Task, TextRun, TextTrainConfig, own_draws, train_text
+from pipelines.text_train import Report, Task, TextRun, own_draws, train_text
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseConfig, DenseEncoder, pooling_of
 from ranking.devices import pick_device

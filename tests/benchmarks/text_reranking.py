@@ -28,11 +28,12 @@ from pipelines.first_stages import FirstStages
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask, rerank_pool
 from pipelines.shipped import CONFIGS
+from pipelines.text_config import TextTrainConfig
 from pipelines.text_corpus import Queries, read_queries
 from pipelines.text_measures import best_possible, compare, measure
 from pipelines.text_models import TEXT_MODELS, load_text_config
 from pipelines.text_pairs import split_of
-from pipelines.text_train import TextLoop, TextTrainConfig
+from pipelines.text_train import TextLoop
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import Ranking
 from ranking.mvp import Mvp, MvpConfig
