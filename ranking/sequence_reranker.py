@@ -10,7 +10,7 @@ P pairs    L tokens
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -56,7 +56,8 @@ class SequenceReranker(TextModel):
                 "one, such as cross-encoder/ms-marco-MiniLM-L-6-v2"
             )
         most = min(config.max_len, _positions(transformer) or config.max_len)
-        super().__init__(_with_length(config, most), transformer, tokenizer)
+        fitting = replace(config, max_len=most, max_query_len=min(config.max_query_len, most))
+        super().__init__(fitting, transformer, tokenizer)
         lead, middle, tail, self._second = _layout(tokenizer, config.backbone)
         self.prompt = PairPrompt(tokenizer, lead, middle, tail, self.config.max_query_len, self.config.max_len)
         takes = "token_type_ids" in inspect.signature(transformer.forward).parameters
@@ -129,8 +130,3 @@ def _positions(transformer: nn.Module) -> int | None:
     if not isinstance(table, nn.Embedding):
         return None
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-def _with_length(config: SequenceRerankerConfig, most: int) -> SequenceRerankerConfig:
-    query = min(config.max_query_len, most)
-    return SequenceRerankerConfig(config.backbone, query, most, config.tokens_per_pass)
