@@ -111,5 +111,5 @@ def _work(told: dict[str, Any]) -> None:
 
 def _absolute(uri: str) -> str:
     """Return a tracking URI that means the same in every working directory."""
-    place = uri.removeprefix("sqlite:///")
-    return uri if place == uri else f"sqlite:///{Path(place).resolve()}"
+    place = uri.removeprefix(tracking.SQLITE)
+    return uri if place == uri else f"{tracking.SQLITE}{Path(place).resolve()}"

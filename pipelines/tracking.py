@@ -4,19 +4,21 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recsys.errors import ConfigError
+from recsys.files import alone
 
 EXPERIMENT = "recsys"
+SQLITE = "sqlite:///"
 
 
 def default_uri(workspace: Path) -> str:
     """Return the tracking URI of a workspace: its own sqlite file."""
-    return f"sqlite:///{(workspace / 'mlflow.db').resolve()}"
+    return f"{SQLITE}{(workspace / 'mlflow.db').resolve()}"
 
 
 def git_commit() -> str:
@@ -77,11 +79,7 @@ def run(uri: str, name: str, run_id: str | None = None, experiment: str = EXPERI
     """
     client = tracking_client(uri)
     try:
-        found = client.get_experiment_by_name(experiment)
-        if found:
-            experiment_id = found.experiment_id
-        else:
-            experiment_id = client.create_experiment(experiment, artifact_location=_artifact_location(uri))
+        experiment_id = _experiment(client, uri, experiment)
         if run_id is None:
             run_id = client.create_run(experiment_id, run_name=name).info.run_id
         else:
@@ -101,11 +99,28 @@ def run(uri: str, name: str, run_id: str | None = None, experiment: str = EXPERI
         client.set_terminated(run_id, status)
 
 
+def _experiment(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=_artifact_location(uri)))
+        except MlflowException:  # another process may have created it meanwhile
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
 def _artifact_location(uri: str) -> str | None:
     """Keep artifacts beside a sqlite file; a tracking server decides for itself."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve().as_uri()
+    database = _sqlite_file(uri)
+    return (database.parent / "mlartifacts").resolve().as_uri() if database else None
 
 
 def tracking_client(uri: str) -> Any:
@@ -118,8 +133,11 @@ def tracking_client(uri: str) -> Any:
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    database = _sqlite_file(uri)
+    lock = alone(database.with_suffix(".lock")) if database else nullcontext()  # two can't create its tables at once
     try:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with lock:
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except MlflowException as error:
         raise ConfigError(f"MLflow at {uri}: {error}; check the tracking URI") from error
 

@@ -7,7 +7,6 @@ notices at its next request: a look at the file's stamp takes 2 us, reading 10,0
 read leaves the table before it in force, and says so in the log, once.
 """
 
-import fcntl
 import json
 import logging
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from ranking.filters import Unavailable
 from recsys.errors import DataError
-from recsys.files import read_json, write_json
+from recsys.files import alone, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,7 @@ class AvailabilityFile:
         Raises:
             DataError: the file there is no such table; nothing is changed.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two processes must not write over each other's changes
+        with alone(self._path.with_suffix(".lock")):  # two processes must not write over each other's changes
             items = set(_read(self._path) if self._path.exists() else ())
             items.difference_update(item for item, there in available.items() if there)
             items.update(item for item, there in available.items() if not there)

@@ -60,6 +60,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` against every other process and thread; it falls with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
 YOUNG_SECONDS = 60
 """Age below which a directory without a lock may be one whose writer has just begun."""
 
