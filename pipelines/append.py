@@ -41,23 +41,24 @@ from pipelines.shown import shown_in
 from pipelines.spans import NEWEST, read_spans
 from pipelines.transitions import Words, pair_words
 from pipelines.waiting import Users, Waiting
-from pipelines.write import Log, Names, Progress, name_all, rule_of
+from pipelines.write import Log, Names, name_all, rule_of
 from recsys.columns import USER_ID, USER_KEY
 from recsys.config import parse
 from recsys.errors import DataError
 from recsys.files import whole_directory
 from recsys.history import Histories
 from recsys.memory import keep_freed_memory
+from recsys.progress import Progress, silent, titled
 
 
-def append(source: Path, previous: Path, out: Path, progress: Progress | None = None) -> PreparedSet:
+def append(source: Path, previous: Path, out: Path, progress: Progress = silent) -> PreparedSet:
     """Add a part to a prepared set, with the set's own settings.
 
     Args:
         source: a directory `ingest` wrote, with events later than those of the set only.
         previous: the prepared set; it is not changed unless `out` is the same.
         out: where the larger set is written, whole or not at all.
-        progress: told (step, done, total) as work goes on.
+        progress: told as work goes on.
 
     Raises:
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
@@ -69,7 +70,6 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
     those before it added, and costs twice as much.
     """
     keep_freed_memory()  # arrays of some megabytes come and go: a tenth of the time went into fresh pages
-    report = progress or (lambda *_: None)
     earlier, part = PreparedSet(previous), open_part(source)
     config = parse(PrepareConfig, earlier.manifest["config"], f"{previous / 'manifest.json'} [config]")
     records = known_parts(earlier)
@@ -82,13 +82,13 @@ def append(source: Path, previous: Path, out: Path, progress: Progress | None = 
     with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
         if (previous / FORGOTTEN).exists():
             copy2(previous / FORGOTTEN, target / FORGOTTEN)
-        names, log = _grow(earlier, part, records, target, Path(work), config, report)
-        finish(target, names, log, config, report)
+        names, log = _grow(earlier, part, records, target, Path(work), config, progress)
+        finish(target, names, log, config, progress)
     return PreparedSet(out)
 
 
 def add_part(
-    source: Path, parts: Sequence[Path], later: Path, directory: Path, progress: Progress | None = None
+    source: Path, parts: Sequence[Path], later: Path, directory: Path, progress: Progress = silent
 ) -> PreparedSet:
     """Keep a part of a log in the folder `later` and append it, and any of `parts` it lacks, to a prepared set.
 
@@ -99,7 +99,7 @@ def add_part(
         parts: the parts the log has so far, oldest first.
         later: where later parts lie, one numbered directory each.
         directory: the prepared set, replaced as a whole.
-        progress: told (step, done, total) as work goes on.
+        progress: told as work goes on.
     """
     refuse_if_forgotten_since(directory, parts)
     kept = keep_part(source, later)
@@ -127,15 +127,15 @@ def _grow(
     out: Path,
     work: Path,
     config: PrepareConfig,
-    report: Progress,
+    progress: Progress,
 ) -> tuple[Names, Log]:
     """Write histories, training requests and the pairs of growth; give what is left to write."""
-    report("keys", 0, 1)
+    progress(0, 1, "keys")
     hashes = np.load(earlier.directory / GROWTH / "hashes.npy", allow_pickle=False)
     (work / "spans").mkdir()
     spans = read_spans(part, work / "spans")
     names = name_all([part], [spans], config, earlier, 1, _newest(earlier), hashes)
-    report("keys", 1, 1)
+    progress(1, 1, "keys")
     events = buckets.numbered(part, len(records), names.people, names.items, names.actions, rule_of(config)).collect()
     fresh = buckets.sort_events(events, 0)
     shift = _Shift.of(earlier.histories, names.people, fresh)
@@ -153,7 +153,7 @@ def _grow(
             divided.ends,
             names.items.height,
             out,
-            lambda done, total: report("histories", done, total),
+            titled(progress, "histories"),
         )
         transitions = _transitions(
             earlier, old_train, divided.trained, out / GROWTH / "pairs", names.rows, config.transitions_top_n

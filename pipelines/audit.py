@@ -27,7 +27,7 @@ Cost: 1.47 million grocery events take 4 CPU seconds and 0.7 GiB, 10 million syn
 1.6 GiB: events are read in runs of users, requests are held whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.audit_facts import sampler_facts, split_facts, threshold_notes
@@ -59,54 +59,52 @@ from pipelines.prepared import PreparedSet, contents, digest_of
 from pipelines.settings import PrepareConfig
 from recsys.config import parse
 from recsys.errors import DataError, GateError
+from recsys.progress import Progress, silent
 
 __all__ = ["Audit", "Check", "audit", "refuse_failed"]
 
-Progress = Callable[[str, int, int], None]
-"""(what is being looked at, done, total)"""
 STEPS = 8
 
 
-def audit(prepared: PreparedSet, log: Sequence[Path] = (), progress: Progress | None = None) -> Audit:
+def audit(prepared: PreparedSet, log: Sequence[Path] = (), progress: Progress = silent) -> Audit:
     """Audit a prepared set; a leak never raises, its check fails.
 
     Args:
         prepared: the set.
         log: directories of the parts of the log it was made from, the oldest first; without them, or with others,
             `log_*` are left out and a note says so.
-        progress: told (words, done, total).
+        progress: told as work goes on.
 
     Raises:
         DataError: files that are missing or do not fit each other, so that nothing can be said; or a set by
             `last_request` that keeps only a choice of its requests, without its log.
     """
-    report = progress or (lambda *_: None)
     config = parse(PrepareConfig, prepared.manifest["config"], f"{prepared.directory / 'manifest.json'} [config]")
-    report("files", 0, STEPS)
+    progress(0, STEPS, "files")
     _refuse_unlike_sizes(prepared)
     checks = [_files_check(prepared)]
     requests: AllRequests = {split: well_formed(prepared, split) for split in SPLITS}
     samplers = aligned_samplers(prepared, requests, config.samplers)
-    report("log", 1, STEPS)
+    progress(1, STEPS, "log")
     parts = [open_part(path) for path in log]
     known = of_this_set(prepared, parts)
     period, found = _period(prepared, requests, config, parts if known else [])
     checks += found
-    report("requests", 2, STEPS)
+    progress(2, STEPS, "requests")
     checks += [cuts_check(prepared, config, period.cuts), period_check(requests, period)]
     checks += split_checks(prepared, requests, period.last_request)
     checks += history_checks(prepared, requests)
-    report("counts", 3, STEPS)
+    progress(3, STEPS, "counts")
     counts = training_counts(prepared, period.ends)
     checks += count_checks(prepared, counts)
-    report("transitions", 4, STEPS)
+    progress(4, STEPS, "transitions")
     checks.append(transition_check(prepared, requests["train"], config.transitions_top_n))
-    report("candidates", 5, STEPS)
+    progress(5, STEPS, "candidates")
     checks.append(candidate_check(prepared, requests, config.samplers))
     checks += sampler_checks(prepared, requests, config, counts)
-    report("features", 6, STEPS)
+    progress(6, STEPS, "features")
     checks += feature_checks(prepared, samplers)
-    report("facts", 7, STEPS)
+    progress(7, STEPS, "facts")
     notes = threshold_notes(prepared, parts, period, counts) if known else (_without_log(log),)
     result = Audit(
         data_digest=prepared.digest,
@@ -116,7 +114,7 @@ def audit(prepared: PreparedSet, log: Sequence[Path] = (), progress: Progress | 
         repeated_share=prepared.manifest["counts"].get("repeated_share"),
         notes=notes,
     )
-    report("done", STEPS, STEPS)
+    progress(STEPS, STEPS, "done")
     return result
 
 

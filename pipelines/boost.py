@@ -20,10 +20,8 @@ from ranking.followers import Held
 from ranking.gradient_boosting import FEATURES, RISING, GradientBoosting, Training, lightgbm
 from recsys.errors import DataError
 from recsys.history import DAY
+from recsys.progress import Progress, silent
 from recsys.randomness import derive
-
-Report = Callable[[int, int, str], None]
-"""Called as (trees grown, trees in all, a few words)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def grow(
     batches: Iterable[tuple[Batch, Tensor]],
     recent: Recent,
     seed: int,
-    report: Report | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Grow the trees of a model in place.
 
@@ -58,7 +56,7 @@ def grow(
             the distinct items of each request's whole basket.
         recent: training events of the last days.
         seed: of the trees.
-        report: called after every tree.
+        progress: called after every tree.
 
     Raises:
         ConfigError: the package `lightgbm` is not installed.
@@ -87,8 +85,7 @@ def grow(
     data = module.Dataset(
         rows.features, rows.label, init_score=rows.start, feature_name=list(FEATURES), params=parameters
     )
-    watch = [] if report is None else [_watching(report, config.trees)]
-    grown = module.train(parameters, data, num_boost_round=config.trees, callbacks=watch)
+    grown = module.train(parameters, data, num_boost_round=config.trees, callbacks=[_watching(progress, config.trees)])
     text = bytearray(grown.model_to_string().encode())
     model.trees = torch.frombuffer(text, dtype=torch.uint8).to(model.recent.device)
 
@@ -121,12 +118,12 @@ def _rows(model: GradientBoosting, batches: Iterable[tuple[Batch, Tensor]], sinc
     return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _watching(report: Report, trees: int) -> Callable[[object], None]:
+def _watching(progress: Progress, trees: int) -> Callable[[object], None]:
     done = 0
 
     def after_a_tree(_: object) -> None:
         nonlocal done
         done += 1
-        report(done, trees, f"lightgbm tree {done}")
+        progress(done, trees, f"lightgbm tree {done}")
 
     return after_a_tree

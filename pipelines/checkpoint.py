@@ -5,7 +5,7 @@ There is no generator state in it, because no generator outlives a step (`recsys
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ OptimiserState = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run stands."""
 
     step: int = 0
@@ -33,16 +33,32 @@ class Progress:
     finished: bool = False
     curve: list[dict[str, float]] = field(default_factory=list)  # one entry per validation
 
+    @property
+    def gained(self) -> bool:
+        """Whether the newest validation was the best so far."""
+        return bool(self.curve) and not self.without_gain
+
+    def after(self, value: float, values: Mapping[str, float]) -> "RunState":
+        """Return the state after a validation that found `value` of the measure that decides, and `values` to keep."""
+        gained = value > self.best_value
+        return replace(
+            self,
+            best_step=self.step if gained else self.best_step,
+            best_value=max(value, self.best_value),
+            without_gain=0 if gained else self.without_gain + 1,
+            curve=[*self.curve, {"step": self.step, **values}],
+        )
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at the end of a step: weights, the best weights so far, optimiser states and progress.
+    """A run at the end of a step: weights, the best weights so far, optimiser states, and where it stands.
 
     `inputs` is the digest of configuration and data the run was started with; another digest is another run.
     """
 
     inputs: str
-    progress: Progress
+    state: RunState
     weights: dict[str, Tensor]
     best: dict[str, Tensor]
     optimisers: list[OptimiserState]  # torch `state_dict()["state"]` of each optimiser
@@ -60,7 +76,7 @@ class Checkpoint:
                         tensors[key] = value
                     else:
                         numbers[key] = value
-        about = {"inputs": self.inputs, "progress": asdict(self.progress), "numbers": numbers}
+        about = {"inputs": self.inputs, "progress": asdict(self.state), "numbers": numbers}
         with whole_file(path) as temporary:
             save_file(
                 {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
@@ -85,7 +101,7 @@ class Checkpoint:
                 states[int(i)].setdefault(int(parameter), {})[name] = value
         return Checkpoint(
             about["inputs"],
-            Progress(**about["progress"]),
+            RunState(**about["progress"]),
             _under("weights/", tensors),
             _under("best/", tensors),
             states,

@@ -13,7 +13,7 @@ with the categorical column that does best on these very requests, which flatter
     R requests    n items without training events    C codes of a categorical column
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from ranking.ranker import AnyRanker, Retriever
 from recsys.bootstrap import Ratio, bootstrap
 from recsys.columns import ITEM_ID, TEXT
 from recsys.metrics import Ranking, auc, groups_of, rank, recall
+from recsys.progress import Progress, silent
 
 AMONG_COLD = 50
 AMONG_ALL = 100
@@ -37,7 +38,6 @@ MOST_SCORES = 1 << 25
 """Most scores of one model held at once; fewer requests are measured where there are more new items."""
 
 Floats = NDArray[np.float32]
-Say = Callable[[str, int, int], None]
 """Called as (what is being done, done, in all)."""
 
 
@@ -74,7 +74,7 @@ def vectors_of(
 
 
 def measure_cold_start(
-    models: Mapping[str, AnyRanker], prepared: PreparedSet, config: EvaluateConfig, say: Say | None = None
+    models: Mapping[str, AnyRanker], prepared: PreparedSet, config: EvaluateConfig, progress: Progress = silent
 ) -> ColdStart | None:
     """Say how well items without training events are found, or None if no request of the split has such a positive.
 
@@ -82,7 +82,7 @@ def measure_cold_start(
         models: by name; a retriever is measured as it is, and once more with vectors from content if they are of use.
         prepared: the set.
         config: split, number of requests (`cold_requests`), resamples, seed.
-        say: called once per model.
+        progress: called once per model.
 
     Cost: every model scores R x n candidates.
     """
@@ -102,8 +102,7 @@ def measure_cold_start(
     if match is not None:
         scores["content match"] = task.judge(task.match(match))
     for place, (name, model) in enumerate(models.items()):
-        if say is not None:
-            say(f"{name}: items without training events", place, len(models))
+        progress(place, len(models), f"{name}: items without training events")
         scores[name] = task.judge(task.score(model), model)
         if is_retriever(model):
             vectors, told = vectors_of(model, features)

@@ -6,7 +6,7 @@ own chances: of seven equal models some pair differs by luck. Everything else in
 Nothing is trained here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +29,7 @@ from recsys.bootstrap import Estimate, bootstrap
 from recsys.errors import ConfigError, DataError
 from recsys.files import write_json
 from recsys.metrics import groups_of
+from recsys.progress import Progress, silent
 
 FORMAT = 1
 OF_TARGETS = ("target_in_history", "target_outside_history")
@@ -36,7 +37,6 @@ OF_TARGETS = ("target_in_history", "target_outside_history")
 MOST_SEGMENTS = 5
 Metric = Literal["gauc", "auc", "auc_per_request", "ndcg_at_10", "mrr_at_10", "hit_rate_at_10", "recall_at_10"]
 SEGMENT_METRIC = "gauc"
-Say = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,9 @@ class Compared:
         write_json(directory / "compare.json", self.table())
 
 
-def compare(found: Sequence[Subject], prepared: PreparedSet, file: CompareFile, say: Say | None = None) -> Compared:
+def compare(
+    found: Sequence[Subject], prepared: PreparedSet, file: CompareFile, progress: Progress = silent
+) -> Compared:
     """Score every subject on the same requests and say which is better.
 
     Raises:
@@ -150,8 +152,7 @@ def compare(found: Sequence[Subject], prepared: PreparedSet, file: CompareFile, 
         chosen = _sample(prepared, config, np.unique(np.concatenate([one.index for one in kept])))
     predictions = []
     for place, one in enumerate(found):
-        if say is not None:
-            say(f"scoring with {one.name}", place, len(found))
+        progress(place, len(found), f"scoring with {one.name}")
         if one.scores is not None:
             predictions.append(replace(kept.pop(0), name=one.name))
         elif one.model is not None:

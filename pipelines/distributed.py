@@ -104,7 +104,7 @@ def _work(told: dict[str, Any]) -> None:
     run = tracking.Run(job.run_id, job.uri, tracking.tracking_client(job.uri)) if team.rank == 0 else None
     directory = Path(job.directory)
     loop = Loop(config, PreparedSet(Path(job.prepared)), directory, job.inputs, run, team)
-    loop.run_to_end(None)
+    loop.run_to_end()
     if run is not None:
         finish(directory, loop, run)
 

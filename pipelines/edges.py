@@ -4,7 +4,7 @@
 Without torch, so that the processes of a pool need not load it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import repeat
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.transitions import Block, Edges, block_edges, blocks, free_from
+from recsys.progress import Progress
 
 FREED_EVERY = 16
 """Blocks merged before their words are cut off the buckets' files."""
@@ -55,7 +56,7 @@ def merge_pairs(
     top_n: int,
     keep: Path | None,
     out: Path,
-    tick: Callable[[int, int], None],
+    progress: Progress,
 ) -> EdgeRuns:
     """Merge the buckets' pair words into edges under `out`, a block of source rows at a time, the last rows first.
 
@@ -66,7 +67,7 @@ def merge_pairs(
         top_n: heaviest edges kept per row; 0 keeps all.
         keep: where each block's words are written (`pipelines.growth`), if anywhere.
         out: an existing directory.
-        tick: told (done, total) blocks.
+        progress: told (done, total) blocks.
     """
     ranges = blocks(files, rows)[::-1]
     work = (pool.map if pool else map)(_write_block, repeat(files), ranges, repeat(top_n), repeat(keep), repeat(out))
@@ -75,7 +76,7 @@ def merge_pairs(
         merged.append(piece)
         if len(merged) % FREED_EVERY == 0:
             free_from(files, block)
-        tick(len(merged), len(ranges))
+        progress(len(merged), len(ranges))
     return EdgeRuns(sum(int(piece.degree.sum()) for piece in merged), (piece.read() for piece in reversed(merged)))
 
 

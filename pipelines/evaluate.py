@@ -42,10 +42,8 @@ from pipelines.measures import (
 )
 from pipelines.prepared import IMPRESSIONS, CandidateSets, PreparedSet, Split
 from pipelines.scoring import (
-    Progress,
     Sample,
     choose,
-    counter,
     distinct_items,
     draw_requests,
     in_history,
@@ -61,6 +59,7 @@ from ranking.ranker import AnyRanker
 from recsys.bootstrap import Estimate, Resampling, bootstrap
 from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, gauc, groups_of, mean, ndcg, rank, recall
+from recsys.progress import Progress, silent, titled
 
 __all__ = ["EvaluateConfig", "Evaluation", "TrainingSummary", "evaluate", "validate"]
 
@@ -72,7 +71,7 @@ def evaluate(
     models: Mapping[str, AnyRanker],
     prepared: PreparedSet,
     config: EvaluateConfig,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Score every model on the same requests and say how good each is, how surely, and at what cost.
 
@@ -196,13 +195,13 @@ def _highest(estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]], samp
     return max(known, key=lambda name: known[name]) if known else None
 
 
-def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) -> _Judged:
+def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress) -> _Judged:
     """Score one model on everything; a history is encoded once for the candidates of all samplers."""
     config, chosen, ranked = task.config, task.chosen, task.ranked
     joined, places = join_sets([pool.sets for pool in task.pools.values()])
-    advance = counter(progress, f"{name}: scoring candidates", len(chosen))
+    told = titled(progress, f"{name}: scoring candidates")
     started = time.perf_counter()
-    scores = score_sets(model, task.prepared, chosen, joined, config.batch_requests, advance)
+    scores = score_sets(model, task.prepared, chosen, joined, config.batch_requests, told)
     cost = _cost(model, time.perf_counter() - started, chosen, joined, _single_ms(model, task))
     predictions: dict[str, Any] = {
         sampler: matched(scores[place], pool.sets.item, task.prepared, sampler)
@@ -218,8 +217,8 @@ def _judge(name: str, model: AnyRanker, task: _Task, progress: Progress | None) 
         sampler: ndcg(rank(predictions[sampler], pool.sets.label, pool.request, len(chosen)), 10)[task.few]
         for sampler, pool in task.pools.items()
     }
-    advance = counter(progress, f"{name}: ranking all items", len(ranked))
-    ranking = rank_all_items(model, task.prepared, ranked, DEPTH, config.batch_requests, advance=advance)
+    told = titled(progress, f"{name}: ranking all items")
+    ranking = rank_all_items(model, task.prepared, ranked, DEPTH, config.batch_requests, progress=told)
     results[ALL_ITEMS] = on_all_items(ranking, ranked)
     predictions |= {f"{ALL_ITEMS}.{key}": getattr(ranking, key) for key in ("group", "start", "size", "positive")}
     estimates = {

@@ -16,9 +16,10 @@ from ranking.bm25 import Bm25
 from ranking.fusion import POOL, WEIGHT, Mix, Ranking, best, convex_fusion, reciprocal_rank_fusion
 from ranking.index import IndexConfig, build
 from ranking.splade import Splade, sparse_search
-from ranking.text_models import Report, TextEncoder, Vectors
+from ranking.text_models import TextEncoder, Vectors
 from ranking.windows import Windows, beside_beginning
 from recsys.files import sha256_json, whole_file
+from recsys.progress import Progress, silent
 
 PLACES = 100
 NATURAL = "natural"
@@ -41,14 +42,14 @@ class FirstStages:
         encoder: the plain dense encoder.
         cache: directory of the vectors.
         splade: a sparse encoder; None leaves SPLADE out.
-        report: told of passages encoded.
+        progress: told of passages encoded.
     """
 
     corpus: Corpus
     encoder: TextEncoder
     cache: Path
     splade: Splade | None = None
-    report: Report | None = None
+    progress: Progress = silent
 
     @cached_property
     def bm25(self) -> Bm25:
@@ -72,7 +73,7 @@ class FirstStages:
 
     def encoded(self, encoder: TextEncoder, texts: Sequence[str]) -> Vectors:
         """Return an encoder's vectors of passages, those in the cache from there."""
-        return VectorCache(self.cache / encoder.digest / "passages").get(texts, encoder.encode_passages, self.report)
+        return VectorCache(self.cache / encoder.digest / "passages").get(texts, encoder.encode_passages, self.progress)
 
     @cached_property
     def _sparse_passages(self) -> Any:
@@ -80,7 +81,7 @@ class FirstStages:
         path = self.cache / f"splade-{sha256_json([self.splade.digest, self.corpus.passages])[:16]}.npz"
         if path.exists():
             return sparse.load_npz(path)
-        matrix = self.splade.encode(self.corpus.passages, self.report)
+        matrix = self.splade.encode(self.corpus.passages, self.progress)
         with whole_file(path) as temporary, temporary.open("wb") as file:
             sparse.save_npz(file, matrix)
         return matrix

@@ -15,7 +15,7 @@ novelty (mean of -log2 of an item's share of training events, in bits), diversit
 categories), popularity bias (mean training events of what is shown over that of what was taken).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from recsys.files import write_json
 from recsys.history import Events
 from recsys.messages import RecommendRequest
 from recsys.metrics import Floats, Ranking, mean, ndcg, rank, recall
+from recsys.progress import Progress, silent
 
 K = 10
 DEEP = 50
@@ -112,7 +113,7 @@ def measure_funnel(
     requests: int = 200,
     resamples: int = 1000,
     seed: int = 2023,
-    say: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Funnel:
     """Follow the positives of some requests through the published system.
 
@@ -130,7 +131,7 @@ def measure_funnel(
     sample = draw_requests(prepared, split, requests, seed)
     if not len(sample):
         raise DataError(f"{prepared.directory}: split {split!r} has no requests; prepare a longer period")
-    found = _follow(bundle, prepared, sample, say)
+    found = _follow(bundle, prepared, sample, progress)
     users, user = np.unique(sample.requests.user, return_inverse=True)
     ranked, answer = (ranking_of(sample, rows) for rows in (found.ranked, found.answers))
     values = {name: _held(sample, rows) for name, rows in found.proposed.items()}
@@ -221,9 +222,7 @@ class _Followed:
     answers: list[NDArray[np.int32]]
 
 
-def _follow(
-    bundle: Bundle, prepared: PreparedSet, sample: Sample, say: Callable[[str, int, int], None] | None
-) -> _Followed:
+def _follow(bundle: Bundle, prepared: PreparedSet, sample: Sample, progress: Progress) -> _Followed:
     reader = PreparedHistories(prepared)
     recommender = Recommender(bundle, reader)
     proposed: dict[str, list[NDArray[np.int32]]] = {}
@@ -239,8 +238,7 @@ def _follow(
         }
         ranked.append(rows)
         answers.append(rows[found.chosen.places][:DEEP])
-        if say is not None:
-            say("funnel", place + 1, len(sample))
+        progress(place + 1, len(sample), "funnel")
     proposed = {name: given for name, given in proposed.items() if any(map(len, given))}
     return _Followed({**proposed, "union": ranked}, ranked, answers)
 

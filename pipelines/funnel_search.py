@@ -10,7 +10,7 @@ side. That favours a search by words; what it tells is what each stage adds to t
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from ranking.searcher import Searcher
 from recsys.bootstrap import Ratio, Statistic, bootstrap
 from recsys.messages import RecommendRequest
 from recsys.metrics import mean, ndcg, recall
+from recsys.progress import Progress, silent
 from recsys.randomness import generator
 
 WORDS = 2
@@ -40,7 +41,7 @@ def measure_search(
     requests: int = 200,
     resamples: int = 1000,
     seed: int = 2023,
-    say: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> tuple[int, list[Stage]]:
     """Return the number of requests a query could be made for, and the stages; 0 and none without text in the bundle.
 
@@ -64,8 +65,7 @@ def measure_search(
         if part.reranker is not None:
             lists["reranked"].append(last.items()[0])
         lists["answer"].append(np.array([bundle.row_of[item.item_id] for item in answer.items], np.int32))
-        if say is not None:
-            say("funnel of searches", place + 1, len(queries))
+        progress(place + 1, len(queries), "funnel of searches")
     return len(queries), _stages(asked, lists, resamples, seed) if queries else []
 
 

@@ -27,12 +27,9 @@ from pipelines.samplers import Ragged
 from pipelines.scoring import (
     GPU_SCORE_MATRIX,
     SCORE_MATRIX,
-    Advance,
-    Progress,
     Sample,
     all_scores,
     assemble_requests,
-    counter,
     draw_requests,
     evaluation_mode,
     is_retriever,
@@ -42,6 +39,7 @@ from ranking.ranker import AnyRanker
 from recsys.bootstrap import Estimate, Ratio, Statistic, bootstrap
 from recsys.errors import DataError
 from recsys.files import write_json
+from recsys.progress import Progress, silent, titled
 
 Protocol = Literal["candidates", "leave_one_out"]
 """How models are judged: on fixed sampled candidates and a sample of full rankings, or by this file's rules."""
@@ -89,7 +87,7 @@ def target_ranks(
     split: Split,
     max_requests: int | None = None,
     seed: int = 2023,
-    advance: Advance | None = None,
+    progress: Progress = silent,
 ) -> Ranks:
     """Rank all items by a model for the requests of a split and find each one's target.
 
@@ -99,7 +97,7 @@ def target_ranks(
         split: `valid` or `test`.
         max_requests: size of a sample of the requests, chosen by seed; all of them if absent.
         seed: of that sample.
-        advance: called after each batch.
+        progress: told of requests after each batch.
 
     Raises:
         DataError: another split, or a request with several targets (baskets): the protocol knows one.
@@ -109,7 +107,7 @@ def target_ranks(
     with evaluation_mode(model):
         on_cpu = model.items.count.device.type == "cpu"
         most = SCORE_MATRIX if on_cpu else GPU_SCORE_MATRIX
-        return ranks_by(_scorer(model, prepared), prepared, split, max_requests, seed, advance, most)
+        return ranks_by(_scorer(model, prepared), prepared, split, max_requests, seed, progress, most)
 
 
 def ranks_by(
@@ -118,22 +116,22 @@ def ranks_by(
     split: Split,
     max_requests: int | None = None,
     seed: int = 2023,
-    advance: Advance | None = None,
+    progress: Progress = silent,
     most: int = SCORE_MATRIX,
 ) -> Ranks:
     """Rank all items by any scorer, at most `most` scores at a time; see `target_ranks`."""
     sample = _requests(prepared, split, max_requests, seed)
     place = _id_places(prepared)
     order = torch.from_numpy(place)
-    rank = np.empty(len(sample), np.int64)
+    rank, done = np.empty(len(sample), np.int64), 0
     for chosen in _batches(sample, len(place), most):
         part = sample.take(chosen)
         scores = scorer(part)  # [B, N]
         scores.view(-1)[torch.from_numpy(_seen(prepared, part, len(place))).to(scores.device)] -= MASK
         target = torch.from_numpy(part.requests.positive.astype(np.int64) - FIRST_ITEM)
         rank[chosen] = rank_of(scores, target.to(scores.device), order.to(scores.device)).cpu().numpy()
-        if advance is not None:
-            advance(len(chosen))
+        done += len(chosen)
+        progress(done, len(sample))
     return Ranks(sample.requests.user.astype(np.int64), rank)
 
 
@@ -161,7 +159,7 @@ def validate(model: AnyRanker, prepared: PreparedSet, max_requests: int, seed: i
 
 
 @dataclass(frozen=True)
-class Report:
+class Judged:
     """The metrics of several models on the same users, with intervals, and all paired differences."""
 
     split: str
@@ -193,14 +191,14 @@ def evaluate(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 2023,
-    progress: Progress | None = None,
-) -> Report:
+    progress: Progress = silent,
+) -> Judged:
     """Judge models by the protocol on all users of a split; see `target_ranks` for what it needs."""
     total = len(prepared.requests(split))
     found: dict[str, dict[str, Estimate]] = {}
     for name, model in models.items():
-        advance = counter(progress, f"{name}: ranking all items", total)
-        found[name] = target_ranks(model, prepared, split, advance=advance).estimates(resamples, seed)
+        told = titled(progress, f"{name}: ranking all items")
+        found[name] = target_ranks(model, prepared, split, progress=told).estimates(resamples, seed)
     metrics: dict[str, dict[str, float | None]] = {}
     for name, estimates in found.items():
         metrics[name] = {}
@@ -209,7 +207,7 @@ def evaluate(
             metrics[name] |= {key: value, f"{key}.ci_low": low, f"{key}.ci_high": high}
     names = list(models)
     pairs = [(one, two) for place, one in enumerate(names) for two in names[place + 1 :]]
-    return Report(split, prepared.digest, total, metrics, [_difference(one, two, found, level) for one, two in pairs])
+    return Judged(split, prepared.digest, total, metrics, [_difference(one, two, found, level) for one, two in pairs])
 
 
 def _difference(one: str, two: str, found: Mapping[str, Mapping[str, Estimate]], level: float) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Packed histories with new events behind each user's old ones, copied block by block."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pipelines.assembly import HISTORY_ARRAYS
 from pipelines.buckets import SortedEvents, distinct
 from pipelines.streams import npy_file, put
 from recsys.history import Histories, side_by_side
+from recsys.progress import Progress
 
 EVENTS_AT_ONCE = 1_000_000
 
@@ -46,7 +46,7 @@ def merge_histories(
     ends: tuple[Ends, Ends],
     items: int,
     out: Path,
-    tick: Callable[[int, int], None],
+    progress: Progress,
 ) -> Merged:
     """Write `out`/histories: each user's old events, then the new ones.
 
@@ -57,7 +57,7 @@ def merge_histories(
         ends: each user's training end before and after, by new row. A user's end never moves back over an old event.
         items: number of item keys.
         out: an existing directory.
-        tick: told (done, total) blocks.
+        progress: told (done, total) blocks.
 
     Cost: memory of a million events besides the new ones; 20 million old events are copied in about a second.
     """
@@ -85,7 +85,7 @@ def merge_histories(
                 put(file, _inserted(values, behind, getattr(fresh, name)[slice(*block.fresh)]))
             count += _joining(old, block, row_of, ends, items)
             user_items += _new_pairs(old, fresh, block, row_of)
-            tick(done + 1, len(blocks))
+            progress(done + 1, len(blocks))
     return Merged(len(fresh.user), user_items, count)
 
 

@@ -18,7 +18,8 @@ from pipelines.text_cache import VectorCache
 from ranking.mvp_apart import MvpApart, States
 from ranking.pair_prompt import PairPrompt
 from ranking.text_backbone import device_of, digest_of, in_passes
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
+from recsys.progress import Progress, silent
 
 BETWEEN = "\0"
 """Stands between query and passage in the key of a pair; no text of a corpus holds it."""
@@ -66,10 +67,10 @@ class PairVectors:
         digest = digest_of(model.transformer, model.prompt.layout, model.prompt.tokenizer, model.transformer)
         return PairVectors(model, VectorCache(root / digest / "pairs"), _together(model, encode or model.encode))
 
-    def get(self, queries: Sequence[str], passages: Sequence[str], report: Report | None = None) -> Vectors:
+    def get(self, queries: Sequence[str], passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [P, k, d] of pairs of a query and a passage each."""
         pairs = [f"{query}{BETWEEN}{passage}" for query, passage in zip(queries, passages, strict=True)]
-        return self.cache.get(pairs, self._compute, report)[:, self.keep]
+        return self.cache.get(pairs, self._compute, progress)[:, self.keep]
 
     def _compute(self, pairs: Sequence[str]) -> Vectors:
         split = [pair.split(BETWEEN, 1) for pair in pairs]

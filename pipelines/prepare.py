@@ -37,14 +37,15 @@ from pipelines.shown import shown_in
 from pipelines.spans import Spans, read_spans
 from pipelines.transitions import PAIRS
 from pipelines.waiting import Users, save_waiting
-from pipelines.write import Log, Names, Progress, name_all, rule_of, write_set
+from pipelines.write import Log, Names, name_all, rule_of, write_set
 from recsys.columns import TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import ConfigError, DataError
 from recsys.files import whole_directory, write_json
 from recsys.history import DAY, Histories
 from recsys.memory import give_back_freed_memory
+from recsys.progress import Progress, silent, titled
 
-__all__ = ["PrepareConfig", "Progress", "prepare"]
+__all__ = ["PrepareConfig", "prepare"]
 
 EVENTS_PER_BUCKET = 250_000
 """Small, because the allocator reuses small arrays but maps large ones anew, and fresh pages are what costs."""
@@ -58,7 +59,7 @@ def prepare(
     source: Path | Sequence[Path],
     out: Path,
     config: PrepareConfig | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     previous: Path | None = None,
 ) -> PreparedSet:
     """Prepare what `ingest` wrote; `out` appears whole or not at all, replacing what was there.
@@ -67,7 +68,7 @@ def prepare(
         source: a directory `ingest` wrote, or several, the parts of one log from the oldest on (`pipelines.parts`).
         out: the prepared set's directory.
         config: see `PrepareConfig`.
-        progress: told (step, done, total) as work goes on.
+        progress: told as work goes on.
         previous: an earlier prepared set whose item, user and action numbers are kept.
 
     Raises:
@@ -79,7 +80,6 @@ def prepare(
     (`tests/benchmarks/prepare_throughput.py`); what grows is the table of users, 40 bytes each, and that of items.
     """
     config = config or PrepareConfig()
-    report = progress or (lambda *_: None)
     for name in config.samplers:
         if name not in SAMPLERS:
             raise ConfigError(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
@@ -87,12 +87,12 @@ def prepare(
     earlier = None if previous is None else PreparedSet(previous)
     with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
         record_in(target, [part.hidden for part in parts])
-        names, log = _read(parts, target, Path(work), config, report, earlier)
-        finish(target, names, log, config, report)
+        names, log = _read(parts, target, Path(work), config, progress, earlier)
+        finish(target, names, log, config, progress)
     return PreparedSet(out)
 
 
-def finish(out: Path, names: Names, log: Log, config: PrepareConfig, report: Progress) -> None:
+def finish(out: Path, names: Names, log: Log, config: PrepareConfig, progress: Progress) -> None:
     """Write what is left of a set, and its digest."""
     if config.appendable:
         np.save(out / GROWTH / "hashes.npy", names.people[USER_HASH].to_numpy())
@@ -100,10 +100,10 @@ def finish(out: Path, names: Names, log: Log, config: PrepareConfig, report: Pro
             log.shown.write_parquet(out / GROWTH / f"{IMPRESSIONS}.parquet")
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(file_digests, contents(out))  # histories and training requests, the largest files
-        manifest = write_set(out, names, log, config, report)
-        report("digest", 0, 1)
+        manifest = write_set(out, names, log, config, progress)
+        progress(0, 1, "digest")
         write_json(out / "manifest.json", {**manifest, "digest": digest_of(out, early.result())})
-    report("digest", 1, 1)
+    progress(1, 1, "digest")
 
 
 def _read(
@@ -111,26 +111,26 @@ def _read(
     out: Path,
     work: Path,
     config: PrepareConfig,
-    report: Progress,
+    progress: Progress,
     previous: PreparedSet | None,
 ) -> tuple[Names, Log]:
     """Write histories and training requests; give what is left to write."""
     total = sum(part.record.events for part in parts)
     newest = max(part.record.last for part in parts)
     number = config.buckets or min(-(-total // EVENTS_PER_BUCKET), MAX_BUCKETS)
-    names = name_all(parts, _spans(parts, work, report), config, previous, number)
+    names = name_all(parts, _spans(parts, work, progress), config, previous, number)
     give_back_freed_memory()
-    _partition(parts, work, names, number, config, report)
+    _partition(parts, work, names, number, config, progress)
     give_back_freed_memory()
     workers = config.workers or (1 if total < SMALL_LOG else cpu_count() or 1)
     plan = buckets.BucketPlan(0, 0, splits.cuts(config.split, newest))
     with _pool(workers) as pool:
-        done = _run_buckets(pool, work, names.people, number, plan, report)
+        done = _run_buckets(pool, work, names.people, number, plan, progress)
     if not any(summary.requests["train"] for _, summary in done):
         raise _no_training(parts, config)
     give_back_freed_memory()
     with _pool(workers) as pool:  # other processes: those above would keep what sorting the buckets took
-        histories, transitions = _join(pool, done, out, work, names, config, report)
+        histories, transitions = _join(pool, done, out, work, names, config, progress)
     records = tuple(part.record for part in parts)
     evaluated = {split: assembly.Pieces(split, done) for split in ("valid", "test")}
     return names, Log(records, histories, evaluated, assembly.tally(done, names.rows), transitions, shown_in(parts))
@@ -143,7 +143,7 @@ def _join(
     work: Path,
     names: Names,
     config: PrepareConfig,
-    report: Progress,
+    progress: Progress,
 ) -> tuple[Histories, EdgeRuns]:
     """Write what the buckets hold: the pool merges transitions while this process joins the rest."""
     keep, edges = None, work / "edges"
@@ -161,7 +161,7 @@ def _join(
             config.transitions_top_n,
             keep,
             edges,
-            lambda blocks, total: report("transitions", blocks, total),
+            titled(progress, "transitions"),
         )
         histories = assembly.join_histories(done, out)
         (out / "requests").mkdir()
@@ -174,16 +174,16 @@ def _join(
         return histories, merging.result()
 
 
-def _spans(parts: Sequence[Part], work: Path, report: Progress) -> list[Spans]:
+def _spans(parts: Sequence[Part], work: Path, progress: Progress) -> list[Spans]:
     """Go through every part once: what naming its users and items needs."""
     total, before, spans = sum(part.record.events for part in parts), 0, []
-    report("keys", 0, total)
+    progress(0, total, "keys")
     for index, part in enumerate(parts):
         folder = work / "spans" / str(index)
         folder.mkdir(parents=True)
         spans.append(read_spans(part, folder))
         before += part.record.events
-        report("keys", before, total)
+        progress(before, total, "keys")
     return spans
 
 
@@ -194,21 +194,21 @@ def _present(part: Part, people: pl.DataFrame) -> pl.DataFrame:
 
 
 def _partition(
-    parts: Sequence[Part], work: Path, names: Names, number: int, config: PrepareConfig, report: Progress
+    parts: Sequence[Part], work: Path, names: Names, number: int, config: PrepareConfig, progress: Progress
 ) -> None:
     """Divide every part, slice by slice, among the files of the buckets in `work`/events."""
     folder = work / "events"
     folder.mkdir()
     total, done = sum(part.record.events for part in parts), 0
     people = names.people.select(USER_ID, buckets.USER_ROW, buckets.BUCKET)
-    report("partition", 0, total)
+    progress(0, total, "partition")
     for index, part in enumerate(parts):
         for start in range(0, part.record.events, PARTITIONED_AT_ONCE):
             some = replace(part, events=part.events.slice(start, PARTITIONED_AT_ONCE))
             events = buckets.numbered(some, index, _present(some, people), names.items, names.actions, rule_of(config))
             buckets.partition(events.collect(engine="streaming"), number, folder)
             done += min(PARTITIONED_AT_ONCE, part.record.events - start)
-            report("partition", done, total)
+            progress(done, total, "partition")
 
 
 def _run_buckets(
@@ -217,7 +217,7 @@ def _run_buckets(
     people: pl.DataFrame,
     number: int,
     plan: buckets.BucketPlan,
-    report: Progress,
+    progress: Progress,
 ) -> list[tuple[Path, buckets.BucketSummary]]:
     """Prepare every bucket; give its folder and summary, in the order of buckets."""
     users = np.bincount(people[buckets.BUCKET].to_numpy(), minlength=number)
@@ -233,7 +233,7 @@ def _run_buckets(
     for (events, folder, _), summary in zip(jobs, results, strict=True):
         events.unlink(missing_ok=True)
         done.append((folder, summary))
-        report("histories", len(done), number)
+        progress(len(done), number, "histories")
     return done
 
 

@@ -24,7 +24,7 @@ from pipelines.publish import publish, register
 from pipelines.report import write_report
 from pipelines.shipped import find_config
 from pipelines.steps import Step, forget_step, run_step
-from pipelines.train import Report, Trained, train, trained_run
+from pipelines.train import Trained, train, trained_run
 from pipelines.train_config import TrainConfig, load_config
 from pipelines.workspace import Workspace
 from ranking.fusion import Mix
@@ -32,6 +32,7 @@ from recsys import __version__
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json
+from recsys.progress import Progress
 
 
 class Ui(Protocol):
@@ -41,8 +42,8 @@ class Ui(Protocol):
         """Show one plain sentence."""
         ...
 
-    def bar(self, title: str) -> AbstractContextManager[Report]:
-        """Open a progress bar; what it gives is called as (done, total, words)."""
+    def bar(self, title: str) -> AbstractContextManager[Progress]:
+        """Open a progress bar."""
         ...
 
 
@@ -115,8 +116,8 @@ class Job:
         log, parts, prepared = self.workspace.log, self.workspace.parts, self.workspace.prepared
 
         def run() -> None:
-            with self.ui.bar("prepare") as report:
-                prepare(parts, prepared.directory, self.config.prepare, _titled(report))
+            with self.ui.bar("prepare") as progress:
+                prepare(parts, prepared.directory, self.config.prepare, progress)
 
         wanted = [open_part(part).record.digest for part in parts]
         if not (prepared.directory / "manifest.json").exists() or wanted != [
@@ -136,8 +137,8 @@ class Job:
 
     def _audit(self) -> None:
         def run() -> None:
-            with self.ui.bar("audit") as report:
-                found = audit(self.workspace.prepared, self.workspace.parts, _titled(report))
+            with self.ui.bar("audit") as progress:
+                found = audit(self.workspace.prepared, self.workspace.parts, progress)
             found.save(self.workspace.audit)
             refuse_failed(found)
 
@@ -153,8 +154,8 @@ class Job:
         directory, prepared = self.workspace.run(name), self.workspace.prepared
 
         def run() -> None:
-            with self.ui.bar(f"train {name}") as report:
-                train(config, prepared, directory, self.uri, report)
+            with self.ui.bar(f"train {name}") as progress:
+                train(config, prepared, directory, self.uri, progress)
 
         self._step(
             f"train-{name}",
@@ -178,8 +179,8 @@ class Job:
 
         def run() -> None:
             models = {name: self._trained(name).model for name in configs}
-            with self.ui.bar("evaluate") as report:
-                evaluation = evaluate(models, prepared, self.config.evaluate, _titled(report))
+            with self.ui.bar("evaluate") as progress:
+                evaluation = evaluate(models, prepared, self.config.evaluate, progress)
             evaluation.save(out)
             audited = last_audit(self.workspace.audit)
             write_report(evaluation, self._summaries(), prepared.manifest, out, audited)
@@ -204,14 +205,14 @@ class Job:
 
         def run() -> None:
             chosen = self._trained(ranker)
-            with self.ui.bar("item texts") as report:
+            with self.ui.bar("item texts") as progress:
                 text = text_publish.search_contents(
                     text_publish.item_passages(prepared),
                     text_publish.find_encoder(encoder, self.workspace.root / "runs"),
                     None,
                     Mix(),
                     self.workspace.text_vectors,
-                    lambda done, total: report(done, total, ""),
+                    progress,
                 )
             publish(
                 prepared,
@@ -247,8 +248,3 @@ class Job:
             kept = next(entry for entry in summary["curve"] if entry["step"] == summary["best_step"])
             values[name] = kept["valid/gauc"]
         return max(values, key=lambda name: values[name])
-
-
-def _titled(report: Report) -> Callable[[str, int, int], None]:
-    """Adapt a bar to callbacks that say (words, done, total)."""
-    return lambda words, done, total: report(done, total, words)

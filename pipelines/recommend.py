@@ -5,7 +5,7 @@ has loaded the bundle once; they are written in the order of the users, so the t
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +23,11 @@ from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import whole_file
 from recsys.messages import RecommendRequest
+from recsys.progress import Progress, silent
 from recsys.stores import HistoryReader
 
 CHUNK = 250
 """Users answered between two writes: bounds memory, and is what one worker takes at a time."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 RECOMMENDATIONS = pl.Schema(
     [
@@ -79,7 +77,7 @@ def recommend_users(
     user_ids: Sequence[str],
     asked: BatchRequest,
     out: Path,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> int:
     """Write the k best items of each user at one moment, and give the number of rows.
 
@@ -111,7 +109,7 @@ def recommend_on_workers(
     asked: BatchRequest,
     out: Path,
     workers: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> int:
     """Write what `recommend_users` writes, the work shared out among Ray workers; gives the number of rows.
 
@@ -187,7 +185,7 @@ def _chunks(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
         yield user_ids[start : start + CHUNK]
 
 
-def _write_tables(tables: Iterable[pl.DataFrame], total: int, out: Path, progress: Progress | None) -> int:
+def _write_tables(tables: Iterable[pl.DataFrame], total: int, out: Path, progress: Progress) -> int:
     """Write chunk by chunk into part files, then join them in order under the final name."""
     rows = 0
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -197,8 +195,7 @@ def _write_tables(tables: Iterable[pl.DataFrame], total: int, out: Path, progres
             parts.append(Path(name) / f"{number:09d}.parquet")
             table.write_parquet(parts[-1])
             rows += len(table)
-            if progress is not None:
-                progress(min((number + 1) * CHUNK, total), total)
+            progress(min((number + 1) * CHUNK, total), total)
         with whole_file(out) as temporary:
             pl.scan_parquet(parts).sink_parquet(temporary)
     return rows

@@ -6,7 +6,7 @@ other filters, rules or quotas, or when other items were unavailable, are replay
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,11 @@ from recsys.errors import DataError
 from recsys.history import Events
 from recsys.log_format import LogReader
 from recsys.messages import RecommendedItem, RecommendRequest
+from recsys.progress import Progress, silent
 from recsys.request_log import LoggedItem, LoggedRequest, files, history_digest, read_file
 from recsys.stores import Encoder
 
 SHOWN = 10
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def replay(
     snapshot: SnapshotReader,
     config: RecommenderConfig = DEFAULTS,
     limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Replay:
     """Score the newest `limit` logged answers (all if None) with a bundle, and compare.
 
@@ -160,8 +158,7 @@ def replay(
             others["settings"] += request.settings not in ("", settings)
             answer = recommender.recommend(_asked(request, state), request.at)
             found.append(difference(request.request_id, request.items, answer.items))
-            if progress is not None:
-                progress(len(found), len(can))
+            progress(len(found), len(can))
     finally:
         torch.set_num_threads(threads)
     return _summed(bundle.version, answers, can, found, others)

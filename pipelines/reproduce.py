@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from pipelines.environment import environment
-from pipelines.train import Report, Trained, train, trained_run
+from pipelines.train import Trained, train, trained_run
 from pipelines.train_config import config_of
 from pipelines.workspace import Workspace
 from ranking.devices import pick_device
 from recsys.errors import DataError
 from recsys.files import read_json, write_json
+from recsys.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def find_run(name: str, place: Workspace) -> Path:
     raise DataError(f"{name}: no run of {place.root}; there are {', '.join(p.parent.name for p in known) or 'none'}")
 
 
-def reproduce(directory: Path, place: Workspace, out: Path, uri: str, report: Report | None = None) -> Reproduced:
+def reproduce(directory: Path, place: Workspace, out: Path, uri: str, progress: Progress = silent) -> Reproduced:
     """Train a recorded run again into `out`, and compare.
 
     Raises:
@@ -102,7 +103,7 @@ def reproduce(directory: Path, place: Workspace, out: Path, uri: str, report: Re
         )
     before = trained_run(directory, prepared)
     config = config_of(about["config"], str(directory / "run.json"))
-    after = train(config, prepared, out, uri, report)
+    after = train(config, prepared, out, uri, progress)
     facts: dict[str, str] = about.get("environment", {})
     found = environment(str(pick_device(config.device)))
     result = Reproduced(

@@ -6,7 +6,7 @@ and scored; padding and memory follow real lengths. Nothing is learned here.
     R requests   N candidates over all requests   V item rows   P positives of a request
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,13 +22,8 @@ from ranking.ranker import NEGATIVE, AnyRanker, Retriever
 from recsys.errors import DataError
 from recsys.history import Events, side_by_side
 from recsys.metrics import Ranking
+from recsys.progress import Progress, silent
 from recsys.randomness import generator
-
-Advance = Callable[[int], None]
-"""Called with the number of requests just finished."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as (a few words, requests done, requests in all)."""
 
 CPU_CANDIDATES = 1 << 14
 """Most scores of one call on a CPU, so that what a model makes of each candidate stays in cache: DARE and DIN take 1.6
@@ -127,10 +122,11 @@ def score_sets(
     sample: Sample,
     sets: CandidateSets,
     batch_requests: int = 256,
-    advance: Advance | None = None,
+    progress: Progress = silent,
 ) -> NDArray[np.float32]:
     """Score the candidates of every request, float32 [N]; raises `DataError` for a score that is not a number."""
     scores = np.empty(len(sets.item), np.float32)
+    done = 0
     with evaluation_mode(model) as device:
         for chosen in _batches(model, sample, np.diff(sets.offsets), batch_requests, _most_candidates(device)):
             where, offsets = side_by_side(sets.offsets[chosen], np.diff(sets.offsets)[chosen])
@@ -141,8 +137,8 @@ def score_sets(
             batch = assemble_requests(model, prepared, sample.take(chosen), item).to(device)
             logits = model.score(model.encode(batch.history), batch.request, batch.candidates)
             scores[where] = logits.cpu().numpy()[mask]
-            if advance is not None:
-                advance(len(chosen))
+            done += len(chosen)
+            progress(done, len(sample))
     if np.isnan(scores).any():
         place = int(np.argmax(np.isnan(scores)))
         request = int(sample.index[np.searchsorted(sets.offsets, place, "right") - 1])
@@ -174,7 +170,7 @@ def rank_all_items(
     depth: int,
     batch_requests: int = 256,
     by_vectors: bool = False,
-    advance: Advance | None = None,
+    progress: Progress = silent,
 ) -> Ranking:
     """Rank all known items (rows 2..V-1) for every request, and find its positives among the first `depth`.
 
@@ -186,7 +182,7 @@ def rank_all_items(
         batch_requests: most requests of one batch.
         by_vectors: score by the inner product of the retriever's vectors, as an index would; an item whose vector is
             zero is never retrieved and comes last.
-        advance: called after each batch.
+        progress: told of requests after each batch.
 
     Cost: O(V) scores per request, items in chunks and requests in batches so that at most 2^22 scores are held.
     """
@@ -194,6 +190,7 @@ def rank_all_items(
     requests = sample.requests
     blocks: list[NDArray[np.int64]] = [np.empty((0, 4), np.int64)]
     most = min(batch_requests, max(SCORE_MATRIX // max(rows, 1), 1))
+    done = 0
     with evaluation_mode(model) as device:
         vectors = _item_vectors(model) if by_vectors else None
         for chosen in _batches(model, sample, np.ones(len(sample), np.int64), most, SCORE_MATRIX):
@@ -204,8 +201,8 @@ def rank_all_items(
             for request, row in zip(chosen, table, strict=True):
                 start, end = requests.offsets[request : request + 2]
                 blocks.append(_blocks_of(int(request), row, requests.positive[start:end] - FIRST_ITEM, depth))
-            if advance is not None:
-                advance(len(chosen))
+            done += len(chosen)
+            progress(done, len(sample))
     found = np.concatenate(blocks)
     found = found[np.lexsort((found[:, 1], found[:, 0]))]
     return Ranking(
@@ -316,17 +313,3 @@ def _blocks_of(request: int, row: NDArray[np.float32], positive: NDArray[np.int3
 
 def _pair(owner: NDArray[np.int64], row: NDArray[np.int32]) -> NDArray[np.int64]:
     return (owner << 32) | row
-
-
-def counter(progress: Progress | None, words: str, total: int) -> Advance | None:
-    """Return what adds up finished requests for a progress bar; None without one."""
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(requests: int) -> None:
-        nonlocal done
-        done += requests
-        progress(words, done, total)
-
-    return advance

@@ -22,12 +22,13 @@ import numpy as np
 from pipelines.evaluate import TrainingSummary
 from pipelines.prepared import PreparedSet
 from pipelines.shipped import find_config
-from pipelines.train import Report, TrainingError, train
+from pipelines.train import TrainingError, train
 from pipelines.train_config import TrainConfig, load_config
 from ranking.models import RANKERS
 from recsys.config import overlaid, parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import read_json, sha256_json, whole_file, write_json
+from recsys.progress import Progress, silent, titled
 from recsys.randomness import generator
 
 METRICS = ("gauc", "auc", "auc_per_request", "ndcg_at_10")
@@ -197,7 +198,7 @@ def trials(config: SweepConfig, data_digest: str) -> list[Trial]:
     ]
 
 
-def sweep(config: SweepConfig, prepared: PreparedSet, directory: Path, uri: str, report: Report | None = None) -> Swept:
+def sweep(config: SweepConfig, prepared: PreparedSet, directory: Path, uri: str, progress: Progress = silent) -> Swept:
     """Train what is not trained yet and say which setting of each model is best.
 
     Args:
@@ -205,7 +206,7 @@ def sweep(config: SweepConfig, prepared: PreparedSet, directory: Path, uri: str,
         prepared: the prepared set.
         directory: holds the runs, and at the end sweep.json and sweep.md.
         uri: MLflow tracking URI.
-        report: called after every step of every run.
+        progress: called after every step of every run.
 
     A run whose loss stops being a number counts as failed, and the sweep goes on.
     """
@@ -213,7 +214,7 @@ def sweep(config: SweepConfig, prepared: PreparedSet, directory: Path, uri: str,
     finished: dict[str, TrainingSummary | None] = {}
     for number, trial in enumerate(planned, start=1):
         title = f"run {number} of {len(planned)}, {trial.model}, seed {trial.seed}"
-        finished[trial.run] = _run(trial, prepared, directory / trial.run, uri, _titled(report, title))
+        finished[trial.run] = _run(trial, prepared, directory / trial.run, uri, titled(progress, title))
     swept = Swept(config, prepared.digest, _outcomes(config, planned, finished))
     write_json(directory / "sweep.json", swept.table())
     with whole_file(directory / "sweep.md") as temporary:
@@ -240,9 +241,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _run(
-    trial: Trial, prepared: PreparedSet, directory: Path, uri: str, report: Report | None
-) -> TrainingSummary | None:
+def _run(trial: Trial, prepared: PreparedSet, directory: Path, uri: str, progress: Progress) -> TrainingSummary | None:
     """Return the summary of a run, trained now unless it was before; None if its loss stopped being a number."""
     done, failed = directory / "summary.json", directory / "failed.json"
     if done.exists():
@@ -250,7 +249,7 @@ def _run(
     if failed.exists():
         return None
     try:
-        return train(trial.config, prepared, directory, uri, report).summary
+        return train(trial.config, prepared, directory, uri, progress).summary
     except TrainingError as error:
         write_json(failed, {"error": str(error)})
         return None
@@ -282,13 +281,6 @@ def chosen_value(summary: TrainingSummary, metric: str) -> float:
 def _groups(planned: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
     for start in range(0, len(planned), size):
         yield planned[start : start + size]
-
-
-def _titled(report: Report | None, title: str) -> Report | None:
-    """Put the place of a run in the sweep before what the run says of itself."""
-    if report is None:
-        return None
-    return lambda done, total, about: report(done, total, f"{title}: {about}")
 
 
 def _numbers(outcome: Outcome) -> str:

@@ -12,8 +12,9 @@ import xxhash
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
 from recsys.files import whole_file
+from recsys.progress import Progress, silent
 
 PART = 256
 """Texts computed between two writes: what a kill loses."""
@@ -38,7 +39,7 @@ class VectorCache:
         return len(self._place)
 
     def get(
-        self, texts: Sequence[str], compute: Callable[[Sequence[str]], Vectors], report: Report | None = None
+        self, texts: Sequence[str], compute: Callable[[Sequence[str]], Vectors], progress: Progress = silent
     ) -> Vectors:
         """Return float32 [N, ...], calling `compute` for the texts that are not there, `PART` at a time.
 
@@ -56,8 +57,7 @@ class VectorCache:
             with whole_file(self.directory / f"{xxhash.xxh3_64_hexdigest(digests.tobytes())}.safetensors") as path:
                 save_file({"digests": digests, "values": np.ascontiguousarray(values, np.float32)}, path)
             self._remember(digests, values)
-            if report is not None:
-                report(min(first + PART, len(missing)), len(missing))
+            progress(min(first + PART, len(missing)), len(missing))
         if not keys:
             return compute([])
         return np.stack([self._parts[part][row] for part, row in (self._place[key] for key in keys)])

@@ -42,12 +42,11 @@ from recsys.config import parse
 from recsys.errors import ConfigError
 from recsys.files import read_json, write_json
 from recsys.metrics import Floats
+from recsys.progress import Progress, silent, titled
 
 RERANKED = 100
 CUT_QUERIES = 300
 """Most queries of a kind that are cut from test documents."""
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def evaluate_text(
     tasks: Mapping[str, Queries],
     weight: float,
     places: int = RERANKED,
-    report: Report | None = None,
+    progress: Progress = silent,
 ) -> list[TaskResult]:
     """Rank every task's queries with every first stage and every model.
 
@@ -131,7 +130,7 @@ def evaluate_text(
         tasks: queries by name of the task.
         weight: of BM25 in the hybrid, chosen on natural dev queries.
         places: how many passages of the RRF pool a reranker reads.
-        report: called with a system and how many queries are done.
+        progress: called with a system and how many queries are done.
     """
     results: list[TaskResult] = []
     for name, queries in tasks.items():
@@ -139,8 +138,7 @@ def evaluate_text(
         pool = Pool(queries, rankings["rrf"])
         baseline: dict[str, str] = {}
         for run in runs:
-            if report is not None:
-                report(f"{name}: {run.name}", len(results), len(tasks))
+            progress(len(results), len(tasks), f"{name}: {run.name}")
             if run.is_encoder:
                 asked, (vectors, windows) = run.model.encode_queries(queries.texts), encoded(run, stages)
                 rankings[run.name] = dense_search(asked, vectors[: len(stages.corpus)])
@@ -201,7 +199,7 @@ def evaluate_runs(
     corpus: str | None = None,
     split: str = "",
     say: Callable[[str], None] = lambda _: None,
-    report: Report = lambda *_: None,
+    progress: Progress = silent,
 ) -> Path:
     """Evaluate finished runs of a workspace, write the report and log it; gives the path of the page.
 
@@ -214,7 +212,7 @@ def evaluate_runs(
         corpus: a folder in BEIR's layout; what the first run was trained on if absent.
         split: of its judged queries; `test` where there is one if absent.
         say: takes what the user should know beside the report.
-        report: told (words, done, total).
+        progress: told as work goes on.
 
     Raises:
         ConfigError: there is no query to judge by, or a split of the catalogue is named.
@@ -238,14 +236,12 @@ def evaluate_runs(
         say(f"{', '.join(learned)} learned from the queries of {split}: figures say nothing of new ones.")
         facts["learned from these queries"] = ", ".join(learned)
     models = [TextModelRun.load(name, place.run(name), device) for name in names]
-    stages = FirstStages(
-        opened, encoder, place.text_vectors, report=lambda done, total: report("passages encoded", done, total)
-    )
+    stages = FirstStages(opened, encoder, place.text_vectors, progress=titled(progress, "passages encoded"))
     tuned = tuning_queries(folder, opened, but=split) if folder.is_dir() else None
     weight = stages.choose_weight({} if tuned is None else {NATURAL: tuned})
     chosen = "shipped" if tuned is None or weight == WEIGHT else f"by {len(tuned)} of the corpus' dev or train queries"
     facts["weight of words"] = f"{weight:g}, {chosen}"
-    results = evaluate_text(models, stages, tasks, weight, report=report)
+    results = evaluate_text(models, stages, tasks, weight, progress=progress)
     directory = place.evaluation / "text"
     page = write_text_report(results, facts, directory)
     measured = {name: {key: value for one in results for key, value in one.flat(name).items()} for name in names}

@@ -16,7 +16,7 @@ from pipelines.reranker_task import Pool, RerankerTask
 from pipelines.text_config import CorpusConfig, TextTrainConfig
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_pairs import PairSource, Split, sample, split_of
-from pipelines.text_train import Report, Task, TextRun, own_draws, train_text
+from pipelines.text_train import Task, TextRun, own_draws, train_text
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseConfig, DenseEncoder, pooling_of
 from ranking.devices import pick_device
@@ -28,6 +28,7 @@ from ranking.text_backbone import files_digest
 from recsys.config import assign, parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import sha256_json
+from recsys.progress import Progress, silent, titled
 from recsys.randomness import derive
 
 TEXT_MODELS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -131,7 +132,7 @@ def train(
     directory: Path,
     cache: Path,
     uri: str,
-    report: Report | None = None,
+    progress: Progress = silent,
     encoder: Callable[[TextTrainConfig], DenseEncoder] = plain_encoder,
     model: Callable[[TextTrainConfig], Any] = build_model,
     states: dict[str, State] | None = None,
@@ -145,7 +146,7 @@ def train(
         directory: of the run.
         cache: where vectors are kept.
         uri: MLflow tracking URI.
-        report: called with passages encoded, then after every step.
+        progress: called with passages encoded, then after every step.
         encoder: gives the first stage's encoder.
         model: gives the model with its initial weights.
         states: what a frozen backbone made of queries in earlier runs with the same kind of weights; it is added to.
@@ -155,16 +156,14 @@ def train(
     corpora = [open_corpus(path, items) for path in paths]
     corpus = corpora[0]
 
-    def encoded(done: int, total: int) -> None:
-        if report is not None:
-            report(done, total, "passages encoded")
+    encoded = titled(progress, "passages encoded")
 
     def build() -> Task:
         device = pick_device(config.device)
-        stages = FirstStages(corpus, encoder(config).to(device), cache, report=encoded)
+        stages = FirstStages(corpus, encoder(config).to(device), cache, progress=encoded)
         made = model(config).to(device)
         if config.batches == "passages":
-            each = [stages, *(FirstStages(one, stages.encoder, cache, report=encoded) for one in corpora[1:])]
+            each = [stages, *(FirstStages(one, stages.encoder, cache, progress=encoded) for one in corpora[1:])]
             return NeighbourTask(
                 config, made, neighbour_sources(config.corpus, each, made), {} if read is None else read
             )
@@ -180,7 +179,7 @@ def train(
 
     learned = [_learned(config, path, one) for path, one in zip(paths, corpora, strict=True)]
     inputs = {"corpora": learned, "backbones": {source: files_digest(source) for source in _backbones(config)}}
-    return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, report)
+    return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, progress)
 
 
 def _learned(config: TextTrainConfig, path: str, corpus: Corpus) -> dict[str, Any]:

@@ -28,12 +28,13 @@ from ranking.passages import Passages
 from ranking.search_part import SearchContents
 from ranking.sequence_reranker import SequenceReranker
 from ranking.snapshot import write_snapshot
-from ranking.text_models import CONFIG, Report, TextEncoder, TextReranker, load_encoder, load_reranker, read_config
+from ranking.text_models import CONFIG, TextEncoder, TextReranker, load_encoder, load_reranker, read_config
 from ranking.windows import beside_beginning
 from recsys.columns import ITEM_ID
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, sha256_file
 from recsys.history import Events, Histories
+from recsys.progress import Progress, silent
 
 M = TypeVar("M")
 
@@ -145,7 +146,7 @@ def search_contents(
     reranker: TextReranker | None,
     mix: Mix,
     cache: Path,
-    report: Report | None = None,
+    progress: Progress = silent,
 ) -> SearchContents:
     """Encode the passages' windows, those that are not in the cache yet, and give what search needs.
 
@@ -155,13 +156,13 @@ def search_contents(
         reranker: of the head of a search, if there is one.
         mix: how words and vectors are joined.
         cache: directory of vectors, by the encoder's digest.
-        report: told (encoded, in all).
+        progress: told (encoded, in all).
     """
     if encoder is None:
         return SearchContents(passages, None, reranker, mix)
     windows = encoder.windows(list(passages.texts))
     known = VectorCache(cache / encoder.digest / "passages")
-    vectors = beside_beginning(known.get(windows.texts, encoder.encode_passages, report), windows.passage)
+    vectors = beside_beginning(known.get(windows.texts, encoder.encode_passages, progress), windows.passage)
     return SearchContents(passages, encoder, reranker, mix, vectors, windows.passage)
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import tracking
-from pipelines.checkpoint import Checkpoint, Progress, restore
+from pipelines.checkpoint import Checkpoint, RunState, restore
 from pipelines.text_config import TextOptimiser, TextStop
 from ranking.text_backbone import device_of
 from recsys.errors import DataError, RecsysError
 from recsys.files import read_json, sha256_json, write_json
+from recsys.progress import Progress, silent
 from recsys.randomness import derive
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -31,8 +32,6 @@ MODEL = "model"
 """directory of the finished model in that of its run"""
 SUMMARY = "summary.json"
 """written last, removed first: a run with one is finished, by what its run.json says"""
-
-Report = Callable[[int, int, str], None]
 
 
 class Task(Protocol):
@@ -63,7 +62,7 @@ class TextRun:
 
     directory: Path
     run_id: str
-    progress: Progress
+    state: RunState
 
     @property
     def model(self) -> Path:
@@ -72,13 +71,13 @@ class TextRun:
 
     def table(self) -> dict[str, Any]:
         """Return what the run took and reached, as JSON values."""
-        progress = self.progress
+        state = self.state
         return {
             "run_id": self.run_id,
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            "best_value": progress.best_value,
-            "seconds": round(progress.seconds, 1),
+            "steps": state.step,
+            "best_step": state.best_step,
+            "best_value": state.best_value,
+            "seconds": round(state.seconds, 1),
         }
 
 
@@ -121,7 +120,7 @@ def train_text(
     uri: str,
     optimiser: TextOptimiser,
     stop: TextStop,
-    report: Report | None = None,
+    progress: Progress = silent,
 ) -> TextRun:
     """Train a task's model, or go on with the run `directory` holds, and save it at its best dev measure.
 
@@ -134,24 +133,24 @@ def train_text(
         uri: MLflow tracking URI.
         optimiser: learning rates and decay.
         stop: length of the run.
-        report: called after every step.
+        progress: called after every step.
     """
     of_config = {key: value for key, value in table.items() if key != "device"}  # no other run on another device
     digest = sha256_json({"config": of_config, "data": dict(inputs)})
     run_id, path = _known_run(directory, digest), directory / CHECKPOINT
     if run_id is not None and path.exists() and _is_finished(directory):
         saved = Checkpoint.load(path, 1)
-        if saved.progress.finished:
-            return TextRun(directory, run_id, saved.progress)
+        if saved.state.finished:
+            return TextRun(directory, run_id, saved.state)
     task = build()
     with _run(directory, digest, table, inputs, uri) as run:
         loop = TextLoop(task, path, digest, optimiser, stop, int(table["seed"]), run)
-        progress = loop.run_to_end(report)
+        state = loop.run_to_end(progress)
         loop.task.model.save(directory / MODEL)  # type: ignore[operator]
         loop.save(finished=True)
-        write_json(directory / SUMMARY, TextRun(directory, run.run_id, progress).table())
-        run.metrics({"train/seconds": progress.seconds, "train/steps": progress.step}, progress.step)
-        return TextRun(directory, run.run_id, loop.progress)
+        write_json(directory / SUMMARY, TextRun(directory, run.run_id, state).table())
+        run.metrics({"train/seconds": state.seconds, "train/steps": state.step}, state.step)
+        return TextRun(directory, run.run_id, loop.state)
 
 
 @contextmanager
@@ -211,12 +210,12 @@ class TextLoop:
         self.optimiser: torch.optim.Optimizer | None = None
         if self.groups:  # fused: a third of the time where W has a row per term of the vocabulary
             self.optimiser = torch.optim.AdamW(self.groups, weight_decay=optimiser.weight_decay, fused=True)
-        self.progress = Progress()
+        self.state = RunState()
         self.best = self.learned()
         if path.exists():
             saved = Checkpoint.load(path, 1)
             task.model.load_state_dict(saved.weights, strict=False)
-            self.progress, self.best = saved.progress, saved.best
+            self.state, self.best = saved.state, saved.best
             if self.optimiser is not None:
                 restore([self.optimiser], saved.optimisers)
 
@@ -225,28 +224,27 @@ class TextLoop:
         named = self.task.model.named_parameters()
         return {name: tensor.detach().clone() for name, tensor in named if tensor.requires_grad}
 
-    def run_to_end(self, report: Report | None = None) -> Progress:
+    def run_to_end(self, progress: Progress = silent) -> RunState:
         """Take the remaining steps; leaves the best weights in the model, which are the first ones if none gained."""
-        if not self.progress.curve:
+        if not self.state.curve:
             self.validate({})  # of the untrained model: training must beat it to be kept
         steps = self.stop.steps if self.optimiser is not None else 0
-        while self.progress.step < steps and self.progress.without_gain < self.stop.patience:
+        while self.state.step < steps and self.state.without_gain < self.stop.patience:
             logged = self.step()
-            done = self.progress.step
+            done = self.state.step
             if done % self.stop.validate_every == 0 or done == steps:
                 self.validate(logged)
             if done % self.stop.checkpoint_every == 0:
                 self.save()
-            if report is not None:
-                report(done, steps, f"loss {logged['loss']:.4f}")
+            progress(done, steps, f"loss {logged['loss']:.4f}")
         self.task.model.load_state_dict(self.best, strict=False)
         self.task.model.eval()
-        return self.progress
+        return self.state
 
     def step(self) -> dict[str, float]:
         """Take one step and give what is worth logging."""
         assert self.optimiser is not None
-        started, step = time.perf_counter(), self.progress.step
+        started, step = time.perf_counter(), self.state.step
         warm = max(self.options.warmup * self.stop.steps, 1)
         factor = min((step + 1) / warm, max(self.stop.steps - step, 1) / max(self.stop.steps - warm, 1), 1.0)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
@@ -261,8 +259,8 @@ class TextLoop:
         learned = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(learned, self.options.clip)
         self.optimiser.step()
-        seconds = self.progress.seconds + time.perf_counter() - started
-        self.progress = dataclasses.replace(self.progress, step=step + 1, seconds=seconds)
+        seconds = self.state.seconds + time.perf_counter() - started
+        self.state = dataclasses.replace(self.state, step=step + 1, seconds=seconds)
         return {"loss": float(loss.detach()), "gradient_norm": float(norm), **logged}
 
     def validate(self, logged: Mapping[str, float]) -> None:
@@ -273,23 +271,16 @@ class TextLoop:
         values = {f"valid/{name}": number for name, number in measured.items()}
         values |= {f"train/{name}": number for name, number in logged.items()}
         if self.run is not None:
-            self.run.metrics(values, self.progress.step)
-        gained = value > self.progress.best_value
-        if gained:
+            self.run.metrics(values, self.state.step)
+        self.state = self.state.after(value, values)
+        if self.state.gained:
             self.best = self.learned()
-        self.progress = dataclasses.replace(
-            self.progress,
-            best_step=self.progress.step if gained else self.progress.best_step,
-            best_value=max(value, self.progress.best_value),
-            without_gain=0 if gained else self.progress.without_gain + 1,
-            curve=[*self.progress.curve, {"step": self.progress.step, **values}],
-        )
 
     def save(self, finished: bool = False) -> None:
         """Write a checkpoint."""
-        self.progress = dataclasses.replace(self.progress, finished=finished)
+        self.state = dataclasses.replace(self.state, finished=finished)
         states = [] if self.optimiser is None else [self.optimiser.state_dict()["state"]]
-        Checkpoint(self.inputs, self.progress, self.learned(), self.best, states).save(self.path)
+        Checkpoint(self.inputs, self.state, self.learned(), self.best, states).save(self.path)
 
 
 def finished_run(directory: Path) -> tuple[str, Path]:

@@ -1,6 +1,7 @@
 """The one training loop: it knows `loss(batch, generator)` and nothing else of a model.
 
-Every draw is a function of (seed, step, purpose), and a checkpoint holds weights, optimiser states and progress. So a
+Every draw is a function of (seed, step, purpose), and a checkpoint holds weights, optimiser states and where
+the run stands. So a
 run that is killed and started again ends with the same weights, bit for bit, as one that was not (on a CPU, with the
 same versions and number of threads).
 """
@@ -10,7 +11,7 @@ import dataclasses
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from pipelines import boost, leave_one_out, tracking
 from pipelines.batches import TrainingBatches
-from pipelines.checkpoint import Checkpoint, Progress, restore
+from pipelines.checkpoint import Checkpoint, RunState, restore
 from pipelines.environment import environment
 from pipelines.evaluate import TrainingSummary, validate
 from pipelines.optimise import build_optimisers, update
@@ -34,13 +35,11 @@ from ranking.models import RANKERS
 from ranking.ranker import AnyRanker
 from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import read_json, sha256_json, write_json
+from recsys.progress import Progress, silent
 from recsys.randomness import derive
 
 CHECKPOINT = "checkpoint.safetensors"
 """of a run, in its directory"""
-
-Report = Callable[[int, int, str], None]
-"""Called as (steps done, steps in all, a few words) for progress bars."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
         raise DataError(f"{directory}: stopped before its first checkpoint; run `recsys train` again to finish it")
     model = build(config, prepared)
     saved = Checkpoint.load(directory / CHECKPOINT, len(build_optimisers(_module(model), config.optimiser)))
-    if not saved.progress.finished:
-        raise DataError(f"{directory}: stopped at step {saved.progress.step}; run `recsys train` again to finish it")
+    if not saved.state.finished:
+        raise DataError(f"{directory}: stopped at step {saved.state.step}; run `recsys train` again to finish it")
     try:
         _module(model).load_state_dict(saved.best)
     except RuntimeError as error:
@@ -102,7 +101,7 @@ def build(config: TrainConfig, prepared: PreparedSet) -> AnyRanker:
 
 
 def train(
-    config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str, report: Report | None = None
+    config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str, progress: Progress = silent
 ) -> Trained:
     """Train a model, or go on with the run `directory` holds, and give it at its best checkpoint.
 
@@ -112,7 +111,7 @@ def train(
         directory: of the run: checkpoint.safetensors and run.json. A directory of another config or data set is begun
             again.
         uri: MLflow tracking URI.
-        report: called after every step.
+        progress: called after every step.
 
     Raises:
         TrainingError: the loss is not finite; the last good checkpoint is kept.
@@ -120,7 +119,7 @@ def train(
     config = suited(config, prepared)
     with begin(config, prepared, directory, uri) as (run, inputs):
         loop = Loop(config, prepared, directory, inputs, run)
-        loop.run_to_end(report)
+        loop.run_to_end(progress)
         return Trained(loop.model, config, finish(directory, loop, run), run.run_id)
 
 
@@ -182,7 +181,7 @@ class Loop:
         self.model = build(config, prepared)
         self.module = _module(self.model)
         self.optimisers = build_optimisers(self.module, config.optimiser)
-        self.progress = Progress()
+        self.state = RunState()
         self.best = _copy(self.module)
         trains_on = self.model.trains_on
         self.batches = (
@@ -194,7 +193,7 @@ class Loop:
             saved = Checkpoint.load(self.path, len(self.optimisers))
             self.module.load_state_dict(saved.weights)
             restore(self.optimisers, saved.optimisers)
-            self.progress, self.best = saved.progress, saved.best
+            self.state, self.best = saved.state, saved.best
 
     @property
     def steps(self) -> int:
@@ -207,33 +206,32 @@ class Loop:
         steps = max(round(stop.epochs * steps_per_epoch), 1)
         return steps if stop.max_steps is None else min(steps, stop.max_steps)
 
-    def run_to_end(self, report: Report | None) -> Progress:
+    def run_to_end(self, progress: Progress = silent) -> RunState:
         """Take the remaining steps; leaves the best weights in the model."""
         stop = self.config.stop
         losses: dict[str, Tensor] = {}
-        if isinstance(self.model, GradientBoosting) and not self.progress.finished:
-            self.grow(self.model, report)
-        while not self.progress.finished and self.progress.step < self.steps:
+        if isinstance(self.model, GradientBoosting) and not self.state.finished:
+            self.grow(self.model, progress)
+        while not self.state.finished and self.state.step < self.steps:
             losses = self.step()
-            done = self.progress.step
+            done = self.state.step
             if done % stop.validate_every == 0 or done == self.steps:
                 self.validate(losses)
             if done % stop.checkpoint_every == 0:
                 self.save()
-            if report is not None:
-                report(done, self.steps, f"{self.config.name} loss {float(losses['total']):.4f}")
-            if self.progress.without_gain >= stop.patience:
+            progress(done, self.steps, f"{self.config.name} loss {float(losses['total']):.4f}")
+            if self.state.without_gain >= stop.patience:
                 break
-        if not self.progress.finished:
-            if not self.progress.curve:
+        if not self.state.finished:
+            if not self.state.curve:
                 self.validate(losses)
-            self.progress = dataclasses.replace(self.progress, finished=True)
+            self.state = dataclasses.replace(self.state, finished=True)
             self.save()
         self.module.load_state_dict(self.best)
         self.module.eval()
-        return self.progress
+        return self.state
 
-    def grow(self, model: GradientBoosting, report: Report | None) -> None:
+    def grow(self, model: GradientBoosting, progress: Progress) -> None:
         """Grow trees from the batches that a model with gradients would take its steps on."""
         started, config = time.perf_counter(), self.config
         batches = TrainingBatches(self.prepared, config.batches, "requests", model.window, config.seed)
@@ -241,14 +239,14 @@ class Loop:
         steps = range(self.budget(len(batches)))
         seen = ((batches.batch(step), sizes[batches.chosen(step)]) for step in steps)
         recent = boost.recent_counts(batches.requests, len(model.items), model.config.recent_days)
-        boost.grow(model, seen, recent, config.seed, report)
-        self.progress = dataclasses.replace(self.progress, seconds=time.perf_counter() - started)
+        boost.grow(model, seen, recent, config.seed, progress)
+        self.state = dataclasses.replace(self.state, seconds=time.perf_counter() - started)
 
     def step(self) -> dict[str, Tensor]:
         """Take one step and give the parts of its loss."""
         assert self.batches is not None
         started = time.perf_counter()
-        step = self.progress.step
+        step = self.state.step
         batch = self.batches.batch(step, self.team.rank, self.team.size).to(self.device)
         self.module.train()
         draws = torch.Generator(self.device).manual_seed(derive(self.config.seed, step, "loss"))
@@ -262,13 +260,13 @@ class Loop:
         loss.total.backward()  # type: ignore[no-untyped-call]
         self.team.average(self.module, batch.weight.sum() if loss.counted is None else loss.counted)
         norm = update(self.optimisers, self.config.optimiser)
-        seconds = self.progress.seconds + time.perf_counter() - started
-        self.progress = dataclasses.replace(self.progress, step=step + 1, seconds=seconds)
+        seconds = self.state.seconds + time.perf_counter() - started
+        self.state = dataclasses.replace(self.state, step=step + 1, seconds=seconds)
         return {"total": loss.total.detach(), "gradient_norm": norm, **loss.parts}
 
     def validate(self, losses: dict[str, Tensor]) -> None:
         """Measure on the validation requests; keep the weights if they are the best so far."""
-        stop, progress = self.config.stop, self.progress
+        stop = self.config.stop
         self.module.eval()
         found: list[dict[str, float]] = self.team.agree(self._measure() if self.team.rank == 0 else None)
         if stop.metric not in found[0]:
@@ -286,17 +284,10 @@ class Loop:
             )
         values |= {f"train/{key}": float(part) for key, part in losses.items()}
         if self.run is not None:
-            self.run.metrics(values, progress.step)
-        gained = value > progress.best_value
-        if gained:
+            self.run.metrics(values, self.state.step)
+        self.state = self.state.after(value, values)
+        if self.state.gained:
             self.best = _copy(self.module)
-        self.progress = dataclasses.replace(
-            progress,
-            best_step=progress.step if gained else progress.best_step,
-            best_value=max(value, progress.best_value),
-            without_gain=0 if gained else progress.without_gain + 1,
-            curve=[*progress.curve, {"step": progress.step, **values}],
-        )
 
     def _measure(self) -> list[dict[str, float]]:
         """Return the validation metrics: one set per sampler, or the one of the protocol."""
@@ -310,7 +301,7 @@ class Loop:
         if self.team.rank:
             return
         states = [optimiser.state_dict()["state"] for optimiser in self.optimisers]
-        Checkpoint(self.inputs, self.progress, _copy(self.module), self.best, states).save(self.path)
+        Checkpoint(self.inputs, self.state, _copy(self.module), self.best, states).save(self.path)
 
 
 def _module(model: AnyRanker) -> nn.Module:
@@ -323,20 +314,20 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _summary(loop: Loop) -> TrainingSummary:
-    config, progress = loop.config, loop.progress
+    config, state = loop.config, loop.state
     rows = config.batches.rows
-    seconds = progress.seconds
-    per_second = progress.step * rows / seconds if seconds else 0.0
+    seconds = state.seconds
+    per_second = state.step * rows / seconds if seconds else 0.0
     return TrainingSummary(
         model=config.name,
         seconds=seconds,
-        steps=progress.step,
-        best_step=progress.best_step,
+        steps=state.step,
+        best_step=state.best_step,
         samples_per_second=per_second,
         seconds_per_epoch=loop.batches.rows_per_epoch / per_second if loop.batches and per_second else 0.0,
         parameters=sum(p.numel() for p in loop.module.parameters()),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         device=str(loop.device),
         config=config.table(),
-        curve=progress.curve,
+        curve=state.curve,
     )

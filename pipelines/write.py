@@ -1,6 +1,6 @@
 """The last step of preparing and of appending alike: from what a log holds to the files of a prepared set."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,9 @@ from recsys.config import parse
 from recsys.errors import DataError
 from recsys.files import write_json
 from recsys.history import Histories
+from recsys.progress import Progress
 
 _OFFSETS, _TARGET, _WEIGHT = "transition_offsets", "transition_target", "transition_weight"
-
-Progress = Callable[[str, int, int], None]
-"""(step, done, total)"""
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,14 @@ def rule_of(config: PrepareConfig) -> Rule:
     return Rule(config.positive, config.min_value)
 
 
-def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, report: Progress) -> dict[str, Any]:
+def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, progress: Progress) -> dict[str, Any]:
     """Write all but the histories and the training requests, which are there; give the manifest without its digest."""
     cuts = splits.cuts(config.split, log.newest)
     hashes = names.people[catalogue.USER_HASH].to_numpy()
     values = catalogue.vocabulary(names.items, [*names.categorical, *names.multi])
     table = catalogue.item_table(names.items, values, names.numeric, torch.from_numpy(log.tally.count))
     transitions = _write_tables(out, names, values, table, log.transitions)
-    kept = _write_evaluated(out, log, names, table, config, report)
+    kept = _write_evaluated(out, log, names, table, config, progress)
     shown: dict[Split, dict[str, int]] = {}
     if log.shown is not None:
         shown = write_shown(
@@ -220,7 +218,7 @@ def _write_items(path: Path, table: ItemTable, edges: EdgeRuns) -> int:
 
 
 def _write_evaluated(
-    out: Path, log: Log, names: Names, table: ItemTable, config: PrepareConfig, report: Progress
+    out: Path, log: Log, names: Names, table: ItemTable, config: PrepareConfig, progress: Progress
 ) -> dict[str, tuple[int, int]]:
     """Write the validation and test requests, and the fixed candidates of each by sampler; see `write_evaluated`."""
     (out / "candidates").mkdir()
@@ -236,5 +234,5 @@ def _write_evaluated(
     for done, (split, found) in enumerate(log.evaluated.items()):
         requests = chosen(found, hashes, config.max_eval_requests, config.seed)
         kept[split] = write_evaluated(requests, out, split, draw)
-        report("candidates", done + 1, len(log.evaluated))
+        progress(done + 1, len(log.evaluated), "candidates")
     return kept

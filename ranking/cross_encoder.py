@@ -22,7 +22,8 @@ from ranking.text_backbone import (
     in_passes,
     load_transformer,
 )
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
+from recsys.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ class CrossEncoder(TextModel):
             vectors = [torch.from_numpy(one[:, 0]).to(device_of(self)) for one in lists]
             return [self.head(one).squeeze(-1).cpu().numpy() for one in vectors]
 
-    def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [n], higher is better."""
-        return self.rerank_many([query], [passages], report)[0]
+        return self.rerank_many([query], [passages], progress)[0]
 
     def rerank_many(
-        self, queries: Sequence[str], lists: Sequence[Sequence[str]], report: Report | None = None
+        self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
     ) -> list[Vectors]:
         """Rerank one list per query, all pairs batched by length."""
         rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        scores = in_passes(rows, self.tokenizer.pad, device_of(self), self, report, self.config.tokens_per_pass)
+        scores = in_passes(rows, self.tokenizer.pad, device_of(self), self, progress, self.config.tokens_per_pass)
         ends = np.cumsum([len(one) for one in lists])[:-1]
         return np.split(scores, ends) if len(lists) else []

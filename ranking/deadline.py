@@ -27,7 +27,7 @@ class Deadline:
         """Seconds left, below 0 once it is past."""
         return self._end - self._clock()
 
-    def check(self, done: int = 0, total: int = 0) -> None:
-        """Raise `OutOfTimeError` if it is past; takes what a `ranking.text_models.Report` takes."""
+    def check(self, done: int = 0, total: int = 0, words: str = "") -> None:
+        """Raise `OutOfTimeError` if it is past; a `recsys.progress.Progress`."""
         if self.left <= 0:
             raise OutOfTimeError(f"{done} of {total} done when the time was up")

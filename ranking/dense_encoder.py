@@ -21,11 +21,12 @@ from ranking.text_backbone import (
     load_transformer,
     locate,
 )
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
 from ranking.text_pooling import pool
 from ranking.windows import Windows, windows_of
 from recsys.errors import ConfigError
 from recsys.files import read_json
+from recsys.progress import Progress, silent
 
 Pool = Literal["cls", "mean"]
 
@@ -76,13 +77,13 @@ class DenseEncoder(TextModel):
         hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state  # [N, L, d]
         return F.normalize(pool(hidden, mask, self.config.pool), dim=-1)
 
-    def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_queries(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [N, D] in input order."""
-        return self._encode(self.config.query_prefix, texts, self.config.max_query_len, report)
+        return self._encode(self.config.query_prefix, texts, self.config.max_query_len, progress)
 
-    def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_passages(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [N, D] in input order."""
-        return self._encode(self.config.passage_prefix, texts, self.config.max_passage_len, report)
+        return self._encode(self.config.passage_prefix, texts, self.config.max_passage_len, progress)
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [N]: of which passages only the beginning is read."""
@@ -94,9 +95,9 @@ class DenseEncoder(TextModel):
         taken = len(self.tokenizer.pieces([prefix])[0]) if prefix else 0
         return windows_of(texts, self.tokenizer, self.tokenizer.room(self.config.max_passage_len) - taken)
 
-    def _encode(self, prefix: str, texts: Sequence[str], max_len: int, report: Report | None) -> Vectors:
+    def _encode(self, prefix: str, texts: Sequence[str], max_len: int, progress: Progress) -> Vectors:
         rows = self.tokenizer.encode(_prefixed(prefix, texts), max_len)
-        return in_passes(rows, self.tokenizer.pad, device_of(self), self, report).reshape(len(texts), self.dim)
+        return in_passes(rows, self.tokenizer.pad, device_of(self), self, progress).reshape(len(texts), self.dim)
 
 
 def _prefixed(prefix: str, texts: Sequence[str]) -> list[str]:

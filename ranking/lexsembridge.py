@@ -36,10 +36,11 @@ from ranking.text_backbone import (
     load_transformer,
     padded,
 )
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
 from ranking.text_pooling import max_pooled, pool
 from ranking.windows import Windows, windows_of
 from recsys.errors import ConfigError
+from recsys.progress import Progress, silent
 
 Kind = Literal["slr", "llr", "clr", "c_only", "linear_map", "off"]
 EXCLUDED = ("[CLS]", "[PAD]", "[UNK]")
@@ -244,13 +245,13 @@ class LexSemBridge(TextModel):
         hidden, raw = self.states(ids, mask)
         return self.lexicon(F.normalize(raw, dim=-1), ids, mask, hidden, raw, self.contextual(ids, mask))  # type: ignore[no-any-return]
 
-    def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_queries(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [N, D], enhanced unless `fusion_at_test` is off."""
-        return self._encode(texts, self.config.max_query_len, self.config.fusion_at_test, report)
+        return self._encode(texts, self.config.max_query_len, self.config.fusion_at_test, progress)
 
-    def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_passages(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [N, D], plain unless `fusion_passages`."""
-        return self._encode(texts, self.config.max_passage_len, self.config.fusion_passages, report)
+        return self._encode(texts, self.config.max_passage_len, self.config.fusion_passages, progress)
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Return bool [N]: of which passages only the beginning is read."""
@@ -300,7 +301,7 @@ class LexSemBridge(TextModel):
         lexical = build_transformer(about["lexical"], "mlm").requires_grad_(False) if "lexical" in about else None
         return cls(config, build_transformer(about["architecture"], "mlm" if own else "none"), tokenizer, lexical)
 
-    def _encode(self, texts: Sequence[str], max_len: int, fused: bool, report: Report | None) -> Vectors:
+    def _encode(self, texts: Sequence[str], max_len: int, fused: bool, progress: Progress) -> Vectors:
         rows = self.tokenizer.encode(texts, max_len)
         forward = self.forward if fused else self.plain
-        return in_passes(rows, self.tokenizer.pad, device_of(self), forward, report).reshape(len(texts), self.dim)
+        return in_passes(rows, self.tokenizer.pad, device_of(self), forward, progress).reshape(len(texts), self.dim)

@@ -38,8 +38,9 @@ from ranking.text_backbone import (
     in_passes,
     load_transformer,
 )
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
 from recsys.errors import ConfigError
+from recsys.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,13 @@ class Mvp(TextModel):
         hidden: Tensor = body(input_ids=ids, attention_mask=mask).last_hidden_state  # [P, L, d]
         return hidden[:, : len(views)]
 
-    def encode_pairs(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_pairs(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return relevance vectors float32 [n, m, d], which depend on one pair each and may be cached."""
-        return self._encode_rows(self.rows(query, passages), report)
+        return self._encode_rows(self.rows(query, passages), progress)
 
-    def _encode_rows(self, rows: Sequence[Sequence[int]], report: Report | None) -> Vectors:
+    def _encode_rows(self, rows: Sequence[Sequence[int]], progress: Progress) -> Vectors:
         device, tokens = device_of(self), self.config.tokens_per_pass
-        vectors = in_passes(rows, self.tokenizer.pad, device, self.encode, report, tokens)
+        vectors = in_passes(rows, self.tokenizer.pad, device, self.encode, progress, tokens)
         return vectors.reshape(len(rows), self.config.views, self.width)
 
     # From relevance vectors to scores.
@@ -233,16 +234,16 @@ class Mvp(TextModel):
             out[place] = row[: len(lists[place])].copy()
         return out
 
-    def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [n], higher is better."""
-        return self.rerank_many([query], [passages], report)[0]
+        return self.rerank_many([query], [passages], progress)[0]
 
     def rerank_many(
-        self, queries: Sequence[str], lists: Sequence[Sequence[str]], report: Report | None = None
+        self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
     ) -> list[Vectors]:
         """Rerank one list per query; the pairs of all lists are encoded together, batched by length."""
         rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        vectors = self._encode_rows(rows, report)
+        vectors = self._encode_rows(rows, progress)
         ends = np.cumsum([len(one) for one in lists])[:-1]
         return self.rank_vectors(np.split(vectors, ends)) if len(lists) else []
 

@@ -42,8 +42,9 @@ from ranking.text_backbone import (
     padded,
     passes,
 )
-from ranking.text_models import Report, Vectors
+from ranking.text_models import Vectors
 from recsys.errors import ConfigError
+from recsys.progress import Progress, silent
 
 READINGS = 4
 WINDOW, STRIDE, OPENING = 32, 8, 24
@@ -141,7 +142,7 @@ class MvpApart(TextModel):
 
     # From texts to the vectors of pairs.
 
-    def states(self, texts: Sequence[str], max_len: int, report: Report | None = None) -> list[States]:
+    def states(self, texts: Sequence[str], max_len: int, progress: Progress = silent) -> list[States]:
         """Read texts, batched by length, in input order; gradients flow where they are on."""
         rows = self.tokenizer.encode(texts, max_len)
         found: dict[int, States] = {}
@@ -152,8 +153,7 @@ class MvpApart(TextModel):
             for place, one, own in zip(chosen.tolist(), hidden, ids, strict=True):
                 length = len(rows[place])
                 found[place] = States(one[:length], own[:length])
-            if report is not None:
-                report(len(found), len(rows))
+            progress(len(found), len(rows))
         return [found[place] for place in range(len(rows))]
 
     def read(self, query: States, passages: Sequence[States]) -> Tensor:
@@ -237,17 +237,17 @@ class MvpApart(TextModel):
                 out.append(scores[0].cpu().numpy())
         return out
 
-    def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [n], higher is better."""
-        return self.rerank_many([query], [passages], report)[0]
+        return self.rerank_many([query], [passages], progress)[0]
 
     def rerank_many(
-        self, queries: Sequence[str], lists: Sequence[Sequence[str]], report: Report | None = None
+        self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
     ) -> list[Vectors]:
         """Rerank one list per query; the passages of all lists are read together, batched by length, each text once."""
         held = list(dict.fromkeys(text for passages in lists for text in passages))
         with torch.inference_mode():
-            of_passage = dict(zip(held, self.states(held, self.config.max_len, report), strict=True))
+            of_passage = dict(zip(held, self.states(held, self.config.max_len, progress), strict=True))
             of_query = self.states(queries, self.config.max_query_len)
             found = [
                 self.read(query, [of_passage[text] for text in passages]).cpu().numpy()

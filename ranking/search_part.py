@@ -32,7 +32,6 @@ from ranking.text_models import (
     CONFIG,
     TOKENIZER,
     WEIGHTS,
-    Report,
     TextEncoder,
     TextReranker,
     load_encoder,
@@ -41,6 +40,7 @@ from ranking.text_models import (
 )
 from ranking.windows import beside_beginning, by_passage
 from recsys.errors import BundleError
+from recsys.progress import Progress, silent
 
 TEXT = "text"
 TOKENS_PER_PASS = 512
@@ -116,7 +116,7 @@ class SearchContents:
         vectors: float32 [W, D] of the passages' windows (`ranking.windows`), if somebody has encoded them already.
         windows: int32 [W] the passage of each; None where every passage has one.
         index: how vectors are indexed.
-        report: told (encoded, in all).
+        progress: told (encoded, in all).
     """
 
     passages: Passages
@@ -126,7 +126,7 @@ class SearchContents:
     vectors: NDArray[np.float32] | None = None
     windows: NDArray[np.int32] | None = None
     index: IndexConfig | None = None
-    report: Report | None = None
+    progress: Progress = silent
 
 
 def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
@@ -146,7 +146,7 @@ def write_search_part(directory: Path, contents: SearchContents) -> TextEntry:
         if vectors is None:
             windows = encoder.windows(list(passages.texts))
             owner = windows.passage
-            vectors = beside_beginning(encoder.encode_passages(windows.texts, contents.report), owner)
+            vectors = beside_beginning(encoder.encode_passages(windows.texts, contents.progress), owner)
         rows = np.arange(len(vectors), dtype=np.int64) + SHIFT
         if owner is not None and len(owner) > len(passages):
             save_file({"passage": torch.from_numpy(owner)}, place / WINDOWS)

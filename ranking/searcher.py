@@ -27,6 +27,7 @@ from ranking.searched import Reranked, SearchConfig, Searched
 from ranking.text_backbone import TextTokenizer
 from ranking.trace import Clock
 from recsys.errors import RequestError
+from recsys.progress import silent
 from recsys.search_messages import Mode
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Searcher:
             )
         try:
             passages, cut = shortened(part.tokenizer, documents, max_tokens, deadline)
-            check = None if deadline is None else deadline.check
+            check = silent if deadline is None else deadline.check
             if deadline is not None:
                 deadline.check(0, len(documents))
             if part.reranker is not None:
@@ -217,7 +218,7 @@ class Searcher:
             if deadline is not None:
                 deadline.check(0, len(texts))
             texts, cut = readable(self.part, texts, deadline)
-            scores = reranker.rerank(query, texts, None if deadline is None else deadline.check)
+            scores = reranker.rerank(query, texts, silent if deadline is None else deadline.check)
         except OutOfTimeError:
             degraded.append("rerank")
             return found

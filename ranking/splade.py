@@ -18,8 +18,8 @@ from torch import nn
 from ranking.fusion import Ranking, best
 from ranking.products import fast_linear
 from ranking.text_backbone import TextTokenizer, device_of, digest_of, load_transformer, padded, passes
-from ranking.text_models import Report
 from ranking.text_pooling import max_pooled
+from recsys.progress import Progress, silent
 
 TOKENS = 1024
 """Most tokens of a pass: each of them makes a row of V logits."""
@@ -43,7 +43,7 @@ class Splade:
         """Digest of what decides the weights of a text."""
         return digest_of(self.model, self.max_len, self.tokenizer, self.model)
 
-    def encode(self, texts: Sequence[str], report: Report | None = None) -> Any:
+    def encode(self, texts: Sequence[str], progress: Progress = silent) -> Any:
         """Return a float32 scipy CSR matrix [N, V]."""
         rows = self.tokenizer.encode(texts, self.max_len)
         width = len(self.tokenizer)
@@ -55,8 +55,7 @@ class Splade:
             parts.append(sparse.csr_matrix(weights.cpu().numpy()))
             order.append(chosen)
             done += len(chosen)
-            if report is not None:
-                report(done, len(rows))
+            progress(done, len(rows))
         if not parts:
             return sparse.csr_matrix((0, width), dtype=np.float32)
         return sparse.vstack(parts).tocsr()[np.argsort(np.concatenate(order))]

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ranking.products import fast_linear
-from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Report, Vectors, read_config
+from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Vectors, read_config
 from recsys.config import parse
 from recsys.errors import ConfigError, DataError
 from recsys.files import sha256_file, whole_directory, write_json
+from recsys.progress import Progress, silent
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -249,7 +250,7 @@ def in_passes(
     pad: int,
     device: torch.device,
     forward: Callable[[Tensor, Tensor], Tensor],
-    report: Report | None = None,
+    progress: Progress = silent,
     tokens: int = TOKENS_PER_PASS,
 ) -> Vectors:
     """Run `forward(ids, mask) -> [n, ...]` over rows of tokens batched by length; gives float32 in input order."""
@@ -263,8 +264,7 @@ def in_passes(
             out = np.empty((len(rows), *part.shape[1:]), np.float32)
         out[chosen] = part
         done += len(chosen)
-        if report is not None:
-            report(done, len(rows))
+        progress(done, len(rows))
     return np.empty((0,), np.float32) if out is None else out
 
 

@@ -8,7 +8,7 @@ no model library.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from recsys.errors import DataError
 from recsys.files import read_json
+from recsys.progress import Progress, silent
 
 if TYPE_CHECKING:
     from ranking.windows import Windows
 
 Vectors = NDArray[np.float32]
-Report = Callable[[int, int], None]
-"""Called after each forward pass as (texts done, texts in all): for progress bars, and to stop by raising."""
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 FORMAT = 1
@@ -42,11 +41,11 @@ class TextEncoder(Protocol):
         """Hexadecimal digest of weights and options: equal digests encode alike, so caches are keyed by it."""
         ...
 
-    def encode_queries(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_queries(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
         ...
 
-    def encode_passages(self, texts: Sequence[str], report: Report | None = None) -> Vectors:
+    def encode_passages(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [N, D], rows of length 1, in the order of the input; empty strings are legal."""
         ...
 
@@ -71,15 +70,15 @@ class TextReranker(Protocol):
         """Hexadecimal digest of weights and options."""
         ...
 
-    def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> Vectors:
+    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return float32 [n], higher is better, in the order of the passages; an empty list gives an empty array.
 
-        `report` is called after every micro-batch of pairs; an exception it raises ends the work there.
+        `progress` is called after every micro-batch of pairs; an exception it raises ends the work there.
         """
         ...
 
     def rerank_many(
-        self, queries: Sequence[str], lists: Sequence[Sequence[str]], report: Report | None = None
+        self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
     ) -> list[Vectors]:
         """Rerank one list per query, of any lengths; equals `rerank` one by one."""
         ...

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from recsys.progress import Progress
 
 
 class Terminal:
@@ -22,18 +24,19 @@ class Terminal:
         self.console.print(sentence, markup=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Open a progress bar; what it gives is called as (done, total, words)."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    def bar(self, title: str) -> Iterator[Progress]:
+        """Open a progress bar."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
 
         columns = ("  ", BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
+        with Bar(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(title, total=None)
 
-            def report(done: int, total: int, words: str) -> None:
-                progress.update(task, completed=done, total=total, description=words or title)
+            def progress(done: int, total: int, words: str = "") -> None:
+                bar.update(task, completed=done, total=total, description=words or title)
 
-            yield report
+            yield progress
 
 
 def print_result(value: Any, as_json: bool) -> None:

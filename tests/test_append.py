@@ -26,13 +26,13 @@ from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, Requests, contents
 from pipelines.quickstart import Job, QuickstartConfig
 from pipelines.splits import SplitConfig
-from pipelines.train import Report
 from pipelines.transitions import pair_words
 from pipelines.waiting import Users, Waiting
 from pipelines.workspace import Workspace
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
 from recsys.history import DAY
+from recsys.progress import Progress, silent
 
 configs = st.builds(
     PrepareConfig,
@@ -291,8 +291,8 @@ class Quiet:
         self.said.append(sentence)
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[Report]:
-        yield lambda *_: None
+    def bar(self, title: str) -> Iterator[Progress]:
+        yield silent
 
 
 def test_the_quickstart_goes_on_with_the_grown_set_and_never_drops_a_later_part(tmp_path: Path) -> None:

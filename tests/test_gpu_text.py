@@ -145,10 +145,10 @@ def test_a_run_learns_goes_on_after_a_kill_and_is_loaded_on_the_cpu(
 
     def watched(self):
         assert device_of(self.task.model).type == device
-        if self.progress.step in dies:
+        if self.state.step in dies:
             raise KeyboardInterrupt
         found = step(self)
-        if self.progress.step in (1, STEPS):
+        if self.state.step in (1, STEPS):
             self.task.model.eval()
             with torch.no_grad():
                 losses.append(float(self.task.loss(0)[0]))
@@ -162,7 +162,7 @@ def test_a_run_learns_goes_on_after_a_kill_and_is_loaded_on_the_cpu(
         learn(name, how, device, folder, directory, mlflow_uri)
     dies.clear()
     resumed = learn(name, how, device, folder, directory, mlflow_uri)
-    first, second = ([point.get("train/loss", 0.0) for point in run.progress.curve] for run in (whole, resumed))
+    first, second = ([point.get("train/loss", 0.0) for point in run.state.curve] for run in (whole, resumed))
     assert second == (first if device == "cpu" else pytest.approx(first, rel=5e-2))  # sums of a GPU differ a little
     assert learn(name, how, device, folder, directory, mlflow_uri).run_id == resumed.run_id
 

@@ -23,6 +23,7 @@ from ranking.bundle import Bundle, write_bundle
 from ranking.searcher import Searcher
 from recsys.errors import StoreError
 from recsys.messages import MAX_QUERY
+from recsys.progress import silent
 from recsys.search_messages import MAX_DOCUMENTS
 from serving.settings import ServeConfig, load_into, open_service
 
@@ -285,10 +286,10 @@ class Held(WordCount):
         self.entered = threading.Semaphore(0)
         self.go = threading.Event()
 
-    def rerank(self, query, passages, report=None):
+    def rerank(self, query, passages, progress=silent):
         self.entered.release()
         assert self.go.wait(WAIT)
-        return super().rerank(query, passages, report)
+        return super().rerank(query, passages, progress)
 
 
 def test_no_request_without_text_waits_for_a_text_model(opened):

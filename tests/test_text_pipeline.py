@@ -529,7 +529,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, m
     step = TextLoop.step
 
     def dies(self):
-        if self.progress.step == 3:
+        if self.state.step == 3:
             raise KeyboardInterrupt
         return step(self)
 
@@ -538,7 +538,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, m
         run(name, folder, tmp_path / "killed", mlflow_uri, encoder, *changes)
     monkeypatch.setattr(TextLoop, "step", step)
     resumed = run(name, folder, tmp_path / "killed", mlflow_uri, encoder, *changes)
-    assert resumed.progress.curve == whole.progress.curve
+    assert resumed.state.curve == whole.state.curve
     first, second = ((one.model / "model.safetensors").read_bytes() for one in (whole, resumed))
     assert first == second
     again = run(name, folder, tmp_path / "killed", mlflow_uri, encoder, *changes)
@@ -643,7 +643,7 @@ def test_enhanced_passages_are_trained_in_full(folder, tmp_path, mlflow_uri, enc
     sets = ["model.fusion_passages=true", "stop.steps=1"]
     with pytest.raises(ConfigError, match=r"fusion_passages = true with train = 'fusion'"):
         run("lexsembridge", folder, tmp_path / "run", mlflow_uri, encoder, *sets)
-    assert run("lexsembridge", folder, tmp_path / "run", mlflow_uri, encoder, *sets, "train=full").progress.step == 1
+    assert run("lexsembridge", folder, tmp_path / "run", mlflow_uri, encoder, *sets, "train=full").state.step == 1
 
 
 def test_evaluation_sets_every_model_beside_its_first_stage(folder, tmp_path, mlflow_uri, encoder):
@@ -710,7 +710,7 @@ def test_runs_are_judged_by_test_on_any_corpus_and_told_what_they_learned_from(
     monkeypatch.setattr(DenseEncoder, "of", lambda *_: encoder)
     place, said = Workspace(tmp_path / "place"), []
     made = run("cross_encoder", folder, place.run("mine"), mlflow_uri, encoder, "corpus.keyword=false")
-    assert made.progress.step > 0
+    assert made.state.step > 0
 
     def judged(**more) -> dict:
         page = evaluate_runs(["mine"], place, mlflow_uri, say=said.append, **more)

@@ -120,7 +120,7 @@ def test_a_finished_run_is_read_back_without_training(prepared, mlflow_uri, tmp_
 def test_a_run_of_a_version_that_built_the_model_otherwise_is_refused_in_words(prepared, tmp_path):
     found = config("dare")
     loop = Loop(found, prepared, tmp_path, "inputs", None)
-    loop.progress = replace(loop.progress, finished=True)
+    loop.state = replace(loop.state, finished=True)
     loop.best["head.norm.weight"] = loop.best["head.norm.weight"][:-2]
     loop.save()
     table = found.table()
@@ -156,7 +156,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(prepare
     with pytest.raises(TrainingError, match="loss is nan at step 4"):
         train(config("dare"), prepared, tmp_path, mlflow_uri)
     saved = Checkpoint.load(tmp_path / "checkpoint.safetensors", 2)
-    assert saved.progress.step == 3
+    assert saved.state.step == 3
     assert all(torch.isfinite(tensor).all() for tensor in saved.weights.values())
 
 
@@ -315,7 +315,7 @@ def test_a_log_of_one_item_is_refused_in_words(tmp_path):
     split = SplitConfig(kind="last_request")
     tea = prepare(tmp_path / "log", tmp_path / "tea", PrepareConfig(split=split, workers=1, negatives=1))
     with pytest.raises(DataError, match=r"tea: gauc is not defined on its validation requests"):
-        Loop(config("popularity"), tea, tmp_path, "inputs", None).run_to_end(None)
+        Loop(config("popularity"), tea, tmp_path, "inputs", None).run_to_end()
 
 
 def test_a_set_without_validation_requests_is_refused_in_words(log, mlflow_uri, tmp_path):

@@ -24,8 +24,9 @@ from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfi
 from ranking.search_part import SearchContents
 from ranking.snapshot import write_snapshot
 from ranking.text_backbone import TextTokenizer, build_transformer
-from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Report
+from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS
 from recsys.files import read_json, write_json
+from recsys.progress import Progress, silent
 from worlds import make_world
 
 COLOURS = ["red", "green", "blue", "black", "white"]
@@ -72,18 +73,17 @@ class WordCount:
     scored: int = 0
     digest: str = "words"
 
-    def rerank(self, query: str, passages: Sequence[str], report: Report | None = None) -> np.ndarray:
+    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> np.ndarray:
         wanted, scores = set(query.lower().split()), []
         for done, passage in enumerate(passages, 1):
             time.sleep(self.seconds)
             self.scored += 1
             scores.append(sum(word in wanted for word in passage.lower().split()[: self.reads]))
-            if report is not None:
-                report(done, len(passages))
+            progress(done, len(passages))
         return np.array(scores, np.float32)
 
-    def rerank_many(self, queries, lists, report: Report | None = None) -> list[np.ndarray]:
-        return [self.rerank(query, passages, report) for query, passages in zip(queries, lists, strict=True)]
+    def rerank_many(self, queries, lists, progress: Progress = silent) -> list[np.ndarray]:
+        return [self.rerank(query, passages, progress) for query, passages in zip(queries, lists, strict=True)]
 
     def truncated(self, query: str, passages: Sequence[str]) -> np.ndarray:
         return np.array([len(passage.split()) > self.reads for passage in passages], bool)

@@ -51,11 +51,9 @@ def recommend(
     with Terminal().bar("recommend") as bar:
         if workers == 1:
             bundle = Bundle.load(place.bundle)
-            count = recommend_users(bundle, snapshot, ids, asked, out, lambda done, n: bar(done, n, ""))
+            count = recommend_users(bundle, snapshot, ids, asked, out, bar)
         else:
-            count = recommend_on_workers(
-                place.bundle, place.snapshot, ids, asked, out, workers, lambda done, n: bar(done, n, "")
-            )
+            count = recommend_on_workers(place.bundle, place.snapshot, ids, asked, out, workers, bar)
     known = Remembered(snapshot, hidden)
     strangers = sum(known.read(user) is None for user in ids) if users else 0
     told = f", {strangers} of them without a history, served by popularity" if strangers else ""
@@ -87,7 +85,7 @@ def replay(
     chosen = Bundle.load(bundle or place.require(place.bundle, "publish"), golden=False)
     with Terminal().bar("replay") as bar:
         base = SnapshotReader(snapshot or place.snapshot)
-        found = replay.replay(log, chosen, base, config, limit, lambda done, n: bar(done, n, ""))
+        found = replay.replay(log, chosen, base, config, limit, bar)
     typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else found.text())
 
 

@@ -142,16 +142,12 @@ def prepare(
         raise ConfigError("--add goes on with the settings of the prepared set; expected no --set beside it")
     out = place.require(place.prepared.directory, "prepare") if add else place.prepared.directory
     with Terminal().bar("prepare") as bar:
-
-        def report(words: str, done: int, total: int) -> None:
-            bar(done, total, words)
-
         for part in add or ():
             inside = part / "log"  # of a workspace
             part = inside if inside.exists() and not (part / "events.parquet").exists() else part
-            prepared = add_part(part, place.parts, place.later_parts, out, report)
+            prepared = add_part(part, place.parts, place.later_parts, out, bar)
         if not add:
-            prepared = prepare.prepare(place.parts, out, options, report, _numbering(place))
+            prepared = prepare.prepare(place.parts, out, options, bar, _numbering(place))
     print_result(prepared.manifest | ({} if as_json else overview(prepared.manifest)), as_json)
     for line in warnings(prepared.manifest):
         Terminal().say(line)
@@ -175,7 +171,7 @@ def audit(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = 
     place.require(place.prepared.directory, "prepare")
     with Terminal().bar("audit") as bar:
         parts = place.parts if place.log.exists() else []
-        found = audit.audit(place.prepared, parts, lambda words, done, total: bar(done, total, words))
+        found = audit.audit(place.prepared, parts, bar)
     found.save(place.audit)
     typer.echo(json.dumps(found.table(), indent=2, sort_keys=True) if as_json else text(found))
     audit.refuse_failed(found)

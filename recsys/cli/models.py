@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from pipelines.evaluation import EvaluateConfig
     from pipelines.funnel import Funnel
     from pipelines.prepared import PreparedSet
-    from pipelines.train import Report, Trained
+    from pipelines.train import Trained
     from pipelines.workspace import Workspace
     from ranking.calibration import Calibration
     from ranking.ranker import AnyRanker
+    from recsys.progress import Progress
 
 
 def train(
@@ -128,7 +129,7 @@ def evaluate(
         _leave_one_out(models, place, options, as_json)
         return
     with Terminal().bar("evaluate") as bar:
-        evaluation = evaluate.evaluate(models, prepared, options, lambda words, done, total: bar(done, total, words))
+        evaluation = evaluate.evaluate(models, prepared, options, bar)
         funnel = _funnel(place, options, bar)
     summaries = {name: one.summary for name, one in trained.items()}
     evaluation.save(place.evaluation)
@@ -156,7 +157,7 @@ def _prepared(place: "Workspace") -> "PreparedSet":
     return place.prepared
 
 
-def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Report") -> "Funnel | None":
+def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Progress") -> "Funnel | None":
     """Measure the published bundle, if there is one of this data."""
     from pipelines.funnel import measure_funnel
     from pipelines.funnel_search import measure_search
@@ -172,8 +173,8 @@ def _funnel(place: "Workspace", options: "EvaluateConfig", bar: "Report") -> "Fu
     if bundle.ranking_model is None:
         return None
     asked = (place.prepared, options.split, options.funnel_requests, options.resamples, options.seed)
-    funnel = measure_funnel(bundle, *asked, lambda words, done, total: bar(done, total, words))
-    searches, searched = measure_search(bundle, *asked, lambda words, done, total: bar(done, total, words))
+    funnel = measure_funnel(bundle, *asked, bar)
+    searches, searched = measure_search(bundle, *asked, bar)
     return replace(funnel, searches=searches, searched=searched)
 
 
@@ -191,7 +192,7 @@ def _leave_one_out(
             options.resamples,
             options.level,
             options.seed,
-            lambda words, done, total: bar(done, total, words),
+            bar,
         )
     report.save(place.evaluation)
     typer.echo((place.evaluation / "leave_one_out.json").read_text() if as_json else report.markdown())
@@ -220,7 +221,7 @@ def compare(
     prepared = _prepared(place)
     options = parse(compare.CompareFile, read_toml(path, assignments or ()), str(path))
     with subjects(runs, place, mlflow or place.tracking_uri) as found, Terminal().bar("compare") as bar:
-        compared = compare.compare(found, prepared, options, lambda words, done, total: bar(done, total, words))
+        compared = compare.compare(found, prepared, options, bar)
     compared.save(place.comparison)
     write_page(compared, place.comparison)
     text = render_markdown(build_page(compared)).partition("## Exploratory")[0].replace("`", "")

@@ -39,9 +39,7 @@ def search_parts(
     order = text_publish.find_reranker(reranker, runs) if reranker else None
     model, mix = text_publish.find_encoder(encoder, runs), text_publish.mix_of(fusion)
     with Terminal().bar("encode passages") as bar:
-        contents = text_publish.search_contents(
-            passages, model, order, mix, place.text_vectors, lambda done, total: bar(done, total, "")
-        )
+        contents = text_publish.search_contents(passages, model, order, mix, place.text_vectors, bar)
     if corpus is None or model is None or fusion != text_publish.BY_QUERY:
         return contents
     learned = text_publish.split_learned_from(encoder, runs, corpus)

@@ -30,7 +30,7 @@ def train_text(
     directory = place.run(name or path.stem)
     with Terminal().bar(f"train {options.name}") as bar:
         trained = text_models.train(
-            options, place.log / ITEMS, directory, place.text_vectors, mlflow or place.tracking_uri, report=bar
+            options, place.log / ITEMS, directory, place.text_vectors, mlflow or place.tracking_uri, progress=bar
         )
     print_result(trained.table(), as_json)
 
@@ -49,7 +49,7 @@ def evaluate_text(
             corpus,
             split,
             Terminal().say,
-            lambda words, done, total: bar(done, total, words),
+            bar,
         )
     Terminal().say(f"Report: {report.resolve()}")
     if as_json:

@@ -83,7 +83,7 @@ def lexsembridge(place: Place, name: str, kind: str, seed: int, how: str = "fusi
         stages.passage_vectors if how in ("fusion", "among_all") else model.encode_passages(stages.corpus.passages)
     )
     settings = [one for one in sets if not one.startswith(("corpus.path", "corpus.also"))]
-    learning = {**run.table(), "curve": run.progress.curve, "settings": settings}
+    learning = {**run.table(), "curve": run.state.curve, "settings": settings}
     out: dict[str, Any] = {"train": learning, "tasks": {}, "per_query": {}}
     for task, queries in place.tasks(stages).items():
         dense = dense_search(model.encode_queries(queries.texts), passages, POOL)

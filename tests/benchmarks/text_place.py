@@ -76,7 +76,7 @@ def opened(place: Place, name: str, splade: bool) -> FirstStages:
     corpus = catalogue_corpus(place.items) if name == CATALOGUE else read_corpus(place.data / name)
     report = lambda done, total: print(f"  {name}: {done}/{total} passages", flush=True)  # noqa: E731
     sparse = Splade.of(device=place.device) if splade else None
-    return FirstStages(corpus, DenseEncoder.of().to(place.device), place.work / "cache", sparse, report=report)
+    return FirstStages(corpus, DenseEncoder.of().to(place.device), place.work / "cache", sparse, progress=report)
 
 
 def figures(ranking: Ranking, queries: Queries, corpus: str = "") -> dict[str, Any]:

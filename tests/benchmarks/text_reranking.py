@@ -232,9 +232,9 @@ def row_of(
             loop = TextLoop(task, nowhere, "study", config.optimiser, config.stop, config.seed)
             loop.run_to_end(lambda done, total, what: print(f"  {done}/{total} {what}", flush=True))
             assert not nowhere.exists(), "a fold left a checkpoint"
-            seconds += loop.progress.seconds
-            best_steps.append(loop.progress.best_step)
-            curves.append([round(point["valid/ndcg_at_10"], 5) for point in loop.progress.curve])
+            seconds += loop.state.seconds
+            best_steps.append(loop.state.best_step)
+            curves.append([round(point["valid/ndcg_at_10"], 5) for point in loop.state.curve])
             part = Pool(test.queries.only(judged), Ranking(test.ranking.rows[judged], test.ranking.scores[judged]))
             read = vectors or PairVectors.of(model, Path(kept))  # shuffles then cost no reading
             for places, rows in ranked.items():

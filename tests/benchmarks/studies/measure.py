@@ -26,7 +26,7 @@ from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet
 from pipelines.shipped import find_config
 from pipelines.tracking import git_commit
-from pipelines.train import Report, Trained, train
+from pipelines.train import Trained, train
 from pipelines.train_config import TrainConfig, load_config
 from pipelines.workspace import Workspace
 from ranking.ranker import AnyRanker
@@ -34,6 +34,7 @@ from recsys.bootstrap import Ratio
 from recsys.config import parse
 from recsys.files import sha256_json, whole_file, write_json
 from recsys.metrics import Ranking, auc, groups_of, ndcg, rank, recall
+from recsys.progress import Progress, silent
 
 FORMAT = 1
 PACKAGES = ("torch", "numpy", "polars", "lightgbm")
@@ -62,11 +63,11 @@ def run_of(cell: Cell, prepared: PreparedSet) -> str:
     return f"{cell.config}-{sha256_json({'config': config.table(), 'data': prepared.digest})[:12]}"
 
 
-def measure(cell: Cell, root: Path, results: Path, report: Report | None = None) -> dict[str, Any]:
+def measure(cell: Cell, root: Path, results: Path, progress: Progress = silent) -> dict[str, Any]:
     """Run a cell to its end, or go on where it was, and write its two files."""
     prepared = prepared_of(cell.dataset, root)
     place = Workspace(root / cell.dataset)
-    trained = train(config_of(cell), prepared, place.run(run_of(cell, prepared)), place.tracking_uri, report)
+    trained = train(config_of(cell), prepared, place.run(run_of(cell, prepared)), place.tracking_uri, progress)
     started = time.perf_counter()
     found, vectors = (
         _leave_one_out(trained.model, prepared) if _ranks_all(cell) else _candidates(cell, trained, prepared)
