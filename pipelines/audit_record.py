@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.findings import number, percent
 from pipelines.tables import Cell, Table
+from recsys.config import first_problem
 from recsys.errors import DataError
 from recsys.files import read_json, write_json
 from recsys.history import POSITIONS
@@ -161,8 +162,7 @@ class Audit:
         try:
             return TypeAdapter(Audit).validate_python(record)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise DataError(f"{path}: {first_problem(error)}") from None
 
 
 def last_audit(path: Path) -> Audit | None:

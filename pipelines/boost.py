@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.batches import TrainingBatches
 from pipelines.prepared import Requests
 from ranking.batch import Batch
 from ranking.embeddings import take
@@ -39,6 +40,15 @@ def recent_counts(requests: Requests, rows: int, days: float) -> Recent:
     since = int(requests.at.max() - days * DAY)
     kept = np.repeat(requests.at > since, np.diff(requests.offsets))
     return Recent(torch.from_numpy(np.bincount(requests.positive[kept], minlength=rows)), since)
+
+
+def grow_from(
+    model: GradientBoosting, batches: TrainingBatches, steps: int, seed: int, progress: Progress = silent
+) -> None:
+    """Grow the trees of a model in place from the batches that a model with gradients would take `steps` steps on."""
+    sizes = torch.from_numpy(np.diff(batches.requests.offsets))
+    seen = ((batches.batch(step), sizes[batches.chosen(step)]) for step in range(steps))
+    grow(model, seen, recent_counts(batches.requests, len(model.items), model.config.recent_days), seed, progress)
 
 
 def grow(

@@ -14,11 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recsys.errors import DataError
+from recsys.errors import DataError, RecsysError
 from recsys.files import whole_file
 
 OptimiserState = dict[int, dict[str, Any]]
 """parameter number -> name -> tensor or number"""
+
+
+class TrainingError(RecsysError):
+    """A run can't go on: its loss stopped being a number, or a worker failed."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipelines.evaluation import ColdScore, ColdStart, EvaluateConfig, defined
+from pipelines.evaluation import ColdScore, ColdStart, EvaluateConfig
 from pipelines.prepared import CandidateSets, PreparedSet
 from pipelines.scoring import Sample, choose, draw_requests, is_retriever, rank_all_items, score_sets
 from ranking.batch import FIRST_ITEM, rows_of
@@ -166,8 +166,8 @@ class _Task:
         users, user = np.unique(self.sample.requests.user, return_inverse=True)
         ratio = {"value": Ratio.of_groups(values, user, len(users))}
         estimate = bootstrap(ratio, len(users), self.config.resamples, self.config.seed)["value"]
-        low, high = estimate.interval(self.config.level)
-        return estimate.value, defined(low), defined(high)
+        _, low, high = estimate.told(self.config.level)
+        return estimate.value, low, high
 
 
 def _cold_requests(prepared: PreparedSet, config: EvaluateConfig, cold: NDArray[np.int32]) -> Sample:

@@ -13,7 +13,6 @@ from pipelines.findings import NAMES, listed, number, percent, signed
 from pipelines.plots import Point, Series
 from pipelines.tables import Cell, Table
 from pipelines.verdicts import Verdict
-from recsys.files import whole_file
 
 HEADER = ("Model", "against", "Verdict", "Difference", "Users it would take")
 MOST_PAIRS = 12
@@ -139,12 +138,8 @@ def sentence(verdict: Verdict, metric: str) -> str:
 def write_page(found: Compared, directory: Path) -> None:
     """Write `compare.html` and `compare.md`, each whole or not at all."""
     page = build_page(found)
-    for name, text in (
-        ("compare.html", pages.render("compare.html.j2", page=page)),
-        ("compare.md", render_markdown(page)),
-    ):
-        with whole_file(directory / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    texts = {"compare.html": pages.render("compare.html.j2", page=page), "compare.md": render_markdown(page)}
+    pages.write(directory, texts)
 
 
 def render_markdown(page: ComparePage) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import tracking
+from pipelines.checkpoint import TrainingError
 from pipelines.prepared import PreparedSet
 from pipelines.ray_session import ray_session
 from pipelines.team import Processes
-from pipelines.train import Loop, Trained, TrainingError, begin, build, finish, trained_run
+from pipelines.train import Loop, Trained, begin, build, finish, trained_run
 from pipelines.train_config import TrainConfig, config_of, suited
 from ranking.devices import pick_device
 from recsys.errors import ConfigError

@@ -36,6 +36,7 @@ from pipelines.calibration import Reliability
 from pipelines.prepared import IMPRESSIONS
 from pipelines.segments import SegmentsConfig
 from ranking.content_vectors import ContentQuality
+from recsys.config import first_problem
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, whole_directory, write_json
 
@@ -274,8 +275,12 @@ class TrainingSummary:
         try:
             return TypeAdapter(TrainingSummary).validate_python(dict(table))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise DataError(f"training summary: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise DataError(f"training summary: {first_problem(error)}") from None
+
+    def best(self, metric: str) -> float:
+        """Return a validation metric at the step whose weights were kept; NaN where it was not measured."""
+        kept = (entry for entry in self.curve if entry["step"] == self.best_step)
+        return next(kept, {}).get(f"valid/{metric}", math.nan)
 
 
 @dataclass(frozen=True)
@@ -361,8 +366,7 @@ class Evaluation:
         try:
             evaluation = TypeAdapter(Evaluation).validate_python(record)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise DataError(f"{path}: {first_problem(error)}") from None
         ordered = {name: evaluation.metrics[name] for name in models or sorted(evaluation.metrics)}
         return dataclasses.replace(evaluation, metrics=ordered)
 

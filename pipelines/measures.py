@@ -209,10 +209,8 @@ def named(config: EvaluateConfig, found: Mapping[str, Estimate], counts: Mapping
     """Return the flat names of `metrics.json`."""
     values: Metrics = {f"{config.split}/{name}": value for name, value in counts.items()}
     for name, estimate in found.items():
-        low, high = estimate.interval(config.level)
-        values[f"{config.split}/{name}"] = defined(estimate.value)
-        values[f"{config.split}/{name}.ci_low"] = defined(low)
-        values[f"{config.split}/{name}.ci_high"] = defined(high)
+        key = f"{config.split}/{name}"
+        values[key], values[f"{key}.ci_low"], values[f"{key}.ci_high"] = estimate.told(config.level)
     if sampler != ALL_ITEMS:
         for name in NOT_DEFINED:
             values.setdefault(f"{config.split}/{name}", None)

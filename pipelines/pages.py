@@ -1,9 +1,11 @@
 """How pages and tables are written: Jinja templates that share one style, and the same tables in Markdown."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.tables import Cell, Table
+from recsys.files import whole_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -28,6 +30,13 @@ def render(template: str, **values: Any) -> str:
     environment.filters["code"] = code
     environment.filters["svg"] = Markup  # our own drawing, not input
     return environment.get_template(template).render(**values)
+
+
+def write(directory: Path, texts: Mapping[str, str]) -> None:
+    """Write files into a directory, which is made if it is not there; each is written whole or not at all."""
+    for name, text in texts.items():
+        with whole_file(directory / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def markdown(table: Table) -> str:

@@ -242,9 +242,5 @@ class Job:
 
     def best_ranker(self) -> str:
         """Return the model with the best validation GAUC; the test period has no say in it."""
-        values = {}
-        for name in self.config.models:
-            summary = read_json(self.workspace.run(name) / "summary.json")
-            kept = next(entry for entry in summary["curve"] if entry["step"] == summary["best_step"])
-            values[name] = kept["valid/gauc"]
+        values = {name: summary.best("gauc") for name, summary in self._summaries().items()}
         return max(values, key=lambda name: values[name])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
+from scipy.stats import spearmanr
 
 from ranking.as_served import as_served, forgotten_users
 from ranking.availability import AVAILABILITY, AvailabilityFile
@@ -174,16 +175,10 @@ def difference(request_id: str, logged: Sequence[LoggedItem], given: Sequence[Re
     return Difference(
         request_id,
         overlap=len(both) / max(len(before), len(after)) if before or after else 1.0,
-        rank_correlation=_spearman(places) if len(both) > 1 else None,
+        rank_correlation=float(spearmanr(places).statistic) if len(both) > 1 else None,
         score_delta=max(deltas, default=None),
         identical=list(before.items()) == list(after.items()),
     )
-
-
-def _spearman(places: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    ranks = places.argsort(axis=0).argsort(axis=0)
-    n = len(ranks)
-    return 1.0 - 6.0 * float(((ranks[:, 0] - ranks[:, 1]) ** 2).sum()) / (n * (n * n - 1))
 
 
 def _asked(request: LoggedRequest, state: Path) -> RecommendRequest:

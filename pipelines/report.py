@@ -16,7 +16,6 @@ from pipelines.funnel import Funnel
 from pipelines.funnel import tables as funnel_tables
 from pipelines.plots import Curve, Point, Series
 from pipelines.tables import Table
-from recsys.files import whole_file
 
 OUTSIDE_GAUC = f"segment/{OUTSIDE}/{PRIMARY}"
 
@@ -116,9 +115,7 @@ def write_report(
         funnel: of the published bundle, if there is one.
     """
     page = build_page(evaluation, training, manifest, audit, funnel)
-    for name, text in (("report.html", render_html(page)), ("report.md", render_markdown(page))):
-        with whole_file(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    pages.write(out, {"report.html": render_html(page), "report.md": render_markdown(page)})
 
 
 def build_page(

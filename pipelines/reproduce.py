@@ -4,13 +4,13 @@ The same data, config, seed, code, packages and hardware give the same weights b
 report lists what is not as it was; where nothing is known to differ it says that too.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipelines.environment import environment
+from pipelines.evaluation import defined
 from pipelines.train import Trained, train, trained_run
 from pipelines.train_config import config_of
 from pipelines.workspace import Workspace
@@ -110,12 +110,12 @@ def reproduce(directory: Path, place: Workspace, out: Path, uri: str, progress: 
         about["run_id"],
         *_compared(before, after),
         metric=f"validation {config.stop.metric}",
-        recorded=_best(before, config.stop.metric),
-        now=_best(after, config.stop.metric),
+        recorded=defined(before.summary.best(config.stop.metric)),
+        now=defined(after.summary.best(config.stop.metric)),
         changes=changes(facts, found) if facts else [],
         unknown=not facts,
     )
-    write_json(out / "reproduced.json", {"words": result.words(), **_plain(result)})
+    write_json(out / "reproduced.json", {"words": result.words(), **asdict(result)})
     return result
 
 
@@ -138,16 +138,5 @@ def _compared(before: Trained, after: Trained) -> tuple[bool, float | None]:
     return False, float(max(gaps))
 
 
-def _best(trained: Trained, metric: str) -> float | None:
-    kept = [entry for entry in trained.summary.curve if entry["step"] == trained.summary.best_step]
-    return kept[0].get(f"valid/{metric}") if kept else None
-
-
 def _value(value: float | None) -> str:
     return "not known" if value is None else f"{value:.6f}"
-
-
-def _plain(result: Reproduced) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(result)

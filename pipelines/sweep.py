@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.checkpoint import TrainingError
 from pipelines.evaluate import TrainingSummary
 from pipelines.prepared import PreparedSet
 from pipelines.shipped import find_config
-from pipelines.train import TrainingError, train
+from pipelines.train import train
 from pipelines.train_config import TrainConfig, load_config
 from ranking.models import RANKERS
 from recsys.config import overlaid, parse, read_toml
@@ -265,17 +266,12 @@ def _outcomes(
         outcomes.setdefault(group[0].model, []).append(
             Outcome(
                 group[0].setting,
-                [None if one is None else chosen_value(one, config.metric) for one in summaries],
+                [None if one is None else one.best(config.metric) for one in summaries],
                 [trial.run for trial in group],
                 sum(one.seconds for one in summaries if one is not None),
             )
         )
     return outcomes
-
-
-def chosen_value(summary: TrainingSummary, metric: str) -> float:
-    """Return a validation metric at the step whose weights were kept."""
-    return next(entry[f"valid/{metric}"] for entry in summary.curve if entry["step"] == summary.best_step)
 
 
 def _groups(planned: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:

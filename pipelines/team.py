@@ -2,8 +2,8 @@
 
 All members hold the same weights and take the same step, so a team computes what one process would on the whole batch
 (data-parallel training). `DistributedDataParallel` would need a `forward` to wrap and does not know the sparse
-gradients of `ranking.embeddings.ItemEmbedding`, so the averaging is written out: dense gradients in one all-reduce, the
-touched rows of sparse ones gathered from all.
+gradients of `ranking.embeddings.ItemEmbedding`, so the averaging is written out: dense gradients in one all-reduce,
+each sparse one, of touched rows alone, in one of its own.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranking.embeddings import sparse_parameters
@@ -74,7 +73,7 @@ class Processes:
         sparse = {id(parameter) for parameter in sparse_parameters(module)}
         for parameter in module.parameters():
             if id(parameter) in sparse:
-                parameter.grad = _gathered(parameter, share)
+                parameter.grad = _summed(parameter, share)
         _average_dense([p for p in module.parameters() if id(p) not in sparse and p.requires_grad], share)
         self._average_statistics(module)
 
@@ -118,27 +117,13 @@ def _unpack(flat: Tensor, into: list[Tensor]) -> None:
         start += tensor.numel()
 
 
-def _gathered(parameter: nn.Parameter, share: Tensor) -> Tensor | None:
-    """Return the weighted sum of all members' sparse gradients of a table, coalesced; None if nobody has one.
-
-    The rows are padded to those of the member with most, because gloo gathers tensors of one shape.
-    """
-    width = parameter.shape[1]
-    row, value = torch.empty(0, dtype=torch.int64), parameter.new_empty(0, width)
-    if parameter.grad is not None:
-        grad = parameter.grad.coalesce()
-        row, value = grad.indices()[0], grad.values() * share
-    size = dist.get_world_size()
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor([len(row)]))
-    most = max(int(length) for length in lengths)
-    if not most:
-        return None
-    rows = [torch.empty(most, dtype=torch.int64) for _ in range(size)]
-    values = [parameter.new_empty(most, width) for _ in range(size)]
-    dist.all_gather(rows, F.pad(row, (0, most - len(row))))
-    dist.all_gather(values, F.pad(value, (0, 0, 0, most - len(row))))
-    kept = [(r[: int(n)], v[: int(n)]) for r, v, n in zip(rows, values, lengths, strict=True)]
-    index = torch.cat([r for r, _ in kept])[None]
-    summed = torch.sparse_coo_tensor(index, torch.cat([v for _, v in kept]), parameter.shape)
-    return summed.coalesce()
+def _summed(parameter: nn.Parameter, share: Tensor) -> Tensor | None:
+    """Return the weighted sum of all members' sparse gradients of a table, coalesced; None if nobody has one."""
+    if parameter.grad is None:
+        index, value = torch.empty(1, 0, dtype=torch.int64), parameter.new_empty(0, parameter.shape[1])
+        grad = torch.sparse_coo_tensor(index, value, parameter.shape)
+    else:
+        grad = parameter.grad.coalesce() * share
+    dist.all_reduce(grad)
+    summed = grad.coalesce()
+    return summed if summed._nnz() else None

@@ -25,7 +25,7 @@ from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
 from ranking.mvp import Mvp, MvpConfig
 from ranking.mvp_apart import MvpApart, MvpApartConfig
 from ranking.text_backbone import files_digest
-from recsys.config import assign, parse, read_toml
+from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
 from recsys.files import sha256_json
 from recsys.progress import Progress, silent, titled
@@ -54,9 +54,7 @@ _READ_BY = {
 
 def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainConfig:
     """Read a text training TOML: [model] with a name and its options, [corpus], [optimiser], [stop], seed."""
-    table = read_toml(path)
-    for assignment in assignments:
-        assign(table, assignment)
+    table = read_toml(path, assignments)
     model = dict(table.pop("model", {}))
     name = model.pop("name", None)
     if name not in TEXT_MODELS:

@@ -11,7 +11,6 @@ from pipelines.plots import Point, Series
 from pipelines.tables import Cell, Table
 from pipelines.text_measures import MEASURES, Comparison, mean_of
 from recsys.bootstrap import Estimate
-from recsys.files import whole_file
 
 if TYPE_CHECKING:
     from pipelines.text_evaluate import TaskResult
@@ -81,12 +80,8 @@ def points(value: float) -> str:
 def write_page(results: Sequence["TaskResult"], about: Mapping[str, Any], directory: Path) -> Path:
     """Write `report.html` and `report.md`, each whole or not at all; gives the path of the former."""
     page = build_page(results, about)
-    for name, text in (
-        ("report.html", pages.render("text.html.j2", page=page)),
-        ("report.md", render_markdown(page)),
-    ):
-        with whole_file(directory / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    texts = {"report.html": pages.render("text.html.j2", page=page), "report.md": render_markdown(page)}
+    pages.write(directory, texts)
     return directory / "report.html"
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import tracking
-from pipelines.checkpoint import Checkpoint, RunState, restore
+from pipelines.checkpoint import Checkpoint, RunState, TrainingError, restore
 from pipelines.text_config import TextOptimiser, TextStop
 from ranking.text_backbone import device_of
-from recsys.errors import DataError, RecsysError
+from recsys.errors import DataError
 from recsys.files import read_json, sha256_json, write_json
 from recsys.progress import Progress, silent
 from recsys.randomness import derive
@@ -81,10 +81,6 @@ class TextRun:
         }
 
 
-class TextTrainingError(RecsysError):
-    """The loss stopped being a number."""
-
-
 def contrastive_loss(
     queries: Tensor, passages: Tensor, target: Tensor, also: Tensor, temperature: float, each: float = 1.0
 ) -> Tensor:
@@ -137,7 +133,7 @@ def train_text(
     """
     of_config = {key: value for key, value in table.items() if key != "device"}  # no other run on another device
     digest = sha256_json({"config": of_config, "data": dict(inputs)})
-    run_id, path = _known_run(directory, digest), directory / CHECKPOINT
+    run_id, path = tracking.known_run(directory, digest), directory / CHECKPOINT
     if run_id is not None and path.exists() and _is_finished(directory):
         saved = Checkpoint.load(path, 1)
         if saved.state.finished:
@@ -157,7 +153,7 @@ def train_text(
 def _run(
     directory: Path, digest: str, table: Mapping[str, Any], inputs: Mapping[str, Any], uri: str
 ) -> Iterator[tracking.Run]:
-    run_id = _known_run(directory, digest)
+    run_id = tracking.known_run(directory, digest)
     with tracking.run(uri, directory.name, run_id) as run:
         if run_id is None:
             (directory / SUMMARY).unlink(missing_ok=True)
@@ -170,13 +166,6 @@ def _run(
             run.params(plain)
             run.tags({"inputs": digest, "git_commit": tracking.git_commit(), "model": str(table["name"])})
         yield run
-
-
-def _known_run(directory: Path, digest: str) -> str | None:
-    """Return the id of the run that `directory` holds, if it is one of these inputs."""
-    about = directory / "run.json"
-    known = read_json(about) if about.exists() else {}
-    return str(known["run_id"]) if known.get("inputs") == digest else None
 
 
 def _is_finished(directory: Path) -> bool:
@@ -253,7 +242,7 @@ class TextLoop:
         with own_draws(self.device, derive(self.seed, step, "dropout")):
             loss, logged = self.task.loss(step)
         if not torch.isfinite(loss):
-            raise TextTrainingError(f"loss is {float(loss.detach())} at step {step}; try a smaller learning rate")
+            raise TrainingError(f"loss is {float(loss.detach())} at step {step}; try a smaller learning rate")
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         learned = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.errors import ConfigError
-from recsys.files import alone
+from recsys.files import alone, read_json
 
 EXPERIMENT = "recsys"
 SQLITE = "sqlite:///"
@@ -32,6 +32,13 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if dirty.returncode else commit
+
+
+def known_run(directory: Path, inputs: str) -> str | None:
+    """Return the id of the run that `directory` holds, if it is one of these inputs (a digest)."""
+    about = directory / "run.json"
+    known = read_json(about) if about.exists() else {}
+    return str(known["run_id"]) if known.get("inputs") == inputs else None
 
 
 @dataclass(frozen=True)

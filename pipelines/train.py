@@ -1,9 +1,8 @@
-"""The one training loop: it knows `loss(batch, generator)` and nothing else of a model.
+"""The training loop of rankers: it knows `loss(batch, generator)` and nothing else of a model.
 
-Every draw is a function of (seed, step, purpose), and a checkpoint holds weights, optimiser states and where
-the run stands. So a
-run that is killed and started again ends with the same weights, bit for bit, as one that was not (on a CPU, with the
-same versions and number of threads).
+Every draw is a function of (seed, step, purpose), and a checkpoint holds weights, optimiser states and where the run
+stands. So a run that is killed and started again ends with the same weights, bit for bit, as one that was not (on a
+CPU, with the same versions and number of threads). Trees, which take no steps, grow by `pipelines.boost`.
 """
 
 import copy
@@ -16,13 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipelines import boost, leave_one_out, tracking
 from pipelines.batches import TrainingBatches
-from pipelines.checkpoint import Checkpoint, RunState, restore
+from pipelines.checkpoint import Checkpoint, RunState, TrainingError, restore
 from pipelines.environment import environment
 from pipelines.evaluate import TrainingSummary, validate
 from pipelines.optimise import build_optimisers, update
@@ -33,7 +31,7 @@ from ranking.devices import pick_device
 from ranking.gradient_boosting import GradientBoosting
 from ranking.models import RANKERS
 from ranking.ranker import AnyRanker
-from recsys.errors import ConfigError, DataError, RecsysError
+from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, sha256_json, write_json
 from recsys.progress import Progress, silent
 from recsys.randomness import derive
@@ -50,10 +48,6 @@ class Trained:
     config: TrainConfig
     summary: TrainingSummary
     run_id: str
-
-
-class TrainingError(RecsysError):
-    """The loss stopped being a number."""
 
 
 def trained_run(directory: Path, prepared: PreparedSet) -> Trained:
@@ -132,14 +126,12 @@ def begin(config: TrainConfig, prepared: PreparedSet, directory: Path, uri: str)
             "split.valid_days and split.test_days (counted back from the newest event), or split.kind=last_request"
         )
     inputs = sha256_json({"config": config.table(), "data": prepared.digest})
-    about = directory / "run.json"
-    known = read_json(about) if about.exists() else {}
-    run_id = known.get("run_id") if known.get("inputs") == inputs else None
+    run_id = tracking.known_run(directory, inputs)
     with tracking.run(uri, directory.name, run_id) as run:
         if run_id is None:
             (directory / CHECKPOINT).unlink(missing_ok=True)
             known = {"inputs": inputs, "run_id": run.run_id, "config": config.table(), "data_digest": prepared.digest}
-            write_json(about, known | {"environment": environment(str(pick_device(config.device)))})
+            write_json(directory / "run.json", known | {"environment": environment(str(pick_device(config.device)))})
             run.params(config.table())
             run.tags({"data_digest": prepared.digest, "git_commit": tracking.git_commit(), "model": config.name})
         yield run, inputs
@@ -232,14 +224,10 @@ class Loop:
         return self.state
 
     def grow(self, model: GradientBoosting, progress: Progress) -> None:
-        """Grow trees from the batches that a model with gradients would take its steps on."""
+        """Grow the trees of a model that takes no steps."""
         started, config = time.perf_counter(), self.config
         batches = TrainingBatches(self.prepared, config.batches, "requests", model.window, config.seed)
-        sizes = torch.from_numpy(np.diff(batches.requests.offsets))
-        steps = range(self.budget(len(batches)))
-        seen = ((batches.batch(step), sizes[batches.chosen(step)]) for step in steps)
-        recent = boost.recent_counts(batches.requests, len(model.items), model.config.recent_days)
-        boost.grow(model, seen, recent, config.seed, progress)
+        boost.grow_from(model, batches, self.budget(len(batches)), config.seed, progress)
         self.state = dataclasses.replace(self.state, seconds=time.perf_counter() - started)
 
     def step(self) -> dict[str, Tensor]:

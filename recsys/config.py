@@ -75,10 +75,15 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     try:
         return TypeAdapter(kind, config=_config(kind)).validate_python(dict(table))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(whole table)"
-        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
-        raise ConfigError(f"{where}: {key}: {first['msg']}{found}") from None
+        raise ConfigError(f"{where}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing wrong in a table that pydantic refused: its key, what is wanted, and what was found."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(whole table)"
+    found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+    return f"{key}: {first['msg']}{found}"
 
 
 def _refuse_nan(table: Mapping[str, Any], where: str) -> None:

@@ -285,7 +285,7 @@ def test_saved_and_read_back(prepared, tmp_path):
     models = {"wild": Fake(prepared.items, wild), "flag": Fake(prepared.items, in_own_history)}
     seen = []
     result = evaluate(models, prepared, CONFIG, lambda *state: seen.append(state))
-    assert ("flag: scoring candidates", 50, 50) in seen
+    assert (50, 50, "flag: scoring candidates") in seen
     result.save(tmp_path / "evaluation")
     back = Evaluation.load(tmp_path / "evaluation")
     assert back == result

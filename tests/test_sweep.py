@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import sweep as module
+from pipelines.checkpoint import TrainingError
 from pipelines.sweep import Outcome, SweepConfig, draw, load_sweep, sweep, trials
-from pipelines.train import TrainingError
 from recsys.config import parse
 from recsys.errors import ConfigError
 

@@ -243,7 +243,7 @@ def test_passes_cover_every_text_once_and_keep_to_their_size(lengths, tokens):
     assert Counter(place for chosen in found for place in chosen.tolist()) == Counter(range(len(lengths)))
     assert all(len(c) == 1 or len(c) * max(lengths[i] for i in c) <= tokens for c in found)
     rows = [[7] * length for length in lengths]
-    values = in_passes(rows, 0, torch.device("cpu"), lambda ids, mask: mask.sum(dim=1, keepdim=True), None, tokens)
+    values = in_passes(rows, 0, torch.device("cpu"), lambda ids, mask: mask.sum(dim=1, keepdim=True), tokens=tokens)
     assert values.flatten().tolist() == lengths
 
 

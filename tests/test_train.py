@@ -12,13 +12,13 @@ import torch
 from pipelines import tracking
 from pipelines import train as loop
 from pipelines.batches import BatchConfig, TrainingBatches
-from pipelines.checkpoint import Checkpoint
+from pipelines.checkpoint import Checkpoint, TrainingError
 from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.optimise import OptimiserConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import SplitConfig
-from pipelines.train import Loop, TrainingError, train, trained_run
+from pipelines.train import Loop, train, trained_run
 from pipelines.train_config import TrainConfig, load_config, suited
 from ranking.models import RANKERS
 from ranking.ranker import Loss
