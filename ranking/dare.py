@@ -16,8 +16,10 @@ As a candidate's position is always 0, position enters the search only through t
 Kept from the paper: the decoupled tables, the shared attention of search and pooling, the product v*h ("TR").
 From the authors' published runs, not in the paper's equations: `scaling = "split"`, the auxiliary head.
 Ours: padding takes no weight even when a history is shorter than K, so an empty history gives h = 0; scoring uses
-BatchNorm's running statistics; `pos_mode = "group"`, in which the events of a basket share a position; products that
-no batch shape shows in (`ranking.products`): else two events that differ by rounding would swap places with it.
+BatchNorm's running statistics; `unknown_rate`; `pos_mode = "group"`, in which the events of a basket share a position;
+the loss takes log q of sampled negatives off the logit, as that of every ranker here (`[batches] correct`, `samplers`);
+products that no batch shape shows in (`ranking.products`): else two events that differ by rounding would swap places
+with it.
 Not in the paper, off by default: `own_counts = True` also shows the head how often, how lately and how regularly the
 user chose the candidate before, and how popular it is, over the whole history: where people repeat themselves a window
 of 200 events forgets much of that. Among all items nearly all of the best ten are then the user's own, and which of
@@ -72,7 +74,7 @@ OBJECTIVES = {"pointwise": binary_cross_entropy, "listwise": listwise_cross_entr
 
 @dataclass(frozen=True)
 class DareConfig:
-    """Attributes of the model; the defaults are the authors'.
+    """Attributes of the model; widths, window, retrieved and scaling by default as the authors have them.
 
     Attributes:
         window: newest events read (N).

@@ -12,7 +12,8 @@ Two paths. A T5 encoder-decoder is the paper's: sentinels as view tokens, one st
 products. An encoder-only backbone (ours, the default without network) gets a fresh decoder of two cross-attention
 blocks, unused vocabulary rows as view tokens, a start vector of width 1 per view since a fresh decoder's anchors would
 otherwise coincide (with N(0, 0.02^2) their cosine begins at .98 and the orthogonal term at 11.6 of 12), and scores
-divided by sqrt(d), since they must start near the temperature.
+divided by sqrt(d), since they must start near the temperature. View tokens are rows of the backbone's table: they learn
+at its rate, and not at all where it is frozen, so that encodings can be kept.
 
 Scores belong to one list: they may be neither cached per passage nor merged from chunks. Encodings E may be cached.
 

@@ -23,6 +23,7 @@ Ours:
 * The table is exact. Vectors are rounded to a grid of 2^-16 and summed in integers, so that `append`, `evict` and
   `merge` in any order equal a rebuild bit for bit, and offline scoring reads the same table. Training sums floats.
 * Sums by bucket are matrix products (`ranking.bucket_sums`).
+* The loss takes log q of sampled negatives off the logit, as that of every ranker here (`[batches] correct`).
 * Every item's signature is computed once per version of the weights. Vectors and planes are float32; when scoring,
   their products are summed in float64, so that no device or batch shape flips a bit.
 """
