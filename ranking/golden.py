@@ -91,9 +91,10 @@ def replay(golden: Golden, parts: Answering) -> None:
         got = _answer(parts, _events(user), np.array(user.candidates, np.int32))
         where = f"golden user {number} ({len(user.item_key)} events)"
         ids = [parts.item_ids[row] or f"row {row}" for row in user.candidates]
-        _compare(f"{where}: score of", ids, user.scores, got.scores)
-        _compare(f"{where}: inner product with", user.neighbours, user.neighbour_scores, got.neighbour_scores)
-        _compare_order(where, user, got)
+        compare_scores(f"{where}: score of", ids, user.scores, got.scores, TOLERANCE)
+        wanted = user.neighbour_scores
+        compare_scores(f"{where}: inner product with", user.neighbours, wanted, got.neighbour_scores, TOLERANCE)
+        compare_order(f"{where}: neighbour", user.neighbours, got.neighbours, wanted, TOLERANCE)
 
 
 def golden_error(user: GoldenUser, parts: Answering) -> float:
@@ -142,28 +143,33 @@ def _batch(parts: Answering, events: Events, candidates: NDArray[np.int32], wind
     return batch.to(parts.device)
 
 
-def _compare(what: str, ids: Sequence[str], expected: Sequence[float], got: Sequence[float]) -> None:
+def compare_scores(
+    what: str, ids: Sequence[str], expected: Sequence[float], got: Sequence[float], tolerance: float
+) -> None:
+    """Raise `BundleError` at the first of the listed ids whose |a - b| / max(1, |a|) is above the tolerance."""
     if len(expected) != len(got):
-        raise BundleError(f"{what} {len(expected)} items expected, {len(got)} found; publish again")
-    for item, wanted, found in zip(ids, expected, got, strict=True):
-        if not abs(wanted - found) <= TOLERANCE * max(1.0, abs(wanted)):
+        raise BundleError(f"{what} {len(expected)} entries expected, {len(got)} found; publish again")
+    for name, wanted, found in zip(ids, expected, got, strict=True):
+        if not abs(wanted - found) <= tolerance * max(1.0, abs(wanted)):
             raise BundleError(
-                f"{what} {item!r} was {wanted:.7g} when published and is {found:.7g} now; "
+                f"{what} {name!r} was {wanted:.7g} when published and is {found:.7g} now; "
                 "the code or the machine computes something else: publish again with this version"
             )
 
 
-def _compare_order(where: str, expected: GoldenUser, got: GoldenUser) -> None:
-    """Items that score apart by more than the tolerance must be found at the same place."""
-    scores = np.array(expected.neighbour_scores)
+def compare_order(
+    what: str, expected: Sequence[str], got: Sequence[str], scores: Sequence[float], tolerance: float
+) -> None:
+    """Raise `BundleError` unless those whose published scores lie apart from both neighbours' keep their place."""
     if not len(scores):
         return
-    apart = np.abs(np.diff(scores)) > 4 * TOLERANCE * np.maximum(1.0, np.abs(scores[:-1]))
-    # The last place competes with an item that is not listed, so it is held to its score alone.
+    published = np.array(scores)
+    apart = np.abs(np.diff(published)) > 4 * tolerance * np.maximum(1.0, np.abs(published[:-1]))
+    # The last place competes with what is not listed, so it is held to its score alone.
     settled = np.concatenate([[True], apart]) & np.concatenate([apart, [False]])
-    for place in np.flatnonzero(settled):
-        if expected.neighbours[place] != got.neighbours[place]:
+    for place in np.flatnonzero(settled).tolist():
+        if expected[place] != got[place]:
             raise BundleError(
-                f"{where}: neighbour {place + 1} was {expected.neighbours[place]!r} when published and is "
-                f"{got.neighbours[place]!r} now; the index or the item ids do not belong to this bundle"
+                f"{what} {place + 1} was {expected[place]!r} when published and is {got[place]!r} now; "
+                "the index does not belong to what it lists: publish again"
             )

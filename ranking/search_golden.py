@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from ranking.golden import compare_order, compare_scores
 from ranking.manifest import TextEntry
 from ranking.search_part import TEXT, SearchContents, SearchPart, load_search_part, write_search_part
 from recsys.errors import BundleError
@@ -81,7 +82,7 @@ def replay_searches(golden: SearchGolden, part: SearchPart) -> None:
             _compare(f"{where}, dense", expected.dense, got.dense)
         if expected.rerank is not None and got.rerank is not None:
             ids = [part.passages.documents(passage, 1)[0] for passage in expected.passages]
-            _compare_scores(f"{where}, rerank", ids, expected.rerank, got.rerank)
+            compare_scores(f"{where}, rerank: score of", ids, expected.rerank, got.rerank, TOLERANCE)
 
 
 def _ask(part: SearchPart, query: str, passages: Sequence[int] | None) -> GoldenSearch:
@@ -109,27 +110,6 @@ def _list(part: SearchPart, rows: Sequence[int], scores: Sequence[float]) -> Gol
 
 
 def _compare(what: str, expected: GoldenList, got: GoldenList) -> None:
-    _compare_scores(what, expected.document_ids, expected.scores, got.scores)
-    scores = np.array(expected.scores)
-    if not len(scores):
-        return
-    apart = np.abs(np.diff(scores)) > 4 * TOLERANCE * np.maximum(1.0, np.abs(scores[:-1]))
-    # The last place competes with a passage that is not listed, so it is held to its score alone.
-    settled = np.concatenate([[True], apart]) & np.concatenate([apart, [False]])
-    for place in np.flatnonzero(settled):
-        if expected.document_ids[place] != got.document_ids[place]:
-            raise BundleError(
-                f"{what}: document {place + 1} was {expected.document_ids[place]!r} when published and is "
-                f"{got.document_ids[place]!r} now; the index does not belong to these passages"
-            )
-
-
-def _compare_scores(what: str, ids: Sequence[str], expected: Sequence[float], got: Sequence[float]) -> None:
-    if len(expected) != len(got):
-        raise BundleError(f"{what}: {len(expected)} documents expected, {len(got)} found; publish again")
-    for document, wanted, found in zip(ids, expected, got, strict=True):
-        if not abs(wanted - found) <= TOLERANCE * max(1.0, abs(wanted)):
-            raise BundleError(
-                f"{what}: score of {document!r} was {wanted:.7g} when published and is {found:.7g} now; "
-                "the code or the machine computes something else: publish again with this version"
-            )
+    ids, scores = expected.document_ids, expected.scores
+    compare_scores(f"{what}: score of", ids, scores, got.scores, TOLERANCE)
+    compare_order(f"{what}: document", ids, got.document_ids, scores, TOLERANCE)
