@@ -15,16 +15,11 @@ from recsys.randomness import generator
 USERS = 200
 
 
-def score_reference(prepared: PreparedSet, seed: int = 0) -> Callable[[Bundle], ScoreReference]:
-    """Return what asks a bundle for the recommendations of some users at the end of the log, and tells how scores lie.
-
-    Args:
-        prepared: the set whose users are asked for.
-        seed: of the choice of users.
-    """
+def score_reference(prepared: PreparedSet) -> Callable[[Bundle], ScoreReference]:
+    """Return what asks a bundle for recommendations of some users at the end of the log, and tells how scores lie."""
     histories = prepared.histories
     count = min(USERS, len(histories))
-    users = generator(seed, 0, "score reference").choice(len(histories), count, replace=False).tolist()
+    users = generator(0, 0, "score reference").choice(len(histories), count, replace=False).tolist()
 
     class ByRow:
         def read(self, user_id: str) -> Events | None:

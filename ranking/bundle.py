@@ -209,7 +209,6 @@ def write_bundle(
     contents: Contents,
     provenance: Provenance,
     index: IndexConfig | None = None,
-    seed: int = 0,
     reference: Callable[["Bundle"], ScoreReference] | None = None,
     queries: NDArray[np.float32] | None = None,
 ) -> str:
@@ -220,7 +219,6 @@ def write_bundle(
         contents: models, items and ids.
         provenance: commit, data digest, metrics and the time of creation.
         index: how the retriever's item vectors are indexed.
-        seed: of the golden requests.
         reference: given the bundle so far, tells how the scores of its answers lie.
         queries: float32 [n, D], vectors of users on which the index's recall is measured; those of items if absent.
 
@@ -239,9 +237,9 @@ def write_bundle(
                 found, recall = item_index(retriever, index or IndexConfig(), queries)
                 (temporary / "index").mkdir()
                 shards = found.save(temporary / "index")
-            golden = make_golden(_answering_of(contents, ranker, retriever, found), seed)
+            golden = make_golden(_answering_of(contents, ranker, retriever, found))
             write_json(temporary / "golden.json", golden.model_dump())
-        text = None if contents.text is None else write_text(temporary, contents.text, seed)
+        text = None if contents.text is None else write_text(temporary, contents.text)
         manifest = Manifest(
             format=FORMAT,
             provenance=provenance,

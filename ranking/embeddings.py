@@ -48,19 +48,19 @@ class FieldWidths:
 class ItemEmbedding(nn.Module):
     """One table float32 [rows, width], N(0, 0.01); row 0 is zero and is never trained.
 
+    Gradients are sparse, so that an optimiser touches only the rows a batch has read: dense ones would cost a pass over
+    the whole table at every step.
+
     Args:
         rows: number of rows, counting padding.
         width: number of columns.
-        sparse: give sparse gradients, so that an optimiser touches only the rows a batch has read. Dense ones cost
-            a pass over the whole table at every step.
     """
 
-    def __init__(self, rows: int, width: int, sparse: bool = True) -> None:
+    def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         weight = torch.randn(rows, width) * INIT_STD
         weight[PAD] = 0.0
         self.weight = nn.Parameter(weight)
-        self.sparse = sparse
 
     def forward(self, row: Tensor) -> Tensor:
         """Return float32 [..., width] for integer rows [...]."""
@@ -68,16 +68,16 @@ class ItemEmbedding(nn.Module):
 
     def each(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Return the same for several tensors of rows, whose gradients are summed in one go."""
-        if self.sparse and self.weight.device.type == "cpu":
+        if self.weight.device.type == "cpu":
             return fetch(self.weight, *rows)
-        return tuple(F.embedding(row, self.weight, padding_idx=PAD, sparse=self.sparse) for row in rows)
+        return tuple(F.embedding(row, self.weight, padding_idx=PAD, sparse=True) for row in rows)
 
     def mean(self, row: Tensor, start: Tensor) -> Tensor:
         """Return float32 [n, width], means of runs of rows: run i is row[start[i]] .. row[start[i + 1]], both int64.
 
         Padding is left out of a mean; a run of nothing else gives zero.
         """
-        return F.embedding_bag(row, self.weight, start, mode="mean", sparse=self.sparse, padding_idx=PAD)
+        return F.embedding_bag(row, self.weight, start, mode="mean", sparse=True, padding_idx=PAD)
 
 
 class PositionTable(nn.Module):
@@ -94,7 +94,7 @@ class PositionTable(nn.Module):
 
 def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model whose gradients are sparse: they need an optimiser that takes such gradients."""
-    return [part.weight for part in module.modules() if isinstance(part, ItemEmbedding) and part.sparse]
+    return [part.weight for part in module.modules() if isinstance(part, ItemEmbedding)]
 
 
 def network_weights(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -147,12 +147,9 @@ class Fields(nn.Module):
         widths: columns of each field.
         category: name of the categorical or multi-valued item column, or None for no category field.
         window: most positions a history can have.
-        sparse: see `ItemEmbedding`.
     """
 
-    def __init__(
-        self, items: ItemTable, widths: FieldWidths, category: str | None, window: int, sparse: bool = True
-    ) -> None:
+    def __init__(self, items: ItemTable, widths: FieldWidths, category: str | None, window: int) -> None:
         super().__init__()
         self.items = items
         self.category_name = category
@@ -160,11 +157,9 @@ class Fields(nn.Module):
         self.width = self.semantic_width + widths.position
         if self.semantic_width == 0:
             raise ConfigError("field widths: item is 0 and there is no category column; give item a width above 0")
-        self.item = ItemEmbedding(len(items), widths.item, sparse) if widths.item else None
+        self.item = ItemEmbedding(len(items), widths.item) if widths.item else None
         self.category = (
-            ItemEmbedding(items.codes(category), widths.category, sparse)
-            if category is not None and widths.category
-            else None
+            ItemEmbedding(items.codes(category), widths.category) if category is not None and widths.category else None
         )
         self.position = PositionTable(window, widths.position) if widths.position else None
 

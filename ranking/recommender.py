@@ -61,7 +61,6 @@ class Recommender:
         histories: where the histories of user ids are read.
         config: quotas, limits, filters and rules.
         availability: what cannot be had now; None if all can.
-        more_sources: further sources, each with its quota.
         states: keeps the states of users with long histories; None encodes every history anew, with the same answers.
         watch: looks at the recall of some searches.
 
@@ -75,7 +74,6 @@ class Recommender:
         histories: HistoryReader,
         config: RecommenderConfig = DEFAULTS,
         availability: Availability | None = None,
-        more_sources: Sequence[tuple[Source, int]] = (),
         states: StateCache | None = None,
         watch: RecallWatch | None = None,
     ) -> None:
@@ -90,7 +88,7 @@ class Recommender:
         self._scorer = Scorer(bundle, states)
         self._search = CandidateSearch(bundle, self._scorer, Rules(attributes, config.rules))
         popularity = Popularity(bundle.items)
-        self._sources = [*sources_in_use(bundle, config, popularity, watch), *more_sources]
+        self._sources = sources_in_use(bundle, config, popularity, watch)
         self._sources_without_user: list[tuple[Source, int]] = [(popularity, config.popularity)]
 
     def settings_digest(self) -> str:

@@ -17,20 +17,20 @@ from ranking.searcher import SHARE, Searcher, readable
 logger = logging.getLogger(__name__)
 
 PROBED, ROUNDS = 6, 3
+"""Passages from all over the corpus, and how often they are read; the median counts."""
 
 
-def paced(searcher: Searcher, clock: Callable[[], float] = time.perf_counter, rounds: int = ROUNDS) -> Searcher:
+def paced(searcher: Searcher, clock: Callable[[], float] = time.perf_counter) -> Searcher:
     """Return a searcher that knows how fast its reranker reads on this machine; warns if that limits every search.
 
     Args:
         searcher: without a pace.
         clock: gives seconds.
-        rounds: of `PROBED` passages from all over the corpus; the median counts.
     """
     config = searcher.config
     if searcher.part.reranker is None or not config.rerank:
         return searcher
-    known = Searcher(searcher.part, config, _pace(searcher.part, clock, rounds))
+    known = Searcher(searcher.part, config, _pace(searcher.part, clock))
     depth = known.rerank_depth(config.budget_ms / 1e3)
     if depth < config.rerank:
         logger.warning(
@@ -44,13 +44,13 @@ def paced(searcher: Searcher, clock: Callable[[], float] = time.perf_counter, ro
     return known
 
 
-def _pace(part: SearchPart, clock: Callable[[], float], rounds: int) -> float:
+def _pace(part: SearchPart, clock: Callable[[], float]) -> float:
     """Return the seconds a passage takes."""
     assert part.reranker is not None, "asked for only where there is one"
     places = np.linspace(0, len(part.passages) - 1, min(PROBED, len(part.passages))).astype(int)
     texts = [part.passages.text(place) for place in places.tolist()]
     seconds = []
-    for _ in range(rounds + 1):  # the first one warms up
+    for _ in range(ROUNDS + 1):  # the first one warms up
         began = clock()
         part.reranker.rerank(texts[0][:100], readable(part, texts)[0])
         seconds.append((clock() - began) / len(texts))

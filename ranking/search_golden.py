@@ -51,18 +51,18 @@ class SearchGolden(Message):
     searches: list[GoldenSearch]
 
 
-def write_text(directory: Path, contents: SearchContents, seed: int) -> TextEntry:
+def write_text(directory: Path, contents: SearchContents) -> TextEntry:
     """Write the text part of a bundle and its golden searches, and give its entry of the manifest."""
     entry = write_search_part(directory, contents)
     written = {path.relative_to(directory).as_posix(): path for path in (directory / TEXT).rglob("*")}
-    golden = make_search_golden(load_search_part(directory, entry, written), seed)  # as it will be read
+    golden = make_search_golden(load_search_part(directory, entry, written))  # as it will be read
     write_json(directory / TEXT / "golden.json", golden.model_dump())
     return entry
 
 
-def make_search_golden(part: SearchPart, seed: int) -> SearchGolden:
+def make_search_golden(part: SearchPart) -> SearchGolden:
     """Draw the queries and record what the part answers."""
-    rng = generator(seed, 0, "golden searches")
+    rng = generator(0, 0, "golden searches")
     drawn = rng.choice(len(part.passages), min(SEARCHES, len(part.passages)), replace=False)
     queries = [" ".join(part.passages.text(passage).split()[:WORDS]) for passage in drawn.tolist()]
     return SearchGolden(searches=[_ask(part, query, None) for query in queries])
