@@ -57,7 +57,7 @@ from ranking.own_counts import (
     own_span,
 )
 from ranking.products import steady_each
-from ranking.ranker import Loss
+from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError, DataError
 from recsys.history import DAY
 
@@ -147,7 +147,7 @@ class DareState(NamedTuple):
 class Dare(nn.Module):
     """Scores a candidate by the K events that its attention embedding finds in the history."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "requests"
+    trains_on: ClassVar[TrainsOn] = "requests"
 
     def __init__(self, config: DareConfig, items: ItemTable) -> None:
         super().__init__()

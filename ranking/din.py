@@ -27,8 +27,8 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
 from ranking.layers import AttentionNetwork, ScoringHead, candidate_chunks, interaction, masked_softmax, score_real
-from ranking.losses import binary_cross_entropy
-from ranking.ranker import Loss
+from ranking.losses import pointwise_loss
+from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError
 
 
@@ -72,7 +72,7 @@ class DinState(NamedTuple):
 class Din(nn.Module):
     """Scores a candidate by what its own attention finds in the history."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "requests"
+    trains_on: ClassVar[TrainsOn] = "requests"
 
     def __init__(self, config: DinConfig, items: ItemTable) -> None:
         super().__init__()
@@ -99,8 +99,7 @@ class Din(nn.Module):
         """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
-        return Loss(main, {"main": main.detach()})
+        return pointwise_loss(logits, batch)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Return the weights of all events of the window; nothing is approximated."""

@@ -17,7 +17,7 @@ and a second, short history beside this one.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
 from ranking.layers import ScoringHead, attend, candidate_chunks, interaction, score_real, search
-from ranking.losses import binary_cross_entropy
-from ranking.ranker import Loss
+from ranking.losses import pointwise_loss
+from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError
 from recsys.randomness import generator
 
@@ -78,7 +78,7 @@ class EtaState(NamedTuple):
 class Eta(nn.Module):
     """Scores a candidate by the K events with the nearest hash codes."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "requests"
+    trains_on: ClassVar[TrainsOn] = "requests"
     planes: Tensor
 
     def __init__(self, config: EtaConfig, items: ItemTable) -> None:
@@ -116,8 +116,7 @@ class Eta(nn.Module):
         v = self.fields.candidate(batch.candidates.item, row_of)
         h = self._pool(state, v, self._code(v))
         logits = score_real(self.head, interaction(v, h), batch.candidates.mask)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
-        return Loss(main, {"main": main.detach()})
+        return pointwise_loss(logits, batch)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Return the weights of the K nearest events, beside softmax attention over all of the window."""

@@ -26,7 +26,7 @@ import math
 import threading
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from ranking.own_counts import (
     own_events,
     own_span,
 )
-from ranking.ranker import NEGATIVE, Loss
+from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import ConfigError, RecsysError
 from recsys.history import DAY
 
@@ -126,7 +126,7 @@ class Training:
 class GradientBoosting(nn.Module):
     """Scores a candidate by trees over counts; `recent` and `trees` are set by `pipelines.boost`."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "nothing"
+    trains_on: ClassVar[TrainsOn] = "nothing"
     recent: Tensor
     trees: Tensor
     total: Tensor

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ranking.batch import Batch
+from ranking.ranker import Loss
+
 
 def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, log_q: Tensor | None = None) -> Tensor:
     """Return the weighted mean of binary cross-entropy over all numbers; weight is 0 at padding.
@@ -19,6 +22,12 @@ def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, log_q: T
         logits = logits - log_q
     each = F.binary_cross_entropy_with_logits(logits, label, weight, reduction="sum")
     return each / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def pointwise_loss(logits: Tensor, batch: Batch) -> Loss:
+    """Return binary cross-entropy of the logits [B, C] of a batch's candidates: the whole loss of a model, `main`."""
+    main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
+    return Loss(main, {"main": main.detach()})
 
 
 def listwise_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, log_q: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ Networks for YouTube Recommendations", RecSys 2016; the head is the one of DARE'
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions
 from ranking.items import ItemTable
 from ranking.layers import ScoringHead, interaction, score_real
-from ranking.losses import binary_cross_entropy
-from ranking.ranker import Loss
+from ranking.losses import pointwise_loss
+from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ class MeanPoolingState(NamedTuple):
 class MeanPooling(nn.Module):
     """Scores a candidate against the mean of the history."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "requests"
+    trains_on: ClassVar[TrainsOn] = "requests"
 
     def __init__(self, config: MeanPoolingConfig, items: ItemTable) -> None:
         super().__init__()
@@ -82,8 +82,7 @@ class MeanPooling(nn.Module):
         """Return binary cross-entropy over the real candidates."""
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         logits = self._score(self._encode(batch.history, row_of), batch.candidates, row_of)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
-        return Loss(main, {"main": main.detach()})
+        return pointwise_loss(logits, batch)
 
     def _encode(self, history: History, row_of: Tensor) -> MeanPoolingState:
         padded = history.padded(self.config.window)

@@ -8,7 +8,7 @@ worth (Dirichlet smoothing). It orders the items a user has never touched, and b
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import take
 from ranking.items import ItemTable
 from ranking.own_counts import OwnEvents, decayed_counts, own_events
-from ranking.ranker import NEGATIVE, Loss
+from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import ConfigError, RecsysError
 
 
@@ -43,7 +43,7 @@ class PersonalFrequencyConfig:
 class PersonalFrequency(nn.Module):
     """Scores an item by the decayed count of the user's own events of it, smoothed by its popularity."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "nothing"
+    trains_on: ClassVar[TrainsOn] = "nothing"
 
     def __init__(self, config: PersonalFrequencyConfig, items: ItemTable) -> None:
         super().__init__()

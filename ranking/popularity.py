@@ -1,7 +1,7 @@
 """Popularity: how often an item occurred in the training period. The floor every model must clear."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import take
 from ranking.items import ItemTable
-from ranking.ranker import NEGATIVE, Loss
+from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import RecsysError
 
 
@@ -21,7 +21,7 @@ class PopularityConfig:
 class Popularity(nn.Module):
     """Scores an item by log(1 + its training events), the same for everybody."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "nothing"
+    trains_on: ClassVar[TrainsOn] = "nothing"
 
     def __init__(self, config: PopularityConfig, items: ItemTable) -> None:
         super().__init__()

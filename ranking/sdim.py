@@ -52,7 +52,7 @@ from ranking.bucket_sums import (
 from ranking.embeddings import Fields, FieldWidths, hide_items
 from ranking.items import ItemTable
 from ranking.layers import AttentionNetwork, ScoringHead, candidate_chunks, score_real
-from ranking.losses import binary_cross_entropy
+from ranking.losses import pointwise_loss
 from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError, DataError
 from recsys.randomness import generator as fresh_generator
@@ -212,8 +212,7 @@ class Sdim(nn.Module):
         long, recent = read_once(s, codes[0], older, codes[1], self.buckets, config.norm, newest)
         features = self._features(q, long, recent, padded.mask[:, -config.recent :])
         logits = score_real(self.head, features, batch.candidates.mask)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
-        return Loss(main, {"main": main.detach()})
+        return pointwise_loss(logits, batch)
 
     def append(self, state: SdimState, item: Tensor, time: Tensor) -> SdimState:
         """Return the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.

@@ -16,7 +16,7 @@ searches: O(C log T), whatever the length of the history.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ from ranking.batch import Batch, Candidates, History, Padded, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, positions, take
 from ranking.items import ItemTable
 from ranking.layers import ScoringHead, attend, candidate_chunks, interaction, score_real
-from ranking.losses import binary_cross_entropy
-from ranking.ranker import Loss
+from ranking.losses import pointwise_loss
+from ranking.ranker import Loss, TrainsOn
 from recsys.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ class SimHardState(NamedTuple):
 class SimHard(nn.Module):
     """Scores a candidate by the newest events of its category."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "requests"
+    trains_on: ClassVar[TrainsOn] = "requests"
 
     def __init__(self, config: SimHardConfig, items: ItemTable) -> None:
         super().__init__()
@@ -107,8 +107,7 @@ class SimHard(nn.Module):
         category = take(self.items.column(self.config.category), batch.candidates.item)
         h = self._pool(self._encode(batch.history, row_of), v, category)
         logits = score_real(self.head, interaction(v, h), batch.candidates.mask)
-        main = binary_cross_entropy(logits, batch.label, batch.weight, batch.log_q)
-        return Loss(main, {"main": main.detach()})
+        return pointwise_loss(logits, batch)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Return the weights of the found events, beside softmax attention over all of the window, any category."""

@@ -9,7 +9,7 @@ C[newest item, j] + 1e-6 * count_j, in the same order: rows are divided by their
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ranking.batch import Batch, Candidates, History, Request
 from ranking.embeddings import take
 from ranking.followers import followed, newest_basket, out_weights
 from ranking.items import ItemTable
-from ranking.ranker import NEGATIVE, Loss
+from ranking.ranker import NEGATIVE, Loss, TrainsOn
 from recsys.errors import ConfigError, RecsysError
 
 
@@ -42,7 +42,7 @@ class TransitionsConfig:
 class TransitionsRanker(nn.Module):
     """Scores an item by how often it came after the items of the newest basket."""
 
-    trains_on: ClassVar[Literal["requests", "sequences", "nothing"]] = "nothing"
+    trains_on: ClassVar[TrainsOn] = "nothing"
     total: Tensor
 
     def __init__(self, config: TransitionsConfig, items: ItemTable) -> None:
