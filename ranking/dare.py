@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.attention import Attention, of_found
-from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Padded, Request
+from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Request
 from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
 from ranking.items import ItemTable
 from ranking.layers import (
@@ -221,7 +221,7 @@ class Dare(nn.Module):
         width = min(int(mask.sum(1).max()), self.config.window)
         mask, moved = mask[:, -width:], push(state.time, time)[:, -width:]
         items = push(state.item, item)[:, -width:]
-        position = positions(Padded(mask, mask, moved, mask), self.config.pos_mode)
+        position = positions(moved, mask, self.config.pos_mode)
         value = push(state.value[..., :semantic], self.representation.semantic(item, row_of))[:, -width:]
         return DareState(
             push(state.key, self._attention.semantic(item, row_of))[:, -width:],
@@ -263,7 +263,7 @@ class Dare(nn.Module):
         gone = _oldest(found & inside[:, None])
         parts = (state.key, state.value[..., :semantic], state.item, state.time, state.mask)
         key, value, items, time, mask = _kept(gone, state.mask, *parts)
-        position = positions(Padded(mask, mask, time, mask), self.config.pos_mode)
+        position = positions(time, mask, self.config.pos_mode)
         value = self.representation.with_position(value, position, mask)
         return DareState(key, value, items, position, time, mask, *own)
 
@@ -279,7 +279,7 @@ class Dare(nn.Module):
 
     def _encode(self, history: History, row_of: Tensor) -> DareState:
         padded = history.padded(self.config.window)
-        position = positions(padded, self.config.pos_mode)
+        position = positions(padded.time, padded.mask, self.config.pos_mode)
         value = self.representation.history(padded, position, row_of)  # [B, T, d_rep]
         if self.attention is None:
             key = value[..., : self.representation.semantic_width]

@@ -110,7 +110,7 @@ class Din(nn.Module):
 
     def _encode(self, history: History, row_of: Tensor) -> DinState:
         padded = history.padded(self.config.window)
-        position = positions(padded, self.config.pos_mode)
+        position = positions(padded.time, padded.mask, self.config.pos_mode)
         return DinState(self.fields.history(padded, position, row_of), padded.mask)
 
     def _score(self, state: DinState, candidates: Candidates, row_of: Tensor) -> Tensor:

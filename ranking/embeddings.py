@@ -124,19 +124,24 @@ def take(table: Tensor, row: Tensor) -> Tensor:
     return table.index_select(0, row.reshape(-1)).view(row.shape)
 
 
-def positions(padded: Padded, mode: PositionMode) -> Tensor:
+def positions(time: Tensor, mask: Tensor, mode: PositionMode) -> Tensor:
     """Return how far back each slot lies, int64 [B, T]: the newest event is 1 whatever the padding, padding is 0.
 
     In group mode the position is 1 + the number of distinct newer times, so that the order inside a basket, which
     carries nothing, has no effect.
+
+    Args:
+        time: int64 [B, T], ascending among the real events.
+        mask: bool [B, T], True at real events.
+        mode: what counts as one step back.
     """
-    batch, length = padded.mask.shape
+    batch, length = mask.shape
     if mode == "slot":
-        back = torch.arange(length, 0, -1, device=padded.mask.device).expand(batch, length)
+        back = torch.arange(length, 0, -1, device=mask.device).expand(batch, length)
     else:
-        newer = (padded.time[:, 1:] != padded.time[:, :-1]).long()  # [B, T-1] a new moment starts after this slot
+        newer = (time[:, 1:] != time[:, :-1]).long()  # [B, T-1] a new moment starts after this slot
         back = F.pad(newer.flip(1).cumsum(1).flip(1), (0, 1)) + 1
-    return back.masked_fill(~padded.mask, 0)
+    return back.masked_fill(~mask, 0)
 
 
 class Fields(nn.Module):

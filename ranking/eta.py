@@ -128,7 +128,8 @@ class Eta(nn.Module):
 
     def _encode(self, history: History, row_of: Tensor) -> EtaState:
         padded = history.padded(self.config.window)
-        event = self.fields.history(padded, positions(padded, self.config.pos_mode), row_of)
+        position = positions(padded.time, padded.mask, self.config.pos_mode)
+        event = self.fields.history(padded, position, row_of)
         return EtaState(event, self._code(event), padded.mask)
 
     @torch.no_grad()

@@ -86,7 +86,8 @@ class MeanPooling(nn.Module):
 
     def _encode(self, history: History, row_of: Tensor) -> MeanPoolingState:
         padded = history.padded(self.config.window)
-        e = self.fields.history(padded, positions(padded, self.config.pos_mode), row_of)  # [B, T, D]
+        position = positions(padded.time, padded.mask, self.config.pos_mode)
+        e = self.fields.history(padded, position, row_of)  # [B, T, D]
         return MeanPoolingState(e.sum(1) / padded.mask.sum(1, keepdim=True).clamp_min(1))
 
     def _score(self, state: MeanPoolingState, candidates: Candidates, row_of: Tensor) -> Tensor:

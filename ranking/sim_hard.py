@@ -113,7 +113,8 @@ class SimHard(nn.Module):
         """Return the weights of the found events, beside softmax attention over all of the window, any category."""
         row_of, padded = self.items.embedding_row, history.padded(self.config.window)
         v = self.fields.candidate(candidates.item, row_of).double()
-        event = self.fields.history(padded, positions(padded, self.config.pos_mode), row_of).double()
+        position = positions(padded.time, padded.mask, self.config.pos_mode)
+        event = self.fields.history(padded, position, row_of).double()
         ordered, order = self._by_category(padded)
         place, found = newest_of(
             ordered, take(self.items.column(self.config.category), candidates.item), self.config.retrieved
@@ -128,7 +129,7 @@ class SimHard(nn.Module):
 
     def _encode(self, history: History, row_of: Tensor) -> SimHardState:
         padded = history.padded(self.config.window)
-        position = positions(padded, self.config.pos_mode)
+        position = positions(padded.time, padded.mask, self.config.pos_mode)
         category, order = self._by_category(padded)
         sorted_ = Padded(*(tensor.gather(1, order) for tensor in padded))
         return SimHardState(category, self.fields.history(sorted_, position.gather(1, order), row_of))

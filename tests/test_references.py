@@ -227,7 +227,7 @@ def test_positions_count_back_from_the_newest(times: list[list[int]]) -> None:
     item = torch.full(flat.shape, 2, dtype=torch.int32)
     offsets = torch.tensor([0, *np.cumsum([len(own) for own in ordered])])
     padded: Padded = History(item, item, flat, offsets).padded(6)
-    slot, group = positions(padded, "slot"), positions(padded, "group")
+    slot, group = (positions(padded.time, padded.mask, mode) for mode in ("slot", "group"))
     for b, own in enumerate(ordered):
         kept = own[-6:]
         real = padded.mask[b]
