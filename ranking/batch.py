@@ -55,6 +55,10 @@ class History:
     def _values(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.item, self.action, self.time
 
+    def to(self, device: torch.device) -> "History":
+        """Return the same on another device."""
+        return History(*(part.to(device) for part in (*self._values, self.offsets)))
+
     def padded(self, length: int) -> Padded:
         """Return the newest `length` events of each history, left-padded to the longest of them (at least one slot)."""
         lengths = self.lengths.clamp(max=length)  # [B]
@@ -98,6 +102,10 @@ class Candidates:
         """True at real candidates, bool [B, C]."""
         return self.item != PAD
 
+    def to(self, device: torch.device) -> "Candidates":
+        """Return the same on another device."""
+        return Candidates(self.item.to(device))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -115,11 +123,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
-        h = self.history
         return Batch(
-            History(h.item.to(device), h.action.to(device), h.time.to(device), h.offsets.to(device)),
+            self.history.to(device),
             self.request.to(device),
-            Candidates(self.candidates.item.to(device)),
+            self.candidates.to(device),
             self.label.to(device),
             self.weight.to(device),
             None if self.log_q is None else self.log_q.to(device),

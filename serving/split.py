@@ -185,12 +185,12 @@ def _pace(held: _Held) -> float:
 
 def _score(held: _Held, history: History, request: Request, candidates: Candidates) -> Tensor:
     device, ranker = held.bundle.device, held.bundle.ranker
-    item = Candidates(candidates.item.to(device))
-    return ranker.score(ranker.encode(_on(device, history)), request.to(device), item).float().cpu()
+    state = ranker.encode(history.to(device))
+    return ranker.score(state, request.to(device), candidates.to(device)).float().cpu()
 
 
 def _user_vectors(held: _Held, history: History) -> Tensor:
-    return _retriever(held).user_vectors(_on(held.bundle.device, history)).float().cpu()
+    return _retriever(held).user_vectors(history.to(held.bundle.device)).float().cpu()
 
 
 def _item_vectors(held: _Held) -> Tensor:
@@ -240,12 +240,6 @@ STAGES: Mapping[str, Callable[..., Any]] = {
     "find": _find,
     "rerank": _rerank,
 }
-
-
-def _on(device: torch.device, history: History) -> History:
-    if device.type == "cpu":
-        return history
-    return History(*(part.to(device) for part in (history.item, history.action, history.time, history.offsets)))
 
 
 def _retriever(held: _Held) -> Retriever:
