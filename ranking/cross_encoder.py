@@ -1,6 +1,8 @@
-"""A pointwise cross-encoder: the control MVP is measured against, same backbone, same tokens but for the view tokens.
+"""A cross-encoder: the control MVP is measured against, same backbone, same tokens but for the view tokens.
 
 s_i = W h_[CLS](query, passage i) + b
+
+A score looks at one pair at a time, whatever else is in the list. Training does not: its loss is MVP's, over the list.
 
 P pairs    L tokens    d width
 """

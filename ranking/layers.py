@@ -1,9 +1,9 @@
-"""Small parts that several models share: dropout, the scoring head, search and pooling over a history, losses.
+"""Small parts that several models share: dropout, the scoring head, attention, search and pooling over a history.
 
 A score must not depend on what is scored with it, or offline and online answers could not be compared. MKL's float32
 products depend on the shape of the batch in their last digits: the same candidate, alone and among others, differed by
-1.7e-6 with DIN. So layers, attention and search go through `ranking.products.steady`, whose digits do not; what has not
-been moved there is computed in float64 and rounded at the end (`in_float64`). Training takes any product.
+1.7e-6 with DIN. So layers, attention networks and DARE's search go through `ranking.products.steady`, whose digits do
+not; other products are computed in float64 and rounded at the end (`in_float64`: a whole module). Training takes any.
 """
 
 import copy

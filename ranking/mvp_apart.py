@@ -16,7 +16,8 @@ trained to, say much. And a view starts from the query, so that the one step ove
 
 D and G start at 0, u and w at 0.3, which is about what words weigh in a hybrid search: an untrained model is feedback
 by words and vectors. Nothing knows a passage's place, so order
-cannot matter. `listwise = false` takes the step over the list out, beta = 0: the pointwise control, equal in all else.
+cannot matter. `listwise = false` takes the step over the list out, beta = 0: the control that scores each passage by
+itself, equal in all else, the loss over the list too.
 As for MVP, scores speak of one list.
 
     B queries    n passages of a list    P pairs    L tokens    m views    d width

@@ -367,7 +367,7 @@ def _await_ready(address: str, version: str, replicas: int) -> None:
     deadline = time.monotonic() + READY_SECONDS
     ready: set[str | None] = set()
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(OSError):  # not listening yet, or a bundle still being loaded
             with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
                 if response.read().decode() == f"ready {version}":
                     ready.add(response.headers[REPLICA])
@@ -375,7 +375,5 @@ def _await_ready(address: str, version: str, replicas: int) -> None:
                     ready.clear()
             if len(ready) >= replicas:
                 return
-        except OSError:
-            pass  # not listening yet, or a bundle still being loaded
         time.sleep(0.1)
     raise RecsysError(f"{address}/readyz did not name bundle {version} within {READY_SECONDS:.0f} s")

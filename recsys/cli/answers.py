@@ -1,4 +1,4 @@
-"""The verbs that answer requests: recommend, serve, quickstart."""
+"""The verbs that answer requests or look back at answers: recommend, replay, serve, compare-online, quickstart."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
