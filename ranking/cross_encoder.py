@@ -10,22 +10,13 @@ P pairs    L tokens    d width
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranking.pair_prompt import PairPrompt
-from ranking.text_backbone import (
-    TOKENS_PER_PASS,
-    TextModel,
-    TextTokenizer,
-    device_of,
-    in_passes,
-    load_transformer,
-)
+from ranking.pair_reranker import PairReranker
+from ranking.text_backbone import TOKENS_PER_PASS, TextTokenizer, device_of, load_transformer
 from ranking.text_models import Vectors
-from recsys.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,7 @@ class CrossEncoderConfig:
     tokens_per_pass: int = TOKENS_PER_PASS
 
 
-class CrossEncoder(TextModel):
+class CrossEncoder(PairReranker):
     """A `TextReranker` that reads every pair on its own."""
 
     kind, options = "cross_encoder", CrossEncoderConfig
@@ -57,14 +48,6 @@ class CrossEncoder(TextModel):
     def of(config: CrossEncoderConfig = CrossEncoderConfig()) -> "CrossEncoder":
         """Load the backbone of a config; the head is drawn from torch's global generator."""
         return CrossEncoder(config, load_transformer(config.backbone), TextTokenizer.of(config.backbone))
-
-    def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of every pair."""
-        return self.prompt.rows(query, passages)
-
-    def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Return bool [n]: which passages are cut beside this query."""
-        return self.prompt.truncated(query, passages)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the first position's state [P, 1, d] of pairs."""
@@ -86,16 +69,3 @@ class CrossEncoder(TextModel):
         with torch.inference_mode():
             vectors = [torch.from_numpy(one[:, 0]).to(device_of(self)) for one in lists]
             return [self.head(one).squeeze(-1).cpu().numpy() for one in vectors]
-
-    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
-        """Return float32 [n], higher is better."""
-        return self.rerank_many([query], [passages], progress)[0]
-
-    def rerank_many(
-        self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
-    ) -> list[Vectors]:
-        """Rerank one list per query, all pairs batched by length."""
-        rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        scores = in_passes(rows, self.tokenizer.pad, device_of(self), self, progress, self.config.tokens_per_pass)
-        ends = np.cumsum([len(one) for one in lists])[:-1]
-        return np.split(scores, ends) if len(lists) else []

@@ -27,18 +27,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranking.pair_prompt import PairPrompt
-from ranking.text_backbone import (
-    TOKENS_PER_PASS,
-    TextModel,
-    TextTokenizer,
-    device_of,
-    in_passes,
-    load_transformer,
-)
+from ranking.pair_reranker import PairReranker
+from ranking.text_backbone import TOKENS_PER_PASS, TextTokenizer, device_of, load_transformer
 from ranking.text_models import Vectors
 from recsys.errors import ConfigError
 from recsys.progress import Progress, silent
@@ -114,7 +107,7 @@ def scores_by_view(anchors: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("bmd,bnmd->bnm", anchors, vectors)
 
 
-class Mvp(TextModel):
+class Mvp(PairReranker):
     """A `TextReranker`.
 
     Args:
@@ -168,14 +161,6 @@ class Mvp(TextModel):
 
     # From texts to relevance vectors.
 
-    def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of every pair."""
-        return self.prompt.rows(query, passages)
-
-    def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Return bool [n]: which passages are cut beside this query."""
-        return self.prompt.truncated(query, passages)
-
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return relevance vectors [P, m, d] of pairs; every row must begin with the view tokens."""
         views = torch.tensor(self.view_ids, device=ids.device)
@@ -186,12 +171,8 @@ class Mvp(TextModel):
 
     def encode_pairs(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
         """Return relevance vectors float32 [n, m, d], which depend on one pair each and may be cached."""
-        return self._encode_rows(self.rows(query, passages), progress)
-
-    def _encode_rows(self, rows: Sequence[Sequence[int]], progress: Progress) -> Vectors:
-        device, tokens = device_of(self), self.config.tokens_per_pass
-        vectors = in_passes(rows, self.tokenizer.pad, device, self.encode, progress, tokens)
-        return vectors.reshape(len(rows), self.config.views, self.width)
+        vectors = self.read([query], [passages], self.encode, progress)[0]
+        return vectors.reshape(len(passages), self.config.views, self.width)
 
     # From relevance vectors to scores.
 
@@ -235,18 +216,11 @@ class Mvp(TextModel):
             out[place] = row[: len(lists[place])].copy()
         return out
 
-    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
-        """Return float32 [n], higher is better."""
-        return self.rerank_many([query], [passages], progress)[0]
-
     def rerank_many(
         self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
     ) -> list[Vectors]:
         """Rerank one list per query; the pairs of all lists are encoded together, batched by length."""
-        rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        vectors = self._encode_rows(rows, progress)
-        ends = np.cumsum([len(one) for one in lists])[:-1]
-        return self.rank_vectors(np.split(vectors, ends)) if len(lists) else []
+        return self.rank_vectors(self.read(queries, lists, self.encode, progress))
 
     # Diagnostics.
 

@@ -13,23 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranking.pair_prompt import PairPrompt
-from ranking.text_backbone import (
-    TOKENS_PER_PASS,
-    TextModel,
-    TextTokenizer,
-    build_transformer,
-    device_of,
-    in_passes,
-    load_transformer,
-)
-from ranking.text_models import Vectors
+from ranking.pair_reranker import PairReranker
+from ranking.text_backbone import TOKENS_PER_PASS, TextTokenizer, build_transformer, load_transformer
 from recsys.errors import DataError
-from recsys.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class SequenceRerankerConfig:
     tokens_per_pass: int = TOKENS_PER_PASS
 
 
-class SequenceReranker(TextModel):
+class SequenceReranker(PairReranker):
     """A `TextReranker` that somebody else has trained."""
 
     kind, options = "sequence", SequenceRerankerConfig
@@ -76,9 +65,10 @@ class SequenceReranker(TextModel):
         """Build the model of a config.json, weights not yet read."""
         return cls(config, build_transformer(about["architecture"], "sequence"), tokenizer)
 
-    def truncated(self, query: str, passages: Sequence[str]) -> NDArray[np.bool_]:
-        """Return bool [n]: which passages are cut beside this query."""
-        return self.prompt.truncated(query, passages)
+    @property
+    def pad(self) -> int:
+        """What fills up a row of `rows`: the padding token in the first segment."""
+        return 2 * self.tokenizer.pad
 
     def rows(self, query: str, passages: Sequence[str]) -> list[list[int]]:
         """Return every pair's tokens as 2 id + segment, so that a token keeps its segment wherever it is batched."""
@@ -93,20 +83,6 @@ class SequenceReranker(TextModel):
         segments = {"token_type_ids": tokens % 2} if self._segments else {}
         logits: Tensor = self.transformer(input_ids=tokens // 2, attention_mask=mask, **segments).logits
         return logits[:, 0]
-
-    def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> Vectors:
-        """Return float32 [n], higher is better."""
-        return self.rerank_many([query], [passages], progress)[0]
-
-    def rerank_many(
-        self, queries: Sequence[str], lists: Sequence[Sequence[str]], progress: Progress = silent
-    ) -> list[Vectors]:
-        """Rerank one list per query, all pairs batched by length."""
-        rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        pad = 2 * self.tokenizer.pad
-        scores = in_passes(rows, pad, device_of(self), self, progress, self.config.tokens_per_pass)
-        ends = np.cumsum([len(one) for one in lists])[:-1]
-        return np.split(scores, ends) if len(lists) else []
 
 
 def _layout(tokenizer: TextTokenizer, name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
