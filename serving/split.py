@@ -41,6 +41,8 @@ Part = Literal["retriever", "ranker", "text"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Spent = tuple[float, float] | None
 """A deadline on its way to another process: its seconds, and how many of them are over."""
+Neighbours = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""Rows and scores of an index."""
 
 logger = logging.getLogger(__name__)
 
@@ -197,18 +199,12 @@ def _item_vectors(held: _Held) -> Tensor:
     return _retriever(held).item_vectors().float().cpu()
 
 
-def _nearest(
-    held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    assert held.bundle.index is not None, "asked for only where there is one"
-    return held.bundle.index.search(vectors, k, allowed)
+def _nearest(held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None) -> Neighbours:
+    return _index(held).search(vectors, k, allowed)
 
 
-def _exact(
-    held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    assert held.bundle.index is not None, "asked for only where there is one"
-    return held.bundle.index.exact(vectors, k, allowed)
+def _exact(held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None) -> Neighbours:
+    return _index(held).exact(vectors, k, allowed)
 
 
 def _find(
@@ -245,6 +241,11 @@ STAGES: Mapping[str, Callable[..., Any]] = {
 def _retriever(held: _Held) -> Retriever:
     assert held.bundle.retriever is not None, "asked for only where there is one"
     return held.bundle.retriever
+
+
+def _index(held: _Held) -> Index:
+    assert held.bundle.index is not None, "asked for only where there is one"
+    return held.bundle.index
 
 
 def _searcher(held: _Held) -> Searcher:
@@ -331,20 +332,12 @@ class _Index:
     def __len__(self) -> int:
         return self.size
 
-    def search(
-        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        found: tuple[NDArray[np.int32], NDArray[np.float32]] = self.ask(
-            "retriever", "nearest", self.place, vectors, k, allowed
-        )
+    def search(self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None) -> Neighbours:
+        found: Neighbours = self.ask("retriever", "nearest", self.place, vectors, k, allowed)
         return found
 
-    def exact(
-        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        found: tuple[NDArray[np.int32], NDArray[np.float32]] = self.ask(
-            "retriever", "exact", self.place, vectors, k, allowed
-        )
+    def exact(self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None) -> Neighbours:
+        found: Neighbours = self.ask("retriever", "exact", self.place, vectors, k, allowed)
         return found
 
 
