@@ -63,6 +63,7 @@ from ranking.ranker import AnyRanker, Retriever
 from ranking.search_golden import SearchGolden, replay_searches, write_text
 from ranking.search_part import SearchContents, SearchPart, load_search_part
 from ranking.strings import StringTable
+from recsys.config import first_problem
 from recsys.errors import BundleError, RecsysError, RequestError
 from recsys.files import read_json, whole_directory, write_json
 from recsys.history import UNKNOWN_KEY
@@ -364,7 +365,7 @@ def _message(kind: type[M], path: Path) -> M:
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
-        raise BundleError(f"{path.parent}: {path.name}: {error}") from None
+        raise BundleError(f"{path.parent}: {path.name}: {first_problem(error)}") from None
 
 
 def _answering(bundle: Bundle) -> Answering:

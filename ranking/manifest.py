@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from recsys.config import first_problem
 from recsys.errors import BundleError
 from recsys.files import sha256_file
 from recsys.messages import Message
@@ -112,8 +113,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     try:
         return Manifest.model_validate(table), version_of(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; publish again") from None
+        raise BundleError(f"{path}: {first_problem(error)}; publish again") from None
 
 
 def checked_files(directory: Path, manifest: Manifest) -> dict[str, Path]:
