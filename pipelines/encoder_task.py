@@ -4,6 +4,7 @@ With `train = "fusion"` the backbone is frozen: passage vectors come from the ca
 query, training or dev, is computed once and kept, so a step and a validation cost the fusion alone.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,8 @@ DISTRACTORS = 500
 """Other passages in the dev search of full training, which encodes its passages anew at every validation."""
 
 QUERIES_PER_PASS = 64
+
+logger = logging.getLogger(__name__)
 
 State = tuple[Tensor | None, Tensor, Tensor | None]
 """hidden [L, d] if the code's LLR needs it, pooled [d], and CLR's weights [V] of one query"""
@@ -125,8 +128,8 @@ class EncoderTask:
         also = self.left_out(texts, grades, columns, target).to(self.device)
         plain, queries = self.query_vectors(texts)
         passages = self.passage_vectors(columns)
-        loss = contrastive_loss(queries, passages, target.to(self.device), also, self.config.temperature)
-        return loss, {"cosine_to_plain": float((plain * queries).sum(dim=-1).mean().detach())}
+        loss = contrastive_loss(queries, passages, target.to(self.device), also, self.config.tau)
+        return loss, {"cosine_to_plain": float(F.cosine_similarity(plain, queries).mean().detach())}
 
     def left_out(
         self, texts: Sequence[str], grades: Sequence[dict[int, int]], columns: Sequence[int], target: Tensor
@@ -178,8 +181,9 @@ class EncoderTask:
         return plain, model.lexicon(plain, ids, mask, hidden, raw, clr) if fused else plain
 
     def validate(self) -> dict[str, float]:
-        """Return the mean nDCG@10 over the kinds of dev queries, then that of each."""
-        found = {}
+        """Return the mean nDCG@10 over the kinds of dev queries, then that of each and how strong the fusion is."""
+        found: dict[str, float] = {}
+        strength: dict[str, float] = {}
         for kind, queries in self.dev.items():
             if self.frozen:
                 ranking, judged = dense_search(self._dev_vectors(queries.texts), self.stages.passage_vectors), queries
@@ -191,7 +195,30 @@ class EncoderTask:
                 grades = [{place[row]: grade for row, grade in one.items()} for one in queries.grades]
                 ranking, judged = dense_search(vectors, passages), Queries(queries.ids, queries.texts, grades)
             found[f"{kind}/ndcg_at_10"] = float(measure(ranking, judged)["ndcg_at_10"].mean())
-        return {"ndcg_at_10": float(np.mean(list(found.values()))), **found}
+            strength |= {f"{kind}/{name}": value for name, value in self.strength(queries.texts, kind).items()}
+        return {"ndcg_at_10": float(np.mean(list(found.values()))), **found, **strength}
+
+    @torch.no_grad()
+    def strength(self, texts: Sequence[str], kind: str) -> dict[str, float]:
+        """Return means over the first queries of a kind: cosine to the plain vector, and `Lexicon.strength`."""
+        model, texts = self.model, texts[:QUERIES_PER_PASS]
+        ids, mask = padded(model.tokenizer.encode(texts, model.config.max_query_len), model.tokenizer.pad, self.device)
+        if self.frozen:
+            states: State = self._kept(texts, ids, mask)
+        else:
+            states = (*model.states(ids, mask), model.contextual(ids, mask))
+        plain = F.normalize(states[1], dim=-1)
+        enhanced = model.lexicon(plain, ids, mask, *states)
+        found = {"cosine_to_plain": F.cosine_similarity(plain, enhanced)} | model.lexicon.strength(ids, mask, *states)
+        means = {name: float(each.double().mean()) for name, each in found.items()}
+        if means.get("non_zeros") == 0:
+            logger.warning(
+                "no term of %d dev queries (%s) has a weight: every query is multiplied by the same numbers; "
+                "with weights = clr set clr_pool = max",
+                len(texts),
+                kind,
+            )
+        return means
 
     def _dev_rows(self, queries: Queries) -> list[int]:
         judged = {row for grades in queries.grades for row in grades}

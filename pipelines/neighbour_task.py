@@ -204,8 +204,8 @@ class NeighbourTask:
         plain, enhanced = self._queries(queries)
         found = self._plain(windows, keep=True)
         each = (len(self.documents) - 1) / max(len(passages) - 1, 1)
-        loss = contrastive_loss(enhanced, found, targets, also, self.config.temperature, max(each, 1.0))
-        return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
+        loss = contrastive_loss(enhanced, found, targets, also, self.config.tau, max(each, 1.0))
+        return loss, {"cosine_to_plain": float(F.cosine_similarity(plain, enhanced).mean().detach())}
 
     def _frozen_loss(
         self, queries: list[list[int]], passages: list[int], relevant: list[list[int]]
@@ -214,8 +214,8 @@ class NeighbourTask:
         also = self._alike(torch.arange(len(self.documents), device=self.device), targets, relevant)
         plain, enhanced = self._queries(queries)
         among = torch.from_numpy(self.vectors).to(self.device)
-        loss = contrastive_loss(enhanced, among, targets, also, self.config.temperature)
-        return loss, {"cosine_to_plain": float((plain * enhanced).sum(dim=-1).mean().detach())}
+        loss = contrastive_loss(enhanced, among, targets, also, self.config.tau)
+        return loss, {"cosine_to_plain": float(F.cosine_similarity(plain, enhanced).mean().detach())}
 
     def _alike(self, passages: Tensor, targets: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
         """Return bool [B, C]: which of the passages [C] have the text of a relevant one, but that at `targets` [B]."""

@@ -107,6 +107,7 @@ class TextTrainConfig:
     bfloat16: bool = False
     """run the backbone in bfloat16 while training: faster where the processor multiplies it, far slower elsewhere"""
     temperature: float = 0.02
+    """of the contrastive loss; see `tau`"""
     orthogonal: float = 1.0
     """weight of MVP's orthogonal term"""
     teacher: Literal["qrels", "silver", "mixed"] = "mixed"
@@ -137,6 +138,11 @@ class TextTrainConfig:
             raise ConfigError(
                 f"positives is {self.positives}, rank_tau {self.rank_tau}; expected at least 1 and above 0"
             )
+
+    @property
+    def tau(self) -> float:
+        """Temperature of LexSemBridge's loss; 1 where its vectors keep their lengths, as the authors' code has it."""
+        return self.temperature if self.model.normalized else 1.0
 
     def table(self) -> dict[str, Any]:
         """Return the config as nested values of JSON."""

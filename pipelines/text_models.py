@@ -66,6 +66,8 @@ def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainCo
         if reader not in _READ_BY.get(key, {reader}):
             of = name if name in _RERANKERS else f"{name} with batches = {reader!r}"
             raise ConfigError(f"{path}: {key} would do nothing for {of}; leave it out")
+    if "temperature" in table and config.tau != config.temperature:
+        raise ConfigError(f"{path}: normalized = false forces a temperature of 1; leave temperature out")
     return config
 
 

@@ -66,8 +66,13 @@ class LexSemBridgeConfig:
     fusion_passages: bool = False
     fusion_at_test: bool = True
     normalized: bool = True
+    """enhanced vectors have length 1; else v counts d times, and training takes a temperature of 1 (code)"""
 
     def __post_init__(self) -> None:
+        if not self.normalized and self.weights in ("linear_map", "off"):
+            raise ConfigError(
+                f"[model] normalized = false would do nothing with weights = {self.weights}; leave it out"
+            )
         if self.weights == "llr" and self.variant == "code" and not self.ignore_special:
             raise ConfigError("[model] weights = llr in the code's reading always leaves out special tokens")
 
@@ -80,9 +85,12 @@ def first_places(ids: Tensor, counted: Tensor) -> Tensor:
 
 
 def enhance(vectors: Tensor, z: Tensor, normalized: bool = True) -> Tensor:
-    """Return e' [B, d] of vectors e [B, d] and z [B, d]: softmax over the d dimensions, product, length 1."""
-    weighted = torch.softmax(z, dim=-1) * vectors
-    return F.normalize(weighted, dim=-1, eps=1e-30) if normalized else weighted
+    """Return e' [B, d] of vectors e [B, d] and z [B, d]: softmax over the d dimensions, product, length 1.
+
+    Where the length stays as it is v counts d times: its mean is 1 / d, and e' would be as much shorter than e.
+    """
+    v = torch.softmax(z, dim=-1)
+    return F.normalize(v * vectors, dim=-1, eps=1e-30) if normalized else v * z.shape[-1] * vectors
 
 
 class Lexicon(nn.Module):
@@ -168,6 +176,23 @@ class Lexicon(nn.Module):
         places = self.at_places(ids, mask, hidden)
         empty = torch.zeros(len(ids), len(self.W), dtype=places.dtype, device=places.device)
         return empty.scatter_add(1, ids, places)
+
+    def strength(
+        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return how far each query may be turned [B]: R = max z - min z, k = max v / min v, and terms with a weight.
+
+        The cosine of e' and e is at least 1 / cosh(R / 2). Controls without terms or without z have no such numbers.
+        """
+        if self.config.weights in ("linear_map", "off"):
+            return {}
+        z = self.z(ids, mask, hidden, raw, clr)
+        spread = z.amax(dim=-1) - z.amin(dim=-1)
+        found = {"R": spread, "k": spread.exp()}
+        if self.config.weights == "c_only":
+            return found
+        w = self.at_places(ids, mask, hidden) if self.sparse else self.over_vocabulary(raw, clr)
+        return {**found, "non_zeros": (w != 0).sum(dim=-1)}
 
     def forward(
         self, vectors: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor | None, raw: Tensor, clr: Tensor | None = None
