@@ -127,7 +127,11 @@ class RerankerTask:
             most = self.config.group - len(positives)
             chosen = [*positives, *draws.permutation(negatives)[:most].tolist()]
             silver = {row: at for at, row in enumerate(pool)}
-            key = {row: (self._grade(known, row), -silver.get(row, len(pool))) for row in chosen}
+            forced = self.config.force_positive_first  # the authors' one labelled passage is always rank 1
+            key = {
+                row: (forced and known.get(row, 0) > 0, self._grade(known, row), -silver.get(row, len(pool)))
+                for row in chosen
+            }
             order = sorted(chosen, key=lambda row: key[row], reverse=True)
             for at, row in enumerate(chosen):
                 ranks[line, at] = order.index(row) + 1
@@ -139,15 +143,15 @@ class RerankerTask:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the listwise loss of one step, and MVP's orthogonal term."""
         queries, lists, ranks, grades = self.lists(step)
-        tau = self.config.rank_tau
+        tau, variant = self.config.rank_tau, self.config.loss_variant
         y = targets(ranks, tau, grades if self.config.teacher == "qrels" else None).to(self.device)
         vectors = self._encoded(queries, lists)
         mask = (ranks > 0).to(self.device)
         if isinstance(self.model, CrossEncoder):
-            ranked = rank_loss(self.model.score(vectors, mask), y, tau)
+            ranked = rank_loss(self.model.score(vectors, mask), y, tau, variant)
             return ranked, {"rank": float(ranked.detach())}
         scores, anchors = self.model.score(vectors, mask)
-        ranked, apart = rank_loss(scores, y, tau), orthogonal_loss(anchors)
+        ranked, apart = rank_loss(scores, y, tau, variant), orthogonal_loss(anchors)
         parts = {"rank": float(ranked.detach()), "orthogonal": float(apart.detach())}
         return ranked + self.config.orthogonal * apart, parts
 

@@ -114,6 +114,10 @@ class TextTrainConfig:
     """order inside a training list: grades, the first stage, or the first stage inside a grade"""
     positives: int = 2
     """most relevant passages of a training list"""
+    force_positive_first: bool = False
+    """with `teacher = "silver"`: relevant passages lead a training list, wherever the first stage has them"""
+    loss_variant: Literal["single", "released"] = "single"
+    """of the listwise loss; released takes the softmax of a softmax, as the authors' code does: for parity only"""
     rank_tau: float = 0.8
     """temperature of a training list's scores and of its targets (0.8: the authors' code)"""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -133,6 +137,11 @@ class TextTrainConfig:
             raise ConfigError(
                 f"cuts is {self.cuts}, layers {self.layers}, train_tokens {self.train_tokens}; "
                 f"expected at least 1, 0 and {SHORTEST_WINDOW}"
+            )
+        if self.force_positive_first and self.teacher != "silver":
+            raise ConfigError(
+                f"force_positive_first = true would do nothing with teacher = {self.teacher!r}, whose grades lead "
+                "already; set teacher = 'silver', or leave it out"
             )
         if self.positives < 1 or self.rank_tau <= 0:
             raise ConfigError(

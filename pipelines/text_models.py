@@ -46,7 +46,7 @@ _READ_BY = {
     "temperature": frozenset({"queries", "passages"}),
     "group": frozenset({"queries", *_RERANKERS}),
     **dict.fromkeys(("cuts", "layers", "train_tokens"), frozenset({"passages"})),
-    **dict.fromkeys(("depth", "teacher", "positives", "rank_tau"), _RERANKERS),
+    **dict.fromkeys(("depth", "teacher", "positives", "rank_tau", "loss_variant", "force_positive_first"), _RERANKERS),
     "orthogonal": frozenset({"mvp", "mvp_apart"}),
 }
 """key of a config -> rerankers that read it, and batches of LexSemBridge that do; what is not here all read"""
