@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from logs import synthetic
-from test_shown import CONFIG, ingested
+from shown_world import CONFIG, ingested
 
 import worlds
 from pipelines.evaluate import evaluate

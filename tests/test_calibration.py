@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from bundle_world import PROVENANCE, contents, named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import synthetic
 from pydantic import ValidationError
-from test_bundle import PROVENANCE, contents, named
-from test_evaluate import Fake
-from test_shown import CONFIG, EVALUATE, ingested
+from shown_world import CONFIG, EVALUATE, ingested
 from typer.testing import CliRunner
 
 from pipelines.calibration import METHODS, fit_calibration, fit_scores
@@ -28,6 +27,7 @@ from recsys.cli import app
 from recsys.errors import ConfigError, DataError
 from recsys.history import DAY, Events
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
+from worlds import Fake
 
 TRUE_SLOPE, TRUE_INTERCEPT = 0.4, -1.5
 """An item with score x is taken when shown with chance 1 / (1 + exp(1.5 - 0.4 x)): scores claim far too much."""

@@ -2,26 +2,24 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
-from torch import nn
 
 from pipelines.evaluate import SINGLE_REQUESTS, evaluate, validate
 from pipelines.evaluation import ALL_ITEMS, EvaluateConfig, Evaluation, TrainingSummary
 from pipelines.prepared import CandidateSets, PreparedSet, Requests
 from pipelines.scoring import distinct_items, draw_requests, in_history, join_sets, rank_all_items, score_sets
 from ranking.items import ItemTable, identity_rows
-from ranking.ranker import NEGATIVE
 from recsys.config import parse
 from recsys.errors import ConfigError, DataError
 from recsys.files import write_json
 from recsys.history import Events, Histories
 from recsys.metrics import auc, hit_rate, mrr, ndcg, rank, recall
+from worlds import Fake
 
 USERS, ITEMS, NEGATIVES = 12, 60, 15
 CONFIG = EvaluateConfig(resamples=40, full_ranking_requests=7, history_edges=(5, 12))
@@ -66,26 +64,6 @@ def prepared(tmp_path_factory):
             sets.save(directory / "candidates" / f"{split}_{sampler}.safetensors")
     write_json(directory / "manifest.json", {"format": 1, "digest": "abc"})
     return PreparedSet(directory)
-
-
-class Fake(nn.Module):
-    """Scores by a plain function of (history rows, moment, item rows): checks what reaches a model, and its order."""
-
-    def __init__(self, items, function, window=None):
-        super().__init__()
-        self.items, self.function, self.window, self.batches = items, function, window, 0
-
-    def encode(self, history):
-        rows, ends = history.item.numpy(), history.offsets.numpy()
-        self.batches += 1
-        return [rows[a:b] for a, b in pairwise(ends)]
-
-    def score(self, state, request, candidates):
-        assert not self.training
-        item = candidates.item.numpy()
-        rows = [self.function(h, int(at), i) for h, at, i in zip(state, request.at, item, strict=True)]
-        scores = torch.from_numpy(np.array(rows, np.float32).reshape(item.shape))
-        return scores.masked_fill(~candidates.mask, NEGATIVE)
 
 
 def wild(history, at, item):

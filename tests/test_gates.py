@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_report import evaluation
+from evaluations import evaluation
 
 from pipelines.audit_record import Audit, Check
 from pipelines.gates import Gate, judge, read_gates, refuse_failed

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from test_ranker_contract import SETTINGS, requests, trained
+from ranker_world import SETTINGS, requests, trained
 
 import ranking.index as index_module
 from pipelines.train import train, trained_run

@@ -6,36 +6,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logs import Line, random_log, raw, synthetic
+from logs import Line, random_log, synthetic
+from shown_world import CONFIG, EVALUATE, ingested
 from sklearn.metrics import log_loss
-from test_evaluate import Fake
 
 from pipelines.append import append
 from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.ingest import ingest
-from pipelines.prepare import PrepareConfig, prepare
+from pipelines.prepare import prepare
 from pipelines.prepared import IMPRESSIONS, PreparedSet
 from pipelines.shipped import find_config
-from pipelines.splits import SplitConfig
 from recsys.bootstrap import CalibrationError
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError, DataError
 from recsys.files import write_json
 from recsys.history import DAY
-
-CONFIG = PrepareConfig(split=SplitConfig(valid_days=10, test_days=30), negatives=3, workers=1)
-EVALUATE = EvaluateConfig(split=IMPRESSIONS, samplers=(IMPRESSIONS,), resamples=20, full_ranking_requests=5)
-SCHEMA = {
-    "request_id": pl.String,
-    "user_id": pl.String,
-    "item_id": pl.String,
-    "timestamp": pl.Int64,
-    "label": pl.UInt8,
-}
+from worlds import Fake
 
 
 def shown(seed: int, users: list[str], answers: int) -> list[tuple[str, str, str, int, int]]:
@@ -47,11 +35,6 @@ def shown(seed: int, users: list[str], answers: int) -> list[tuple[str, str, str
         items = draw.integers(0, 13, draw.integers(1, 5))
         rows += [(f"r{number % 7}", user, f"i{item}", at, int(draw.random() < 0.4)) for item in items]
     return rows
-
-
-def ingested(lines: list[Line], rows: list[tuple[str, str, str, int, int]], folder: Path) -> Path:
-    ingest(replace(raw(lines, folder.name), impressions=pl.LazyFrame(rows, SCHEMA, orient="row")), folder)
-    return folder
 
 
 def reference(lines, rows, known_items):

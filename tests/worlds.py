@@ -13,6 +13,7 @@ The two highest rows are items of the catalogue that never occur in training ("u
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request, assem
 from ranking.embeddings import sparse_parameters
 from ranking.gradient_boosting import GradientBoosting
 from ranking.items import ItemTable, MultiValued, Transitions, identity_rows
+from ranking.ranker import NEGATIVE
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
 
@@ -217,6 +219,26 @@ def fit(
         losses.append(float(loss.detach()))
     model.eval()
     return losses
+
+
+class Fake(nn.Module):
+    """Scores by a plain function of (history rows, moment, item rows): checks what reaches a model, and its order."""
+
+    def __init__(self, items, function, window=None):
+        super().__init__()
+        self.items, self.function, self.window, self.batches = items, function, window, 0
+
+    def encode(self, history):
+        rows, ends = history.item.numpy(), history.offsets.numpy()
+        self.batches += 1
+        return [rows[a:b] for a, b in pairwise(ends)]
+
+    def score(self, state, request, candidates):
+        assert not self.training
+        item = candidates.item.numpy()
+        rows = [self.function(h, int(at), i) for h, at, i in zip(state, request.at, item, strict=True)]
+        scores = torch.from_numpy(np.array(rows, np.float32).reshape(item.shape))
+        return scores.masked_fill(~candidates.mask, NEGATIVE)
 
 
 def grow(model: GradientBoosting, world: World, seed: int = 0) -> None:
