@@ -3,13 +3,13 @@
 For every score |a - b| <= 1e-6 max(1, |a|), and the items are the same in the same order.
 """
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import polars as pl
 import pytest
+from serving_world import free_port
 
 from pipelines.recommend import BatchRequest, recommend_users
 from ranking.bundle import Bundle
@@ -26,12 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.serve]
 
 HOUR = 3_600_000_000
 K = 20
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving_world import free_port
 from typer.main import get_command
 
 from pipelines.shipped import find_config
@@ -53,12 +53,6 @@ def shown() -> list[str]:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "tests/benchmarks/RESULTS.md"))
     lines = "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).splitlines()
     return [line.split("  #")[0].strip() for line in lines]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:

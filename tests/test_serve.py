@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving_world import LATER, PATIENT, WAIT, Place, make_service, publish_world
+from serving_world import LATER, PATIENT, WAIT, Place, free_port, make_service, publish_world
 
 from recsys.errors import BundleError, ConfigError, DataError
 from recsys.messages import EventIn, RankRequest, RecommendRequest
@@ -30,12 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSinc
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
     return publish_world(tmp_path_factory.mktemp("world"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def config(place: Place, state: Path, port: int) -> ServeConfig:

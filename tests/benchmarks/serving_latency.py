@@ -28,8 +28,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from big_world import write_big_world
+from serving_world import free_port
 
 from ranking.recommender_config import DEFAULTS, RecommenderConfig
 from serving.host import Running, ServeConfig, run_bare, start
@@ -79,7 +81,7 @@ def main() -> None:
             for name in arguments.hosts:
                 state = Path(directory) / f"state-{ranker}-{name}"
                 quotas = QUOTAS if twin else DEFAULTS
-                config = ServeConfig(bundle, snapshot, state, port=_free_port(), recommender=quotas)
+                config = ServeConfig(bundle, snapshot, state, port=free_port(), recommender=quotas)
                 with {"bare": _bare, "serve": _serve, "split": _split}[name](config) as running:
                     asked = (ranker, config.port, bodies, arguments.clients, arguments.requests)
                     rows += _measured(name, *asked)
@@ -206,12 +208,6 @@ def _await(port: int, alive: Callable[[], bool]) -> None:
                 return
         time.sleep(0.1)
     raise RuntimeError("the bare server did not come up")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _line(row: Row) -> str:
