@@ -16,7 +16,6 @@ from ranking.content import content_features, match_content
 from ranking.content_vectors import ContentVectors
 from ranking.items import ItemTable
 from ranking.ladder import Deadlines
-from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
 from ranking.searched import SearchConfig
@@ -25,7 +24,7 @@ from serving.app import Limits, create_app
 from serving.security import ApiKeys
 from serving.service import Service
 from serving.settings import ServeConfig, load_into, open_service
-from worlds import DAY, START, make_world
+from worlds import DAY, PROVENANCE, START, make_world
 
 USERS = 20
 ITEMS = 62
@@ -88,7 +87,7 @@ def _write(
         content=match_content(content_features(table, names), table.count) if described else None,
         content_vectors=vectors,
     )
-    write_bundle(directory, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest"))
+    write_bundle(directory, contents, PROVENANCE)
 
 
 def make_service(place: Place, state: Path, bundle: Path | None = None, **settings) -> Service:

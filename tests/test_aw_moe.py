@@ -16,21 +16,14 @@ import worlds
 from ranking.aw_moe import AwMoe, AwMoeConfig, attended, experts_view
 from ranking.batch import UNKNOWN, Batch, Candidates, History, Request
 from ranking.contrast import contrastive_loss, masked_view, others, some_of
-from ranking.items import ItemTable
 from ranking.losses import binary_cross_entropy
 from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, ndcg, rank
+from worlds import ROWS, item_table
 
 seeds = st.integers(0, 2**31)
 GATES = ["query", "target", "none"]
-ROWS = 30
 SMALL = AwMoeConfig(window=12, width=6, experts=3, item_width=3, category_width=2, unknown_rate=0.0)
-
-
-def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
-    """Return a table in which every item from row 2 was trained; categories go round."""
-    code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
-    return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
 
 
 def build(seed: int = 0, **changes: Any) -> AwMoe:

@@ -23,7 +23,6 @@ from ranking.bundle_models import NamedModel
 from ranking.content import ContentMatch, Features, content_features, match_content
 from ranking.content_vectors import ContentVectors, VectorsConfig, WithContent, learn_vectors
 from ranking.items import ItemTable
-from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.popularity import Popularity, PopularityConfig
 from ranking.recommender import Recommender, RecommenderConfig
@@ -245,7 +244,7 @@ def bundle_of(
             content=match,
             content_vectors=vectors,
         ),
-        Provenance(created="now", commit="none", data_digest="d"),
+        worlds.PROVENANCE,
     )
     return Bundle.load(directory)
 

@@ -19,21 +19,14 @@ from ranking.batch import UNKNOWN, Batch, Candidates, History, Request
 from ranking.dare import Dare, DareConfig, DareState
 from ranking.din import Din, DinConfig
 from ranking.embeddings import FieldWidths
-from ranking.items import ItemTable
 from ranking.layers import masked_softmax, pool_by_gather, pool_by_scatter, score_real, search
 from ranking.losses import binary_cross_entropy
 from ranking.mean_pooling import MeanPooling, MeanPoolingConfig
 from recsys.errors import ConfigError, DataError
+from worlds import ROWS, item_table
 
 seeds = st.integers(0, 2**31)
 SMALL = FieldWidths(3, 2, 2)
-ROWS = 30
-
-
-def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
-    """Return a table in which every item from row 2 was trained; categories go round."""
-    code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
-    return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
 
 
 def build(seed: int = 0, config: DareConfig | None = None, **changes: Any) -> Dare:

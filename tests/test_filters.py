@@ -18,7 +18,6 @@ from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.filters import Filters, Unavailable, seen_rows
 from ranking.items import ItemTable
-from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender
 from ranking.recommender_config import Cap, RecommenderConfig, load_recommender
@@ -81,7 +80,7 @@ def bundle(tmp_path_factory):
     contents = Contents(
         items, ["", "", *ITEMS], ["", "", *ITEMS], WORLD.key_to_row, vocabulary, ["", "buy"], ranker, retriever
     )
-    write_bundle(directory, contents, Provenance(created="now", commit="none", data_digest="none"))
+    write_bundle(directory, contents, worlds.PROVENANCE)
     return Bundle.load(directory)
 
 
@@ -254,7 +253,7 @@ def test_what_a_full_cap_held_back_is_given_once_better_items_freed_its_place(tm
     vocabulary = {"colour": [*"wxyz"], "kind": [*"pqrst"]}
     ids, keys = ["", "", *names], np.arange(FIRST_ITEM, len(names) + FIRST_ITEM, dtype=np.int32)
     contents = Contents(items, ids, ids, keys, vocabulary, [""], ranker)
-    write_bundle(tmp_path / "bundle", contents, Provenance(created="now", commit="none", data_digest="none"))
+    write_bundle(tmp_path / "bundle", contents, worlds.PROVENANCE)
     history = [InlineEvent(item_id=name, timestamp=at) for at, name in enumerate(("O1", "O2"))]
     for popularity in (4, 7):  # in two rounds, in one
         sources = {"retrieval": 0, "repeats": 0, "transitions": 0, "new_items": 0, "popularity": popularity}

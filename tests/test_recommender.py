@@ -15,7 +15,6 @@ from ranking.batch import FIRST_ITEM, UNKNOWN, assemble
 from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.gradient_boosting import GradientBoosting
-from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender, RecommenderConfig
 from ranking.sources import Followers, Popularity, Proposal, Repeats, SourceQuery, merge
@@ -80,7 +79,7 @@ def load(tmp_path_factory):
                 named(name, 1),
                 named("mqsa_ted", 1) if retriever else None,
             )
-            write_bundle(directory, contents, Provenance(created="now", commit="none", data_digest="none"))
+            write_bundle(directory, contents, worlds.PROVENANCE)
             bundles[name, retriever] = Bundle.load(directory)
         return bundles[name, retriever]
 

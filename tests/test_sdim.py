@@ -18,20 +18,13 @@ from torch import Tensor
 import worlds
 from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Request
 from ranking.bucket_sums import Norm, bucket_rows, collision, pool, read, signatures
-from ranking.items import ItemTable
 from ranking.sdim import GRID, Sdim, SdimConfig, SdimState
 from recsys.errors import ConfigError, DataError
+from worlds import ROWS, item_table
 
 seeds = st.integers(0, 2**31)
 norms = st.sampled_from(["none", "ratio", "l2"])
-ROWS = 30
 SMALL = SdimConfig(window=8, recent=3, groups=4, item_width=3, category_width=2, hidden=4, unknown_rate=0.0)
-
-
-def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
-    """Return a table in which every item from row 2 was trained; categories go round."""
-    code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
-    return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
 
 
 def build(seed: int = 0, rows: int = ROWS, **changes: Any) -> Sdim:

@@ -10,7 +10,6 @@ from serving_world import PATIENT_SEARCH, WAIT, patient_app
 from starlette.testclient import TestClient
 from text_world import (
     NAMES,
-    PROVENANCE,
     WordCount,
     catalogue,
     publish_corpus,
@@ -26,6 +25,7 @@ from recsys.messages import MAX_QUERY
 from recsys.progress import silent
 from recsys.search_messages import MAX_DOCUMENTS
 from serving.settings import ServeConfig, load_into, open_service
+from worlds import PROVENANCE
 
 LATER = 2**60
 

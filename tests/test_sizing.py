@@ -14,7 +14,6 @@ from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.dare import Dare, DareConfig
 from ranking.items import ItemTable, Transitions
-from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.snapshot import SnapshotReader, write_snapshot
 from recsys.history import Events, Histories
@@ -22,6 +21,7 @@ from recsys.stores import Encoder, Event
 from serving.event_log import SegmentLog
 from serving.history_store import LmdbHistoryStore
 from serving.lineup import NoRanker, Served
+from worlds import PROVENANCE
 
 GUIDE = Path(__file__).parent.parent / "serving/deploy/README.md"
 SMALL, LARGE = 1_000, 4_000
@@ -59,7 +59,7 @@ def publish(directory: Path, items: int) -> Path:
         ranker=NamedModel("dare", ranker, Dare(ranker, table)),
         retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)),
     )
-    write_bundle(directory, contents, Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest"))
+    write_bundle(directory, contents, PROVENANCE)
     return directory
 
 

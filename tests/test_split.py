@@ -14,7 +14,7 @@ import torch
 import yaml
 from serving_world import LATER, PATIENT, PATIENT_SEARCH, WAIT, eventually, free_port
 from starlette.testclient import TestClient
-from text_world import PROVENANCE, catalogue, item_passages, snapshot, tiny_encoder
+from text_world import catalogue, item_passages, snapshot, tiny_encoder
 
 from ranking.bundle import Bundle, write_bundle
 from ranking.bundle_models import NamedModel
@@ -28,6 +28,7 @@ from serving.host import ServeConfig, node_settings, start
 from serving.lineup import BundlePlace, Plan
 from serving.settings import gpu_share, load_into, load_plan, open_service
 from serving.split import FOUND, PARTS, Elsewhere, PartHost, Refusal
+from worlds import PROVENANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
 

@@ -12,7 +12,6 @@ import worlds
 from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
 from ranking.ladder import Ladder
-from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.recommender import Recommender
 from ranking.recommender_config import StatesConfig
@@ -69,7 +68,7 @@ def bundles(tmp_path_factory):
         ids = ["", "", *ITEMS]
         ranker, finder = named(name, MODELS[name], seed), named("mqsa_ted", {"width": 8, "length": 10}, retriever)
         contents = Contents(WORLD.items, ids, ids, WORLD.key_to_row, {}, ["", "buy"], ranker, finder)
-        write_bundle(directory, contents, Provenance(created="now", commit="none", data_digest="none"))
+        write_bundle(directory, contents, worlds.PROVENANCE)
         return Bundle.load(directory)
 
     return {name: [bundle(name, 1, 1), bundle(name, 2, 1), bundle(name, 1, 2)] for name in MODELS}

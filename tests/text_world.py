@@ -17,7 +17,6 @@ from ranking.bundle_models import NamedModel
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import Mix
 from ranking.items import ItemTable
-from ranking.manifest import Provenance
 from ranking.mqsa_ted import MqsaTed, MqsaTedConfig
 from ranking.passages import Passages
 from ranking.personal_frequency import PersonalFrequency, PersonalFrequencyConfig
@@ -27,13 +26,12 @@ from ranking.text_backbone import TextTokenizer, build_transformer
 from ranking.text_models import CONFIG, FORMAT, TOKENIZER, WEIGHTS
 from recsys.files import read_json, write_json
 from recsys.progress import Progress, silent
-from worlds import make_world
+from worlds import PROVENANCE, make_world
 
 COLOURS = ["red", "green", "blue", "black", "white"]
 THINGS = ["tea", "bread", "jam", "milk", "soap", "rice"]
 NAMES = [f"{colour} {thing}" for thing in THINGS for colour in COLOURS]  # 30 distinct names for 62 items
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *COLOURS, *THINGS, "and"]
-PROVENANCE = Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest")
 USERS = 20
 
 

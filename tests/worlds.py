@@ -26,6 +26,7 @@ from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request, assem
 from ranking.embeddings import sparse_parameters
 from ranking.gradient_boosting import GradientBoosting
 from ranking.items import ItemTable, MultiValued, Transitions, identity_rows
+from ranking.manifest import Provenance
 from ranking.ranker import NEGATIVE
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
@@ -33,6 +34,11 @@ from recsys.randomness import derive, generator
 DAY = 86_400_000_000
 START = 1_600_000_000_000_000
 UNTRAINED = 2
+ROWS = 30
+"""Of `item_table`, the two before the items among them."""
+
+PROVENANCE = Provenance(created="2026-01-01T00:00:00Z", commit="none", data_digest="digest")
+"""Of bundles that nobody asks where they come from."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def make_world(
             else:
                 taken.append(int(draws.integers(known)))
         sequences.append(taken)
-    return World(_item_table(sequences, belongs), pack(sequences), identity_rows(len(belongs)), known)
+    return World(_counted_table(sequences, belongs), pack(sequences), identity_rows(len(belongs)), known)
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> Histories:
@@ -131,7 +137,13 @@ def pack(sequences: Sequence[Sequence[int]]) -> Histories:
     return Histories(Events(item, np.zeros(len(item), np.uint8), time), offsets)
 
 
-def _item_table(sequences: Sequence[Sequence[int]], belongs: NDArray[np.int64]) -> ItemTable:
+def item_table(rows: int = ROWS, categories: int = 5) -> ItemTable:
+    """Return a table in which every item from row 2 was trained; categories go round."""
+    code = torch.tensor([0, 1, *(2 + i % categories for i in range(rows - 2))], dtype=torch.int32)
+    return ItemTable(["category"], code[:, None], [categories + 2], torch.tensor([0, 0] + [1] * (rows - 2)))
+
+
+def _counted_table(sequences: Sequence[Sequence[int]], belongs: NDArray[np.int64]) -> ItemTable:
     """Count items and transitions over all but each user's last event."""
     rows = len(belongs) + FIRST_ITEM
     pairs = np.zeros((rows, rows), np.float32)
