@@ -134,7 +134,7 @@ def test_the_units_are_the_networks_of_the_formulas(seed: int) -> None:
 
 @pytest.mark.parametrize("activation", ["raw", "softmax"])
 @pytest.mark.parametrize("gate", GATES)
-def test_a1_masking_an_event_is_removing_it(gate: str, activation: str) -> None:
+def test_masking_an_event_is_removing_it(gate: str, activation: str) -> None:
     model = build(1, gate=gate, activation=activation)
     event, h = normal(2, 2, 5, 6), normal(3, 2, 3, 6)
     for j in range(5):
@@ -149,7 +149,7 @@ def test_a1_masking_an_event_is_removing_it(gate: str, activation: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.sampled_from(GATES))
-def test_a2_neither_order_nor_padding_matters(seed: int, gate: str) -> None:
+def test_neither_order_nor_padding_matters(seed: int, gate: str) -> None:
     model, batch = build(4, gate=gate), make_batch(seed)
     expected = worlds.scores(model, batch)
     h = batch.history
@@ -161,7 +161,7 @@ def test_a2_neither_order_nor_padding_matters(seed: int, gate: str) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a3_raw_weights_add_up_over_the_history_and_softmax_does_not(gate: str) -> None:
+def test_raw_weights_add_up_over_the_history_and_softmax_does_not(gate: str) -> None:
     for activation in ("raw", "softmax"):
         model = build(5, gate=gate, activation=activation)
         one, two, h = normal(6, 2, 4, 6), normal(7, 2, 3, 6), normal(8, 2, 3, 6)
@@ -178,7 +178,7 @@ def test_a3_raw_weights_add_up_over_the_history_and_softmax_does_not(gate: str) 
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a4_one_event(gate: str) -> None:
+def test_the_gate_of_one_event_is_the_base_plus_its_weighted_unit(gate: str) -> None:
     event, h = normal(9, 2, 1, 6), normal(10, 2, 3, 6)
     for activation in ("raw", "softmax"):
         model = build(11, gate=gate, activation=activation)
@@ -189,7 +189,7 @@ def test_a4_one_event(gate: str) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a5_without_events_g0_ranks_and_without_g0_nothing_does(gate: str) -> None:
+def test_without_events_g0_ranks_and_without_g0_nothing_does(gate: str) -> None:
     batch = replace(make_batch(12), history=histories([[]] * 5))
     assert not worlds.scores(build(13, gate=gate, base=False), batch).any()
     model = build(13, gate=gate)
@@ -197,7 +197,7 @@ def test_a5_without_events_g0_ranks_and_without_g0_nothing_does(gate: str) -> No
     close(worlds.scores(model, batch), experts_in(model, batch) @ model.base)
 
 
-def test_a6_a_gate_without_context_is_the_users_alone() -> None:
+def test_a_gate_without_context_is_the_users_alone() -> None:
     batch = make_batch(14)
     model = build(15, gate="none")
     state = model.encode(batch.history)
@@ -215,7 +215,7 @@ def test_a6_a_gate_without_context_is_the_users_alone() -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a7_experts_have_no_order(gate: str) -> None:
+def test_experts_have_no_order(gate: str) -> None:
     model, batch = build(17, gate=gate), make_batch(18)
     expected = worlds.scores(model, batch)
     order = [2, 0, 1]
@@ -229,7 +229,7 @@ def test_a7_experts_have_no_order(gate: str) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a7_one_expert_and_constant_units(gate: str) -> None:
+def test_one_expert_makes_a_product_and_constant_units_count_the_events(gate: str) -> None:
     batch = make_batch(19)
     model = build(20, gate=gate, experts=1)
     close(worlds.scores(model, batch), (gate_in(model, batch) * experts_in(model, batch)).squeeze(-1))
@@ -246,7 +246,7 @@ def test_a7_one_expert_and_constant_units(gate: str) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a8_what_stands_at_padding_is_never_read_and_never_learns(gate: str) -> None:
+def test_what_stands_at_padding_is_never_read_and_never_learns(gate: str) -> None:
     model, batch = build(21, gate=gate), make_batch(22)
     expected = worlds.scores(model, batch)
     model.train().loss(batch, draws()).total.backward()
@@ -262,7 +262,7 @@ def test_a8_what_stands_at_padding_is_never_read_and_never_learns(gate: str) -> 
     assert torch.equal(worlds.scores(model, batch), expected)
 
 
-def test_a13_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for gate in GATES:
         model, batch = build(23, gate=gate), make_batch(24)
         expected = worlds.scores(model, batch)
@@ -272,7 +272,7 @@ def test_a13_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a6_a_gate_on_the_query_is_the_requests_alone() -> None:
+def test_a_gate_on_the_query_is_the_requests_alone() -> None:
     model, batch = build(15, gate="query"), make_batch(14)
     query = torch.tensor([2, 3, 0, 4, 1], dtype=torch.int32)
     batch = replace(batch, request=replace(batch.request, query=query))
@@ -291,7 +291,7 @@ def test_a6_a_gate_on_the_query_is_the_requests_alone() -> None:
     assert set(learnt.nonzero().flatten().tolist()) == {int(q) for q in query[mask.any(1)] if q}
 
 
-def test_a6_without_a_query_its_vector_is_zero_and_in_training_the_mode_that_would_work_is_named() -> None:
+def test_without_a_query_its_vector_is_zero_and_in_training_the_mode_that_would_work_is_named() -> None:
     model, batch = build(16, gate="query"), make_batch(17)
     nothing = replace(batch.request, query=torch.zeros(5, dtype=torch.int32))
     expected = worlds.scores(model, replace(batch, request=nothing))
@@ -327,7 +327,7 @@ def test_experts_see_the_query_whatever_the_gate_sees(gate: str) -> None:
         ("query", 63_086, {"query": "category"}),
     ],
 )
-def test_a14_parameter_counts(gate: Any, count: int, fields: dict[str, Any]) -> None:
+def test_parameter_counts_are_the_known_ones(gate: Any, count: int, fields: dict[str, Any]) -> None:
     model = AwMoe(AwMoeConfig(gate=gate, **fields), item_table())
     network = [p for name, p in model.named_parameters() if not name.startswith(("fields", "queries"))]
     assert sum(p.numel() for p in network) == count
@@ -355,7 +355,9 @@ def loss_of(
 
 @settings(max_examples=50, deadline=None)
 @given(seeds, st.integers(1, 6), st.sampled_from([0.1, 0.5, 1.0]))
-def test_a9_nothing_masked(seed: int, rows: int, temperature: float) -> None:
+def test_with_nothing_masked_the_loss_is_that_of_the_gates_among_themselves(
+    seed: int, rows: int, temperature: float
+) -> None:
     mask = torch.rand(rows, 7, generator=draws(seed)) < 0.6
     assert torch.equal(masked_view(mask, 0.0, draws(seed)), mask)
     g = normal(seed, rows, 4)
@@ -367,7 +369,7 @@ def test_a9_nothing_masked(seed: int, rows: int, temperature: float) -> None:
     assert contrast(same, same) == pytest.approx(math.log(rows), abs=1e-9)
 
 
-def test_a9_equal_gates() -> None:
+def test_equal_gates_lose_the_logarithm_of_their_number() -> None:
     for rows, expected in {1: 0.0, 2: 0.693147, 3: 1.098612, 4: 1.386294}.items():
         g = torch.tensor([[0.3, -0.4, 2.0]]).double().expand(rows, -1)
         assert contrast(g, g) == pytest.approx(expected, abs=1e-6)
@@ -375,14 +377,14 @@ def test_a9_equal_gates() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.integers(1, 6))
-def test_a12_bounds_and_a10_lengths(seed: int, rows: int) -> None:
+def test_the_loss_keeps_its_bounds_and_lengths_change_nothing(seed: int, rows: int) -> None:
     g, view = normal(seed, rows, 3), normal(seed + 1, rows, 3)
     found = contrast(g, view)
     assert math.log(1 + (rows - 1) * math.exp(-2)) - 1e-9 <= found <= math.log(1 + (rows - 1) * math.exp(2)) + 1e-9
     assert contrast(2 * g, 2 * view) == pytest.approx(found, abs=1e-9)
 
 
-def test_a12_numbers() -> None:
+def test_the_bounds_have_their_known_values_and_two_rows_reach_them() -> None:
     for rows, low, high in ((2, 0.126928, 2.126928), (4, 0.340753, 3.142736)):
         assert math.log(1 + (rows - 1) * math.exp(-2)) == pytest.approx(low, abs=1e-6)
         assert math.log(1 + (rows - 1) * math.exp(2)) == pytest.approx(high, abs=1e-6)
@@ -402,12 +404,12 @@ def test_a12_numbers() -> None:
         ("gates", 0.1, 0.000335),
     ],
 )
-def test_e1(variant: Any, temperature: float, expected: float) -> None:
+def test_the_worked_example_has_its_known_losses(variant: Any, temperature: float, expected: float) -> None:
     g, view = torch.eye(2).double(), torch.tensor([[0.8, 0.6], [0.6, 0.8]]).double()
     assert contrast(g, view, against=variant, tau=temperature) == pytest.approx(expected, abs=1e-6)
 
 
-def test_e1_the_inner_product_sees_lengths() -> None:
+def test_the_inner_product_sees_lengths() -> None:
     g, view = torch.eye(2).double(), torch.tensor([[0.8, 0.6], [0.6, 0.8]]).double()
     assert contrast(g, view, similarity="dot") == pytest.approx(0.598139, abs=1e-6)
     assert contrast(2 * g, view, similarity="dot") == pytest.approx(0.513015, abs=1e-6)
@@ -455,11 +457,11 @@ def test_some_negatives_are_some_of_the_negatives(seed: int, rows: int, wanted: 
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a10_the_contrastive_loss_teaches_the_gate_only(gate: str) -> None:
+def test_the_contrastive_loss_teaches_the_gate_only(gate: str) -> None:
     model, batch = build(25, gate=gate, masking=0.5, contrast=1.0).train(), make_batch(26)
     plain = build(25, gate=gate, masking=0.5, contrast=0.0).train()
     whole, bce = model.loss(batch, draws()), plain.loss(batch, draws())
-    assert torch.equal(whole.parts["bce"], bce.total.detach())  # A11: masking leaves the other loss alone
+    assert torch.equal(whole.parts["bce"], bce.total.detach())  # masking leaves the other loss alone
     assert set(bce.parts) == {"bce"}
     assert float(whole.total.detach()) == pytest.approx(float(whole.parts["bce"] + whole.parts["cl"]))
     whole.total.backward()
@@ -496,7 +498,7 @@ def test_the_gate_compared_is_that_of_the_first_positive() -> None:
 
 
 @pytest.mark.parametrize(("p", "n", "share"), [(0.2, 3, 0.802667), (0.2, 1, 1.0), (0.5, 2, 0.625), (1.0, 4, 0.25)])
-def test_a11_how_much_of_a_history_a_view_keeps(p: float, n: int, share: float) -> None:
+def test_a_view_keeps_the_expected_share_of_a_history(p: float, n: int, share: float) -> None:
     rows = 100_000
     mask = torch.zeros(rows, 6, dtype=torch.bool)
     mask[:, 6 - n :] = True
@@ -518,7 +520,7 @@ W = torch.tensor([[[0.5, 2, -1]]]).double()
 G = torch.tensor([[[[1.0, 0, 2], [0, 1, 1], [3, 1, 0]]]]).double()
 
 
-def test_e2_raw_weights() -> None:
+def test_raw_weights_give_the_numbers_worked_out_by_hand() -> None:
     mask = everything(1, 3)
     assert attended(W, G, mask).flatten().tolist() == pytest.approx([-2.5, 1, 3])
     assert attended(W, G, torch.tensor([[True, False, True]])).flatten().tolist() == pytest.approx([-2.5, -1, 1])
@@ -535,7 +537,7 @@ def test_e2_raw_weights() -> None:
     assert float(with_base @ s) == pytest.approx(2.366667, abs=1e-6)
 
 
-def test_e3_softmax_weights_are_masked_before_the_softmax() -> None:
+def test_softmax_weights_are_masked_before_the_softmax() -> None:
     found = attended(W, G, everything(1, 3), softmax=True).flatten()
     assert found.tolist() == pytest.approx([0.292628, 0.824710, 1.136178], abs=1e-6)
     found = attended(W, G, torch.tensor([[True, True, False]]), softmax=True).flatten()
@@ -544,7 +546,7 @@ def test_e3_softmax_weights_are_masked_before_the_softmax() -> None:
     assert (late - found).abs().max() > 1e-3
 
 
-def test_e4_metrics_of_four_candidates() -> None:
+def test_metrics_of_four_candidates_are_those_worked_out_by_hand() -> None:
     score, label = np.array([0.9, 0.8, 0.7, 0.6]), np.array([0, 1, 0, 1])
     ranking = rank(score, label)
     assert auc(ranking).tolist() == pytest.approx([0.25])
@@ -552,7 +554,7 @@ def test_e4_metrics_of_four_candidates() -> None:
     assert auc(rank(score[:3], label[:3])).tolist() == pytest.approx([0.5])
 
 
-def test_e5_what_the_experts_see() -> None:
+def test_the_experts_see_the_weighted_sum_of_the_unmasked_events() -> None:
     a = torch.tensor([[[0.5, -1, 2]]]).double()
     h = torch.tensor([[[1.0, 0], [0, 2], [3, 1]]]).double()
     assert experts_view(a, h, everything(1, 3)).flatten().tolist() == pytest.approx([6.5, 0])

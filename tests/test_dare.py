@@ -112,7 +112,7 @@ def main_loss(model: Dare, batch: Batch) -> Tensor:
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.integers(1, 14), st.integers(1, 12), st.booleans())
-def test_o1_search_finds_what_brute_force_finds_and_the_newer_of_equals(
+def test_search_finds_what_brute_force_finds_and_the_newer_of_equals(
     seed: int, length: int, k: int, ties: bool
 ) -> None:
     draws = torch.Generator().manual_seed(seed)
@@ -129,7 +129,7 @@ def test_o1_search_finds_what_brute_force_finds_and_the_newer_of_equals(
 
 @settings(max_examples=50, deadline=None)
 @given(seeds, st.integers(1, 14), st.integers(1, 20))
-def test_o4_weights_are_a_distribution_over_the_found_and_ordered_as_the_scores(seed: int, length: int, k: int) -> None:
+def test_weights_are_a_distribution_over_the_found_and_ordered_as_the_scores(seed: int, length: int, k: int) -> None:
     draws = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, 4, length, generator=draws, dtype=torch.float64)
     mask = torch.rand(3, length, generator=draws) < 0.7
@@ -160,7 +160,7 @@ def test_both_ways_of_pooling_agree(seed: int, length: int, k: int) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scaling", ["split", "single"])
-def test_o2_with_k_past_the_history_the_search_is_plain_attention(scaling: str, tied: bool) -> None:
+def test_with_k_past_the_history_the_search_is_plain_attention(scaling: str, tied: bool) -> None:
     model = build(1, retrieved=12, scaling=scaling, tied=tied)
     batch = make_batch(2)
     attention, row_of = model._attention, model.items.embedding_row
@@ -181,7 +181,7 @@ def test_o2_with_k_past_the_history_the_search_is_plain_attention(scaling: str, 
         torch.testing.assert_close(worlds.scores(model, batch)[b], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_o3_padding_is_never_read_and_an_empty_history_pools_to_zero() -> None:
+def test_padding_is_never_read_and_an_empty_history_pools_to_zero() -> None:
     model, batch = build(3), make_batch(4)
     expected = worlds.scores(model, batch)
     for b in range(len(batch)):  # alone there is no padding
@@ -200,7 +200,7 @@ def test_o3_padding_is_never_read_and_an_empty_history_pools_to_zero() -> None:
     assert worlds.scores(model, empty).isfinite().all()
 
 
-def test_o3_the_padding_row_gets_no_gradient() -> None:
+def test_the_padding_row_gets_no_gradient() -> None:
     model, batch = build(3), make_batch(4)
     found = gradients(model.train(), main_loss(model, batch))
     assert not any(g[0].any() for name, g in found.items() if "position" not in name)
@@ -225,7 +225,7 @@ def shuffle_state(state: DareState, order: Tensor, with_position: bool, semantic
 
 
 @pytest.mark.parametrize("retrieved", [4, 12])
-def test_o5_order_matters_through_positions_only(retrieved: int) -> None:
+def test_order_matters_through_positions_only(retrieved: int) -> None:
     model, batch = build(5, retrieved=retrieved), worlds.take(make_batch(6, baskets=False), [0])
     state = model.encode(batch.history)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
@@ -241,7 +241,7 @@ def test_o5_order_matters_through_positions_only(retrieved: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seeds)
-def test_o5_the_order_inside_a_basket_changes_nothing(seed: int) -> None:
+def test_the_order_inside_a_basket_changes_nothing(seed: int) -> None:
     batch = make_batch(seed)
     h = batch.history
     owner = torch.repeat_interleave(torch.arange(len(batch)), h.lengths)
@@ -252,7 +252,7 @@ def test_o5_the_order_inside_a_basket_changes_nothing(seed: int) -> None:
     torch.testing.assert_close(worlds.scores(model, other), worlds.scores(model, batch), rtol=0, atol=1e-12)
 
 
-def test_o6_pooling_the_products_is_the_product_of_the_pooled() -> None:
+def test_pooling_the_products_is_the_product_of_the_pooled() -> None:
     draws = torch.Generator().manual_seed(0)
     w, e, v = (torch.rand(shape, generator=draws, dtype=torch.float64) for shape in ((4, 9), (9, 6), (4, 6)))
     products = torch.einsum("ct,ctd->cd", w, e[None] * v[:, None])
@@ -262,7 +262,7 @@ def test_o6_pooling_the_products_is_the_product_of_the_pooled() -> None:
 # The point of the paper: what each table's gradient comes from
 
 
-def test_o7_each_path_trains_its_own_table() -> None:
+def test_each_path_trains_its_own_table() -> None:
     model, batch = build(8, auxiliary=False, l2=0.0).train(), make_batch(9)
     whole = gradients(model, main_loss(model, batch))
     for name, g in gradients(model, train_logits(model, batch, hold_weights=True, hold_values=False)).items():
@@ -274,7 +274,7 @@ def test_o7_each_path_trains_its_own_table() -> None:
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
-def test_o7_rows_trained_are_the_found_ones_and_all_with_the_auxiliary_head(auxiliary: bool) -> None:
+def test_rows_trained_are_the_found_ones_and_all_with_the_auxiliary_head(auxiliary: bool) -> None:
     # One event alone has weight 1 whatever its score: attention learns nothing from histories that short.
     model, batch = build(10, auxiliary=auxiliary, l2=0.0).train(), make_batch(11, users=2, least=6)
     state = model.encode(batch.history)
@@ -291,7 +291,7 @@ def test_o7_rows_trained_are_the_found_ones_and_all_with_the_auxiliary_head(auxi
         assert (set(batch.history.item.tolist()) <= trained) == auxiliary
 
 
-def test_o8_with_equal_tables_the_model_is_tied_and_gradients_add_up() -> None:
+def test_with_equal_tables_the_model_is_tied_and_gradients_add_up() -> None:
     apart, tied = build(12).train(), build(12, tied=True).train()
     tied.load_state_dict(apart.state_dict(), strict=False)
     apart.attention.load_state_dict(apart.representation.state_dict())  # type: ignore[union-attr]
@@ -304,7 +304,7 @@ def test_o8_with_equal_tables_the_model_is_tied_and_gradients_add_up() -> None:
         torch.testing.assert_close(g, both, rtol=1e-6, atol=1e-9)
 
 
-def test_o9_attention_knows_angles_only_representation_does_not() -> None:
+def test_attention_knows_angles_only_representation_does_not() -> None:
     model, batch = build(14), make_batch(15)
     expected = worlds.scores(model, batch)
 
@@ -319,7 +319,7 @@ def test_o9_attention_knows_angles_only_representation_does_not() -> None:
     assert (worlds.scores(model, batch) - expected).abs().max() > 1e-3
 
 
-def test_o10_attention_may_be_narrower_and_empty_columns_are_nothing() -> None:
+def test_attention_may_be_narrower_and_empty_columns_are_nothing() -> None:
     batch = make_batch(16)
     narrow = build(17, attention=FieldWidths(1, 2, 1))
     assert worlds.scores(narrow, batch).isfinite().all()
@@ -334,7 +334,7 @@ def test_o10_attention_may_be_narrower_and_empty_columns_are_nothing() -> None:
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
-def test_o11_gradients_equal_finite_differences(auxiliary: bool) -> None:
+def test_gradients_equal_finite_differences(auxiliary: bool) -> None:
     model, batch = build(18, auxiliary=auxiliary).train(), make_batch(19)
     g = gradients(model, main_loss(model, batch))
     draws = np.random.default_rng(0)
@@ -358,7 +358,7 @@ def test_o11_gradients_equal_finite_differences(auxiliary: bool) -> None:
 @pytest.mark.parametrize("own_counts", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pos_mode", ["slot", "group"])
-def test_o13_appending_an_event_equals_encoding_the_longer_history(pos_mode: str, tied: bool, own_counts: bool) -> None:
+def test_appending_an_event_equals_encoding_the_longer_history(pos_mode: str, tied: bool, own_counts: bool) -> None:
     model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts)
     for seed in range(20):
         batch = make_batch(seed, most=seed, users=3)
@@ -377,7 +377,7 @@ def test_o13_appending_an_event_equals_encoding_the_longer_history(pos_mode: str
 @pytest.mark.parametrize("own_counts", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pos_mode", ["slot", "group"])
-def test_o13_evicting_an_event_equals_encoding_what_is_left(pos_mode: str, tied: bool, own_counts: bool) -> None:
+def test_evicting_an_event_equals_encoding_what_is_left(pos_mode: str, tied: bool, own_counts: bool) -> None:
     model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts)
     refused = 0
     for seed in range(40):
@@ -408,7 +408,7 @@ def test_o13_evicting_an_event_equals_encoding_what_is_left(pos_mode: str, tied:
 
 
 @pytest.mark.parametrize("gather_above", [0, 10**9])
-def test_o13_chunks_and_pooling_paths_change_no_score(gather_above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_pooling_paths_change_no_score(gather_above: int, monkeypatch: pytest.MonkeyPatch) -> None:
     world = worlds.make_world(users=30)
     model = Dare(DareConfig(window=20, retrieved=4), world.items)
     worlds.fit(model, world.requests("train"), 30)
@@ -451,7 +451,9 @@ def by_hand(retrieved: int, position: int = 0, scaling: str = "split") -> tuple[
         (5, [], [0.592618, 0.502231, 0.414315]),
     ],
 )
-def test_d1(retrieved: int, weights: list[float], pooled: list[float]) -> None:
+def test_the_worked_example_has_its_known_scores_weights_and_products(
+    retrieved: int, weights: list[float], pooled: list[float]
+) -> None:
     model, state, query = by_hand(retrieved)
     scores = model.search_scores(state, query)
     assert (scores * math.sqrt(2)).flatten().tolist() == pytest.approx([2, 1, 3, 3, -2])
@@ -465,7 +467,7 @@ def test_d1(retrieved: int, weights: list[float], pooled: list[float]) -> None:
     assert product.tolist() == pytest.approx([p * t for p, t in zip(pooled, TARGET, strict=True)], abs=2e-6)
 
 
-def test_d2_positions_enter_the_search_as_a_bias() -> None:
+def test_positions_enter_the_search_as_a_bias() -> None:
     model, state, query = by_hand(3, position=1)
     assert state.position.tolist() == [[5, 4, 3, 2, 1]]
     scores = model.search_scores(state, query)
@@ -478,7 +480,7 @@ def test_d2_positions_enter_the_search_as_a_bias() -> None:
     assert model.search_scores(state, query).flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_d3_padding_takes_no_weight_when_the_history_is_shorter_than_k() -> None:
+def test_padding_takes_no_weight_when_the_history_is_shorter_than_k() -> None:
     scores = torch.tensor([[[0.2, 0.2, 1.0, 0.0]]])
     mask = torch.tensor([[False, False, True, True]])
     expected = [0, 0, 0.731059, 0.268941]
@@ -488,7 +490,7 @@ def test_d3_padding_takes_no_weight_when_the_history_is_shorter_than_k() -> None
     assert leak.tolist() == pytest.approx([0.198245, 0.198245, 0.441202, 0.162309], abs=1e-6)
 
 
-def test_d4_a_cached_user_costs_32_000_bytes_in_half_precision() -> None:
+def test_a_cached_user_costs_32_000_bytes_in_half_precision() -> None:
     item = torch.full((200,), 2, dtype=torch.int32)
     model = Dare(DareConfig(), item_table())
     state = model.encode(History(item, item, torch.arange(200), torch.tensor([0, 200])))
@@ -496,7 +498,7 @@ def test_d4_a_cached_user_costs_32_000_bytes_in_half_precision() -> None:
     assert state.value.half().nbytes == 19_200
 
 
-def test_d5_a_model_that_says_nothing_loses_ln_2_twice() -> None:
+def test_a_model_that_says_nothing_loses_ln_2_twice() -> None:
     model, batch = build(21).train(), make_batch(22)
     assert model.auxiliary_head is not None
     for head in (model.head, model.auxiliary_head):
@@ -510,7 +512,7 @@ def test_d5_a_model_that_says_nothing_loses_ln_2_twice() -> None:
     assert float(loss.total.detach()) == pytest.approx(sum(float(part) for part in loss.parts.values()))
 
 
-def test_o15_parameter_counts() -> None:
+def test_parameter_counts_are_the_known_ones() -> None:
     model = Dare(DareConfig(), item_table())
     assert model.auxiliary_head is not None
     assert sum(p.numel() for p in model.head.parameters()) == 45_451
@@ -574,10 +576,10 @@ def test_own_counts_tell_the_head_what_the_window_does_not_hold() -> None:
     assert model.window is None
 
 
-# O12: a planted task (`worlds.make_planted`)
+# A planted task (`worlds.make_planted`)
 
 
-def test_o12_dare_finds_what_is_planted_far_back() -> None:
+def test_dare_finds_what_is_planted_far_back() -> None:
     steps, size = 100, 64
     world = worlds.make_planted(size * steps + 400)
     batches = [world.requests(i, i + size) for i in range(0, size * steps, size)]

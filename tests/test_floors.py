@@ -1,4 +1,4 @@
-"""The floors of the grocery set, which everything measured on it stands on (specification of DARE, section 8).
+"""The floors of the grocery set, which everything measured on it stands on.
 
 Test requests are each user's last basket (`last_request`); figures are exact expectations over the negatives, averaged
 over a basket's items and then over the 2,438 users who have an earlier event. What reproduces the published figures:

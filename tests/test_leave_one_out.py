@@ -139,7 +139,7 @@ def real(request, tmp_path_factory):
     return request.param, prepare(folder / "log", folder / "set", config)
 
 
-def test_o8_transitions_of_the_real_sets(real):
+def test_the_real_sets_have_as_many_transitions_as_is_known(real):
     name, prepared = real
     edges = prepared.items.transitions
     heads = int((edges.offsets.diff() > 0).sum())

@@ -1,4 +1,4 @@
-"""LexSemBridge's oracles L1 to L18 of its specification, on tiny random models."""
+"""LexSemBridge against its formulas, loops and worked examples, on tiny random models."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ def parts(model: LexSemBridge, texts=TEXTS):
     return ids, mask, hidden, raw, None if clr is None else clr.to(raw.dtype)
 
 
-# E1: the worked example. P = the passages, e = the query's plain vector.
+# The first worked example. P = the passages, e = the query's plain vector.
 W = torch.tensor([[1.0, 0, 2, 0], [0, 1, 0, -1], [0, 0, 1, 1]])
 P = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 1], [3**-0.5, -(3**-0.5), 3**-0.5]])
 E = torch.tensor([[0.6, -0.64, 0.48]])
@@ -100,7 +100,7 @@ def test_worked_example_two(ignore_sep):
 
 @pytest.mark.parametrize(("kind", "variant"), KINDS)
 def test_zero_fusion_is_the_plain_encoder_and_has_a_gradient(kind, variant):
-    """L1, and the gradient of section 4.3: at v = 1/d it is e_q * e_p - (e_q . e_p) e_q * e_q."""
+    """At v = 1/d the gradient is e_q * e_p - (e_q . e_p) e_q * e_q."""
     model = build(kind, variant, torch.float64, random=False)
     ids, mask, *_ = parts(model)
     fused, plain = model(ids, mask), model.plain(ids, mask)
@@ -114,7 +114,6 @@ def test_zero_fusion_is_the_plain_encoder_and_has_a_gradient(kind, variant):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 8))
 def test_enhancement_keeps_signs_and_stays_within_its_bound(seed, spread):
-    """L2, L3, L4 and L15."""
     draws = torch.Generator().manual_seed(seed)
     e = F.normalize(torch.randn(3, 8, generator=draws, dtype=torch.float64), dim=-1)
     z = torch.randn(3, 8, generator=draws, dtype=torch.float64) * spread
@@ -134,7 +133,7 @@ def test_enhancement_keeps_signs_and_stays_within_its_bound(seed, spread):
 
 @pytest.mark.parametrize(("kind", "variant"), KINDS)
 def test_padding_batching_and_order_change_nothing(kind, variant):
-    """L5, L9: extra PAD columns, one by one, and input order."""
+    """Extra PAD columns, one by one, and input order."""
     model = build(kind, variant, torch.float64)
     ids, mask, *_ = parts(model)
     pad = torch.full((len(ids), 5), model.tokenizer.pad)
@@ -150,7 +149,6 @@ def test_padding_batching_and_order_change_nothing(kind, variant):
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
 def test_static_weights_ignore_order_and_repetition(variant):
-    """L6."""
     model = build("slr", variant)
     lists = ["wing flow heat", "heat wing flow wing wing"]
     ids, mask, hidden, raw, _ = parts(model, lists)
@@ -167,7 +165,7 @@ def test_static_weights_ignore_order_and_repetition(variant):
 
 
 def test_learned_and_contextual_weights_equal_naive_loops():
-    """L7, L8, L11: the code's LLR by token, the paper's LLR and CLR by formula, the score by the loop of section 4."""
+    """The code's LLR by token, the paper's LLR and CLR by formula, the score by a loop."""
     model = build("llr", "code", torch.float64)
     ids, mask, hidden, raw, _ = parts(model)
     lexicon = model.lexicon
@@ -193,7 +191,6 @@ def test_learned_and_contextual_weights_equal_naive_loops():
 
 
 def test_maximum_pooling_equals_log_then_maximum_and_is_monotone():
-    """L8 for CLR."""
     logits, mask = torch.randn(2, 5, 30), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     each = torch.log1p(torch.relu(logits)).masked_fill(mask[..., None] == 0, 0)
     torch.testing.assert_close(max_pooled(logits, mask), each.amax(dim=1))
@@ -202,7 +199,7 @@ def test_maximum_pooling_equals_log_then_maximum_and_is_monotone():
 
 @pytest.mark.parametrize(("kind", "variant"), [*KINDS, ("c_only", "code"), ("linear_map", "code"), ("off", "code")])
 def test_passages_stay_those_of_the_plain_encoder(kind, variant, tmp_path):
-    """L10 and L13: a stale index stays valid; everything survives save and load."""
+    """A stale index stays valid; everything survives save and load."""
     model = build(kind, variant)
     dense = DenseEncoder(DenseConfig(), bert(), tokenizer())
     if kind != "clr":  # the bare model and the one with a head draw different weights
@@ -223,7 +220,6 @@ def test_fusion_at_test_is_a_switch():
 
 
 def test_contrastive_loss_has_its_known_values():
-    """L12."""
     flat = torch.zeros(4, 3)
     target = torch.arange(4) * 2
     none = torch.zeros(4, 8, dtype=torch.bool)
@@ -248,7 +244,6 @@ def test_contrastive_loss_has_its_known_values():
 
 
 def test_whole_passage_as_query_finds_itself():
-    """L14."""
     dense = DenseEncoder(dataclasses.replace(DenseConfig(), max_query_len=256), bert(), tokenizer())
     passages = [" ".join(WORDS[n : n + 4]) for n in range(10)]
     scores = dense.encode_queries(passages) @ dense.encode_passages(passages).T
@@ -258,7 +253,7 @@ def test_whole_passage_as_query_finds_itself():
 
 @pytest.mark.slow
 def test_a_splade_head_is_silent_at_the_first_position():
-    """L17, on the packaged SPLADE: CLR at [CLS] hardly has non-zeros, with maximum pooling it has ten times as many."""
+    """On the packaged SPLADE: CLR at [CLS] hardly has non-zeros, with maximum pooling it has ten times as many."""
     found = {}
     for how in ("cls", "max"):
         config = LexSemBridgeConfig(backbone="splade-tiny", weights="clr", clr_backbone="own", clr_pool=how)

@@ -213,7 +213,7 @@ def test_at_distinct_times_baskets_are_single_items():
     assert not torch.allclose(model.encode(packed(users)), model.encode(together))
 
 
-def test_o1_one_query_window_makes_both_branches_the_same_function():
+def test_one_query_window_makes_both_branches_the_same_function():
     model = make_model(window=1)
     model.long.load_state_dict(model.short.state_dict())
     history = singles([2, 5, 7, 3], [9, 9])
@@ -226,7 +226,7 @@ def test_o1_one_query_window_makes_both_branches_the_same_function():
 
 
 @pytest.mark.parametrize(("alpha", "silent"), [(1.0, "long"), (0.0, "short")])
-def test_o1_a_branch_without_weight_gets_no_gradient_and_changes_nothing(alpha, silent):
+def test_a_branch_without_weight_gets_no_gradient_and_changes_nothing(alpha, silent):
     batch = make_batch([[[2], [5], [7], [3]]], [[4]])
     results = []
     for seed in (1, 2):
@@ -244,7 +244,7 @@ def test_o1_a_branch_without_weight_gets_no_gradient_and_changes_nothing(alpha, 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_o2_mixing_vectors_is_mixing_logits():
+def test_mixing_vectors_is_mixing_logits():
     history, every = singles([2, 5, 7, 3], [9, 9]), torch.arange(2, ITEMS + 2, dtype=torch.int32).repeat(2, 1)
     request = Request(torch.zeros(2, dtype=torch.int64))
     logits = {}
@@ -256,7 +256,7 @@ def test_o2_mixing_vectors_is_mixing_logits():
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5])
-def test_o3_no_basket_sees_a_later_one(window, blocks):
+def test_no_basket_sees_a_later_one(window, blocks):
     model = make_model(window=window, blocks=blocks)
     old, new = [[2, 3], [4], [5], [6, 7]], [[2, 3], [4], [9], [8, 8]]
     before, after = outputs(model, [old])[0], outputs(model, [new])[0]
@@ -264,7 +264,7 @@ def test_o3_no_basket_sees_a_later_one(window, blocks):
     assert not torch.isclose(before[2:], after[2:]).all(1).any()
 
 
-def test_o3_n1_the_pooled_query_is_the_mean_of_the_real_items_of_the_window():
+def test_the_pooled_query_is_the_mean_of_the_real_items_of_the_window():
     rows = torch.tensor([[[0, 0], [0, 0], [1, 2], [3, 4], [5, 6], [7, 8]]], dtype=torch.float32)
     real = torch.tensor([[0, 0, 1, 1, 1, 1]], dtype=torch.float32)
     expected = torch.tensor([[[0, 0], [0, 0], [1, 2], [2, 3], [3, 4], [5, 6]]], dtype=torch.float32)
@@ -277,7 +277,7 @@ def test_o3_n1_the_pooled_query_is_the_mean_of_the_real_items_of_the_window():
     assert pool(torch.tensor([[[4.0], [5.0]]]), torch.tensor([[2.0, 1.0]]), 2)[0, 1, 0] == 3
 
 
-def test_o4_positions_are_counted_from_the_newest():
+def test_positions_are_counted_from_the_newest():
     model = make_model()
     alone = model.encode(singles([5, 3]))
     among = model.encode(singles([5, 3], [2, 3, 4, 5, 6, 7, 8, 9]))[:1]
@@ -292,7 +292,7 @@ def test_o4_positions_are_counted_from_the_newest():
     torch.testing.assert_close(outputs(model, [[[5], [3], [4]]])[0][1], model.encode(singles([5, 3]))[0])
 
 
-def test_o6_which_swaps_each_branch_notices():
+def test_each_branch_notices_only_its_own_swaps():
     def newest(alpha, row):
         model = make_model(alpha=alpha, window=3)
         with torch.no_grad():
@@ -318,7 +318,7 @@ def test_o6_which_swaps_each_branch_notices():
         (20_033, 1_327_680, 9.905186),
     ],
 )
-def test_o7_o9_sizes_and_losses_of_an_item_table_of_zeros(items, parameters, rec):
+def test_sizes_are_known_and_an_item_table_of_zeros_loses_the_logarithm_of_its_size(items, parameters, rec):
     offsets = torch.cat([torch.tensor([0, 0, 0]), torch.ones(items, dtype=torch.int64)])  # row 2 has one edge, to row 3
     edge = Transitions(offsets, torch.tensor([3], dtype=torch.int32), torch.ones(1))
     rows = torch.ones(items + 2, dtype=torch.int64)
@@ -332,7 +332,7 @@ def test_o7_o9_sizes_and_losses_of_an_item_table_of_zeros(items, parameters, rec
     assert loss.parts["kd"].item() == pytest.approx(math.log(items), rel=1e-6)
 
 
-def test_o10_scores_are_inner_products_and_unknown_items_are_never_found():
+def test_scores_are_inner_products_and_unknown_items_are_never_found():
     model = make_model(item_table(untrained=(5, 8)))
     history = singles([2, 6, 7, 3], [9, 9], [5, 4], [])
     every = torch.arange(ITEMS + 2, dtype=torch.int32).repeat(4, 1)
@@ -350,7 +350,7 @@ def test_o10_scores_are_inner_products_and_unknown_items_are_never_found():
     torch.testing.assert_close(model.encode(singles([5, 4])), model.encode(singles([1, 4])), rtol=0, atol=0)
 
 
-def test_o10_renaming_items_renames_the_scores_and_actions_and_times_say_nothing():
+def test_renaming_items_renames_the_scores_and_actions_and_times_say_nothing():
     model, order = make_model(), torch.cat([torch.tensor([0, 1]), torch.randperm(ITEMS) + 2])
     renamed = make_model()
     with torch.no_grad():
@@ -365,7 +365,7 @@ def test_o10_renaming_items_renames_the_scores_and_actions_and_times_say_nothing
     torch.testing.assert_close(scores, again, rtol=1e-6, atol=1e-6)
 
 
-def test_o11_distillation_teaches_the_item_table_only_and_disturbs_no_other_draw():
+def test_distillation_teaches_the_item_table_only_and_disturbs_no_other_draw():
     batch = make_batch([[[2], [5, 1], [7], [3]], [[1], [9, 2]]], [[4], [6, 0]])
     gradients = {}
     for weight in (0.0, 5.0):
@@ -380,7 +380,7 @@ def test_o11_distillation_teaches_the_item_table_only_and_disturbs_no_other_draw
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.02, 0.1, 0.5, 3.0]))
-def test_o11_o12_the_teacher_from_edges_is_the_dense_teacher(seed, tau):
+def test_the_teacher_from_edges_is_the_dense_teacher(seed, tau):
     torch.manual_seed(seed)
     items = item_table(seed=seed)
     heads = torch.tensor([row for row in range(2, ITEMS + 2) if len(items.transitions.of(row)[0])] * 2)
@@ -403,7 +403,7 @@ def test_o11_o12_the_teacher_from_edges_is_the_dense_teacher(seed, tau):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.integers(1, 40), st.sampled_from([1.0, 80.0]), st.booleans())
-def test_o12_chunked_is_full(seed, pad_class, rows, scale, tiles):
+def test_the_chunked_partition_is_the_full_one(seed, pad_class, rows, scale, tiles):
     torch.manual_seed(seed)
     query, table, weight = torch.randn(rows, 4).double() * scale, torch.randn(6, 4).double(), torch.rand(rows).double()
     with pytest.MonkeyPatch.context() as patch:
@@ -426,7 +426,7 @@ def test_o12_chunked_is_full(seed, pad_class, rows, scale, tiles):
 @pytest.mark.parametrize("pad_class", [True, False])
 @pytest.mark.parametrize("classes", [9_000, 30_000])
 @pytest.mark.parametrize("scale", [1.0, 0.5])  # of logits that have to be made smaller first, and that need not
-def test_o12_chunked_is_full_in_single_precision(pad_class, classes, scale):
+def test_the_chunked_partition_is_the_full_one_in_single_precision(pad_class, classes, scale):
     torch.manual_seed(0)
     query, table, weight = torch.randn(300, 64) * scale, torch.randn(classes, 64), torch.full((300,), 1 / 300)
     inputs = query.requires_grad_(), table.requires_grad_()
@@ -437,7 +437,7 @@ def test_o12_chunked_is_full_in_single_precision(pad_class, classes, scale):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
-def test_n2_attention():
+def test_attention_is_that_worked_out_by_hand():
     S = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]])
     block, allowed = Block(2, 1), torch.ones(1, 1, 3, dtype=torch.bool)
     expected = {
@@ -466,7 +466,7 @@ def plain_branch(window):
     return branch
 
 
-def test_n3_n4_one_block_and_the_mixed_logits():
+def test_one_block_and_the_mixed_logits_are_those_worked_out_by_hand():
     S = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [1, 1, 4]]])
     slots = Slots(torch.tensor([[0, 2, 3, 4]]), torch.arange(4)[None], torch.tensor([[0.0, 1, 1, 1]]), single=True)
     last = {
@@ -491,7 +491,7 @@ def test_n3_n4_one_block_and_the_mixed_logits():
         assert loss.item() == pytest.approx(expected, abs=2e-6)
 
 
-def test_n5_distillation():
+def test_distillation_is_that_worked_out_by_hand():
     count = np.zeros((6, 6))
     count[2, 2:4] = 2, 1
     table = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 1], [1, 1], [0, 0]], dtype=torch.float64, requires_grad=True)

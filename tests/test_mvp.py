@@ -1,4 +1,4 @@
-"""MVP's oracles M1 to M21 of its specification, in float64 on tiny random models of both paths."""
+"""MVP against its formulas, loops and a worked example, in float64 on tiny random models of both paths."""
 
 import math
 
@@ -47,7 +47,6 @@ both = pytest.mark.parametrize("path", ["t5", "bert"])
 
 @both
 def test_order_padding_and_dummies_change_nothing_but_company_does(path):
-    """M1 to M7."""
     model = build(path)
     e = vectors(model)[None]  # [1, n, m, d]
     s = score(model, e)[0]
@@ -70,7 +69,6 @@ def test_order_padding_and_dummies_change_nothing_but_company_does(path):
 
 @both
 def test_lists_do_not_touch_each_other_and_any_batching_agrees(path):
-    """M13, M14, M20."""
     model = build(path, torch.float32)
     lists = [PASSAGES, [], PASSAGES[2:5], PASSAGES[:1]]
     queries = [QUERY, "jet", "gas tube", "wing"]
@@ -87,7 +85,6 @@ def test_lists_do_not_touch_each_other_and_any_batching_agrees(path):
 
 @both
 def test_save_and_load_are_exact(path, tmp_path):
-    """M20."""
     model = build(path, torch.float32)
     model.save(tmp_path / "mvp")
     again = load_reranker(tmp_path / "mvp")
@@ -111,7 +108,6 @@ def test_view_tokens_stand_first_and_only_the_passage_is_cut(path):
 
 @both
 def test_views_and_anchors(path):
-    """M9 and M15."""
     model = build(path)
     e = vectors(model)[None]
     mask = torch.ones(e.shape[:2], dtype=torch.bool)
@@ -143,7 +139,6 @@ def test_diagnostics_are_what_reranking_pools(path):
 
 
 def test_the_decoder_runs_once_at_length_one(monkeypatch):
-    """M16."""
     model = build("t5", torch.float32, tokens_per_pass=60)
     calls = []
     inner = model.transformer.decoder.forward
@@ -161,7 +156,7 @@ def toy_scores(e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_worked_example():
-    """M19, M5, M6 and M7 of the toy decoder."""
+    """The toy decoder; lists that repeat an item, and lists of one."""
     e = torch.tensor([[[2, 0], [0, 1]], [[1, 1], [1, 0]], [[0, 0], [0, 2]]], dtype=torch.float64)  # [n, m, d]
     s, anchors = toy_scores(e)
     close = {"atol": 1e-4, "rtol": 0}
@@ -175,7 +170,6 @@ def test_worked_example():
 
 
 def test_orthogonal_loss():
-    """M8 and M12."""
     assert float(orthogonal_loss(torch.diag(torch.tensor([1.0, 5, 0.1, 9]))[None])) == pytest.approx(0, abs=1e-12)
     assert float(orthogonal_loss(torch.ones(1, 4, 3, dtype=torch.float64))) == pytest.approx(12)
     assert float(orthogonal_loss(torch.randn(1, 1, 5, dtype=torch.float64))) == pytest.approx(0, abs=1e-12)
@@ -198,7 +192,6 @@ def test_orthogonal_loss():
 
 
 def test_targets_and_rank_loss_have_their_known_values():
-    """M10, M11 and M21: the figures of section 3."""
     y = targets(torch.arange(1.0, 6).double(), 0.8)
     torch.testing.assert_close(y, torch.tensor([0.3664, 0.1961, 0.1592, 0.1435, 0.1348]).double(), atol=1e-4, rtol=0)
     best = 1 / torch.arange(1.0, 6).double()
@@ -240,7 +233,6 @@ def test_tied_grades_share_their_mean():
 
 @pytest.mark.slow
 def test_eight_lists_are_learned_by_heart():
-    """M18."""
     torch.manual_seed(0)
     model = build("bert", torch.float32).train()
     e, mask = torch.randn(8, 5, 4, 24), torch.ones(8, 5, dtype=torch.bool)

@@ -102,7 +102,7 @@ def long_of(model: Sdim, state: SdimState, item: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize("cosine", [0.9, 0.5, 0.0, -0.5])
-def test_s1_vectors_collide_as_often_as_their_angle_says(cosine: float, bits: int) -> None:
+def test_vectors_collide_as_often_as_their_angle_says(cosine: float, bits: int) -> None:
     trials = 200_000
     q = torch.tensor([1.0, 0, 0]).double()
     s = torch.tensor([cosine, math.sqrt(1 - cosine**2), 0]).double()
@@ -115,7 +115,7 @@ def test_s1_vectors_collide_as_often_as_their_angle_says(cosine: float, bits: in
     assert float(collision(torch.tensor(0.0), bits)) == pytest.approx(2.0**-bits)
 
 
-def test_n1_collision_probabilities() -> None:
+def test_collision_probabilities_are_the_known_ones() -> None:
     cosine = torch.tensor([1, 0.9, 0.5, 0, -0.5, -1], dtype=torch.float64)
     for bits, expected in {
         1: [1, 0.856434, 0.666667, 0.5, 0.333333, 0],
@@ -129,7 +129,7 @@ def test_n1_collision_probabilities() -> None:
     assert softmax == pytest.approx([1, 0.818731, 0.367879, 0.135335, 0.049787, 0.018316], abs=1e-6)
 
 
-def test_n2_more_bits_attend_more_sharply() -> None:
+def test_more_bits_attend_more_sharply() -> None:
     cosine = torch.tensor([1, 0.9, 0.5, 0, -0.5, -1], dtype=torch.float64)
     entropy = []
     for bits in (0, 1, 2, 3, 5, 10):
@@ -138,7 +138,7 @@ def test_n2_more_bits_attend_more_sharply() -> None:
     assert entropy == pytest.approx([1.791759, 1.543320, 1.395925, 1.231284, 0.950996, 0.537664], abs=1e-6)
 
 
-def test_s2_the_plain_read_out_is_unbiased_and_its_error_falls_with_the_root_of_g() -> None:
+def test_the_plain_read_out_is_unbiased_and_its_error_falls_with_the_root_of_g() -> None:
     s, q, planes = normal(1, 12, 6), normal(2, 6), normal(3, 1 << 16, 3, 6)
     expected = weights(s, q, 3) @ s
     u = matches(s, q, planes).mT @ s  # [G, D]
@@ -153,7 +153,7 @@ def test_s2_the_plain_read_out_is_unbiased_and_its_error_falls_with_the_root_of_
     assert slope == pytest.approx(-0.5, abs=0.1)
 
 
-def test_s2_the_ratio_read_out_tends_to_attention_by_collision() -> None:
+def test_the_ratio_read_out_tends_to_attention_by_collision() -> None:
     s, q, planes = normal(4, 12, 6), normal(5, 6), normal(6, 1 << 14, 3, 6)
     c = weights(s, q, 3)
     share = matches(s, q, planes).mean(1)
@@ -163,14 +163,14 @@ def test_s2_the_ratio_read_out_tends_to_attention_by_collision() -> None:
     assert float((found - expected).norm()) < 0.1 * float(s.norm(dim=1).max())
 
 
-def test_s2_the_l2_read_out_of_one_event_is_its_direction_times_its_share() -> None:
+def test_the_l2_read_out_of_one_event_is_its_direction_times_its_share() -> None:
     s, q, planes = normal(7, 1, 6), normal(8, 6), normal(9, 1000, 3, 6)
     torch.testing.assert_close(pooled_one(s, q, planes, "l2"), matches(s, q, planes).mean() * s[0] / s[0].norm())
 
 
 @settings(max_examples=50, deadline=None)
 @given(seeds)
-def test_s2_the_l2_read_out_is_never_longer_than_one(seed: int) -> None:
+def test_the_l2_read_out_is_never_longer_than_one(seed: int) -> None:
     s, q, planes = normal(seed, 3, 9, 5), normal(seed + 1, 3, 4, 5), normal(seed + 2, 6, 2, 5)
     long = pooled(s, random_mask(seed, 3, 9), q, planes, "l2")
     assert float(long.norm(dim=-1).max()) <= 1 + 1e-6
@@ -183,7 +183,7 @@ def test_s2_the_l2_read_out_is_never_longer_than_one(seed: int) -> None:
         (3, (1, 0.125), (0.888889, 0.111111), (0.963388, 0.088388)),
     ],
 )
-def test_n4_what_each_read_out_tends_to(bits: int, plain: Any, ratio: Any, l2: Any) -> None:
+def test_each_read_out_tends_to_its_known_vector(bits: int, plain: Any, ratio: Any, l2: Any) -> None:
     s, planes = torch.eye(2, dtype=torch.float64), normal(bits, 1 << 17, bits, 2)
     expected: dict[Norm, Any] = {"none": plain, "ratio": ratio, "l2": l2}
     for norm, values in expected.items():  # 0.007: five standard deviations of a coin thrown 2^17 times
@@ -195,7 +195,7 @@ def test_n4_what_each_read_out_tends_to(bits: int, plain: Any, ratio: Any, l2: A
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(0, 4), st.integers(1, 5), norms, st.booleans())
-def test_s3_the_table_equals_the_direct_masked_sum_and_a_scatter(
+def test_the_table_equals_the_direct_masked_sum_and_a_scatter(
     seed: int, bits: int, groups: int, norm: Norm, double: bool
 ) -> None:
     dtype, tolerance = (torch.float64, 1e-12) if double else (torch.float32, 1e-5)
@@ -223,7 +223,7 @@ def test_s3_the_table_equals_the_direct_masked_sum_and_a_scatter(
 
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(0, 5))
-def test_s4_every_group_parts_the_history(seed: int, bits: int) -> None:
+def test_every_group_parts_the_history(seed: int, bits: int) -> None:
     model, batch = build(seed % 100, bits=bits), make_batch(seed)
     state = model.encode(batch.history)
     padded = batch.history.padded(8)
@@ -235,7 +235,7 @@ def test_s4_every_group_parts_the_history(seed: int, bits: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, norms)
-def test_s6_what_changes_nothing(seed: int, norm: Norm) -> None:
+def test_order_padding_turning_and_the_length_of_a_candidate_change_nothing(seed: int, norm: Norm) -> None:
     s, q, mask = normal(seed, 2, 9, 5), normal(seed + 1, 2, 4, 5), random_mask(seed, 2, 9)
     planes = normal(seed + 2, 6, 3, 5)
     expected = pooled(s, mask, q, planes, norm)
@@ -257,7 +257,7 @@ def test_s6_what_changes_nothing(seed: int, norm: Norm) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seeds, norms)
-def test_s8_without_bits_it_is_mean_or_sum_pooling(seed: int, norm: Norm) -> None:
+def test_without_bits_it_is_mean_or_sum_pooling(seed: int, norm: Norm) -> None:
     s, q, mask = normal(seed, 2, 9, 5), normal(seed + 1, 2, 4, 5), random_mask(seed, 2, 9)
     found = pooled(s, mask, q, normal(seed, 3, 0, 5), norm)
     total, n = (s * mask[..., None]).sum(1), mask.sum(1)[:, None]
@@ -265,7 +265,7 @@ def test_s8_without_bits_it_is_mean_or_sum_pooling(seed: int, norm: Norm) -> Non
     torch.testing.assert_close(found, (total / scale)[:, None].expand(2, 4, 5))
 
 
-def test_s9_empty_buckets_and_sums_of_zero_give_zero_and_no_nan_gradient() -> None:
+def test_empty_buckets_and_sums_of_zero_give_zero_and_no_nan_gradient() -> None:
     s = torch.tensor([[[1.0, 2], [-1, -2], [0, 0]], [[0, 0], [0, 0], [0, 0]]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False]])
     planes = normal(1, 4, 2, 2, dtype=torch.float32)
@@ -287,7 +287,7 @@ def test_s9_empty_buckets_and_sums_of_zero_give_zero_and_no_nan_gradient() -> No
 # Gradients
 
 
-def test_s10_events_learn_from_the_candidates_they_meet_and_candidates_do_not_learn_through_the_hash() -> None:
+def test_events_learn_from_the_candidates_they_meet_and_candidates_do_not_learn_through_the_hash() -> None:
     s, q, planes = normal(1, 1, 9, 5).requires_grad_(), normal(2, 1, 1, 5).requires_grad_(), normal(3, 6, 3, 5)
     mask = torch.tensor([[False, *[True] * 8]])
     long = pooled(s, mask, q, planes, "none")[0, 0]
@@ -302,7 +302,7 @@ def test_s10_events_learn_from_the_candidates_they_meet_and_candidates_do_not_le
 
 
 @pytest.mark.parametrize("norm", ["none", "ratio", "l2"])
-def test_s10_gradients_of_the_table_are_those_of_finite_differences(norm: Norm) -> None:
+def test_gradients_of_the_table_are_those_of_finite_differences(norm: Norm) -> None:
     code = torch.randint(0, 4, (2, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     q_code, mask = code[:, :3], torch.ones(2, 7, dtype=torch.bool)
 
@@ -313,7 +313,7 @@ def test_s10_gradients_of_the_table_are_those_of_finite_differences(norm: Norm) 
     assert torch.autograd.gradcheck(long, (normal(4, 2, 7, 5).requires_grad_(),))
 
 
-def test_s10_planes_are_saved_and_never_trained_and_the_padding_row_never_moves() -> None:
+def test_planes_are_saved_and_never_trained_and_the_padding_row_never_moves() -> None:
     model, batch = build(3).train(), make_batch(5)
     assert "planes" in model.state_dict()
     assert all(parameter is not model.planes for parameter in model.parameters())
@@ -347,7 +347,7 @@ steps = st.lists(st.tuples(st.sampled_from(["append", "evict", "merge"]), seeds)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(item_rows, max_size=12), min_size=2, max_size=3), steps, st.sampled_from([*TABLES]))
-def test_s7_append_evict_and_merge_in_any_order_equal_a_rebuild_bit_for_bit(
+def test_append_evict_and_merge_in_any_order_equal_a_rebuild_bit_for_bit(
     rows: list[list[int]], actions: list[tuple[str, int]], table: str
 ) -> None:
     model = TABLES[table]
@@ -376,7 +376,7 @@ def test_s7_append_evict_and_merge_in_any_order_equal_a_rebuild_bit_for_bit(
 
 @settings(max_examples=30, deadline=None)
 @given(seeds)
-def test_s7_the_grid_is_fine_enough(seed: int) -> None:
+def test_the_grid_is_fine_enough(seed: int) -> None:
     batch = make_batch(seed)
     state = MODEL.encode(batch.history)
     padded = batch.history.padded(8)
@@ -386,7 +386,7 @@ def test_s7_the_grid_is_fine_enough(seed: int) -> None:
     assert ((state.table * GRID - table).abs() <= count[..., None] * GRID / 2 + 1e-12).all()
 
 
-def test_s7_an_event_that_is_not_there_cannot_be_taken_out() -> None:
+def test_an_event_that_is_not_there_cannot_be_taken_out() -> None:
     with pytest.raises(DataError, match=r"request 1: item row 7 is not in its window"):
         MODEL.evict(MODEL.encode(histories([[7], [6, 5]])), torch.tensor([7, 7], dtype=torch.int32))
 
@@ -424,7 +424,7 @@ def test_the_center_is_the_mean_over_all_known_items() -> None:
     assert torch.equal(model.item_signatures(), signatures(vectors - model._mean(), model.planes.double()))
 
 
-def test_s11_another_process_finds_the_same_signatures(tmp_path: Any) -> None:
+def test_another_process_finds_the_same_signatures(tmp_path: Any) -> None:
     model = build(6)
     model.items.save(tmp_path / "items.safetensors")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -441,7 +441,7 @@ def test_s11_another_process_finds_the_same_signatures(tmp_path: Any) -> None:
     assert done.stdout.split() == [model.key, hashlib.sha256(model.item_signatures().numpy().tobytes()).hexdigest()]
 
 
-def test_s12_scores_after_append_and_evict_are_those_of_the_history() -> None:
+def test_scores_after_append_and_evict_are_those_of_the_history() -> None:
     model, batch = build(7), make_batch(8)
     before = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14] * 9]
     state = model.encode(histories(before))
@@ -452,7 +452,7 @@ def test_s12_scores_after_append_and_evict_are_those_of_the_history() -> None:
     assert torch.equal(found, worlds.scores(model, replace(batch, history=after)))
 
 
-def test_s12_a_table_of_another_model_is_refused() -> None:
+def test_a_table_of_another_model_is_refused() -> None:
     model = build(7)
     model.refuse_other(build(7).key)
     others = [build(8), build(7, center=True), build(7, window=9), build(7, rows=ROWS + 1), build(7, planes_seed=1)]
@@ -465,7 +465,7 @@ def test_s12_a_table_of_another_model_is_refused() -> None:
     assert not long_of(model, state, [3, 4]).any()
 
 
-def test_n5_bytes_of_a_table_are_those_of_the_formula_however_long_the_history() -> None:
+def test_bytes_of_a_table_are_those_of_the_formula_however_long_the_history() -> None:
     model = Sdim(SdimConfig(window=5000), item_table()).eval()
     for length in (1, 5000):
         state = model.encode(histories([[5] * length]))
@@ -475,7 +475,7 @@ def test_n5_bytes_of_a_table_are_those_of_the_formula_however_long_the_history()
     assert model.item_signatures().nbytes == ROWS * 16
 
 
-def test_s13_scoring_reads_the_table_and_the_newest_events_only() -> None:
+def test_scoring_reads_the_table_and_the_newest_events_only() -> None:
     model, batch = build(9), make_batch(10)
     state = model.encode(batch.history)
     log = state.log.clone()
@@ -537,7 +537,7 @@ def by_hand(norm: Norm) -> Sdim:
     return model
 
 
-def test_n3_the_table() -> None:
+def test_the_table_is_that_worked_out_by_hand() -> None:
     model = by_hand("none")
     code = model.item_signatures().tolist()
     assert code[2:7] == [[3, 3], [3, 1], [2, 1], [1, 3], [0, 2]]
@@ -565,7 +565,9 @@ def test_n3_the_table() -> None:
         ),
     ],
 )
-def test_n3_what_candidates_read(norm: Norm, before: list[list[float]], after: list[list[float]]) -> None:
+def test_candidates_read_what_was_worked_out_by_hand(
+    norm: Norm, before: list[list[float]], after: list[list[float]]
+) -> None:
     model = by_hand(norm)
     state = model.encode(histories([[2, 3, 4, 5]]))
     np.testing.assert_allclose(long_of(model, state, [7, 8, 9]), before, atol=1e-6)

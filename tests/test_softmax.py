@@ -19,7 +19,7 @@ def estimate(draws, corrected=True, positives=ONE, query=1.0):
     return sampled_log_partition(query, LOGITS[:, None], positives, torch.tensor(draws), Q, True, corrected)
 
 
-def test_n7_numbers():
+def test_full_and_sampled_losses_are_those_worked_out_by_hand():
     full = log_partition(torch.ones(1, 1).double(), LOGITS[:, None], pad_class=True)
     assert full.exp().item() == pytest.approx(12.475217, abs=1e-6)  # e^2 + e + 1 + 1/e + e^0 of the padding class
     assert full.item() - 2 == pytest.approx(0.523744, abs=1e-6)
@@ -27,7 +27,7 @@ def test_n7_numbers():
     assert estimate([1, 2], corrected=False).item() - 2 == pytest.approx(0.493812, abs=1e-6)
 
 
-def test_n7_the_partition_is_unbiased_and_its_logarithm_low():
+def test_the_partition_is_unbiased_and_its_logarithm_low():
     partition = loss = 0.0
     for draws in itertools.product([1, 2, 3], repeat=2):
         probability = math.prod(Q.probability[draw].item() / 0.6 for draw in draws)

@@ -88,7 +88,7 @@ def test_agreement_is_that_of_the_models_orders():
     assert tables.MISSING in tables.agreement(study, {"a": same["a"]}, "uniform")
 
 
-def test_d7_the_order_of_a_search_by_hand(monkeypatch):
+def test_the_quality_of_a_search_is_that_worked_out_by_hand(monkeypatch):
     gains, mask = torch.tensor([[[3.0, 2, 1, 0, 0]]], dtype=torch.float64), torch.ones(1, 5, dtype=torch.bool)
     scores = torch.tensor([[[4.0, 5, 2, 3, 1]]], dtype=torch.float64)  # found: 2nd, 1st, 4th, 3rd, 5th
     second, third = 1 / math.log2(3), 1 / math.log2(4)

@@ -435,7 +435,7 @@ def test_sparse_vectors_are_those_of_these_passages_and_this_model(folder, encod
 
 
 def test_the_splits_share_no_document_and_cut_queries_name_their_source(folder):
-    """L18 of LexSemBridge; spans are contiguous and seeded."""
+    """Spans are contiguous and seeded."""
     corpus = read_corpus(folder)
     source = PairSource(corpus, tiny_text.tokenizer())
     rows = [set(source.rows(split)) for split in ("train", "dev", "test")]
@@ -759,7 +759,6 @@ def test_a_corpus_is_held_out_alike_from_within_its_folder(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mvp", "mvp_apart"])
 def test_reranked_order_does_not_depend_on_the_order_of_candidates(name, folder, encoder):
-    """M17."""
     config = load_text_config(CONFIGS / f"{name}.toml")
     corpus = read_corpus(folder)
     queries = read_queries(folder, corpus, "test")
