@@ -1,13 +1,9 @@
 """A small world, named models of it and what a bundle of them holds, for tests of bundles."""
 
-import torch
-
 import worlds
 from ranking.bundle import Contents
 from ranking.bundle_models import NamedModel
-from ranking.gradient_boosting import GradientBoosting
 from ranking.manifest import Provenance
-from ranking.models import RANKERS
 
 WORLD = worlds.make_world(users=40, length=12, known=30)
 PROVENANCE = Provenance(created="2025-01-01T00:00:00+00:00", commit="abc", data_digest="d" * 64, metrics={"auc": 0.5})
@@ -15,16 +11,7 @@ SMALL = {"mqsa_ted": {"width": 8, "length": 10}}
 
 
 def named(name: str, seed: int = 0) -> NamedModel:
-    config_class, model_class = RANKERS[name]
-    config = config_class(**SMALL.get(name, {}))
-    torch.manual_seed(seed)
-    model = model_class(config, WORLD.items)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    if isinstance(model, GradientBoosting):
-        worlds.grow(model, WORLD)
-    return NamedModel(name, config, model.eval())
+    return worlds.named_model(name, WORLD, SMALL.get(name, {}), seed, spread=0.1)
 
 
 def contents(ranker: NamedModel, retriever: NamedModel | None) -> Contents:

@@ -24,13 +24,7 @@ GRID = 3e-4
 
 
 def model_of(name: str, **settings):
-    config_class, model_class = RANKERS[name]
-    torch.manual_seed(0)
-    model = model_class(config_class(**settings), WORLD.items)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model.eval()
+    return worlds.named_model(name, WORLD, settings).model
 
 
 @torch.no_grad()

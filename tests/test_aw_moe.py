@@ -14,12 +14,12 @@ from torch import Tensor
 import ranking.layers
 import worlds
 from ranking.aw_moe import AwMoe, AwMoeConfig, attended, experts_view
-from ranking.batch import UNKNOWN, Batch, Candidates, History, Request
+from ranking.batch import UNKNOWN, Batch, Candidates, Request
 from ranking.contrast import contrastive_loss, masked_view, others, some_of
 from ranking.losses import binary_cross_entropy
 from recsys.errors import ConfigError, DataError
 from recsys.metrics import auc, ndcg, rank
-from worlds import ROWS, item_table
+from worlds import ROWS, histories, item_table, normal
 
 seeds = st.integers(0, 2**31)
 GATES = ["query", "target", "none"]
@@ -39,13 +39,6 @@ def build(seed: int = 0, **changes: Any) -> AwMoe:
     return model.eval()
 
 
-def histories(rows: list[list[int]]) -> History:
-    """Return histories of item rows, one event a microsecond."""
-    item = torch.tensor([row for history in rows for row in history], dtype=torch.int32)
-    offsets = torch.tensor([0, *np.cumsum([len(history) for history in rows])])
-    return History(item, torch.zeros_like(item), torch.arange(len(item)), offsets)
-
-
 def make_batch(seed: int, users: int = 5, most: int = 12, candidates: int = 4) -> Batch:
     """Return random requests; the first has the longest history, the second none; some ask for nothing (query 0)."""
     draws = np.random.default_rng(seed)
@@ -59,10 +52,6 @@ def make_batch(seed: int, users: int = 5, most: int = 12, candidates: int = 4) -
         label,
         torch.ones_like(label),
     )
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draws(seed: int = 0) -> torch.Generator:

@@ -25,9 +25,9 @@ from ranking.calibration import Calibration
 from ranking.recommender import Recommender
 from recsys.cli import app
 from recsys.errors import ConfigError, DataError
-from recsys.history import DAY, Events
+from recsys.history import DAY
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
-from worlds import Fake
+from worlds import Fake, Nobody
 
 TRUE_SLOPE, TRUE_INTERCEPT = 0.4, -1.5
 """An item with score x is taken when shown with chance 1 / (1 + exp(1.5 - 0.4 x)): scores claim far too much."""
@@ -168,14 +168,6 @@ def test_publish_puts_the_map_that_was_asked_for_into_the_bundle(prepared, mlflo
     expected = fit_calibration("isotonic", trained.model, done)
     assert Bundle.load(workspace / "bundle").calibration == expected
     assert expected.answers == len(done.requests(VALID_IMPRESSIONS))
-
-
-class Nobody:
-    """Histories of nobody."""
-
-    def read(self, user_id: str) -> Events | None:
-        """Know no user."""
-        return None
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -32,6 +32,7 @@ from recsys.errors import ConfigError
 from recsys.history import Events
 from recsys.messages import InlineEvent, RankRequest, RecommendRequest
 from recsys.randomness import generator
+from worlds import Nobody
 
 WORLD = worlds.make_world(users=40, length=16, known=30)
 NEW = [30 + FIRST_ITEM, 31 + FIRST_ITEM]
@@ -247,11 +248,6 @@ def bundle_of(
         worlds.PROVENANCE,
     )
     return Bundle.load(directory)
-
-
-class Nobody:
-    def read(self, user_id: str) -> Events | None:
-        return None
 
 
 HISTORY = [InlineEvent(item_id=f"i{key}", timestamp=worlds.START + key) for key in (1, 4, 9)]

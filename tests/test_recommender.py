@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ import worlds
 from ranking.batch import FIRST_ITEM, UNKNOWN, assemble
 from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.bundle_models import NamedModel
-from ranking.gradient_boosting import GradientBoosting
 from ranking.models import RANKERS
 from ranking.recommender import Recommender, RecommenderConfig
 from ranking.sources import Followers, Popularity, Proposal, Repeats, SourceQuery, merge
@@ -54,17 +52,8 @@ def load(tmp_path_factory):
     """Return a loaded bundle of a ranker with MQSA-TED retrieval; weights are random, so every item scores apart."""
     bundles = {}
 
-    def named(name: str, seed: int) -> NamedModel:
-        config_class, model_class = RANKERS[name]
-        config = config_class(**SMALL.get(name, {"window": 12}))
-        torch.manual_seed(seed)
-        model = model_class(config, WORLD.items)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-        if isinstance(model, GradientBoosting):
-            worlds.grow(model, WORLD)
-        return NamedModel(name, config, model)
+    def named(name: str) -> NamedModel:
+        return worlds.named_model(name, WORLD, SMALL.get(name, {"window": 12}), seed=1)
 
     def bundle(name: str, retriever: bool = True) -> Bundle:
         if (name, retriever) not in bundles:
@@ -76,8 +65,8 @@ def load(tmp_path_factory):
                 WORLD.key_to_row,
                 {},
                 ["", "purchase"],
-                named(name, 1),
-                named("mqsa_ted", 1) if retriever else None,
+                named(name),
+                named("mqsa_ted") if retriever else None,
             )
             write_bundle(directory, contents, worlds.PROVENANCE)
             bundles[name, retriever] = Bundle.load(directory)

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import worlds
-from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Request
+from ranking.batch import PAD, UNKNOWN, Batch, Candidates, Request
 from ranking.bucket_sums import Norm, bucket_rows, collision, pool, read, signatures
 from ranking.sdim import GRID, Sdim, SdimConfig, SdimState
 from recsys.errors import ConfigError, DataError
-from worlds import ROWS, item_table
+from worlds import ROWS, histories, item_table, normal
 
 seeds = st.integers(0, 2**31)
 norms = st.sampled_from(["none", "ratio", "l2"])
@@ -39,13 +39,6 @@ def build(seed: int = 0, rows: int = ROWS, **changes: Any) -> Sdim:
     return model.eval()
 
 
-def histories(rows: list[list[int]]) -> History:
-    """Return histories of item rows, one event a microsecond."""
-    item = torch.tensor([row for history in rows for row in history], dtype=torch.int32)
-    offsets = torch.tensor([0, *np.cumsum([len(history) for history in rows])])
-    return History(item, torch.zeros_like(item), torch.arange(len(item)), offsets)
-
-
 def make_batch(seed: int, users: int = 4, most: int = 12, candidates: int = 5) -> Batch:
     """Return random requests; the first has the longest history, the second none."""
     draws = np.random.default_rng(seed)
@@ -59,10 +52,6 @@ def make_batch(seed: int, users: int = 4, most: int = 12, candidates: int = 5) -
         label,
         torch.ones_like(label),
     )
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def random_mask(seed: int, *shape: int) -> Tensor:

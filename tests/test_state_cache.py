@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 import worlds
 from ranking.bundle import Bundle, Contents, write_bundle
-from ranking.bundle_models import NamedModel
 from ranking.ladder import Ladder
-from ranking.models import RANKERS
 from ranking.recommender import Recommender
 from ranking.recommender_config import StatesConfig
 from ranking.state_cache import Entry, StateCache, States, Vectors, model_digest
@@ -54,19 +52,11 @@ class Store:
 def bundles(tmp_path_factory):
     """Two bundles of each model with other weights, and one with the first's weights and another retriever."""
 
-    def named(name, config, seed):
-        config_class, model_class = RANKERS[name.split(",")[0]]
-        torch.manual_seed(seed)
-        model = model_class(config_class(**config), WORLD.items)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-        return NamedModel(name.split(",")[0], config_class(**config), model)
-
     def bundle(name, seed, retriever):
         directory = tmp_path_factory.mktemp("bundle") / "bundle"
         ids = ["", "", *ITEMS]
-        ranker, finder = named(name, MODELS[name], seed), named("mqsa_ted", {"width": 8, "length": 10}, retriever)
+        ranker = worlds.named_model(name.split(",")[0], WORLD, MODELS[name], seed)
+        finder = worlds.named_model("mqsa_ted", WORLD, {"width": 8, "length": 10}, retriever)
         contents = Contents(WORLD.items, ids, ids, WORLD.key_to_row, {}, ["", "buy"], ranker, finder)
         write_bundle(directory, contents, worlds.PROVENANCE)
         return Bundle.load(directory)

@@ -11,7 +11,7 @@ Popularity knows none of it, a mean over the history knows the category only, at
 The two highest rows are items of the catalogue that never occur in training ("untrained").
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from pipelines import boost
 from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request, assemble
+from ranking.bundle_models import NamedModel
 from ranking.embeddings import sparse_parameters
 from ranking.gradient_boosting import GradientBoosting
 from ranking.items import ItemTable, MultiValued, Transitions, identity_rows
 from ranking.manifest import Provenance
+from ranking.models import RANKERS
 from ranking.ranker import NEGATIVE
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
@@ -181,6 +183,18 @@ def _csr(pairs: NDArray[np.float32]) -> Transitions:
     )
 
 
+def histories(rows: list[list[int]]) -> History:
+    """Return histories of item rows, one event a microsecond."""
+    item = torch.tensor([row for history in rows for row in history], dtype=torch.int32)
+    offsets = torch.tensor([0, *np.cumsum([len(history) for history in rows])])
+    return History(item, torch.zeros_like(item), torch.arange(len(item)), offsets)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return numbers of the standard normal distribution."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def take(batch: Batch, index: Sequence[int] | Tensor) -> Batch:
     """Return the requests at `index`, in that order, histories packed anew."""
     h = batch.history
@@ -257,6 +271,28 @@ def grow(model: GradientBoosting, world: World, seed: int = 0) -> None:
     """Grow a model's trees from the training requests; a basket here is one item, and all of the period is recent."""
     batches = ((batch, torch.ones(len(batch), dtype=torch.int64)) for batch in world.requests("train"))
     boost.grow(model, batches, boost.Recent(world.items.count, since=0), seed)
+
+
+def named_model(name: str, world: World, options: Mapping[str, Any], seed: int = 0, spread: float = 0.3) -> NamedModel:
+    """Return a ranker whose every weight is away from its initial value, so that items score apart; trees are grown."""
+    config_class, model_class = RANKERS[name]
+    config = config_class(**options)
+    torch.manual_seed(seed)
+    model = model_class(config, world.items)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += spread * torch.randn_like(parameter)
+    if isinstance(model, GradientBoosting):
+        grow(model, world)
+    return NamedModel(name, config, model.eval())
+
+
+class Nobody:
+    """Histories of nobody."""
+
+    def read(self, user_id: str) -> Events | None:
+        """Know no user."""
+        return None
 
 
 @torch.no_grad()
