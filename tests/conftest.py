@@ -1,4 +1,4 @@
-"""Fixtures shared by the end-to-end tests: a small but real workspace, made once."""
+"""Fixtures of many test files: a small but real workspace, made once, and a made world to serve, once for each file."""
 
 import os
 from dataclasses import dataclass
@@ -65,3 +65,21 @@ def published(prepared, mlflow_uri: str, tmp_path_factory: pytest.TempPathFactor
     place = Published(root / "bundle", root / "snapshot")
     publish(prepared, trained["dare"], trained["mqsa_ted"], place.bundle, place.snapshot, {}, ())
     return place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    """Where a snapshot and two bundles of a made world lie, for one file of tests."""
+    from serving_world import publish_world
+
+    return publish_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def service(place, tmp_path_factory: pytest.TempPathFactory):
+    """A service over `place`, for one file of tests."""
+    from serving_world import make_service
+
+    service = make_service(place, tmp_path_factory.mktemp("state"))
+    yield service
+    service.close()

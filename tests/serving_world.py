@@ -115,3 +115,8 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def sample(text: str, name: str) -> float:
+    """Return the value of a metric without labels in what a scrape gives."""
+    return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).rsplit(" ", 1)[1])

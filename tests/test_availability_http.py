@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from serving_world import LATER, PATIENT_SEARCH, make_service, patient_app, publish_world
+from serving_world import LATER, PATIENT_SEARCH, make_service, patient_app
 from starlette.testclient import TestClient
 from text_world import WordCount, publish_search, snapshot
 
@@ -12,11 +12,6 @@ from ranking.recommender_config import Cap, RecommenderConfig
 from recsys.errors import BundleError
 from recsys.messages import ItemFilter
 from serving.settings import ServeConfig, load_into, open_service
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return publish_world(tmp_path_factory.mktemp("world"))
 
 
 def test_what_cannot_be_had_is_not_recommended_by_any_replica(place, tmp_path):

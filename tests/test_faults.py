@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import LATER, PATIENT, WAIT, Place, eventually, free_port, make_service, patient_app, publish_world
+from serving_world import LATER, PATIENT, WAIT, Place, eventually, free_port, patient_app
 from starlette.testclient import TestClient
 
 from ranking.ladder import Budget, Deadlines, Ladder, retriever_order
@@ -43,18 +43,6 @@ class Faulty:
 
     def __len__(self) -> int:
         return len(self._inner)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return publish_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def service(place, tmp_path_factory):
-    service = make_service(place, tmp_path_factory.mktemp("state"))
-    yield service
-    service.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_world import LATER, USERS, WAIT, Place, make_service, patient_app, publish_described, publish_world
+from serving_world import LATER, USERS, WAIT, make_service, patient_app, publish_described, publish_world
 from starlette.testclient import TestClient
 
 from ranking.batch import FIRST_ITEM
@@ -26,11 +26,6 @@ from serving.event_log import SegmentLog
 from serving.settings import ServeConfig, load_into, open_service
 from serving.state import position_clock
 from serving.view import MAX_USER_BYTES
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return publish_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from serving_world import LATER, WAIT, Place, make_service, patient_app, publish_world
+from serving_world import LATER, WAIT, make_service, patient_app
 from starlette.testclient import TestClient
 from text_world import publish_search
 
@@ -20,11 +20,6 @@ from serving.lineup import BundlePlace, Lineup, Plan
 from serving.pairs import Aside, read_pairs
 from serving.settings import load_into, load_plan, load_served
 from serving.watcher import BUNDLES, MlflowRegistry, Registered, Watcher, adopt, check, last_plan
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return publish_world(tmp_path_factory.mktemp("world"))
 
 
 def version(bundle: Path) -> str:

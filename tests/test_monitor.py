@@ -8,25 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import LATER, eventually, make_service, patient_app, publish_world
+from serving_world import LATER, eventually, patient_app, sample
 from starlette.testclient import TestClient
 
 from ranking.drift import LEAST, Drift, ScoreReference, stability
 from ranking.golden import TOLERANCE
 from serving.monitor import Monitor
 from serving.worker import Worker
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = make_service(publish_world(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("state"))
-    yield service
-    service.close()
-
-
-def sample(text: str, name: str) -> float:
-    return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).rsplit(" ", 1)[1])
-
 
 # --- drift
 

@@ -22,13 +22,13 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import PATIENT_SEARCH, USERS, WAIT, Place, make_service, patient_app, publish_world
+from serving_world import PATIENT_SEARCH, USERS, WAIT, patient_app
 from text_world import WordCount, publish_corpus, publish_search, snapshot
 
 from ranking.recommender import Recommender
 from serving.name_search import NameSearch, fold
 from serving.page import read_page
-from serving.service import Served, Service
+from serving.service import Served
 from serving.settings import ServeConfig, load_into, open_service
 
 HOUR = 3_600_000_000
@@ -121,18 +121,6 @@ const driveSearch = async () => {
 (location.pathname === "/searched" ? driveSearch : drive)().catch(error => { report.failed = String(error); })
   .finally(() => document.body.append(make("pre", {id: "report"}, JSON.stringify(report))));
 """
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return publish_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def service(place, tmp_path_factory) -> Iterator[Service]:
-    service = make_service(place, tmp_path_factory.mktemp("page") / "state")
-    yield service
-    service.close()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from serving_world import LATER, make_service, publish_world
+from serving_world import LATER, make_service, publish_world, sample
 from starlette.testclient import TestClient
 
 from ranking.index import IndexConfig, build
@@ -79,10 +79,6 @@ def test_a_share_is_drawn(vectors):
     Retrieval(index, watch).propose(query(vectors[0]), 10)
     watch.close()
     assert told.empty()
-
-
-def sample(text: str, name: str) -> float:
-    return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).rsplit(" ", 1)[1])
 
 
 def test_a_service_tells_it_and_answers_while_it_is_measured(tmp_path, monkeypatch):

@@ -18,13 +18,6 @@ KEY = "0123456789abcdef-secret"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = make_service(publish_world(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("state"))
-    yield service
-    service.close()
-
-
-@pytest.fixture(scope="module")
 def guarded(service):
     with TestClient(patient_app(service, keys=ApiKeys([KEY, "another-key-of-16"]))) as client:
         yield client

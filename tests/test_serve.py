@@ -27,11 +27,6 @@ from serving.replies import PROBLEM
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return publish_world(tmp_path_factory.mktemp("world"))
-
-
 def config(place: Place, state: Path, port: int) -> ServeConfig:
     return ServeConfig(place.bundle, place.snapshot, state, port=port)
 
