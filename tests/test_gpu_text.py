@@ -19,7 +19,6 @@ from pipelines.text_corpus import read_corpus, read_queries
 from pipelines.text_evaluate import TextModelRun, evaluate_text
 from pipelines.text_models import load_text_config, train
 from pipelines.text_train import TextLoop
-from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig
 from ranking.mvp import Mvp, MvpConfig
 from ranking.splade import Splade
@@ -84,7 +83,7 @@ def test_first_stages_find_alike(device, tmp_path):
     corpus, queries = read_corpus(folder), read_queries(folder, read_corpus(folder), "test")
     found = []
     for place in ("cpu", device):
-        encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer()).to(place)
+        encoder = tiny_text.dense().to(place)
         splade = Splade(tiny_text.bert(mlm=True).to(place), tiny_text.tokenizer())
         found.append(FirstStages(corpus, encoder, tmp_path / f"{len(found)}", splade))
     close(found[1].passage_vectors, found[0].passage_vectors)
@@ -130,7 +129,7 @@ def learn(name, how, device, folder, directory, uri, steps=STEPS):
     if device == "cuda":  # slow on most CPUs
         sets.append("bfloat16=true")
     config = load_text_config(CONFIGS / f"{name}.toml", sets)
-    encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    encoder = tiny_text.dense()
     vectors = folder / f"cache-{device}"
     return train(config, folder / "none", directory, vectors, uri, encoder=lambda _: encoder, model=tiny_text.model_of)
 
@@ -195,7 +194,7 @@ def test_evaluation_measures_alike(device, tmp_path, mlflow_uri):
     tasks = {"natural": read_queries(folder, corpus, "test")}
     found = []
     for place in ("cpu", device):
-        encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer()).to(place)
+        encoder = tiny_text.dense().to(place)
         runs = [TextModelRun.load(name, tmp_path / name, place) for name in names]
         stages = FirstStages(corpus, encoder, tmp_path / f"{place}-{len(found)}")
         found.append(evaluate_text(runs, stages, tasks, 0.4, places=10)[0].values)

@@ -1,6 +1,5 @@
 """LexSemBridge against its formulas, loops and worked examples, on tiny random models."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -10,10 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_text import WORDS, bert, tokenizer
+from tiny_text import WORDS, bert, dense, tokenizer
 
 from pipelines.text_train import contrastive_loss
-from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.fusion import best
 from ranking.lexsembridge import Lexicon, LexSemBridge, LexSemBridgeConfig, enhance
 from ranking.text_backbone import padded
@@ -201,9 +199,9 @@ def test_maximum_pooling_equals_log_then_maximum_and_is_monotone():
 def test_passages_stay_those_of_the_plain_encoder(kind, variant, tmp_path):
     """A stale index stays valid; everything survives save and load."""
     model = build(kind, variant)
-    dense = DenseEncoder(DenseConfig(), bert(), tokenizer())
+    plain = dense()
     if kind != "clr":  # the bare model and the one with a head draw different weights
-        np.testing.assert_array_equal(model.encode_passages(TEXTS), dense.encode_passages(TEXTS))
+        np.testing.assert_array_equal(model.encode_passages(TEXTS), plain.encode_passages(TEXTS))
     model.save(tmp_path / "model")
     again = load_encoder(tmp_path / "model")
     np.testing.assert_array_equal(again.encode_queries(TEXTS), model.encode_queries(TEXTS))
@@ -244,9 +242,9 @@ def test_contrastive_loss_has_its_known_values():
 
 
 def test_whole_passage_as_query_finds_itself():
-    dense = DenseEncoder(dataclasses.replace(DenseConfig(), max_query_len=256), bert(), tokenizer())
+    plain = dense(max_query_len=256)
     passages = [" ".join(WORDS[n : n + 4]) for n in range(10)]
-    scores = dense.encode_queries(passages) @ dense.encode_passages(passages).T
+    scores = plain.encode_queries(passages) @ plain.encode_passages(passages).T
     np.testing.assert_allclose(np.diag(scores), 1, atol=1e-6)
     assert best(scores, 1).rows[:, 0].tolist() == list(range(10))
 
@@ -267,7 +265,7 @@ def test_a_splade_head_is_silent_at_the_first_position():
 def test_diagnostics_are_what_encoding_multiplies(kind, variant):
     model = build(kind, variant)
     v, w = model.enhancement(TEXTS), model.weights(TEXTS)
-    plain = DenseEncoder(DenseConfig(max_query_len=64), bert(), tokenizer())
+    plain = dense(max_query_len=64)
     if kind != "clr":  # whose backbone here has a head
         product = v * plain.encode_queries(TEXTS)
         expected = product / np.linalg.norm(product, axis=1, keepdims=True)

@@ -13,7 +13,6 @@ from pipelines.text_corpus import read_corpus
 from pipelines.text_models import load_text_config, neighbour_sources
 from pipelines.text_pairs import split_of
 from pipelines.text_train import contrastive_loss
-from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import padded
 from ranking.top_layers import TopLayers
@@ -32,7 +31,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def encoder():
-    return DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    return tiny_text.dense()
 
 
 def by_passages(folder, encoder, *extra, also=()):

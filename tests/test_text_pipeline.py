@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoder() -> DenseEncoder:
-    return DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    return tiny_text.dense()
 
 
 # Bad input.

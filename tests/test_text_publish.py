@@ -77,7 +77,7 @@ def test_queries_that_choose_the_weight_are_checked_before_anything_is_encoded(t
 
 def test_queries_that_no_weight_tells_apart_leave_the_shipped_one(tmp_path):
     folder = tiny_text.beir(tmp_path / "tiny", documents=60, queries=60)
-    encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    encoder = tiny_text.dense()
     text = {json.loads(line)["_id"]: json.loads(line)["text"] for line in (folder / "corpus.jsonl").open()}
     whole = [json.dumps({"_id": f"q{n}", "text": text[f"d{n}"]}) for n in range(60)]  # covered: words decide anyway
     (folder / "queries.jsonl").write_text("\n".join(whole))
@@ -86,7 +86,7 @@ def test_queries_that_no_weight_tells_apart_leave_the_shipped_one(tmp_path):
 
 def test_the_weight_of_words_is_chosen_on_judged_queries_that_are_no_test(tmp_path):
     folder = tiny_text.beir(tmp_path / "tiny")
-    encoder = DenseEncoder(DenseConfig(), tiny_text.bert(), tiny_text.tokenizer())
+    encoder = tiny_text.dense()
     chosen = chosen_mix(folder, encoder, tmp_path / "cache")
     stages = FirstStages(read_corpus(folder), encoder, tmp_path / "cache")
     queries = read_queries(folder, stages.corpus, "train")
@@ -141,7 +141,7 @@ def test_an_encoder_is_pooled_and_prompted_as_its_folder_says(folder):
     assert config == DenseConfig(str(place), "cls", 12, 12, "heat ", "wing ")
     encoder, plain = (DenseEncoder(one, tiny_text.bert(), tiny_text.tokenizer()) for one in (config, DenseConfig()))
     texts = ["flow jet", "shock"]
-    same = DenseEncoder(DenseConfig(pool="cls"), tiny_text.bert(), tiny_text.tokenizer())
+    same = tiny_text.dense(pool="cls")
     assert np.allclose(encoder.encode_queries(texts), same.encode_queries([f"heat {text}" for text in texts]))
     assert np.allclose(encoder.encode_passages(texts), same.encode_passages([f"wing {text}" for text in texts]))
     assert not np.allclose(encoder.encode_queries(texts), plain.encode_queries(texts))

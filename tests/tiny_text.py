@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from ranking.cross_encoder import CrossEncoder
+from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.lexsembridge import LexSemBridge
 from ranking.mvp import Mvp
 from ranking.mvp_apart import MvpApart
@@ -64,6 +65,11 @@ def t5(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
         decoder_start_token_id=0,
     )
     return T5Model(config).eval().to(dtype)
+
+
+def dense(**options) -> DenseEncoder:
+    """A dense encoder on the tiny BERT, by the default settings but for `options`."""
+    return DenseEncoder(DenseConfig(**options), bert(), tokenizer())
 
 
 def model_of(config):
