@@ -8,6 +8,9 @@ from typing import Any, Literal
 from recsys.errors import ConfigError
 
 SHORTEST_WINDOW = 8
+RERANKERS = ("mvp", "mvp_apart", "cross_encoder")
+TEXT_MODELS = ("lexsembridge", *RERANKERS)
+"""names; `pipelines.text_models` has the classes, and torch with them"""
 
 
 @dataclass(frozen=True)

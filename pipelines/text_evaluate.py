@@ -226,7 +226,7 @@ def evaluate_runs(
         split = "test"
     if split and options.path == CATALOGUE:
         raise ConfigError("the catalogue has no judged queries; leave --split out, or give --corpus a folder")
-    opened = open_corpus(options.path, place.log / "items.parquet")
+    opened = open_corpus(options.path, place.items)
     device = pick_device(first.get("device", "auto"))
     encoder = DenseEncoder.of().to(device)
     tasks = _tasks(options, PairSource(opened, encoder.tokenizer), folder, split)

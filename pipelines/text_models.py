@@ -13,7 +13,7 @@ from pipelines.first_stages import NATURAL, PLACES, FirstStages
 from pipelines.neighbour_task import NeighbourTask, Source
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
-from pipelines.text_config import CorpusConfig, TextTrainConfig
+from pipelines.text_config import RERANKERS, CorpusConfig, TextTrainConfig
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_pairs import PairSource, Split, sample, split_of
 from pipelines.text_train import Task, TextRun, own_draws, train_text
@@ -40,14 +40,13 @@ TEXT_MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 """name -> config and model"""
 CATALOGUE = "catalogue"
 DEV = "dev"
-_RERANKERS = frozenset({"mvp", "mvp_apart", "cross_encoder"})
-_READ_BY = {
-    "batches": frozenset({"queries", "passages"}),
-    "temperature": frozenset({"queries", "passages"}),
-    "group": frozenset({"queries", *_RERANKERS}),
-    **dict.fromkeys(("cuts", "layers", "train_tokens"), frozenset({"passages"})),
-    **dict.fromkeys(("depth", "teacher", "positives", "rank_tau", "loss_variant", "force_positive_first"), _RERANKERS),
-    "orthogonal": frozenset({"mvp", "mvp_apart"}),
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "batches": ("queries", "passages"),
+    "temperature": ("queries", "passages"),
+    "group": ("queries", *RERANKERS),
+    **dict.fromkeys(("cuts", "layers", "train_tokens"), ("passages",)),
+    **dict.fromkeys(("depth", "teacher", "positives", "rank_tau", "loss_variant", "force_positive_first"), RERANKERS),
+    "orthogonal": ("mvp", "mvp_apart"),
 }
 """key of a config -> rerankers that read it, and batches of LexSemBridge that do; what is not here all read"""
 
@@ -61,10 +60,10 @@ def load_text_config(path: Path, assignments: Sequence[str] = ()) -> TextTrainCo
         raise ConfigError(f"{path} [model]: name must be one of {', '.join(TEXT_MODELS)}, found {name!r}")
     options = parse(TEXT_MODELS[name][0], model, f"{path} [model]")
     config = parse(TextTrainConfig, {"name": name, "model": options, **table}, str(path))
-    reader = name if name in _RERANKERS else config.batches
+    reader = name if name in RERANKERS else config.batches
     for key in table:
         if reader not in _READ_BY.get(key, {reader}):
-            of = name if name in _RERANKERS else f"{name} with batches = {reader!r}"
+            of = name if name in RERANKERS else f"{name} with batches = {reader!r}"
             raise ConfigError(f"{path}: {key} would do nothing for {of}; leave it out")
     if "temperature" in table and config.tau != config.temperature:
         raise ConfigError(f"{path}: normalized = false forces a temperature of 1; leave temperature out")

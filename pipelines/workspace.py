@@ -21,6 +21,11 @@ class Workspace:
         return self.root / "log"
 
     @property
+    def items(self) -> Path:
+        """The catalogue of the canonical log."""
+        return self.log / "items.parquet"
+
+    @property
     def parts(self) -> list[Path]:
         """The canonical log and the later parts that were added to it, oldest first."""
         return [self.log, *sorted(self.later_parts.glob("[0-9]*"))]

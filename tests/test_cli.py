@@ -11,9 +11,9 @@ import pytest
 
 from pipelines.evaluation import EvaluateConfig
 from pipelines.settings import PrepareConfig
+from pipelines.text_config import TEXT_MODELS
 from ranking.models import RANKERS
 from recsys.cli import app
-from recsys.cli.text import TEXT_MODELS
 from recsys.config import parse
 from recsys.errors import BundleError, ConfigError, DataError, GateError, RecsysError
 

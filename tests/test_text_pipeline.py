@@ -26,6 +26,7 @@ from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
+from pipelines.text_config import TEXT_MODELS
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_evaluate import TextModelRun, as_served, evaluate_runs, evaluate_text, write_text_report
 from pipelines.text_measures import best_possible, compare, measure
@@ -44,7 +45,6 @@ from ranking.splade import Splade
 from ranking.text_backbone import TextTokenizer, in_passes, locate, passes
 from ranking.text_models import load_encoder
 from ranking.words import folded, words_of
-from recsys.cli.text import TEXT_MODELS
 from recsys.errors import ConfigError, DataError
 
 
@@ -616,7 +616,7 @@ def test_a_run_that_was_begun_again_is_not_finished_by_its_old_weights(
 
 
 def test_every_shipped_text_config_is_read():
-    assert set(TEXT_MODELS) == set(pipelines.text_models.TEXT_MODELS)  # the command line keeps a list of its own
+    assert set(TEXT_MODELS) == set(pipelines.text_models.TEXT_MODELS)
     for name in TEXT_MODELS:
         assert load_text_config(CONFIGS / f"{name}.toml").name == name
     with pytest.raises(ConfigError, match="did you mean 'weights'"):

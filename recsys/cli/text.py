@@ -12,10 +12,6 @@ from recsys.terminal import Terminal, print_result
 if TYPE_CHECKING:
     from pipelines.workspace import Workspace
 
-TEXT_MODELS = ("lexsembridge", "mvp", "mvp_apart", "cross_encoder")
-"""of `pipelines.text_models`, which is imported only for one of them"""
-ITEMS = "items.parquet"
-
 
 def train_text(
     path: Path, place: "Workspace", name: str | None, mlflow: str | None, assignments: Sequence[str], as_json: bool
@@ -25,12 +21,12 @@ def train_text(
 
     options = text_models.load_text_config(path, assignments)
     if options.corpus.path == "catalogue":
-        place.require(place.log / ITEMS, "ingest")
+        place.require(place.items, "ingest")
     place.root.mkdir(parents=True, exist_ok=True)
     directory = place.run(name or path.stem)
     with Terminal().bar(f"train {options.name}") as bar:
         trained = text_models.train(
-            options, place.log / ITEMS, directory, place.text_vectors, mlflow or place.tracking_uri, progress=bar
+            options, place.items, directory, place.text_vectors, mlflow or place.tracking_uri, progress=bar
         )
     print_result(trained.table(), as_json)
 
@@ -58,6 +54,7 @@ def evaluate_text(
 
 def is_text_config(path: Path) -> bool:
     """Return whether a training TOML names a text model."""
+    from pipelines.text_config import TEXT_MODELS
     from recsys.config import read_toml
 
     return read_toml(path).get("model", {}).get("name") in TEXT_MODELS
