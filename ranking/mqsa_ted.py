@@ -57,8 +57,8 @@ class MqsaTedConfig:
     """
 
     width: int = 64
-    length: int = 50  # newest events read
-    window: int = 3  # L: baskets (single items: items) averaged into the long query
+    window: int = 50  # newest events read
+    averaged: int = 3  # L: newest baskets (single items: items) whose mean is the long query
     alpha: float = 0.5  # weight of the short branch
     lambda_kd: float = 0.1  # weight of the distillation; 0 leaves it out
     tau: float | Literal["auto"] = (
@@ -75,7 +75,7 @@ class MqsaTedConfig:
     unknown_rate: float = 0.0  # share of items hidden behind the unknown row in a training step (the paper: none)
 
     def __post_init__(self) -> None:
-        for name in ("width", "length", "window", "blocks", "heads", "negatives"):
+        for name in ("width", "window", "averaged", "blocks", "heads", "negatives"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"mqsa_ted: {name} must be at least 1, found {getattr(self, name)}")
         for name, low, high in (("alpha", 0, 1), ("lambda_kd", 0, math.inf), ("kd_heads", 0, math.inf)):
@@ -90,16 +90,16 @@ class MqsaTedConfig:
             raise ConfigError(f"mqsa_ted: width must be a multiple of heads, found {self.width} and {self.heads}")
 
 
-def pool(sums: Tensor, count: Tensor, window: int) -> Tensor:
-    """Return Q0, the mean of the real items in the last `window` baskets up to each, [B, G, D].
+def pool(sums: Tensor, count: Tensor, averaged: int) -> Tensor:
+    """Return Q0, the mean of the real items in the last `averaged` baskets up to each, [B, G, D].
 
     Args:
         sums: [B, G, D] sums over the items of each basket.
         count: [B, G] their numbers.
-        window: baskets, at least 1.
+        averaged: baskets, at least 1.
     """
     total, number, G = sums, count, sums.shape[1]
-    for back in range(1, min(window, G)):
+    for back in range(1, min(averaged, G)):
         total = total + F.pad(sums, (0, 0, back, 0))[:, :G]
         number = number + F.pad(count, (back, 0))[:, :G]
     return total / number.clamp(min=1)[:, :, None]
@@ -136,11 +136,11 @@ class Block(nn.Module):
 
 
 class Branch(nn.Module):
-    """A stack of blocks whose queries are means over a window of baskets."""
+    """A stack of blocks whose queries are means over the newest baskets."""
 
-    def __init__(self, config: MqsaTedConfig, window: int) -> None:
+    def __init__(self, config: MqsaTedConfig, averaged: int) -> None:
         super().__init__()
-        self.window = window
+        self.averaged = averaged
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width, EPSILON)
 
@@ -151,7 +151,7 @@ class Branch(nn.Module):
         allowed = slots.real[:, None, :] & (slots.basket[:, None, :] <= order[None, :, None])  # [B, G, T]
         sums = slots.sums(x)
         for index, block in enumerate(self.blocks):
-            pooled = pool(sums, slots.count.to(x.dtype), self.window)
+            pooled = pool(sums, slots.count.to(x.dtype), self.averaged)
             if newest and index == len(self.blocks) - 1:
                 pooled, allowed, real = pooled[:, -1:], allowed[:, -1:], real[:, -1:]
             output = block(pooled, x, allowed, drop) * real
@@ -181,9 +181,9 @@ class MqsaTed(nn.Module):
         # With this a head of one edge has the same teacher probability, .645436, at any number of items.
         self.tau = 1 / math.log(1.8203690740 * (classes - 1)) if config.tau == "auto" else config.tau
         self.item = nn.Parameter(torch.empty(len(items), config.width))  # E
-        self.position = nn.Parameter(torch.empty(config.length, config.width))  # P, newest basket last
+        self.position = nn.Parameter(torch.empty(config.window, config.width))  # P, newest basket last
         self.short = Branch(config, 1)
-        self.long = Branch(config, config.window)
+        self.long = Branch(config, config.averaged)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -204,7 +204,7 @@ class MqsaTed(nn.Module):
     @property
     def window(self) -> int:
         """Newest events of a history the model reads."""
-        return self.config.length
+        return self.config.window
 
     def encode(self, history: History) -> Tensor:
         """Return the user vectors float32 [B, D]: the output at the newest basket; one constant for empty histories.
@@ -212,7 +212,7 @@ class MqsaTed(nn.Module):
         The oldest of the `length` newest events may begin inside a basket; the rest of that basket is not seen.
         The branches are computed in float64 and rounded at the end: see `ranking.layers`.
         """
-        slots = arrange(history.padded(self.config.length), self.items.embedding_row, self.config.baskets)
+        slots = arrange(history.padded(self.config.window), self.items.embedding_row, self.config.baskets)
         x = self.inputs(slots, _keep).double()
         mixed = self._mixed(lambda branch: in_float64(branch)(x, slots, _keep, True))  # [B, 1, D]
         return mixed[:, -1].to(self.item.dtype)
@@ -246,7 +246,7 @@ class MqsaTed(nn.Module):
         """
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         kd_generator = torch.Generator(generator.device).manual_seed(int(seed))
-        padded = batch.history.padded(self.config.length)
+        padded = batch.history.padded(self.config.window)
         row_of = hide_items(self.items, self.config.unknown_rate, generator)
         if self.config.objective == "candidates":
             slots = arrange(padded, row_of, self.config.baskets)
@@ -303,7 +303,7 @@ class MqsaTed(nn.Module):
     def inputs(self, slots: Slots, drop: Drop) -> Tensor:
         """Return X, the embedded slots [B, T, D], zero at padding."""
         x = math.sqrt(self.config.width) * F.embedding(slots.item, self.item, padding_idx=PAD)
-        place = slots.basket + (self.config.length - slots.count.shape[1])  # the newest basket reads the last row
+        place = slots.basket + (self.config.window - slots.count.shape[1])  # the newest basket reads the last row
         return drop(x + F.embedding(place, self.position)) * slots.real[:, :, None]
 
     def _recommendation(self, query: Tensor, positives: Positives, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from ranking.manifest import Provenance
 
 WORLD = worlds.make_world(users=40, length=12, known=30)
 PROVENANCE = Provenance(created="2025-01-01T00:00:00+00:00", commit="abc", data_digest="d" * 64, metrics={"auc": 0.5})
-SMALL = {"mqsa_ted": {"width": 8, "length": 10}}
+SMALL = {"mqsa_ted": {"width": 8, "window": 10}}
 
 
 def named(name: str, seed: int = 0) -> NamedModel:

@@ -85,7 +85,7 @@ SETTINGS = {
     "aw_moe": Setting("aw_moe", {"window": 3, "item_width": 8, "category_width": 8}, steps=500, learning_rate=0.003),
     "mqsa_ted": Setting(
         "mqsa_ted",
-        {"length": 20, "width": 32, "dropout": 0.2},
+        {"window": 20, "width": 32, "dropout": 0.2},
         steps=200,
         exempt={"overfits": "it trains on sequences and never sees the requests' negatives; see test_mqsa_ted.py"},
     ),

@@ -180,7 +180,7 @@ def test_the_match_finds_what_a_user_likes_not_what_everybody_does():
 @pytest.fixture(scope="module")
 def retriever() -> MqsaTed:
     torch.manual_seed(3)
-    model = MqsaTed(MqsaTedConfig(width=8, length=10), WORLD.items).eval()
+    model = MqsaTed(MqsaTedConfig(width=8, window=10), WORLD.items).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

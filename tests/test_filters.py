@@ -76,7 +76,7 @@ def bundle(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("bundle") / "bundle"
     vocabulary = {"category": [f"c{n}" for n in range(6)], "brand": [f"b{n}" for n in range(6)]}
-    ranker, retriever = named("dare", window=12, retrieved=12), named("mqsa_ted", width=8, length=10)
+    ranker, retriever = named("dare", window=12, retrieved=12), named("mqsa_ted", width=8, window=10)
     contents = Contents(
         items, ["", "", *ITEMS], ["", "", *ITEMS], WORLD.key_to_row, vocabulary, ["", "buy"], ranker, retriever
     )

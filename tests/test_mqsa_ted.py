@@ -54,7 +54,7 @@ def item_table(items=ITEMS, untrained=(), seed=0):
 def make_model(items=None, seed=0, **options):
     """Return a model in evaluation mode whose every weight, bias and gain is far from its initial value."""
     torch.manual_seed(seed)
-    config = MqsaTedConfig(**({"width": 6, "length": 8, "dropout": 0.0} | options))
+    config = MqsaTedConfig(**({"width": 6, "window": 8, "dropout": 0.0} | options))
     model = MqsaTed(config, items or item_table()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,7 +86,7 @@ def make_batch(users: Users, following: list[list[int]]):
 
 def outputs(model, users: Users):
     """Return Zhat of every basket, user by user, oldest first."""
-    padded = packed(users).padded(model.config.length)
+    padded = packed(users).padded(model.config.window)
     slots = arrange(padded, model.items.embedding_row, model.config.baskets)
     z = model(slots, keep)
     return [row[count > 0] for row, count in zip(z, slots.count, strict=True)]
@@ -95,7 +95,7 @@ def outputs(model, users: Users):
 def written_branch(model, branch, window, baskets):
     """Return Z of each basket by the equations of the paper, in loops over positions; all in double precision."""
     c, model, branch = model.config, model.double(), branch.double()
-    first = c.length - len(baskets)
+    first = c.window - len(baskets)
     slots = [
         (g, math.sqrt(c.width) * model.item[item] + model.position[first + g])
         for g, basket in enumerate(baskets)
@@ -122,7 +122,7 @@ def written_branch(model, branch, window, baskets):
 def written_outputs(model, baskets):
     short, long = (
         written_branch(model, branch, window, baskets)
-        for branch, window in ((model.short, 1), (model.long, model.config.window))
+        for branch, window in ((model.short, 1), (model.long, model.config.averaged))
     )
     return model.config.alpha * short + (1 - model.config.alpha) * long
 
@@ -157,7 +157,7 @@ some_users = st.lists(st.lists(basket_of_items, min_size=1, max_size=4), min_siz
 )
 some_options = st.fixed_dictionaries(
     {
-        "window": st.integers(1, 5),
+        "averaged": st.integers(1, 5),
         "blocks": st.integers(1, 3),
         "heads": st.sampled_from([1, 2, 3]),
         "alpha": st.sampled_from([0.0, 0.3, 1.0]),
@@ -214,7 +214,7 @@ def test_at_distinct_times_baskets_are_single_items():
 
 
 def test_one_query_window_makes_both_branches_the_same_function():
-    model = make_model(window=1)
+    model = make_model(averaged=1)
     model.long.load_state_dict(model.short.state_dict())
     history = singles([2, 5, 7, 3], [9, 9])
     encoded = []
@@ -255,9 +255,9 @@ def test_mixing_vectors_is_mixing_logits():
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("window", [1, 2, 3, 4, 5])
-def test_no_basket_sees_a_later_one(window, blocks):
-    model = make_model(window=window, blocks=blocks)
+@pytest.mark.parametrize("averaged", [1, 2, 3, 4, 5])
+def test_no_basket_sees_a_later_one(averaged, blocks):
+    model = make_model(averaged=averaged, blocks=blocks)
     old, new = [[2, 3], [4], [5], [6, 7]], [[2, 3], [4], [9], [8, 8]]
     before, after = outputs(model, [old])[0], outputs(model, [new])[0]
     assert torch.equal(before[:2], after[:2])
@@ -294,7 +294,7 @@ def test_positions_are_counted_from_the_newest():
 
 def test_each_branch_notices_only_its_own_swaps():
     def newest(alpha, row):
-        model = make_model(alpha=alpha, window=3)
+        model = make_model(alpha=alpha, averaged=3)
         with torch.no_grad():
             model.position.zero_()
         return model.encode(singles(row))
@@ -537,7 +537,7 @@ def test_64_sequences_can_be_learnt_by_heart():
     rows = [[int(item) + 2 for item in (head, *draws.integers(0, 64, 5))] for head in first]
     batch = make_batch([[[item] for item in row[:-1]] for row in rows], [row[-1:] for row in rows])
     torch.manual_seed(0)
-    model = MqsaTed(MqsaTedConfig(width=32, length=8, dropout=0.0, lambda_kd=0.0), item_table(64))
+    model = MqsaTed(MqsaTedConfig(width=32, window=8, dropout=0.0, lambda_kd=0.0), item_table(64))
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(150):
         loss = model.loss(batch, torch.Generator().manual_seed(step))
@@ -567,7 +567,7 @@ def test_users_without_a_target_add_nothing():
         ({"alpha": 1.5}, r"alpha must lie in \[0, 1\], found 1.5"),
         ({"tau": 0.0}, 'tau must be above 0 or "auto", found 0.0'),
         ({"dropout": 1.0}, "dropout must lie"),
-        ({"window": 0}, "window must be at least 1, found 0"),
+        ({"averaged": 0}, "averaged must be at least 1, found 0"),
         ({"widht": 6}, "did you mean 'width'"),
     ],
 )

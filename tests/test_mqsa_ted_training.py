@@ -51,7 +51,7 @@ def test_dropped_numbers_change_the_loss_and_its_two_parts_draw_apart():
 
 def test_a_fresh_model_starts_small_and_within_glorots_bound():
     torch.manual_seed(0)
-    model = MqsaTed(MqsaTedConfig(width=32, length=200, blocks=2), item_table(400))
+    model = MqsaTed(MqsaTedConfig(width=32, window=200, blocks=2), item_table(400))
     assert model.item[:2].abs().sum() == 0
     assert float(model.item[2:].detach().std()) == pytest.approx(0.01, rel=0.05)  # 12,800 and 6,400 draws
     assert float(model.position.detach().std()) == pytest.approx(0.01, rel=0.05)
@@ -68,7 +68,7 @@ def test_the_papers_config_has_the_settings_its_authors_published():
     """Section 7 of the specification: the authors' code on Beauty."""
     config = load_config(CONFIGS / "mqsa_ted_paper.toml")
     published = {
-        "width": 64, "length": 50, "window": 3, "alpha": 0.5, "lambda_kd": 0.1, "tau": 0.1, "blocks": 1, "heads": 1,
+        "width": 64, "window": 50, "averaged": 3, "alpha": 0.5, "lambda_kd": 0.1, "tau": 0.1, "blocks": 1, "heads": 1,
         "dropout": 0.5, "kd_heads": 0, "unknown_rate": 0.0, "objective": "sequence",
     }  # fmt: skip
     options = asdict(config.model)

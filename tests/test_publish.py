@@ -65,7 +65,7 @@ def published(tmp_path_factory) -> tuple[Path, Path, PreparedSet]:
     prepared = prepare_by_hand(root / "prepared")
     bundle, snapshot = root / "bundle", root / "snapshot"
     metrics = {"gauc": 0.75, "device": "cpu", "curve": [1], "finished": True, "worst": float("-inf")}
-    retriever = trained("mqsa_ted", width=8, length=10)
+    retriever = trained("mqsa_ted", width=8, window=10)
     publish(prepared, trained("dare"), retriever, bundle, snapshot, metrics, ())
     return bundle, snapshot, prepared
 

@@ -24,7 +24,7 @@ WORLD = worlds.make_world(users=60, length=20, known=50, repeats=0.2)
 ITEMS = [f"item-{key}" for key in range(len(WORLD.key_to_row))]
 NOW = worlds.START + 100 * DAY
 SMALL = {
-    "mqsa_ted": {"width": 8, "length": 10},
+    "mqsa_ted": {"width": 8, "window": 10},
     "sdim": {"window": 12, "recent": 5},
     "dare": {"window": 12, "retrieved": 5},
     "eta": {"window": 12, "retrieved": 5},

@@ -56,7 +56,7 @@ def bundles(tmp_path_factory):
         directory = tmp_path_factory.mktemp("bundle") / "bundle"
         ids = ["", "", *ITEMS]
         ranker = worlds.named_model(name.split(",")[0], WORLD, MODELS[name], seed)
-        finder = worlds.named_model("mqsa_ted", WORLD, {"width": 8, "length": 10}, retriever)
+        finder = worlds.named_model("mqsa_ted", WORLD, {"width": 8, "window": 10}, retriever)
         contents = Contents(WORLD.items, ids, ids, WORLD.key_to_row, {}, ["", "buy"], ranker, finder)
         write_bundle(directory, contents, worlds.PROVENANCE)
         return Bundle.load(directory)

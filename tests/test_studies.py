@@ -149,7 +149,7 @@ def grid(monkeypatch):
     for name, dataset in known.items():
         monkeypatch.setitem(plan.DATASETS, name, dataset)
     watched = ("stop.protocol=leave_one_out", "stop.metric=ndcg_at_20")
-    short = ("model.length=10", "model.width=8", "model.softmax=full", "model.negatives=8")
+    short = ("model.window=10", "model.width=8", "model.softmax=full", "model.negatives=8")
     cells = (
         plan.Cell("ctr", "timed", "popularity", "popularity", 0, ("stop.requests=20",), evaluate=READ),
         plan.Cell("ctr", "timed", "mean_pooling", "mean_pooling", 1, QUICK, evaluate=READ),

@@ -107,7 +107,7 @@ def models(items: int, length: int) -> Iterator[tuple[str, Any]]:
     yield "DARE", Dare(DareConfig(window=length, attention=widths, representation=widths, **none), table)
     yield "SDIM", Sdim(SdimConfig(window=length, item_width=WIDTH, category_width=0, **none), table)
     yield "AW-MoE", AwMoe(AwMoeConfig(window=length, item_width=WIDTH, category_width=0, **none), table)
-    sequence = MqsaTedConfig(width=WIDTH, length=length, lambda_kd=0.0, baskets=False, softmax="sampled")
+    sequence = MqsaTedConfig(width=WIDTH, window=length, lambda_kd=0.0, baskets=False, softmax="sampled")
     yield "MQSA-TED", MqsaTed(sequence, table)
 
 

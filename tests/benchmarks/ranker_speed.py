@@ -218,7 +218,7 @@ def train_mqsa_ted(rounds: int, smoke: bool) -> Iterator[Row]:
     cases: list[tuple[int, int, Softmax]] = [(items, n, "chunked") for items in (12_101, ITEMS) for n in (50, 200)]
     cases += [(ITEMS, n, "sampled") for n in (50, 200)]
     for items, length, softmax in [(500, 20, "chunked"), (500, 20, "sampled")] if smoke else cases:
-        config = MqsaTedConfig(width=WIDTH, length=length, lambda_kd=0.0, baskets=False, softmax=softmax)
+        config = MqsaTedConfig(width=WIDTH, window=length, lambda_kd=0.0, baskets=False, softmax=softmax)
         ours = MqsaTed(config, item_table(items))
         users = 4 if smoke else max(1, 3_200 // length)
         batch = random_batch(items, users, length, 1)

@@ -86,9 +86,9 @@ PAPER_PARTS = {
     "alpha = 1": ("model.alpha=1.0",),
     "lambda = 0": ("model.lambda_kd=0.0",),
     "SASRec": ("model.alpha=1.0", "model.lambda_kd=0.0"),
-    "L = 1": ("model.window=1",),
-    "L = 2": ("model.window=2",),
-    "L = 5": ("model.window=5",),
+    "L = 1": ("model.averaged=1",),
+    "L = 2": ("model.averaged=2",),
+    "L = 5": ("model.averaged=5",),
 }
 FILMS_CHOSEN = ("model.width=128",)
 """By both models, of four trials each on validation (`results/films_tuning.json`)."""
