@@ -39,6 +39,7 @@ from recsys.errors import RequestError
 from recsys.files import sha256_json
 from recsys.messages import (
     MAX_CANDIDATES,
+    ItemFilter,
     RankRequest,
     RankResponse,
     RecommendedItem,
@@ -95,9 +96,16 @@ class Recommender:
         """Name what answers depend on beside bundle, history and request: the config, and what cannot be had now."""
         return sha256_json([self._settings, self._filters.unavailable_digest()])[:16]
 
-    def allowed(self) -> NDArray[np.bool_] | None:
-        """Return bool [V], the items that the config's filters and availability let through now; None for all."""
-        return self._filters.allowed(RecommendRequest(), np.empty(0, np.int32)).mask
+    def allowed(self, filters: Sequence[ItemFilter] = ()) -> NDArray[np.bool_] | None:
+        """Return bool [V], the items that the config's filters and availability let through now; None for all.
+
+        Args:
+            filters: those of a request, which an item must pass too.
+
+        Raises:
+            RequestError: 422 for a filter of an unknown column.
+        """
+        return self._filters.allowed(RecommendRequest(filters=list(filters)), np.empty(0, np.int32)).mask
 
     def recommend(
         self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None

@@ -114,6 +114,15 @@ class RecommendRequest(Message):
     explain: bool = Field(default=False, description="say how each item came in, and why others did not")
 
 
+class SimilarRequest(Message):
+    """Ask for the k items nearest to an item."""
+
+    k: int = Field(default=10, ge=1, le=1000)
+    filters: list[ItemFilter] = Field(
+        default=[], max_length=MAX_FILTERS, description="a neighbour must pass all of them, and those of the config"
+    )
+
+
 class StagePlace(Message):
     """Where an item stood in one stage."""
 

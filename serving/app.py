@@ -28,6 +28,7 @@ from recsys.messages import (
     RankResponse,
     RecommendRequest,
     RecommendResponse,
+    SimilarRequest,
 )
 from recsys.search_messages import MAX_BUDGET
 from serving import problems
@@ -221,9 +222,14 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
     async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """Return the items nearest to an item: by the retriever's vectors, or by name and category without a vector.
 
-        `by` says which.
+        `by` says which. Items that the service's filters deny or that are unavailable now are left out.
         """
-        return await _answer(worker, lambda: service.similar(item_id, k))
+        return await _answer(worker, lambda: service.similar(item_id, SimilarRequest(k=k)))
+
+    @app.post("/v1/items/{item_id:id}/similar", response_model=SimilarResponse, tags=["look up"])
+    async def similar_filtered(item_id: Annotated[str, Path()], request: SimilarRequest) -> Response:
+        """Return the same of the items that pass the request's filters too."""
+        return await _answer(worker, lambda: service.similar(item_id, request))
 
     @app.get("/v1/models", response_model=ModelsResponse, tags=["look up"])
     async def models() -> Response:

@@ -14,7 +14,7 @@ That is safe: answers change nothing, and every event gets an id here, so a repe
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -27,11 +27,13 @@ from recsys.messages import (
     EventIn,
     EventsRequest,
     EventsResponse,
+    ItemFilter,
     Message,
     RankRequest,
     RankResponse,
     RecommendRequest,
     RecommendResponse,
+    SimilarRequest,
 )
 from serving.replies import (
     PROBLEM,
@@ -115,9 +117,10 @@ class Client:
         """Return items by a part of their name."""
         return self._send("GET", "/v1/items", ItemsResponse, params={"query": query, "limit": limit})
 
-    def similar(self, item_id: str, k: int = 10) -> SimilarResponse:
-        """Return the items nearest to an item."""
-        return self._send("GET", f"/v1/items/{_quoted(item_id)}/similar", SimilarResponse, params={"k": k})
+    def similar(self, item_id: str, k: int = 10, filters: Sequence[ItemFilter] = ()) -> SimilarResponse:
+        """Return the items nearest to an item, of those that pass the filters."""
+        request = SimilarRequest(k=k, filters=list(filters))
+        return self._post(f"/v1/items/{_quoted(item_id)}/similar", request, SimilarResponse)
 
     def models(self) -> ModelsResponse:
         """Say which bundles are being served, and the state under them."""

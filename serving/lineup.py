@@ -4,7 +4,7 @@ A `Plan` names bundles by directory and version: what the watcher decides and Ra
 its `user_config`. A `Lineup` is a plan loaded, and the one reference that a swap replaces.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from ranking.ladder import Budget
 from ranking.searched import Searched
 from ranking.searcher import Searcher
 from recsys.errors import RequestError
-from recsys.messages import RankRequest, RankResponse, RecommendRequest, RecommendResponse
+from recsys.messages import ItemFilter, RankRequest, RankResponse, RecommendRequest, RecommendResponse
 from serving.name_search import NameSearch
 
 Role = Literal["champion", "challenger", "shadow"]
@@ -44,8 +44,8 @@ class Answers(Protocol):
         """Return the scores of given items."""
         ...
 
-    def allowed(self) -> NDArray[np.bool_] | None:
-        """Return bool [V] by model row, the items that may be shown at all; None for all."""
+    def allowed(self, filters: Sequence[ItemFilter] = ()) -> NDArray[np.bool_] | None:
+        """Return bool [V] by model row, the items that may be shown at all and pass the filters; None for all."""
         ...
 
     def settings_digest(self) -> str:
@@ -78,7 +78,7 @@ class NoRanker:
         """Raise `RequestError` 409."""
         raise self._error()
 
-    def allowed(self) -> NDArray[np.bool_] | None:
+    def allowed(self, filters: Sequence[ItemFilter] = ()) -> NDArray[np.bool_] | None:  # noqa: ARG002
         """Return none: documents that are no items may all be shown."""
         return None
 

@@ -60,13 +60,18 @@ def publish_world(directory: Path) -> Place:
     return place
 
 
-def publish_described(directory: Path, vectors: ContentVectors | None = None) -> None:
+def publish_described(directory: Path, vectors: ContentVectors | None = None, retrieves: bool = True) -> None:
     """Write a bundle whose items without training events (`item-60`, `item-61`) are known by name and category only."""
-    _write(directory, make_world(users=USERS).items, ITEMS, described=True, vectors=vectors)
+    _write(directory, make_world(users=USERS).items, ITEMS, described=True, vectors=vectors, retrieves=retrieves)
 
 
 def _write(
-    directory: Path, items: ItemTable, known: int, described: bool = False, vectors: ContentVectors | None = None
+    directory: Path,
+    items: ItemTable,
+    known: int,
+    described: bool = False,
+    vectors: ContentVectors | None = None,
+    retrieves: bool = True,
 ) -> None:
     rows = known + FIRST_ITEM
     table = ItemTable(items.columns, items.categorical[:rows], items.cardinality, items.count[:rows])
@@ -83,7 +88,7 @@ def _write(
         ranker=NamedModel(
             "personal_frequency", PersonalFrequencyConfig(), PersonalFrequency(PersonalFrequencyConfig(), table)
         ),
-        retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)),
+        retriever=NamedModel("mqsa_ted", retriever, MqsaTed(retriever, table)) if retrieves else None,
         content=match_content(content_features(table, names), table.count) if described else None,
         content_vectors=vectors,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from serving_world import LATER, PATIENT_SEARCH, make_service, patient_app
+from serving_world import LATER, PATIENT_SEARCH, make_service, patient_app, publish_described
 from starlette.testclient import TestClient
 from text_world import WordCount, publish_search, snapshot
 
@@ -73,6 +73,38 @@ def test_a_search_finds_no_item_that_cannot_be_had_or_is_denied(tmp_path):
             [red] = [hit for hit in after if hit["text"] == "red tea"]
             assert red["documents"] == 2
             assert {red["document_id"], *red["also"]} == {"item-0", "item-30", "item-60"} - set(gone)
+    service.close()
+
+
+@pytest.mark.parametrize("by", ["vectors", "content"])
+def test_neighbours_are_items_that_may_be_recommended(tmp_path, by):
+    publish_described(tmp_path / "described", retrieves=by == "vectors")
+    place = publish_world(tmp_path)
+    denied = RecommenderConfig(filters=(ItemFilter("item_id", deny=("item-2", "item-4")),))
+    config = ServeConfig(
+        tmp_path / "described", place.snapshot, tmp_path / "state", durability="os", recommender=denied
+    )
+    service = open_service(config)
+    load_into(service, config.bundle)
+    with TestClient(patient_app(service)) as client:
+
+        def found(k, *filters):
+            path = "/v1/items/item-1/similar"
+            body = {"k": k, "filters": list(filters)}
+            answer = client.post(path, json=body) if filters else client.get(f"{path}?k={k}")
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["by"] == by
+            return [item["item_id"] for item in answer.json()["items"]]
+
+        every = found(1000)
+        assert not {"item-1", "item-2", "item-4"} & set(every)
+        gone = every[:5]
+        client.put("/v1/availability", json={"available": dict.fromkeys([*gone, "item-1"], False)})
+        assert found(5) == every[5:10]  # of an item out of stock too
+        assert found(3, {"column": "item_id", "deny": every[5:7]}) == every[7:10]
+        assert found(3, {"column": "item_id", "allow": [*every[:6], every[-1], "item-2"]}) == [every[5], every[-1]]
+        refused = client.post("/v1/items/item-1/similar", json={"filters": [{"column": "?", "deny": ["x"]}]})
+        assert (refused.status_code, refused.json()["code"]) == (422, "unknown_column")
     service.close()
 
 

@@ -8,7 +8,7 @@ from serving_world import LATER, make_service, patient_app, publish_world
 from starlette.testclient import TestClient
 
 from recsys.errors import RequestError
-from recsys.messages import EventIn
+from recsys.messages import EventIn, ItemFilter
 from serving.client import Client
 from serving.problems import unexpected
 from serving.security import ApiKeys
@@ -87,6 +87,8 @@ def test_each_method_gives_its_message(client):
     assert "ana/é" in client.users()
     assert client.items("number 1").items
     assert len(client.similar("item-1", k=3).items) == 3
+    alone = client.similar("item-1", filters=[ItemFilter("item_id", allow=("item-2", "item-1"))])
+    assert [item.item_id for item in alone.items] == ["item-2"]
     assert client.models().lineup["champion"] == client.models().version
     assert client.forget("ana/é").posted_events == 2
 

@@ -114,6 +114,23 @@ def test_an_item_that_content_gave_no_vector_has_neighbours_by_content(tmp_path)
     assert all(item["score"] > 0 for item in not_given["items"])
 
 
+def test_without_a_retriever_neighbours_are_told_by_content(tmp_path):
+    place = publish_world(tmp_path)
+    publish_described(tmp_path / "described", retrieves=False)
+    service = make_service(place, tmp_path / "state", tmp_path / "described")
+    with TestClient(patient_app(service)) as client:
+        answer = client.get("/v1/items/item-1/similar?k=4")
+        unknown = client.get("/v1/items/nothing/similar")
+    assert (answer.status_code, answer.json()["by"], len(answer.json()["items"])) == (200, "content", 4)
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_item")
+    service.served.bundle.__dict__["content"] = None
+    with TestClient(patient_app(service)) as client:
+        nothing = client.get("/v1/items/item-1/similar")
+    assert (nothing.status_code, nothing.json()["code"]) == (409, "not_supported")
+    assert "neither retriever nor content" in nothing.json()["detail"]
+    service.close()
+
+
 def test_look_ups(client, service):
     assert client.get("/v1/users?limit=3").json() == {"users": ["user-0", "user-1", "user-2"]}
     found = client.get("/v1/users/user-0/history?limit=2").json()

@@ -194,9 +194,9 @@ def test_a_part_that_is_out_is_a_step_down_or_a_503(world, tmp_path):
     service.close()
 
 
-def test_text_in_a_part_of_its_own_is_searched_for_what_may_be_shown(world, tmp_path):
+def test_parts_of_their_own_find_what_may_be_shown(world, tmp_path):
     gone = {"available": {f"item-{number}": False for number in (0, 1, 31, 61)}}
-    answers = []
+    answers, neighbours = [], []
     for name, elsewhere in (("fused", None), ("split", Elsewhere(Local(world)))):
         service = open_service(replace(world, state=tmp_path / name))
         load_plan(service, Plan(BundlePlace(world.bundle, "")), elsewhere)
@@ -204,9 +204,13 @@ def test_text_in_a_part_of_its_own_is_searched_for_what_may_be_shown(world, tmp_
             assert client.put("/v1/availability", json=gone).status_code == 200
             asked = ({}, {"user_id": "user-2", "at": LATER})
             posted = [client.post("/v1/search", json={"query": "red tea", "k": 30, **one}) for one in asked]
+            similar = client.get("/v1/items/item-3/similar?k=1000").json()["items"]
         service.close()
         answers.append([told(answer.content) for answer in posted])
+        neighbours.append([item["item_id"] for item in similar])
     assert answers[0] == answers[1]
+    assert neighbours[0] == neighbours[1] != []
+    assert not set(neighbours[1]) & set(gone["available"])
     for answer in answers[1]:
         assert len(answer["hits"]) == 29  # no green tea
         named = {document for hit in answer["hits"] for document in (hit["document_id"], *hit["also"])}
