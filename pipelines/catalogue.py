@@ -261,7 +261,7 @@ def item_table(
     """Build the table models look items up in, without transitions; `count` int64 [V] by model row, V = items + 2.
 
     `values` are the vocabularies of the categorical and of the multi-valued columns. Numbers come as they are, as
-    float32, in the order of `numeric`; 0 where a value is missing or not finite.
+    float32, in the order of `numeric`; 0, and marked as missing, where a value is missing or not finite.
     """
     multi = {
         name: _multi_valued(items[name], known)
@@ -274,12 +274,22 @@ def item_table(
     for place, (name, known) in enumerate(values.items()):
         codes[FIRST_ITEM:, place] = _codes(_single(items[name]), known)
     dense = np.zeros((items.height + FIRST_ITEM, len(numeric)), np.float32)
+    missing = np.zeros(dense.shape, bool)
     for place, name in enumerate(numeric):
-        number = items[name].cast(pl.Float32).fill_null(0).to_numpy()
-        dense[FIRST_ITEM:, place] = np.nan_to_num(number, nan=0, posinf=0, neginf=0)
+        number = items[name].cast(pl.Float32).fill_null(np.nan).to_numpy()
+        missing[FIRST_ITEM:, place] = ~np.isfinite(number)
+        dense[FIRST_ITEM:, place] = np.where(np.isfinite(number), number, 0)
     cardinality = [len(known) + CODES_OF_NO_VALUE for known in values.values()]
     return ItemTable(
-        list(values), torch.from_numpy(codes), cardinality, count, None, torch.from_numpy(dense), numeric, multi
+        list(values),
+        torch.from_numpy(codes),
+        cardinality,
+        count,
+        None,
+        torch.from_numpy(dense),
+        numeric,
+        multi,
+        torch.from_numpy(missing),
     )
 
 

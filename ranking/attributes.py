@@ -97,6 +97,8 @@ class Attributes:
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
         """Return bool [V], True at rows whose number is in [least, most]; None leaves that side open.
 
+        A row without a number is in no range. A bundle written before missing numbers were kept has 0 there.
+
         Raises:
             ConfigError: no column of that name holds numbers.
         """
@@ -106,9 +108,11 @@ class Attributes:
                 f"no item column of numbers {column!r}; there are {', '.join(items.numeric) or 'none'}"
                 + ("; its values are filtered with allow and deny" if column in self.columns else "")
             )
-        number = items.dense[:, items.numeric.index(column)].cpu().numpy()
+        place = items.numeric.index(column)
+        number = items.dense[:, place].cpu().numpy()
         found: NDArray[np.bool_] = number >= (-np.inf if least is None else least)
         found &= number <= (np.inf if most is None else most)
+        found &= ~items.missing[:, place].cpu().numpy()
         found[:FIRST_ITEM] = False
         return found
 

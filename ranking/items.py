@@ -72,6 +72,7 @@ class ItemTable(nn.Module):
         dense: float32 [V, Fd].
         numeric: names of the dense columns, in order.
         multi: columns with several values per item, by name.
+        missing: bool [V, Fd], where a 0 in `dense` stands for a number that is not there. Models read the 0.
 
     Attributes:
         trained: bool [V], whether a row has training events.
@@ -82,6 +83,7 @@ class ItemTable(nn.Module):
     categorical: Tensor
     count: Tensor
     dense: Tensor
+    missing: Tensor
     trained: Tensor
     embedding_row: Tensor
     transition_offsets: Tensor
@@ -98,9 +100,11 @@ class ItemTable(nn.Module):
         dense: Tensor | None = None,
         numeric: Sequence[str] = (),
         multi: Mapping[str, MultiValued] | None = None,
+        missing: Tensor | None = None,
     ) -> None:
         super().__init__()
         rows = len(count)
+        dense = torch.zeros(rows, 0) if dense is None else dense
         transitions = transitions or Transitions.none(rows)
         multi = multi or {}
         self.columns = tuple(columns)
@@ -116,7 +120,8 @@ class ItemTable(nn.Module):
         for name, tensor in (
             ("categorical", categorical),
             ("count", count),
-            ("dense", torch.zeros(rows, 0) if dense is None else dense),
+            ("dense", dense),
+            ("missing", torch.zeros(dense.shape, dtype=torch.bool) if missing is None else missing),
             ("trained", trained),
             ("embedding_row", row),
             ("transition_offsets", transitions.offsets),
@@ -182,6 +187,8 @@ class ItemTable(nn.Module):
             "transition_target": self.transition_target,
             "transition_weight": self.transition_weight,
         }
+        if self.missing.any():
+            tensors["missing"] = self.missing.to(torch.uint8)
         if self.multi_columns:
             tensors["multi_cardinality"] = torch.tensor(self._multi_cardinality, dtype=torch.int64)
             for place, column in enumerate(map(self.multi, self.multi_columns)):
@@ -223,6 +230,7 @@ class ItemTable(nn.Module):
                 )
                 for place, name in enumerate(multi)
             },
+            t["missing"].bool() if "missing" in t else None,
         )
 
 

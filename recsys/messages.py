@@ -63,8 +63,8 @@ class ItemFilter:
         column: a categorical, multi-valued or numeric item column, or `item_id`.
         allow: the item has one of these values; an item without a value is left out.
         deny: the item has none of these values.
-        at_least: the item's number is not below this; a missing number counts as 0.
-        at_most: the item's number is not above this.
+        at_least: the item's number is not below this; an item without a number is left out.
+        at_most: the item's number is not above this; an item without a number is left out.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from fastapi import FastAPI
+from torch import Tensor
 
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Contents, write_bundle
@@ -65,6 +66,12 @@ def publish_described(directory: Path, vectors: ContentVectors | None = None, re
     _write(directory, make_world(users=USERS).items, ITEMS, described=True, vectors=vectors, retrieves=retrieves)
 
 
+def publish_priced(directory: Path) -> None:
+    """Write a bundle whose item `item-N` costs N, and every third item, `item-0` among them, has no price."""
+    prices = torch.arange(ITEMS + FIRST_ITEM, dtype=torch.float32)[:, None] - FIRST_ITEM
+    _write(directory, make_world(users=USERS).items, ITEMS, prices=prices, free=prices % 3 == 0)
+
+
 def _write(
     directory: Path,
     items: ItemTable,
@@ -72,9 +79,13 @@ def _write(
     described: bool = False,
     vectors: ContentVectors | None = None,
     retrieves: bool = True,
+    prices: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> None:
     rows = known + FIRST_ITEM
-    table = ItemTable(items.columns, items.categorical[:rows], items.cardinality, items.count[:rows])
+    columns = items.columns, items.categorical[:rows], items.cardinality, items.count[:rows]
+    dense = None if prices is None or free is None else torch.where(free, 0, prices)
+    table = ItemTable(*columns, dense=dense, numeric=() if dense is None else ("price",), missing=free)
     torch.manual_seed(known)
     retriever = MqsaTedConfig(width=8)
     names = ["", ""] + [f"Item number {number}" for number in range(known)]

@@ -392,6 +392,8 @@ def test_numbers_of_the_catalogue_reach_the_item_table(tmp_path: Path) -> None:
     }
     assert {item: tuple(done.items.dense[place].tolist()) for item, place in row.items()} == wanted
     assert done.items.dense[:2].tolist() == [[0, 0], [0, 0]]
+    without = {item for item, place in row.items() if done.items.missing[place, 0]}
+    assert without == set(row) - {"i3", *(f"i{n}" for n in range(7, 12))}  # and what the catalogue does not have
     chosen = prepare(
         tmp_path / "source", tmp_path / "set", PrepareConfig(workers=1, columns=("stock",), numeric=("new",))
     )

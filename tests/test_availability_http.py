@@ -3,7 +3,15 @@
 import dataclasses
 
 import pytest
-from serving_world import LATER, PATIENT_SEARCH, make_service, patient_app, publish_described
+from serving_world import (
+    LATER,
+    PATIENT_SEARCH,
+    make_service,
+    patient_app,
+    publish_described,
+    publish_priced,
+    publish_world,
+)
 from starlette.testclient import TestClient
 from text_world import WordCount, publish_search, snapshot
 
@@ -105,6 +113,24 @@ def test_neighbours_are_items_that_may_be_recommended(tmp_path, by):
         assert found(3, {"column": "item_id", "allow": [*every[:6], every[-1], "item-2"]}) == [every[5], every[-1]]
         refused = client.post("/v1/items/item-1/similar", json={"filters": [{"column": "?", "deny": ["x"]}]})
         assert (refused.status_code, refused.json()["code"]) == (422, "unknown_column")
+    service.close()
+
+
+def test_an_item_without_a_price_is_in_no_range_of_prices(tmp_path):
+    place = publish_world(tmp_path)
+    publish_priced(tmp_path / "priced")
+    service = make_service(place, tmp_path / "state", tmp_path / "priced")
+    with TestClient(patient_app(service)) as client:
+        for bounds, wanted in (
+            ({"at_most": 9}, [1, 2, 4, 5, 7, 8]),
+            ({"at_least": 0, "at_most": 2}, [1, 2]),
+            ({"at_least": 58}, [58, 59, 61]),
+        ):
+            asked = {"user_id": "user-3", "k": 50, "filters": [{"column": "price", **bounds}]}
+            answer = client.post("/v1/recommend", json=asked).json()
+            assert {item["item_id"] for item in answer["items"]} == {f"item-{number}" for number in wanted}
+            near = client.post("/v1/items/item-1/similar", json={"k": 50, "filters": asked["filters"]}).json()
+            assert {item["item_id"] for item in near["items"]} <= {f"item-{number}" for number in wanted}
     service.close()
 
 

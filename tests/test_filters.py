@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ DAY = worlds.DAY
 NOW = worlds.START + 21 * DAY
 CATEGORY = WORLD.items.column("category")[FIRST_ITEM:].numpy() - 2  # of item key
 BRAND = np.arange(COUNT) % 7 - 1  # -1 is missing
-PRICE = (np.arange(COUNT) * 13 % 50).astype(np.float32)
+PRICE = np.where(np.arange(COUNT) % 9 == 4, np.nan, np.arange(COUNT) * 13 % 50).astype(np.float32)  # NaN is missing
 
 
 class Store:
@@ -56,7 +57,7 @@ class Table:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """DARE behind MQSA-TED, over items with a category, a brand that may be missing, and a price."""
+    """DARE behind MQSA-TED, over items with a category, and a brand and a price that may be missing."""
     old = WORLD.items
     codes = np.concatenate([old.categorical.numpy(), np.concatenate([[0, 1], BRAND + 2])[:, None]], axis=1)
     items = ItemTable(
@@ -65,8 +66,9 @@ def bundle(tmp_path_factory):
         [old.codes("category"), 8],
         old.count,
         old.transitions,
-        torch.from_numpy(np.concatenate([[0, 0], PRICE]).astype(np.float32))[:, None],
+        torch.from_numpy(np.concatenate([[0, 0], np.nan_to_num(PRICE)]).astype(np.float32))[:, None],
         ["price"],
+        missing=torch.from_numpy(np.isnan(np.concatenate([[0, 0], PRICE])))[:, None],
     )
 
     def named(name, **config):
@@ -123,6 +125,20 @@ def passes(one, key):
     if one.allow is not None and not set(values) & set(one.allow):
         return False
     return one.deny is None or not set(values) & set(one.deny)
+
+
+def test_a_bundle_that_keeps_no_missing_numbers_is_read_as_before(tmp_path):
+    table = ItemTable([], torch.zeros(4, 0).int(), [], torch.ones(4).long(), None, torch.zeros(4, 1), ["price"])
+    kept = ItemTable(
+        [], torch.zeros(4, 0).int(), [], table.count, None, table.dense, ["price"], missing=torch.eye(4)[:, 3:].bool()
+    )
+    for one, within in ((table, [2, 3]), (kept, [2])):
+        one.save(tmp_path / "items.safetensors")
+        assert ("missing" in one.tensors()) is (one is kept)  # so that other catalogues keep their bytes
+        read = ItemTable.load(tmp_path / "items.safetensors")
+        assert read.dense.tolist() == [[0.0]] * 4
+        found = Attributes(SimpleNamespace(items=read)).between("price", None, 5)
+        assert np.flatnonzero(found).tolist() == within
 
 
 def keys(answer):
