@@ -22,10 +22,10 @@ from typing import Any
 from recsys.errors import ConfigError, RecsysError
 from serving.app import REPLICA
 from serving.event_log import SegmentLog
-from serving.lineup import Plan
+from serving.lineup import BundlePlace, Plan
 from serving.logs import LOGS, log_to
 from serving.security import read_keys
-from serving.settings import ServeConfig, load_into, open_service
+from serving.settings import ServeConfig, load_plan, open_service
 from serving.split import PARTS
 from serving.telemetry import MULTIPROCESS
 from serving.watcher import MlflowRegistry, WatchConfig, Watcher, adopt, check, keep, last_plan
@@ -92,7 +92,7 @@ class Running:
         """Wait until SIGINT or SIGTERM, following the registry's aliases meanwhile if there is one to follow."""
         ended = threading.Event()
         before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-        watching = self._watching(ended)
+        watching = _watching(self._config, self.plan, self.deploy, ended)
         try:
             # Not one endless wait: a signal that another thread takes wakes this one only when it next runs.
             while not ended.wait(1.0):
@@ -102,16 +102,6 @@ class Running:
                 watching.join(timeout=WATCHER_SECONDS)
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _watching(self, ended: threading.Event) -> threading.Thread | None:
-        """Start the one watcher of this service, in the process beside Serve; None if there is nothing to follow."""
-        watch = self._config.watch
-        if not watch.mlflow:
-            return None
-        watcher = Watcher(MlflowRegistry(watch.mlflow, watch.model), self._config.state, self.plan, self.deploy)
-        thread = threading.Thread(target=watcher.watch, args=(watch.seconds, ended), name="watcher", daemon=True)
-        thread.start()
-        return thread
 
     def stop(self) -> None:
         """Stop the service and Ray; safe to call twice."""
@@ -167,8 +157,24 @@ def start(config: ServeConfig) -> Running:
     return running
 
 
+def _watching(
+    config: ServeConfig, plan: Plan, deploy: Callable[[Plan], None], ended: threading.Event
+) -> threading.Thread | None:
+    """Start the one watcher of a service, beside what answers; None if there is nothing to follow."""
+    watch = config.watch
+    if not watch.mlflow:
+        return None
+    watcher = Watcher(MlflowRegistry(watch.mlflow, watch.model), config.state, plan, deploy)
+    thread = threading.Thread(target=watcher.watch, args=(watch.seconds, ended), name="watcher", daemon=True)
+    thread.start()
+    return thread
+
+
 def run_bare(config: ServeConfig, ready: Callable[[str], None] = lambda _: None) -> None:
     """Serve the same application in this process under plain uvicorn, until interrupted; always fused.
+
+    The registry's aliases are followed meanwhile, if there is one to follow: a thread loads the next bundle beside the
+    one that answers.
 
     `ready` is called with the address once the bundle is loaded.
     """
@@ -179,12 +185,20 @@ def run_bare(config: ServeConfig, ready: Callable[[str], None] = lambda _: None)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     _require_free(config.host, config.port)
     keys = read_keys(config.api_keys)
+    plan = _first_plan(config) if config.watch.mlflow else Plan(BundlePlace(config.bundle, ""))
     service = open_service(config)
-    load_into(service, config.bundle)
+    load_plan(service, plan)
     log_to(config.state / LOGS, config.log_requests)
     app = create_app(service, config.limits, keys=keys)
     ready(f"http://{config.host}:{config.port}")
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+    ended = threading.Event()
+    watching = _watching(config, plan, lambda wanted: load_plan(service, wanted), ended)
+    try:
+        uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+    finally:
+        ended.set()
+        if watching is not None:
+            watching.join(timeout=WATCHER_SECONDS)
 
 
 def _require_free(host: str, port: int) -> None:

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from serving_world import LATER, WAIT, make_service, patient_app
+from serving_world import LATER, WAIT, eventually, free_port, make_service, patient_app
 from starlette.testclient import TestClient
 from text_world import publish_search
 
 from ranking.manifest import read_manifest
 from recsys.errors import BundleError, RecsysError
 from recsys.messages import RecommendRequest
+from serving import host
 from serving.lineup import BundlePlace, Lineup, Plan
 from serving.pairs import Aside, read_pairs
-from serving.settings import load_into, load_plan, load_served
-from serving.watcher import BUNDLES, MlflowRegistry, Registered, Watcher, adopt, check, last_plan
+from serving.settings import ServeConfig, load_into, load_plan, load_served
+from serving.watcher import BUNDLES, MlflowRegistry, Registered, WatchConfig, Watcher, adopt, check, last_plan
 
 
 def version(bundle: Path) -> str:
@@ -154,6 +155,37 @@ def test_an_error_nobody_foresaw_does_not_end_the_watching(watcher, shelf, place
     assert seen.wait(WAIT)
     ended.set()
     thread.join(WAIT)
+
+
+def test_a_bare_process_follows_the_aliases_too(place, shelf, tmp_path, monkeypatch):
+    threads = []
+
+    def run(app, **_):
+        threads.extend(thread for thread in threading.enumerate() if thread.name == "watcher")
+        with TestClient(app) as client:
+            assert client.get("/readyz").text == f"ready {version(place.bundle)}"  # the alias, not what is published
+            shelf.named |= {"champion": place.smaller, "shadow": place.bundle}
+            assert eventually(lambda: client.get("/readyz").text == f"ready {version(place.smaller)}")
+            assert client.get("/v1/models").json()["lineup"]["shadow"] == version(place.bundle)
+
+    monkeypatch.setattr("uvicorn.run", run)
+    monkeypatch.setattr(host, "MlflowRegistry", lambda *_: shelf)
+    monkeypatch.setattr(host, "log_to", lambda *_: None)
+    config = ServeConfig(place.smaller, place.snapshot, tmp_path, port=free_port(), durability="os")
+    host.run_bare(replace(config, watch=WatchConfig("somewhere", seconds=0.02)))
+    assert [thread.is_alive() for thread in threads] == [False]
+    assert last_plan(tmp_path).champion.version == version(place.smaller)
+
+
+def test_a_bare_process_without_a_registry_serves_what_is_published(place, tmp_path, monkeypatch):
+    def run(app, **_):
+        assert not any(thread.name == "watcher" for thread in threading.enumerate())
+        with TestClient(app) as client:
+            assert client.get("/readyz").text == f"ready {version(place.smaller)}"
+
+    monkeypatch.setattr("uvicorn.run", run)
+    monkeypatch.setattr(host, "log_to", lambda *_: None)
+    host.run_bare(ServeConfig(place.smaller, place.snapshot, tmp_path, port=free_port(), durability="os"))
 
 
 @pytest.mark.slow
