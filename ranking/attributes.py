@@ -17,7 +17,9 @@ FIRST_CODE = 2
 """Codes 0 and 1 of a categorical column are padding and missing."""
 TOLD = 5
 MOST_COMPARED = 10_000
-"""Values among which the likest to a misspelt one is looked for."""
+"""Values among which the likest to a misspelt one is looked for, which takes some 5 us of each."""
+LONGEST = 100
+"""Characters of a value that are told, and compared."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,18 @@ class Attributes:
         column_values, known = self.values(column), self._code_of(column)
         return column_values.having([code for value in values if (code := known.get(value)) is not None])
 
-    def unknown(self, column: str, values: Iterable[str]) -> list[str]:
-        """Return the values that no item has, quoted, the first few with the likest one there is."""
+    def unknown(self, column: str, values: Iterable[str], compared: int = MOST_COMPARED) -> list[str]:
+        """Return the values that no item has, quoted, the first few with the likest one there is.
+
+        Args:
+            column: of the values.
+            values: what to look for.
+            compared: a column of more values is not searched for the likest, but for one that differs in case alone.
+        """
         there: Mapping[str, int] = self._bundle.row_of if column == ITEM_ID else self._code_of(column)
         missing = [value for value in values if value not in there]
-        known = {value.lower(): value for value in there} if missing and len(there) <= MOST_COMPARED else {}
-        likest = [get_close_matches(value.lower(), known, 1) for value in missing[:TOLD]]
-        told = [
-            f"{value!r}" + "".join(f" (but {known[one]!r})" for one in near)
-            for value, near in zip(missing, likest, strict=False)
-        ]
+        known = self._by_lower(column, there) if missing and len(there) <= MOST_COMPARED else {}
+        told = [f"{_short(value)!r}{_likest(value, known, compared)}" for value in missing[:TOLD]]
         return told + [f"{len(missing) - TOLD:,} more"] * (len(missing) > TOLD)
 
     def between(self, column: str, least: float | None, most: float | None) -> NDArray[np.bool_]:
@@ -142,6 +146,28 @@ class Attributes:
             self._codes[column] = {str(value): code for code, value in enumerate(values, FIRST_CODE)}
         return self._codes[column]
 
+    def _by_lower(self, column: str, there: Mapping[str, int]) -> dict[str, str]:
+        if column not in self._lower:
+            self._lower[column] = {value.lower(): value for value in there}
+        return self._lower[column]
+
     @cached_property
     def _codes(self) -> dict[str, dict[str, int]]:
         return {}
+
+    @cached_property
+    def _lower(self) -> dict[str, dict[str, str]]:
+        return {}
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
+
+
+def _likest(value: str, known: Mapping[str, str], compared: int) -> str:
+    """Return, in brackets, the known value that is most like another one; `known` has each by its lower case."""
+    low = value.lower()
+    if low in known:
+        return f" (but {known[low]!r})"
+    near = get_close_matches(low, known, 1) if len(known) <= compared and len(value) <= LONGEST else []
+    return "".join(f" (but {_short(known[one])!r})" for one in near)

@@ -159,6 +159,10 @@ class Bundle:
         """Return the code of an action; actions the bundle does not know have code 0."""
         return self._action_code.get(action, 0)
 
+    def knows_action(self, action: str) -> bool:
+        """Say whether events of an action are told from those without one; where no action has a name, nobody asks."""
+        return not action or action in self._action_code or not any(self.manifest.actions)
+
     @staticmethod
     def load(directory: Path, device: torch.device | str = "cpu", golden: bool = True) -> "Bundle":
         """Check every digest, load the parts, and replay the golden requests.

@@ -8,14 +8,14 @@ At 1 M items a mask takes 1 MB, joining and packing it for the index some 0.1 ms
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ranking.attributes import Attributes
+from ranking.attributes import MOST_COMPARED, Attributes
 from ranking.batch import FIRST_ITEM
 from ranking.users import User
 from recsys.errors import ConfigError, RequestError
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 KEPT_MASKS = 64
 """Masks of requests that are kept, the least recently used go first."""
+ASKED_COMPARED = 300
+"""Values of a column in which the likest to a request's unknown one is looked for; 1.5 ms for each that is told."""
 
 
 class Unavailable(NamedTuple):
@@ -49,6 +51,13 @@ class Allowed(NamedTuple):
 
     mask: NDArray[np.bool_] | None
     blocked: int
+
+
+class _Mask(NamedTuple):
+    """Rows that pass one filter, and what of it no item has."""
+
+    mask: NDArray[np.bool_]
+    warnings: tuple[str, ...] = ()
 
 
 class Filters:
@@ -76,12 +85,13 @@ class Filters:
         self._config = tuple(config)
         self._availability = availability
         self._lock = Lock()
-        self._masks: OrderedDict[object, NDArray[np.bool_]] = OrderedDict()
+        self._masks: OrderedDict[object, _Mask] = OrderedDict()
         self._joined: tuple[object, Allowed] | None = None
         self._digest = (-1, "")
         self._always = [(f"filter of {one.column}", self._of_attribute(one)) for one in self._config]
         for one in self._config:
-            self._tell_unknown(one)
+            for told in self._unknown(one):
+                logger.warning("the filter of %s", told)
 
     def allowed(self, request: RecommendRequest, seen: NDArray[np.int32]) -> Allowed:
         """Return what passes every filter and is not among the rows `seen`.
@@ -107,6 +117,14 @@ class Filters:
             else:
                 found[place] = next((name for name, mask in parts if not mask[row]), None)
         return found
+
+    def warnings(self, filters: Sequence[ItemFilter]) -> list[str]:
+        """Name the values of a request's filters that no item has.
+
+        Raises:
+            RequestError: 422 for a filter of a column that the bundle does not have.
+        """
+        return [f"filters[{n}] of {told}" for n, one in enumerate(filters) for told in self._asked(n, one).warnings]
 
     def unavailable_digest(self) -> str:
         """Name what cannot be had now; hashed once per change of the table."""
@@ -139,21 +157,26 @@ class Filters:
         """Return every filter of a request with its mask."""
         parts = list(self._always)
         if unavailable.item_ids:
-            parts.append(("unavailable", self._kept(("unavailable", unavailable.version), unavailable.item_ids)))
+            parts.append(("unavailable", self._kept(("unavailable", unavailable.version), unavailable.item_ids).mask))
         for number, one in enumerate(request.filters):
-            try:
-                mask = self._kept(one, one)
-            except ConfigError as error:
-                raise RequestError(422, "unknown_column", f"filters[{number}]: {error}") from None
-            parts.append((f"filter of {one.column} in the request", mask))
+            parts.append((f"filter of {one.column} in the request", self._asked(number, one).mask))
         return parts
 
-    def _kept(self, key: object, what: ItemFilter | frozenset[str]) -> NDArray[np.bool_]:
+    def _asked(self, number: int, one: ItemFilter) -> "_Mask":
+        try:
+            return self._kept(one, one)
+        except ConfigError as error:
+            raise RequestError(422, "unknown_column", f"filters[{number}]: {error}") from None
+
+    def _kept(self, key: object, what: ItemFilter | frozenset[str]) -> "_Mask":
         with self._lock:
             if key in self._masks:
                 self._masks.move_to_end(key)
                 return self._masks[key]
-        mask = self._of_attribute(what) if isinstance(what, ItemFilter) else ~self._attributes.having("item_id", what)
+        if isinstance(what, ItemFilter):
+            mask = _Mask(self._of_attribute(what), tuple(self._unknown(what, ASKED_COMPARED)))
+        else:
+            mask = _Mask(~self._attributes.having("item_id", what))
         with self._lock:
             self._masks[key] = mask
             while len(self._masks) > KEPT_MASKS:
@@ -170,10 +193,10 @@ class Filters:
             mask &= self._attributes.between(one.column, one.at_least, one.at_most)
         return mask
 
-    def _tell_unknown(self, one: ItemFilter) -> None:
+    def _unknown(self, one: ItemFilter, compared: int = MOST_COMPARED) -> Iterator[str]:
         for verb, values in (("allows", one.allow), ("denies", one.deny)):
-            if unknown := self._attributes.unknown(one.column, values or ()):
-                logger.warning("the filter of %s %s what no item has: %s", one.column, verb, ", ".join(unknown))
+            if unknown := self._attributes.unknown(one.column, values or (), compared):
+                yield f"{one.column} {verb} what no item has: {', '.join(unknown)}"
 
     def _known(self) -> NDArray[np.bool_]:
         mask = np.ones(self._rows, bool)

@@ -107,6 +107,10 @@ class Recommender:
         """
         return self._filters.allowed(RecommendRequest(filters=list(filters)), np.empty(0, np.int32)).mask
 
+    def warnings(self, filters: Sequence[ItemFilter]) -> list[str]:
+        """Name the values of a request's filters that no item has; raises `RequestError` as `allowed` does."""
+        return self._filters.warnings(filters)
+
     def recommend(
         self, request: RecommendRequest, now: int, budget: Budget | None = None, searched: Searched | None = None
     ) -> RecommendResponse:
@@ -160,6 +164,7 @@ class Recommender:
             model_version=self.bundle.version,
             degraded=[*(() if searched is None else searched.degraded), *asked.ladder.degraded],
             timings={},
+            warnings=self.warnings(request.filters),
         )
         if request.explain:
             response = self._explained(response, asked, found, places)

@@ -55,6 +55,14 @@ class InlineEvent(Message):
     action: str = Field(default="", max_length=64)
 
 
+def _nothing(told: list[str]) -> bool:
+    return not told
+
+
+Told = Annotated[list[str], Field(exclude_if=_nothing)]
+"""What a request can hardly have meant; absent from the answer where there is nothing to say."""
+
+
 @dataclass(frozen=True)
 class ItemFilter:
     """Which items may be recommended, by one attribute; the same in a request and under `[[filters]]` of a config.
@@ -171,6 +179,7 @@ class RecommendResponse(Message):
     degraded: list[str] = Field(description="stages that were skipped")
     timings: dict[str, float] = Field(description="seconds by stage")
     explanation: Explanation | None = Field(default=None, description="only if asked to explain")
+    warnings: Told = Field(default=[], description="values of the request's filters that no item has; absent if none")
 
 
 class RankRequest(Message):
@@ -218,6 +227,7 @@ class EventVerdict(Message):
 
     accepted                kept
     accepted_unknown_item   kept, scored as unknown until a bundle knows the item
+    accepted_unknown_action kept, taken for an event without an action until a bundle knows the action
     duplicate               the very same event is there already
     conflict                a different event has this `event_id`; that one stands, this one is not kept
     refused_future          dated more than a day ahead of the service's clock; not kept
@@ -232,3 +242,4 @@ class EventsResponse(Message):
 
     verdicts: list[EventVerdict]
     accepted: int
+    warnings: Told = Field(default=[], description="actions that the bundle does not know; absent if none")

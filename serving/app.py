@@ -132,7 +132,7 @@ def create_app(
     add_search_routes(app, service, ranking, searches, limits.deadlines)
     _add_lookups(app, service, ranking)
     if service.path.availability is not None:
-        add_availability(app, service.path.availability, json_response)
+        add_availability(app, service.path.availability, json_response, service.unknown_items)
     _add_operations(app, service, limits)
     if keys:
         app.add_middleware(KeyCheck, keys=keys)
@@ -177,7 +177,8 @@ def _add_answers(
         A repeat of an `event_id` among the newest events (`/v1/models` says how many) is a `duplicate` if all its
         fields are the same, else a `conflict`; neither changes anything. Late events are put in their place of time. An
         event counts for requests whose moment is later than its own: one dated in the future is not used until then,
-        and one dated more than a day ahead is `refused_future`.
+        and one dated more than a day ahead is `refused_future`. An item or an action that the bundle does not know is
+        kept, and said to be unknown.
         """
         began = time.perf_counter()
         answer, waited = await worker.run(lambda: service.record(request), Budget(deadlines))

@@ -1,6 +1,6 @@
 """Routes of the live table of unavailable items."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Response
@@ -8,10 +8,12 @@ from pydantic import Field
 
 from ranking.availability import AvailabilityFile
 from recsys.errors import DataError, RequestError
-from recsys.messages import Id, Message
+from recsys.messages import Id, Message, Told
 
 MAX_CHANGES = 100_000
 """Most items of one change."""
+TOLD = 100
+"""Most unknown items of a change that are named."""
 
 
 class AvailabilityChange(Message):
@@ -27,26 +29,35 @@ class AvailabilityResponse(Message):
 
     unavailable: int = Field(description="how many items")
     item_ids: list[str] = Field(description="the first of them, in the order of their ids")
+    unknown_item_ids: Told = Field(
+        default=[], description="the first ids of the change that the bundle does not know; absent if none"
+    )
 
 
-def add_availability(app: FastAPI, table: AvailabilityFile, respond: Callable[..., Response]) -> None:
+def add_availability(
+    app: FastAPI,
+    table: AvailabilityFile,
+    respond: Callable[..., Response],
+    unknown: Callable[[Iterable[str]], Sequence[str]],
+) -> None:
     """Add the routes that read and change a table.
 
     Args:
         app: the application.
         table: what the routes read and change.
         respond: makes a response of a message and its timings.
+        unknown: gives those of some ids that the bundle does not know.
     """
 
-    def answer(limit: int) -> Response:
-        items = sorted(table.unavailable().item_ids)
-        return respond(AvailabilityResponse(unavailable=len(items), item_ids=items[:limit]), {})
+    def answer(limit: int, unknown_item_ids: Sequence[str] = ()) -> Response:
+        items, told = sorted(table.unavailable().item_ids), list(unknown_item_ids[:TOLD])
+        return respond(AvailabilityResponse(unavailable=len(items), item_ids=items[:limit], unknown_item_ids=told), {})
 
     @app.put("/v1/availability", response_model=AvailabilityResponse, tags=["recommend"])
     def put(change: AvailabilityChange) -> Response:
         """Say which items can be had. Every replica of the machine keeps to it from its next request on.
 
-        Ids that the bundle does not know are kept too: a later bundle may know them.
+        Ids that the bundle does not know are kept too, and named: a later bundle may know them.
         """
         try:
             table.put(change.available)
@@ -55,7 +66,7 @@ def add_availability(app: FastAPI, table: AvailabilityFile, respond: Callable[..
         except OSError as error:
             reason = f"the table cannot be written ({error.strerror}), so nothing is changed; send it again"
             raise RequestError(503, "table_unavailable", reason) from error
-        return answer(0)
+        return answer(0, unknown(change.available))
 
     @app.get("/v1/availability", response_model=AvailabilityResponse, tags=["look up"])
     def get(limit: Annotated[int, Query(ge=0, le=10_000)] = 100) -> Response:

@@ -48,6 +48,10 @@ class Answers(Protocol):
         """Return bool [V] by model row, the items that may be shown at all and pass the filters; None for all."""
         ...
 
+    def warnings(self, filters: Sequence[ItemFilter]) -> list[str]:
+        """Name the values of a request's filters that no item has."""
+        ...
+
     def settings_digest(self) -> str:
         """Name what answers depend on beside bundle, history and request."""
         ...
@@ -81,6 +85,10 @@ class NoRanker:
     def allowed(self, filters: Sequence[ItemFilter] = ()) -> NDArray[np.bool_] | None:  # noqa: ARG002
         """Return none: documents that are no items may all be shown."""
         return None
+
+    def warnings(self, filters: Sequence[ItemFilter]) -> list[str]:  # noqa: ARG002
+        """Return none."""
+        return []
 
     def settings_digest(self) -> str:
         """Return none."""

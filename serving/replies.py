@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from recsys.messages import Message
+from recsys.messages import Message, Told
 
 PROBLEM = "application/problem+json"
 """The media type of every refusal (`serving.problems`)."""
@@ -124,3 +124,4 @@ class SimilarResponse(Message):
         description="what is compared; content (text and categories) for an item without training events and vector"
     )
     items: list[SimilarItem]
+    warnings: Told = Field(default=[], description="values of the request's filters that no item has; absent if none")

@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
@@ -47,6 +48,11 @@ from serving.state import MAX_FUTURE, State, machine_clock
 from serving.telemetry import Telemetry
 from serving.view import LiveHistories, Observed
 from serving.watched import Watched
+
+TOLD = 5
+"""Most unknown actions of a post that are named."""
+KNOWN = 10
+"""Most known actions that are named beside one that is not."""
 
 WHOLE_PATH = RequestPath()
 """Without filters and rules, everything available."""
@@ -215,14 +221,25 @@ class Service:
             RequestError: too many events, a user id too long, or a value that is not finite; nothing is written then.
         """
         bundle = self.served.bundle
-        verdicts = []
+        verdicts: list[EventVerdict] = []
+        actions: dict[str, None] = {}
         for event, taken in self.state.record(request.events, self._encoder):
-            unknown = taken == "accepted" and bundle.key_of(event.item_id) == UNKNOWN_KEY
-            verdict = "accepted_unknown_item" if unknown else taken
+            verdict = str(taken)
+            if verdict == "accepted":
+                if not bundle.knows_action(event.action):
+                    verdict, actions[event.action] = "accepted_unknown_action", None
+                if bundle.key_of(event.item_id) == UNKNOWN_KEY:
+                    verdict = "accepted_unknown_item"
             self.telemetry.verdict(verdict)
             verdicts.append(EventVerdict(event_id=event.event_id, verdict=verdict))
         accepted = sum(each.verdict.startswith("accepted") for each in verdicts)
-        return EventsResponse(verdicts=verdicts, accepted=accepted)
+        warnings = [_unknown_action(action, bundle.manifest.actions) for action in actions]
+        warnings = warnings[:TOLD] + [f"{len(warnings) - TOLD:,} more unknown actions"] * (len(warnings) > TOLD)
+        return EventsResponse(verdicts=verdicts, accepted=accepted, warnings=warnings)
+
+    def unknown_items(self, item_ids: Iterable[str]) -> list[str]:
+        """Return those of the ids that the champion does not know; none before there is one."""
+        return [] if self._lineup is None else [item for item in item_ids if item not in self.served.bundle.row_of]
 
     def history(self, user_id: str, limit: int) -> HistoryResponse:
         """Return the newest `limit` events of a user; raises `RequestError` 404 for a user nothing is known of."""
@@ -294,7 +311,8 @@ class Service:
             for other, score in zip(found.tolist(), scores.tolist(), strict=True)
             if other > UNKNOWN and other != row
         ]
-        return SimilarResponse(item_id=item_id, name=bundle.names[row], by=by, items=items[:k])
+        warnings = served.recommender.warnings(request.filters)
+        return SimilarResponse(item_id=item_id, name=bundle.names[row], by=by, items=items[:k], warnings=warnings)
 
     def models(self) -> ModelsResponse:
         """Say what is being served."""
@@ -362,6 +380,15 @@ class Service:
 def _listed(role: Role, response: RecommendResponse) -> Listed:
     items = [item.item_id for item in response.items]
     return Listed(role, response.model_version, items, response.timings.get("total", 0.0))
+
+
+def _unknown_action(action: str, known: Sequence[str]) -> str:
+    """Return what is said of an action that the bundle does not know: the likest, and the first of those it knows."""
+    known = [name for name in known if name]
+    lower = {name.lower(): name for name in known}
+    near = "".join(f", but {lower[one]!r}" for one in get_close_matches(action.lower(), lower, 1))
+    names = ", ".join(map(repr, known[:KNOWN])) + ", ..." * (len(known) > KNOWN)
+    return f"action {action!r} is not known{near}; its events count as of no action. Known: {names}"
 
 
 def _models(manifest: Manifest) -> list[ModelInfo]:

@@ -134,6 +134,30 @@ def test_an_item_without_a_price_is_in_no_range_of_prices(tmp_path):
     service.close()
 
 
+def test_what_nobody_knows_is_named(place, tmp_path):
+    service = make_service(place, tmp_path / "state")
+    with TestClient(patient_app(service)) as client:
+        change = {"available": {"nope": False, "item-1": False, "gone": True}}
+        answer = client.put("/v1/availability", json=change)
+        assert answer.json() == {"unavailable": 2, "item_ids": [], "unknown_item_ids": ["nope", "gone"]}
+        assert client.get("/v1/availability").json() == {"unavailable": 2, "item_ids": ["item-1", "nope"]}
+        allowed = [{"column": "item_id", "allow": ["Item-3"]}]
+        told = ["filters[0] of item_id allows what no item has: 'Item-3' (but 'item-3')"]
+        for path, body in (("/v1/recommend", {"user_id": "user-3"}), ("/v1/items/item-5/similar", {})):
+            found = client.post(path, json=body | {"filters": allowed}).json()
+            assert (found["items"], found["warnings"]) == ([], told)
+            assert "warnings" not in client.post(path, json=body).json()
+    service.close()
+
+
+def test_before_there_is_a_bundle_every_id_may_be_known(place, tmp_path):
+    service = open_service(ServeConfig(place.bundle, place.snapshot, tmp_path / "state", durability="os"))
+    with TestClient(patient_app(service)) as client:
+        answer = client.put("/v1/availability", json={"available": {"nope": False}})
+        assert answer.json() == {"unavailable": 1, "item_ids": []}
+    service.close()
+
+
 def test_filters_of_requests_and_of_the_config(place, tmp_path):
     rules = RecommenderConfig(filters=(ItemFilter("item_id", deny=("item-1",)),), rules=(Cap("category", 1),))
     config = ServeConfig(place.bundle, place.snapshot, tmp_path / "state", durability="os", recommender=rules)

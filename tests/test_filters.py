@@ -101,6 +101,28 @@ def test_a_filter_of_what_no_item_has_is_told(bundle, caplog):
     assert Attributes(bundle).unknown("item_id", gone)[-1] == "995 more"
 
 
+def test_a_request_is_told_which_values_of_its_filters_no_item_has(bundle):
+    recommender = Recommender(bundle, Store(), RecommenderConfig(filters=(ItemFilter("brand", deny=("B0",)),)))
+
+    def warnings(*filters):
+        answer = recommender.recommend(RecommendRequest(user_id="3", k=5, at=NOW, filters=filters), NOW)
+        assert answer.warnings == recommender.warnings(filters)
+        assert ("warnings" in answer.model_dump(mode="json")) is bool(answer.warnings)
+        return answer.warnings
+
+    assert warnings() == []  # what the config has is for the operator
+    assert warnings(ItemFilter("brand", allow=("b0",)), ItemFilter("price", at_most=9)) == []
+    wrong = ItemFilter("brand", allow=("B1", "b2"), deny=("b33",))
+    assert warnings(ItemFilter("category", deny=("c1",)), wrong) == [
+        "filters[1] of brand allows what no item has: 'B1' (but 'b1')",
+        "filters[1] of brand denies what no item has: 'b33' (but 'b3')",
+    ]
+    long = "x" * 100_000
+    assert len(warnings(ItemFilter("item_id", deny=(long, *(f"gone {n}" for n in range(9)))))[0]) < 300
+    attributes = Attributes(bundle)
+    assert attributes.unknown("item_id", ("ITEM-1", "itm-1"), 10) == ["'ITEM-1' (but 'item-1')", "'itm-1'"]
+
+
 VALUES = st.lists(st.sampled_from([f"b{n}" for n in range(6)] + ["no such brand"]), max_size=5).map(tuple)
 FILTERS = st.one_of(
     st.builds(ItemFilter, st.just("brand"), allow=VALUES),

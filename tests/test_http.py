@@ -230,6 +230,27 @@ def test_verdicts(client):
     ]
 
 
+def test_an_action_that_the_bundle_does_not_know_is_kept_and_told(client):
+    known = {"user_id": "u", "item_id": "item-1", "action": "purchase"}
+    typo = known | {"action": "Purchase", "event_id": "typo"}
+    answer = post(client, known, typo, known | {"item_id": "?", "action": "look"}, known | {"action": ""})
+    assert [each["verdict"] for each in answer["verdicts"]] == [
+        "accepted",
+        "accepted_unknown_action",
+        "accepted_unknown_item",
+        "accepted",
+    ]
+    assert answer["accepted"] == 4
+    assert answer["warnings"] == [
+        "action 'Purchase' is not known, but 'purchase'; its events count as of no action. Known: 'purchase'",
+        "action 'look' is not known; its events count as of no action. Known: 'purchase'",
+    ]
+    assert "warnings" not in post(client, known, typo)  # a duplicate changes nothing
+    assert 'recsys_events_total{verdict="accepted_unknown_action"} 1.0' in client.get("/metrics").text
+    many = post(client, *(known | {"action": f"a{number}"} for number in range(9)))["warnings"]
+    assert (len(many), many[-1]) == (6, "4 more unknown actions")
+
+
 @pytest.mark.parametrize("moment", [True, "1", "1700000000000000", 1.5])
 def test_a_time_is_a_whole_number(client, moment):
     event = {"user_id": "u", "item_id": "item-1", "timestamp": moment}
