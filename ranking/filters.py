@@ -204,18 +204,24 @@ class Filters:
         return mask
 
 
-def seen_rows(request: RecommendRequest, user: User, days: float) -> NDArray[np.int32]:
+def seen_rows(
+    request: RecommendRequest, user: User, days: float, actions: NDArray[np.uint8] | None = None
+) -> NDArray[np.int32]:
     """Return the distinct rows that a user has seen too lately to see again, those of exactly so many days ago too.
 
     Args:
         request: asks for all of the history, for its own number of days, or for neither.
         user: the history.
         days: the config's number of days, where the request has none.
+        actions: codes of the actions whose events count; None counts all events.
     """
-    rows = user.rows
+    rows, begin = user.rows, 0
     if not request.exclude_seen:
         days = days if request.exclude_seen_days is None else request.exclude_seen_days
         if days == 0:
             return rows[:0]
-        rows = rows[np.searchsorted(user.events.time, user.at - int(days * DAY)) :]
+        begin = int(np.searchsorted(user.events.time, user.at - int(days * DAY)))
+    rows = rows[begin:]
+    if actions is not None:
+        rows = rows[np.isin(user.events.action[begin:], actions)]
     return np.unique(rows)

@@ -35,7 +35,7 @@ from ranking.sources import Popularity, Source, SourceQuery
 from ranking.state_cache import StateCache
 from ranking.trace import Clock, Found, explain, stages_of
 from ranking.users import User, Users
-from recsys.errors import RequestError
+from recsys.errors import ConfigError, RequestError
 from recsys.files import sha256_json
 from recsys.messages import (
     MAX_CANDIDATES,
@@ -66,7 +66,8 @@ class Recommender:
         watch: looks at the recall of some searches.
 
     Raises:
-        ConfigError: a filter or rule names a column that the bundle does not have.
+        ConfigError: a filter or rule names a column that the bundle does not have, or the config an action that it does
+            not know.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Recommender:
         self._row_of = bundle.row_of  # built here, not by the first request
         attributes = Attributes(bundle)
         self._users = Users(bundle, histories, config.history_limit)
+        self._seen_actions = self._codes(config.exclude_seen_actions)
         self._filters = Filters(attributes, len(bundle.items), config.filters, availability)
         self._scorer = Scorer(bundle, states)
         self._search = CandidateSearch(bundle, self._scorer, Rules(attributes, config.rules))
@@ -124,8 +126,8 @@ class Recommender:
                 scores blend search and ranker by rank.
 
         Raises:
-            RequestError: 422 for neither user nor history, a moment out of range, or a filter of an unknown column;
-                409 for a query without a search.
+            RequestError: 422 for neither user nor history, a moment out of range, a filter of an unknown column, or an
+                unknown action to leave out; 409 for a query without a search.
 
         Cost: one encode, one search, one scoring of at most the sum of the quotas; further rounds of search and
         scoring only where filters and rules leave too few.
@@ -283,7 +285,7 @@ class Recommender:
         encode: bool = True,
     ) -> Asked:
         """Return the request with what may be answered, the sources to ask and, if wanted, the encoded user."""
-        seen = seen_rows(request, user, self.config.exclude_seen_days)
+        seen = seen_rows(request, user, self.config.exclude_seen_days, self._counted_as_seen(request))
         mask, blocked = self._filters.allowed(request, seen)
         clock.lap("filter")
         encoded, sources = None, self._sources_without_user
@@ -297,6 +299,23 @@ class Recommender:
         vector = None if encoded is None else encoded.vector
         query = SourceQuery(user.rows, user.events.time, user.at, vector, mask, blocked, request.query)
         return Asked(request, user, seen, encoded, query, sources, ladder, searched)
+
+    def _counted_as_seen(self, request: RecommendRequest) -> NDArray[np.uint8] | None:
+        if request.exclude_seen_actions is None:
+            return self._seen_actions
+        try:
+            return self._codes(request.exclude_seen_actions)
+        except ConfigError as error:
+            raise RequestError(422, "unknown_action", str(error)) from None
+
+    def _codes(self, actions: Sequence[str]) -> NDArray[np.uint8] | None:
+        """Return the codes of actions, None for no action; raises `ConfigError` for one the bundle does not know."""
+        known = [action for action in self.bundle.manifest.actions if action]
+        for action in actions:
+            if action not in known:
+                names = ", ".join(map(repr, known)) or "none"
+                raise ConfigError(f"exclude_seen_actions: no action {action!r} in the bundle; there are {names}")
+        return np.array([self.bundle.action_of(action) for action in actions], np.uint8) if actions else None
 
     def _explained(
         self, response: RecommendResponse, asked: Asked, found: Found, places: NDArray[np.int64]

@@ -73,6 +73,8 @@ class RecommenderConfig:
     """heaviest transitions kept of each item"""
     exclude_seen_days: float = 0.0
     """items of the user's last so many days are left out; 0 leaves repeats in, as a grocery wants them"""
+    exclude_seen_actions: tuple[str, ...] = ()
+    """only events of these actions count as seen, for `exclude_seen` of a request too; empty counts all"""
     states: StatesConfig = StatesConfig()
     """of users with long histories"""
     filters: tuple[ItemFilter, ...] = ()

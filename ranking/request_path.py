@@ -28,5 +28,5 @@ class RequestPath:
     watch: RecallWatch | None = None
 
     def recommender(self, bundle: Bundle, histories: HistoryReader) -> Recommender:
-        """Return the recommender of a bundle; raises `ConfigError` if filters or rules name a column it lacks."""
+        """Return the recommender of a bundle; raises `ConfigError` if the config names a column or action it lacks."""
         return Recommender(bundle, histories, self.config, self.availability, states=self.states, watch=self.watch)

@@ -16,6 +16,9 @@ MAX_DAYS = 36_500
 Id = Annotated[str, Field(max_length=512)]
 """An outside id. The bound also makes half of a surrogate pair, which no UTF-8 can carry, an error of its field."""
 
+Action = Annotated[str, Field(max_length=64)]
+"""What a user did with an item; "" says nothing."""
+
 MAX_QUERY = 4096
 """Longest query in characters. Models read some 64 tokens of it, BM25 all of it."""
 
@@ -52,7 +55,7 @@ class InlineEvent(Message):
 
     item_id: Id
     timestamp: Moment = Field(description="microseconds since 1970, UTC")
-    action: str = Field(default="", max_length=64)
+    action: Action = ""
 
 
 def _nothing(told: list[str]) -> bool:
@@ -111,6 +114,11 @@ class RecommendRequest(Message):
     exclude_seen: bool = Field(default=False, description="leave out every item of the history")
     exclude_seen_days: float | None = Field(
         default=None, ge=0, le=MAX_DAYS, description="leave out items of this many last days; the config's if absent"
+    )
+    exclude_seen_actions: list[Action] | None = Field(
+        default=None,
+        max_length=MAX_FILTERS,
+        description="for both: only events of these actions count as seen, of any if empty; the config's if absent",
     )
     filters: list[ItemFilter] = Field(
         default=[], max_length=MAX_FILTERS, description="an item must pass all of them, and those of the config"
@@ -211,7 +219,7 @@ class EventIn(Message):
     user_id: str = Field(min_length=1, max_length=512)
     item_id: str = Field(min_length=1, max_length=512)
     timestamp: Moment | None = Field(default=None, description="microseconds since 1970, UTC; now if absent")
-    action: str = Field(default="", max_length=64)
+    action: Action = ""
     value: float = 0.0
     event_id: str | None = Field(default=None, max_length=128, description="makes a repeated post harmless")
 

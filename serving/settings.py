@@ -251,7 +251,7 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
 
     Raises:
         BundleError: the bundle is damaged, answers otherwise than when published, is not the version meant, or lacks
-            an item column that a filter or rule names.
+            an item column that a filter or rule names, or an action that is to count as seen.
     """
     from ranking.bundle import Bundle
     from ranking.devices import pick_device
@@ -275,7 +275,7 @@ def load_served(service: Service, place: BundlePlace, elsewhere: Elsewhere | Non
     try:
         served = Served(bundle, service.path.recommender(bundle, service.histories), searcher)
     except ConfigError as error:
-        raise BundleError(f"{place.directory}: {error}; change [recommender] or publish with this column") from None
+        raise BundleError(f"{place.directory}: {error}; change the recommender's file, or publish with it") from None
     _ = served.names  # a million names take seconds
     known = [item for item in bundle.item_ids if item][:WARM_EVENTS]
     history = [InlineEvent(item_id=item, timestamp=number) for number, item in enumerate(known)]

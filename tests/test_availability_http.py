@@ -150,6 +150,27 @@ def test_what_nobody_knows_is_named(place, tmp_path):
     service.close()
 
 
+def test_what_was_viewed_is_recommended_where_only_purchases_count_as_seen(place, tmp_path):
+    bought = RecommenderConfig(exclude_seen_actions=("purchase",))
+    config = ServeConfig(place.bundle, place.snapshot, tmp_path / "state", durability="os", recommender=bought)
+    service = open_service(config)
+    load_into(service, place.bundle)
+    with TestClient(patient_app(service)) as client:
+        events = [{"user_id": "u", "item_id": "item-1", "action": "purchase"}, {"user_id": "u", "item_id": "item-2"}]
+        assert client.post("/v1/events", json={"events": events}).json()["accepted"] == 2
+
+        def items(**asked):
+            answer = client.post("/v1/recommend", json={"user_id": "u", "k": 100, "exclude_seen": True, **asked})
+            return {item["item_id"] for item in answer.json()["items"]} & {"item-1", "item-2"}
+
+        assert items() == {"item-2"}
+        assert items(exclude_seen_actions=[]) == set()
+    lacking = dataclasses.replace(config, recommender=RecommenderConfig(exclude_seen_actions=("buy",)))
+    with pytest.raises(BundleError, match="no action 'buy' in the bundle; there are 'purchase'"):
+        load_into(open_service(dataclasses.replace(lacking, state=tmp_path / "other")), place.bundle)
+    service.close()
+
+
 def test_before_there_is_a_bundle_every_id_may_be_known(place, tmp_path):
     service = open_service(ServeConfig(place.bundle, place.snapshot, tmp_path / "state", durability="os"))
     with TestClient(patient_app(service)) as client:

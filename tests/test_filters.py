@@ -80,7 +80,7 @@ def bundle(tmp_path_factory):
     vocabulary = {"category": [f"c{n}" for n in range(6)], "brand": [f"b{n}" for n in range(6)]}
     ranker, retriever = named("dare", window=12, retrieved=12), named("mqsa_ted", width=8, window=10)
     contents = Contents(
-        items, ["", "", *ITEMS], ["", "", *ITEMS], WORLD.key_to_row, vocabulary, ["", "buy"], ranker, retriever
+        items, ["", "", *ITEMS], ["", "", *ITEMS], WORLD.key_to_row, vocabulary, ["", "buy", "view"], ranker, retriever
     )
     write_bundle(directory, contents, worlds.PROVENANCE)
     return Bundle.load(directory)
@@ -240,6 +240,39 @@ def test_what_was_seen_within_so_many_days(config, asked, everything, seen):
     assert seen_rows(request, user, config).tolist() == seen
 
 
+@pytest.mark.parametrize(
+    ("config", "asked", "options", "seen"),
+    [
+        ((), None, {"exclude_seen": True}, {1, 2, 3}),
+        (("buy",), None, {"exclude_seen": True}, {1, 3}),
+        (("buy",), None, {}, set()),
+        (("buy",), None, {"exclude_seen_days": 1}, {3}),
+        (("buy",), ["view"], {"exclude_seen": True}, {2, 3}),
+        (("buy",), ["view", "buy"], {"exclude_seen_days": 1}, {2, 3}),
+        (("buy",), [], {"exclude_seen": True}, {1, 2, 3}),
+    ],
+)
+def test_only_events_of_some_actions_count_as_seen(bundle, config, asked, options, seen):
+    days = {(1, "buy"): 3, (2, "view"): 0.5, (3, "buy"): 0.4, (3, "view"): 0.3}
+    history = [
+        InlineEvent(item_id=ITEMS[item], timestamp=NOW - int(ago * DAY), action=action)
+        for (item, action), ago in days.items()
+    ]
+    recommender = Recommender(bundle, Store(), RecommenderConfig(exclude_seen_actions=config))
+    request = RecommendRequest(history=history, k=COUNT, at=NOW, exclude_seen_actions=asked, **options)
+    assert set(range(COUNT)) - set(keys(recommender.recommend(request, NOW))) == seen
+
+
+def test_an_action_to_leave_out_that_the_bundle_does_not_know_is_refused(bundle):
+    told = "exclude_seen_actions: no action 'Buy' in the bundle; there are 'buy', 'view'"
+    with pytest.raises(ConfigError, match=told):
+        Recommender(bundle, Store(), RecommenderConfig(exclude_seen_actions=("view", "Buy")))
+    asked = RecommendRequest(user_id="3", exclude_seen=True, exclude_seen_actions=["Buy"])
+    with pytest.raises(RequestError, match=told) as error:
+        Recommender(bundle, Store()).recommend(asked, NOW)
+    assert (error.value.status, error.value.code) == (422, "unknown_action")
+
+
 def most_with_one_cap(fine, values, at_most):
     """How many items one cap lets through: per value at most so many, items without a value all."""
     counts = Counter(values[key] for key in fine)
@@ -357,7 +390,7 @@ def test_availability_changes_whole_and_every_reader_follows(tmp_path, bundle, c
 def test_settings_come_from_toml_and_are_strict(tmp_path, bundle):
     path = tmp_path / "recommender.toml"
     path.write_text(
-        "[recommender]\nrepeats = 7\nexclude_seen_days = 1.5\n"
+        '[recommender]\nrepeats = 7\nexclude_seen_days = 1.5\nexclude_seen_actions = ["buy"]\n'
         '[[filters]]\ncolumn = "brand"\ndeny = ["b1"]\n[[filters]]\ncolumn = "price"\nat_most = 9\n'
         '[[rules]]\ncolumn = "category"\nat_most = 2\n'
     )
@@ -365,6 +398,7 @@ def test_settings_come_from_toml_and_are_strict(tmp_path, bundle):
         repeats=7,
         popularity=3,
         exclude_seen_days=1.5,
+        exclude_seen_actions=("buy",),
         filters=(ItemFilter("brand", deny=("b1",)), ItemFilter("price", at_most=9)),
         rules=(Cap("category", 2),),
     )
