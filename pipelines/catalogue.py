@@ -52,6 +52,32 @@ def catalogue(parts: Sequence[Part], spans: Sequence[Spans], previous: PreparedS
     return table
 
 
+def unlisted(items: pl.DataFrame, parts: Sequence[Part], previous: PreparedSet | None) -> NDArray[np.bool_]:
+    """Return bool by item key: the items of the log that no catalogue has; none where there is no catalogue.
+
+    A part whose item table holds bare ids came without a catalogue, so its rows say of no item that it is sold.
+
+    Args:
+        items: what `catalogue` gave.
+        parts: the log.
+        previous: an earlier preparation.
+    """
+    tables = [pl.read_parquet(part.items) for part in parts]
+    known = [table[ITEM_ID] for table in tables if _says_something(table)]
+    listed = np.zeros(items.height, bool)
+    if known:
+        listed = items[ITEM_ID].is_in(pl.concat(known).unique().implode()).to_numpy().copy()
+    if previous is not None and _says_something(previous.catalogue.drop(TRAIN_COUNT, ITEM_KEY)):
+        before = ~previous.items.unlisted.numpy()[FIRST_ITEM:]
+        listed[: len(before)] |= before
+    return ~listed if listed.any() else listed
+
+
+def _says_something(table: pl.DataFrame) -> bool:
+    """Say whether a table of items holds more than ids."""
+    return table.width > len((ITEM_ID, TEXT)) or bool((table[TEXT] != table[ITEM_ID]).any())
+
+
 def users(
     parts: Sequence[Part],
     spans: Sequence[Spans],
@@ -257,8 +283,11 @@ def item_table(
     values: dict[str, list[str]],
     numeric: Sequence[str],
     count: torch.Tensor,
+    unlisted: NDArray[np.bool_],
 ) -> ItemTable:
     """Build the table models look items up in, without transitions; `count` int64 [V] by model row, V = items + 2.
+
+    `unlisted` marks, by item key, what is in no catalogue.
 
     `values` are the vocabularies of the categorical and of the multi-valued columns. Numbers come as they are, as
     float32, in the order of `numeric`; 0, and marked as missing, where a value is missing or not finite.
@@ -290,6 +319,7 @@ def item_table(
         numeric,
         multi,
         torch.from_numpy(missing),
+        torch.from_numpy(np.concatenate([np.zeros(FIRST_ITEM, bool), unlisted])),
     )
 
 

@@ -35,7 +35,10 @@ _OFFSETS, _TARGET, _WEIGHT = "transition_offsets", "transition_target", "transit
 
 @dataclass(frozen=True)
 class Names:
-    """Items by key, users by history row, names of action codes 1, 2, ..., and the columns models read."""
+    """Items by key, users by history row, names of action codes 1, 2, ..., and the columns models read.
+
+    `unlisted` marks, by key, the items that no catalogue has.
+    """
 
     items: pl.DataFrame
     people: pl.DataFrame
@@ -43,6 +46,7 @@ class Names:
     categorical: list[str]
     multi: list[str]
     numeric: list[str]
+    unlisted: NDArray[np.bool_]
 
     @property
     def rows(self) -> int:
@@ -105,7 +109,8 @@ def name_all(
     multi = catalogue.multi_columns(items, config.multi)
     numeric = catalogue.numeric_columns(items, config.numeric, categorical)
     people = catalogue.users(parts, spans, previous_users, buckets, newest, hashes)
-    names = Names(items, people, actions, categorical, multi, numeric)
+    unlisted = catalogue.unlisted(items, parts, previous)
+    names = Names(items, people, actions, categorical, multi, numeric, unlisted)
     if names.rows > MAX_ROWS:
         raise DataError(f"{items.height:,} items; transitions can be counted over at most {MAX_ROWS:,}")
     return names
@@ -121,7 +126,8 @@ def write_set(out: Path, names: Names, log: Log, config: PrepareConfig, progress
     cuts = splits.cuts(config.split, log.newest)
     hashes = names.people[catalogue.USER_HASH].to_numpy()
     values = catalogue.vocabulary(names.items, [*names.categorical, *names.multi])
-    table = catalogue.item_table(names.items, values, names.numeric, torch.from_numpy(log.tally.count))
+    count = torch.from_numpy(log.tally.count)
+    table = catalogue.item_table(names.items, values, names.numeric, count, names.unlisted)
     transitions = _write_tables(out, names, values, table, log.transitions)
     kept = _write_evaluated(out, log, names, table, config, progress)
     shown: dict[Split, dict[str, int]] = {}

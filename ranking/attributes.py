@@ -1,5 +1,6 @@
 """Item attributes by column name, as filters and rules ask for them: values as text, numbers by row."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from ranking.batch import FIRST_ITEM
 from ranking.bundle import Bundle
 from recsys.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 ITEM_ID = "item_id"
 FIRST_CODE = 2
@@ -68,6 +71,19 @@ class Attributes:
         """Names of all columns."""
         items = self._bundle.items
         return [ITEM_ID, *items.columns, *items.multi_columns, *items.numeric]
+
+    def listed(self) -> NDArray[np.bool_] | None:
+        """Return bool [V], True at rows that the catalogue has; None if it has all that was trained on.
+
+        None too, with a warning, if it has less than half of that: its ids must be written in another way.
+        """
+        items = self._bundle.items
+        unlisted = items.unlisted.cpu().numpy()
+        count, trained = int((items.unlisted & items.trained).sum()), int(items.trained.sum())
+        if 2 * count > trained:
+            logger.warning("%d of %d items are in no catalogue, too many to leave them out", count, trained)
+            return None
+        return ~unlisted if unlisted.any() else None
 
     def having(self, column: str, values: Iterable[str]) -> NDArray[np.bool_]:
         """Return bool [V], True at rows with one of the values, among several where a column has several per item.

@@ -68,6 +68,7 @@ class Filters:
         rows: V.
         config: filters of every request.
         availability: what cannot be had now, None if there is no such table.
+        in_catalogue_only: whether items that only the log knows are left out.
 
     Raises:
         ConfigError: a filter names a column that the bundle does not have.
@@ -79,6 +80,7 @@ class Filters:
         rows: int,
         config: Sequence[ItemFilter] = (),
         availability: Availability | None = None,
+        in_catalogue_only: bool = True,
     ) -> None:
         self._attributes = attributes
         self._rows = rows
@@ -89,6 +91,9 @@ class Filters:
         self._joined: tuple[object, Allowed] | None = None
         self._digest = (-1, "")
         self._always = [(f"filter of {one.column}", self._of_attribute(one)) for one in self._config]
+        listed = attributes.listed() if in_catalogue_only else None
+        if listed is not None:
+            self._always.append(("not in the catalogue", listed))
         for one in self._config:
             for told in self._unknown(one):
                 logger.warning("the filter of %s", told)

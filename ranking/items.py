@@ -73,6 +73,7 @@ class ItemTable(nn.Module):
         numeric: names of the dense columns, in order.
         multi: columns with several values per item, by name.
         missing: bool [V, Fd], where a 0 in `dense` stands for a number that is not there. Models read the 0.
+        unlisted: bool [V], the items that have events but no row in the catalogue. Nothing but filters reads it.
 
     Attributes:
         trained: bool [V], whether a row has training events.
@@ -84,6 +85,7 @@ class ItemTable(nn.Module):
     count: Tensor
     dense: Tensor
     missing: Tensor
+    unlisted: Tensor
     trained: Tensor
     embedding_row: Tensor
     transition_offsets: Tensor
@@ -101,6 +103,7 @@ class ItemTable(nn.Module):
         numeric: Sequence[str] = (),
         multi: Mapping[str, MultiValued] | None = None,
         missing: Tensor | None = None,
+        unlisted: Tensor | None = None,
     ) -> None:
         super().__init__()
         rows = len(count)
@@ -122,6 +125,7 @@ class ItemTable(nn.Module):
             ("count", count),
             ("dense", dense),
             ("missing", torch.zeros(dense.shape, dtype=torch.bool) if missing is None else missing),
+            ("unlisted", torch.zeros(rows, dtype=torch.bool) if unlisted is None else unlisted),
             ("trained", trained),
             ("embedding_row", row),
             ("transition_offsets", transitions.offsets),
@@ -187,8 +191,9 @@ class ItemTable(nn.Module):
             "transition_target": self.transition_target,
             "transition_weight": self.transition_weight,
         }
-        if self.missing.any():
-            tensors["missing"] = self.missing.to(torch.uint8)
+        for name, marks in (("missing", self.missing), ("unlisted", self.unlisted)):
+            if marks.any():
+                tensors[name] = marks.to(torch.uint8)
         if self.multi_columns:
             tensors["multi_cardinality"] = torch.tensor(self._multi_cardinality, dtype=torch.int64)
             for place, column in enumerate(map(self.multi, self.multi_columns)):
@@ -230,7 +235,7 @@ class ItemTable(nn.Module):
                 )
                 for place, name in enumerate(multi)
             },
-            t["missing"].bool() if "missing" in t else None,
+            *(t[name].bool() if name in t else None for name in ("missing", "unlisted")),
         )
 
 

@@ -87,7 +87,7 @@ class Recommender:
         attributes = Attributes(bundle)
         self._users = Users(bundle, histories, config.history_limit)
         self._seen_actions = self._codes(config.exclude_seen_actions)
-        self._filters = Filters(attributes, len(bundle.items), config.filters, availability)
+        self._filters = Filters(attributes, len(bundle.items), config.filters, availability, config.in_catalogue_only)
         self._scorer = Scorer(bundle, states)
         self._search = CandidateSearch(bundle, self._scorer, Rules(attributes, config.rules))
         popularity = Popularity(bundle.items)

@@ -376,6 +376,35 @@ def test_only_values_of_the_minimum_are_positives(tmp_path: Path) -> None:
         prepare(tmp_path / "plain", tmp_path / "set", PrepareConfig(workers=1, min_value=4))
 
 
+def test_items_that_no_catalogue_has_are_marked_appended_or_anew(tmp_path: Path) -> None:
+    lines = synthetic(2000)
+    first, later = map(raw, divided(lines, [0.5], 0))
+    assert first.items is not None
+    assert later.items is not None
+
+    def unlisted(*logs: RawLog) -> set[str]:
+        places = [tmp_path / f"part {number}" for number in range(len(logs))]
+        for log, place in zip(logs, places, strict=True):
+            ingest(log, place)
+        config = PrepareConfig(workers=1, negatives=5)
+        anew = prepare(places, tmp_path / "anew", config)
+        grown = prepare(places[0], tmp_path / "grown", config)
+        for place in places[1:]:
+            grown = append(place, grown.directory, tmp_path / "grown")
+        assert grown.digest == anew.digest
+        marks = anew.items.unlisted.numpy()[2:]
+        return set(anew.catalogue.filter(pl.Series(marks))["item_id"])
+
+    known = {f"i{n}" for n in range(3, 12)}
+    every = {line.item for line in lines}
+    half = first.items.head(4)
+    assert unlisted(replace(first, items=None), replace(later, items=None)) == set()  # no catalogue at all
+    assert unlisted(first, replace(later, items=None)) == every - known
+    assert unlisted(replace(first, items=None), later) == every - known
+    assert unlisted(replace(first, items=half), later) == every - known
+    assert unlisted(first, replace(later, items=half)) == every - known  # what a later part leaves out stays
+
+
 def test_numbers_of_the_catalogue_reach_the_item_table(tmp_path: Path) -> None:
     log = raw(synthetic(2000))
     assert log.items is not None

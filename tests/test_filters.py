@@ -3,6 +3,8 @@
 import json
 import os
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +101,28 @@ def test_a_filter_of_what_no_item_has_is_told(bundle, caplog):
     assert "price" not in caplog.text
     gone = tuple(f"gone-{number}" for number in range(1_000))
     assert Attributes(bundle).unknown("item_id", gone)[-1] == "995 more"
+
+
+def test_what_is_in_no_catalogue_is_left_out_unless_wanted_or_most_are(bundle, caplog):
+    def given_where(unlisted, **config):
+        marks = torch.zeros(len(bundle.items), dtype=torch.bool)
+        marks[[ITEMS.index(item) + FIRST_ITEM for item in unlisted]] = True
+        items = copy(bundle.items)
+        items._buffers = {**items._buffers, "unlisted": marks}
+        recommender = Recommender(replace(bundle, items=items), Store(), RecommenderConfig(**config))
+        answer = recommender.recommend(RecommendRequest(user_id="3", k=COUNT, at=NOW, explain=True), NOW)
+        return {item.item_id for item in answer.items}, answer.explanation.dropped_counts
+
+    every, reasons = given_where([])
+    assert "not in the catalogue" not in reasons
+    gone = sorted(every)[:5]
+    left, reasons = given_where(gone)
+    assert left == every - set(gone)
+    assert reasons["not in the catalogue"] > 0
+    assert given_where(gone, in_catalogue_only=False)[0] == every
+    assert "too many" not in caplog.text
+    assert given_where(ITEMS[: COUNT - 3])[0] == every
+    assert "items are in no catalogue, too many to leave them out" in caplog.text
 
 
 def test_a_request_is_told_which_values_of_its_filters_no_item_has(bundle):
