@@ -9,6 +9,7 @@ from pipelines.audit_record import SamplerFacts, SplitFacts
 from pipelines.audit_requests import EVENTS_AT_ONCE, SPLITS, AllRequests, user_slices
 from pipelines.evaluate import validate
 from pipelines.evaluation import defined
+from pipelines.just_before import share_just_before
 from pipelines.parts import Part
 from pipelines.prepared import CandidateSets, PreparedSet, Requests, Split
 from pipelines.scoring import draw_requests, in_history
@@ -46,6 +47,7 @@ def split_facts(prepared: PreparedSet, requests: AllRequests, period: Period, co
             cold_users=len(users) - trained,
             cold_positives=len(cold),
             cold_items=len(np.unique(cold)),
+            positives_just_before=share_just_before(prepared, split, SAMPLED, SEED),
         )
 
 

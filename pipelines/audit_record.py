@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.findings import number, percent
+from pipelines.just_before import caution
 from pipelines.tables import Cell, Table
 from recsys.config import first_problem
 from recsys.errors import DataError
@@ -65,6 +66,8 @@ class SplitFacts:
         cold_users: users of the split without any training event.
         cold_positives: positives whose item has no training event.
         cold_items: how many different items those are.
+        positives_just_before: share of the positives that the user touched within 30 minutes before the request, over
+            `sampled` requests; None for a log of positions, and in audits of before.
     """
 
     split: str
@@ -77,6 +80,7 @@ class SplitFacts:
     cold_users: int
     cold_positives: int
     cold_items: int
+    positives_just_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,13 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """One sentence: passed or not, and which checks failed."""
+        """Passed or not, which checks failed, and whether the moments before the test requests give them away."""
         if self.passed:
-            return f"The audit of this data passed: {counted(len(self.checks), 'check')}, no leak found."
+            told = f"The audit of this data passed: {counted(len(self.checks), 'check')}, no leak found."
+            cautions = [
+                caution(facts.split, facts.positives_just_before) for facts in self.splits if facts.split == "test"
+            ]
+            return " ".join([told, *(f"But {words}." for words in cautions if words)])
         names = ", ".join(f"`{check.name}`" for check in self.failed)
         return f"The audit of this data failed {len(self.failed)} of {len(self.checks)} checks: {names}."
 
@@ -201,6 +209,7 @@ def _splits(audit: Audit) -> Table:
         "Users",
         "Positives",
         "in history",
+        "30 min before",
         "without history",
         "cold users",
         "cold positives",
@@ -209,18 +218,24 @@ def _splits(audit: Audit) -> Table:
     rows = []
     for facts in audit.splits:
         counts = (facts.without_history, facts.cold_users, facts.cold_positives, facts.cold_items)
-        shared = "–" if facts.positives_in_history is None else percent(facts.positives_in_history)
+        shares = [
+            "–" if share is None else percent(share)
+            for share in (facts.positives_in_history, facts.positives_just_before)
+        ]
         sizes = (facts.requests, facts.users, facts.positives)
         rows.append(
             (
                 Cell(facts.split),
                 *(Cell(f"{size:,}") for size in sizes),
-                Cell(shared),
+                *map(Cell, shares),
                 *(Cell(f"{n:,}") for n in counts),
             )
         )
     sampled = ", ".join(f"{facts.sampled:,} {facts.split}" for facts in audit.splits)
-    note = f"Cold: without a training event. In history: share of the positives, over {sampled} requests."
+    note = (
+        "Cold: without a training event. In history, and in the 30 minutes before the request: share of the positives, "
+    )
+    note += f"over {sampled} requests."
     if audit.repeated_share is not None:
         note += f" Of all events {percent(audit.repeated_share)} repeat an earlier choice of the user."
     return Table("Requests", header, tuple(rows), note)

@@ -56,7 +56,7 @@ def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
     if catalogue is not None and rows is not None:
         key = guess_item_key(sample, guesses["item_id"].column if "item_id" in guesses else None, rows)
         parts.append(_items(catalogue, rows, key, numbers))
-    parts += [_time(time), _numbers(numbers), _sessions(guesses), _filters(guesses, sample, numbers)]
+    parts += [_time(time), _numbers(numbers), _sessions(guesses, sample), _filters(guesses, sample, numbers)]
     parts += [_requests(guesses, sample), _QUALITY]
     return "\n".join(parts)
 
@@ -174,9 +174,18 @@ def _numbers(style: NumbersConfig) -> str:
     )
 
 
-def _sessions(guesses: Mapping[str, Guess]) -> str:
-    line = '# gap = "30m"  # cut a session where a user was away longer; without, every moment is its own'
-    return f"[sessions]\n{line if 'session_id' not in guesses else '# the log has sessions of its own'}\n"
+def _sessions(guesses: Mapping[str, Guess], sample: pl.DataFrame) -> str:
+    """Write [sessions]: cut where several actions may be steps of one visit, which must not be each other's history."""
+    if "session_id" in guesses:
+        return "[sessions]\n# the log has sessions of its own\n"
+    cut = 'gap = "30m"  # a session ends where a user was away longer'
+    steps = "action" in guesses and sample[guesses["action"].column].drop_nulls().n_unique() > 1
+    if "timestamp" not in guesses or not steps:
+        return f"[sessions]\n# {cut}; without, every moment is its own\n"
+    return (
+        f"[sessions]\n{cut}, and is one request. Without, every moment is its own:\n"
+        "# the view and the cart of seconds before a purchase are then its history, and give it away\n"
+    )
 
 
 def _filters(guesses: Mapping[str, Guess], sample: pl.DataFrame, style: NumbersConfig) -> str:

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.just_before import caution, share_just_before
+from pipelines.prepared import PreparedSet
+
 FEWEST = 20
 """Requests of a period below which no figure on it says anything."""
+LOOKED_AT = 2_000
+"""Test requests whose positives are looked up in the moments before them."""
 
 
 def overview(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -38,6 +43,12 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
             "they repeat, so metrics with a cutoff say little; give --set negatives, a tenth of the items or less"
         )
     return told
+
+
+def doubts(prepared: PreparedSet) -> list[str]:
+    """Return what will make figures on this set say too much: items given away by the moments before their request."""
+    found = caution("test", share_just_before(prepared, "test", LOOKED_AT, seed=0))
+    return [] if found is None else [found]
 
 
 def _day(moment: int) -> str:

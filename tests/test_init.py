@@ -377,3 +377,28 @@ def test_a_log_of_sessions_alone_has_each_for_a_user(tmp_path):
     text = write_mapping(file(tmp_path, "sessions.csv", SESSIONS), None, tmp_path)
     assert 'user_id = "session_id"  # nothing names users' in text
     assert '# session_id = ""' in text
+
+
+VISITS = "user_id,item_id,timestamp,event\n" + "".join(
+    f"u{n % 5},i{n % 7},{1_700_000_000 + 86_400 * (n // 15) + 3_600 * (n % 5) + 20 * k},{step}\n"
+    for n in range(45)
+    for k, step in enumerate(("view", "cart", "purchase"))
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "cut"),
+    [
+        (VISITS, True),
+        (VISITS.replace("cart", "purchase").replace("view", "purchase"), False),  # one action: no steps of a visit
+        (VISITS.replace("timestamp", "position"), False),  # positions are not apart in time
+    ],
+)
+def test_sessions_are_cut_where_actions_may_be_steps_of_a_visit(tmp_path: Path, log: str, cut: bool) -> None:
+    text = write_mapping(file(tmp_path, "visits.csv", log), None, tmp_path)
+    assert ('\ngap = "30m"  # ' in text) == cut
+    assert ('\n# gap = "30m"  # ' in text) == (not cut)
+    (tmp_path / "my.toml").write_text(text)
+    ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "visits")
+    events = pl.read_parquet(tmp_path / "log" / "events.parquet")
+    assert ("session_id" in events.columns) == cut

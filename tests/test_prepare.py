@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from logs import Line, logs, raw, synthetic
 
 import pipelines.prepare as prepare_module
-from pipelines import assembly, candidates, datasets, edges, overview, spans, splits, transitions
+from pipelines import assembly, candidates, datasets, edges, overview, spans, splits, thinning, transitions
+from pipelines.audit import audit
 from pipelines.datasets import RawLog, completejourney
 from pipelines.ingest import ingest
+from pipelines.just_before import share_just_before
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, contents
 from pipelines.splits import STRADDLES, TEST, TRAIN, VALID, SplitConfig
@@ -404,3 +406,32 @@ def test_what_will_say_little_is_said(tmp_path: Path) -> None:
     assert negatives.startswith("100 negatives a request out of 3 items")
     counts |= {"trained_items": 200, "requests": {"train": 1_000, "valid": 20, "test": 20}}
     assert overview.warnings(manifest) == []
+
+
+def visits(folder: Path, gap: int | None) -> PreparedSet:
+    """Prepare visits of a minute: a view, a cart, a purchase of one item; with sessions or without."""
+    draw = np.random.default_rng(5)
+    rows = []
+    for number in range(240):
+        user, item, begin = f"u{number % 12}", f"i{draw.integers(30)}", 1_700_000_000 + number // 12 * 86_400
+        rows += [(user, item, (begin + 20 * k) * 10**6, step) for k, step in enumerate(("view", "cart", "purchase"))]
+    events = pl.LazyFrame(rows, ["user_id", "item_id", "timestamp", "action"], orient="row")
+    (folder / "work").mkdir(parents=True)
+    if gap:
+        events = thinning.cut_sessions(events, len(rows), gap, folder / "work")
+    config = PrepareConfig(SplitConfig("time", 3, 5), ("purchase",), workers=1, negatives=3)
+    return prepared(RawLog("visits", events), folder, config)
+
+
+def test_what_the_moments_before_a_request_give_away_is_said(tmp_path: Path) -> None:
+    bare, cut = visits(tmp_path / "bare", None), visits(tmp_path / "cut", 30 * 60 * 10**6)
+    assert share_just_before(bare, "test", 1_000, 0) == 1.0  # each purchase's own view and cart
+    assert share_just_before(cut, "test", 1_000, 0) == 0.0
+    assert share_just_before(bare, "test", 7, 0) == 1.0
+    (told,) = overview.doubts(bare)
+    assert told.startswith("100 % of the test positives were touched by the same user within 30 minutes")
+    assert '[sessions] gap = "30m"' in told
+    assert overview.doubts(cut) == []
+    assert told in audit(bare).verdict
+    assert audit(cut).verdict.endswith("no leak found.")
+    assert [facts.positives_just_before for facts in audit(bare).splits] == [1.0] * 3

@@ -127,7 +127,7 @@ def prepare(
     from pipelines import prepare
     from pipelines.append import add_part
     from pipelines.cards import prepare_defaults
-    from pipelines.overview import overview, warnings
+    from pipelines.overview import doubts, overview, warnings
     from pipelines.shipped import find_config
     from pipelines.workspace import Workspace
     from recsys.config import overlaid, parse, read_toml
@@ -149,7 +149,7 @@ def prepare(
         if not add:
             prepared = prepare.prepare(place.parts, out, options, bar, _numbering(place))
     print_result(prepared.manifest | ({} if as_json else overview(prepared.manifest)), as_json)
-    for line in warnings(prepared.manifest):
+    for line in [*warnings(prepared.manifest), *doubts(prepared)]:
         Terminal().say(line)
 
 
