@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.mapping import PositiveRule
+from pipelines.mapping import PositiveRule, SessionsConfig
 from recsys.files import read_json
 
 Order = Literal["time", "position"]
@@ -50,6 +50,7 @@ class DataCard:
         repeated_share: of the events, those of a pair of user and item that came before.
         columns: of the events.
         positive: which events are positives, as far as the source says.
+        sessions: how sessions were cut; as the log has them, or each moment its own, where there is no gap.
         digest: SHA-256 over the files.
     """
 
@@ -73,6 +74,7 @@ class DataCard:
     repeated_share: float
     columns: tuple[str, ...]
     positive: PositiveRule
+    sessions: SessionsConfig
     digest: str
 
     def describe(self) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ import polars as pl
 import xxhash
 
 from pipelines.cards import Order, Tally
-from pipelines.mapping import PositiveRule
+from pipelines.mapping import PositiveRule, SessionsConfig
 from recsys.columns import ACTION, ITEM_ID, SESSION_ID, TEXT, TIMESTAMP, USER_ID, VALUE
 from recsys.errors import DataError
 
@@ -40,6 +40,7 @@ class RawLog:
         impressions: request_id, user_id, item_id, timestamp, label; None if the log has none.
         order: whether `timestamp` is a time or only a position.
         positive: which events are positives, as far as the source says.
+        sessions: how they were cut; what comes back from serving is cut alike.
         tally: what was read and left out to get here; None if every row of the source is in `events`.
     """
 
@@ -50,6 +51,7 @@ class RawLog:
     impressions: pl.LazyFrame | None = None
     order: Order = "time"
     positive: PositiveRule = field(default_factory=PositiveRule)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     tally: Tally | None = None
 
 

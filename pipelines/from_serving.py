@@ -1,6 +1,7 @@
 """The loop back: what a service was told and what it answered become the next part of the log.
 
-    events.parquet        posted events of users who are not forgotten, later than the user's events so far
+    events.parquet        posted events of users who are not forgotten, later than the user's events so far; in
+                          sessions where the log's own [sessions] cut them
     impressions.parquet   answers that were logged, an item a row, labelled by what the user did afterwards
     serving.json          up to where the service's logs are in it, and which events they hold are not
 
@@ -25,14 +26,15 @@ from pipelines.datasets import RawLog
 from pipelines.forgotten import add_to_list, mark_parts
 from pipelines.impressions import Shown, labelled
 from pipelines.ingest import ingest
-from pipelines.mapping import PositiveRule
+from pipelines.mapping import PositiveRule, SessionsConfig
 from pipelines.parts import keep_part, open_part
 from pipelines.prepared import PreparedSet
+from pipelines.thinning import session_names
 from pipelines.workspace import Workspace
 from ranking.as_served import as_served, can_rebuild, forgotten_users
 from ranking.bundle import Bundle
 from ranking.snapshot import SnapshotReader
-from recsys.columns import ACTION, EVENT_ID, ITEM_ID, TIMESTAMP, USER_ID, VALUE
+from recsys.columns import ACTION, EVENT_ID, ITEM_ID, SESSION_ID, TIMESTAMP, USER_ID, VALUE
 from recsys.config import parse
 from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, write_json
@@ -140,7 +142,7 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
     found = list(_read_requests(state / "requests", taken, log, forgotten))
     checked = _verify([request for request, _, _ in found], place, log)
     shown, beside, cursors, waiting = _mature(found, taken, attribution, checked)
-    rule = _rule(place)
+    rule, sessions = _rules(place)
     # Answers that wait, or may not be used, take their events from those before them; only the others are written.
     labels = labelled([*shown, *beside], _attributable(log, [*shown, *beside], forgotten), rule, attribution.window)
     labels = labels.filter(pl.col("request_id").is_in([one.request_id for one in shown]))
@@ -150,7 +152,7 @@ def ingest_from_serving(state: Path, place: Workspace, attribution: Attribution)
     part = None
     if posted.events:
         now = Taken(log.id, posted.end, tuple(posted.left_out), cursors)
-        part = _write(place, posted.events, labels, now, rule)
+        part = _write(place, posted.events, labels, now, rule, sessions)
     else:  # no part that could say up to where the answers are taken in: they wait
         waiting, shown, labels = waiting + len(shown), [], labels.clear()
     positives = int(labels["label"].sum())
@@ -321,23 +323,36 @@ def _attributable(log: LogReader, shown: Sequence[Shown], forgotten: Mapping[str
                 yield record.event
 
 
-def _rule(place: Workspace) -> PositiveRule:
-    """Return which events are positives, as the log's own card says."""
+def _rules(place: Workspace) -> tuple[PositiveRule, SessionsConfig]:
+    """Return which events are positives and how sessions are cut, as the log's own card says."""
     if not (place.log / "ingest.json").exists():
-        return PositiveRule()
-    return parse(PositiveRule, read_json(place.log / "ingest.json").get("positive", {}), "ingest.json [positive]")
+        return PositiveRule(), SessionsConfig()
+    card = read_json(place.log / "ingest.json")
+    return (
+        parse(PositiveRule, card.get("positive", {}), "ingest.json [positive]"),
+        parse(SessionsConfig, card.get("sessions", {}), "ingest.json [sessions]"),
+    )
 
 
-def _write(place: Workspace, events: list[Event], labels: pl.DataFrame, now: Taken, rule: PositiveRule) -> Path:
+def _write(
+    place: Workspace,
+    events: list[Event],
+    labels: pl.DataFrame,
+    now: Taken,
+    rule: PositiveRule,
+    sessions: SessionsConfig,
+) -> Path:
     """Write a part and keep it behind those there are."""
     with TemporaryDirectory(dir=place.root, prefix=".from-serving.") as work:
         directory = Path(work) / "part"
-        ingest(_raw(place, events, labels, rule), directory)
+        ingest(_raw(place, events, labels, rule, sessions), directory)
         write_json(directory / NAME, asdict(now))
         return keep_part(directory, place.later_parts)
 
 
-def _raw(place: Workspace, events: list[Event], labels: pl.DataFrame, rule: PositiveRule) -> RawLog:
+def _raw(
+    place: Workspace, events: list[Event], labels: pl.DataFrame, rule: PositiveRule, sessions: SessionsConfig
+) -> RawLog:
     columns = {
         USER_ID: [event.user_id for event in events],
         ITEM_ID: [event.item_id for event in events],
@@ -347,6 +362,8 @@ def _raw(place: Workspace, events: list[Event], labels: pl.DataFrame, rule: Posi
         EVENT_ID: [event.event_id for event in events],
     }
     frame = pl.DataFrame(columns, schema_overrides={ACTION: pl.String}).sort(TIMESTAMP, maintain_order=True)
+    if gap := sessions.microseconds:
+        frame = frame.sort(USER_ID, TIMESTAMP, ITEM_ID).with_columns(session_names(gap).alias(SESSION_ID))
     known = [pl.scan_parquet(part / "items.parquet").select(ITEM_ID) for part in place.parts if part.exists()]
     new = frame.lazy().select(pl.col(ITEM_ID).unique())
     # Rows of known items would lay their bare ids over what the catalogue says of them.
@@ -357,6 +374,7 @@ def _raw(place: Workspace, events: list[Event], labels: pl.DataFrame, rule: Posi
         items=items,
         impressions=labels.lazy() if labels.height else None,
         positive=rule,
+        sessions=sessions,
     )
 
 

@@ -141,6 +141,7 @@ def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: in
         repeated_share=facts.repeated_share,
         columns=tuple(pl.read_parquet_schema(out / "events.parquet")),
         positive=raw.positive,
+        sessions=raw.sessions,
         digest=sha256_json({name: sha256_file(out / name) for name in names}),
     )
 

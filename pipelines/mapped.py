@@ -72,6 +72,7 @@ def read_mapped(config: IngestConfig, folder: Path, name: str, work: Path, quara
         impressions=impressions.rows().select([one.name for one in _impressions(config)]) if impressions else None,
         order="time" if config.columns.timestamp else "position",
         positive=config.requests.positive,
+        sessions=config.sessions,
         tally=replace(tally, bad_impressions=impressions.bad if impressions else 0),
     )
 

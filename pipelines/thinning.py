@@ -132,13 +132,13 @@ def cut_sessions(
     for number, folder in enumerate(sorted(parts.glob(f"{_BUCKET}=*"))):
         target = work / f"session{number}.parquet"
         rows_of_some = pl.read_parquet(sorted(folder.glob("*.parquet"))).sort(USER_ID, TIMESTAMP, ITEM_ID)
-        rows_of_some.with_columns(_session(gap).alias(SESSION_ID)).write_parquet(target, compression="lz4")
+        rows_of_some.with_columns(session_names(gap).alias(SESSION_ID)).write_parquet(target, compression="lz4")
         cut.append(target)
     return pl.scan_parquet(cut)
 
 
-def _session(gap: int) -> pl.Expr:
-    """Return each event's session among rows sorted by user and time."""
+def session_names(gap: int) -> pl.Expr:
+    """Return the session of each event, cut as `cut_sessions` does, among rows sorted by user and time."""
     user, time = pl.col(USER_ID), pl.col(TIMESTAMP)
     begins = ((user != user.shift()) | (time - time.shift() > gap)).fill_null(True)
     return pl.when(begins).then(time).forward_fill().cast(pl.String)

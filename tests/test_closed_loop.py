@@ -18,6 +18,7 @@ from serving_world import LATER, WAIT, Place, make_service, publish_world
 from pipelines.datasets import RawLog
 from pipelines.from_serving import Attribution, FromServing, contained, ingest_from_serving
 from pipelines.ingest import ingest
+from pipelines.mapping import PositiveRule, SessionsConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish
 from pipelines.quickstart import Job, QuickstartConfig
@@ -329,6 +330,27 @@ def test_answers_wait_where_no_event_was_posted_to_make_a_part_of(small):
         did(service, "carl", "item-3", LATER + 2 * DAY)
     taken = small.take(LATER + 3 * DAY)
     assert (taken.answers, taken.positives, taken.negatives, taken.waiting) == (1, 1, 4, 0)
+
+
+def test_sessions_are_cut_as_those_of_the_log(small):
+    """A visit that was served is one request again: its purchase does not have its own view for a history."""
+    rule, gap = PositiveRule(("purchase",)), 30 * HOUR // 60
+    log = pl.LazyFrame({"user_id": ["al"], "item_id": ["item-0"], "timestamp": [LATER - DAY], "action": ["purchase"]})
+    ingest(RawLog("shop", log, positive=rule, sessions=SessionsConfig("30m")), small.place.log)
+    moments = [0, gap, 2 * gap, 3 * gap + 1]  # the last was away a microsecond too long
+    posted = [EventIn(user_id="bob", item_id="item-1", timestamp=LATER + at, action="view") for at in moments]
+    posted.append(EventIn(user_id="carl", item_id="item-1", timestamp=LATER + gap, action="view"))
+    with small.serving() as service:
+        service.record(EventsRequest(events=posted))
+    part = Path(str(small.take(LATER + DAY).part))
+    found = pl.read_parquet(part / "events.parquet").select("user_id", "timestamp", "session_id").rows()
+    begins = {("bob", at): LATER if at <= LATER + 2 * gap else at for _, at, _ in found}
+    assert sorted(found) == [
+        *(("bob", LATER + at, str(begins["bob", LATER + at])) for at in moments),
+        ("carl", LATER + gap, str(LATER + gap)),
+    ]
+    card = json.loads((part / "ingest.json").read_text())
+    assert (card["sessions"], card["positive"]["actions"]) == ({"gap": "30m"}, ["purchase"])
 
 
 def test_an_event_counts_for_the_last_answer_even_while_that_one_waits(small):
