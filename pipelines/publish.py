@@ -60,7 +60,7 @@ def publish(
         out: the bundle's directory.
         snapshot: the snapshot's directory.
         metrics: what is known of the ranker; numbers are kept.
-        logs: what the set contains of a service's event log (`pipelines.from_serving.contained`).
+        logs: what the set contains of a service's event log (`pipelines.from_serving.contained`, `pipelines.repeats`).
         index: how item vectors are indexed.
         text: what search needs; None publishes no search.
         calibration: makes the ranker's scores probabilities in answers; None leaves them as they are.

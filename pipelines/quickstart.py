@@ -21,6 +21,7 @@ from pipelines.logged import log_evaluation
 from pipelines.parts import open_part
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish, register
+from pipelines.repeats import pass_over_repeats
 from pipelines.report import write_report
 from pipelines.shipped import find_config
 from pipelines.steps import Step, forget_step, run_step
@@ -214,6 +215,8 @@ class Job:
                     self.workspace.text_vectors,
                     progress,
                 )
+            place = self.workspace
+            logs = pass_over_repeats(prepared, place.parts, contained(prepared, place.parts), place.state)
             publish(
                 prepared,
                 ranker=chosen,
@@ -221,9 +224,11 @@ class Job:
                 out=bundle,
                 snapshot=self.workspace.snapshot,
                 metrics=chosen.summary.table(),
-                logs=contained(prepared, self.workspace.parts),
+                logs=logs.marks,
                 text=text,
             )
+            for line in logs.told():
+                self.ui.say(line)
             register(bundle, chosen.run_id, self.uri, alias=self.config.alias)
 
         self._step(

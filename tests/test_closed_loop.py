@@ -22,6 +22,7 @@ from pipelines.mapping import PositiveRule, SessionsConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.publish import publish
 from pipelines.quickstart import Job, QuickstartConfig
+from pipelines.repeats import pass_over_repeats
 from pipelines.replay import replay
 from pipelines.settings import SplitConfig
 from pipelines.shipped import find_config
@@ -32,7 +33,7 @@ from ranking.availability import AVAILABILITY, AvailabilityFile
 from ranking.bundle import Bundle
 from ranking.recommender import Recommender
 from ranking.recommender_config import Cap, RecommenderConfig
-from ranking.snapshot import SnapshotReader
+from ranking.snapshot import SnapshotReader, write_snapshot
 from ranking.users import MAX_MOMENT
 from recsys.errors import DataError
 from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
@@ -418,3 +419,69 @@ def test_a_post_that_waits_behind_a_swap_is_named_by_the_new_bundle(small, monke
         load_into(service, small.world.bundle)
     taken = small.take(LATER + 3 * DAY)
     assert (taken.verified, taken.other_history) == (1, 0)  # the other was answered by a bundle that is not here
+
+
+def test_what_a_nightly_log_brings_too_counts_once(tmp_path):
+    """A log that holds the posted events, but one, is published over the service's own: histories hold each once."""
+    world, place = publish_world(tmp_path / "world"), Workspace(tmp_path / "place")
+    posted = [
+        EventIn(user_id=name, item_id=f"item-{day}", timestamp=LATER + day * DAY + 1, action="view")
+        for day in range(5)
+        for name in ("al", "bob")
+    ]
+    renamed = EventIn(user_id="al", item_id="item-9", timestamp=LATER + 9 * DAY + 1, event_id="order 9")
+    odd = EventIn(user_id="bob", item_id="item-3", timestamp=LATER + DAY + 7, action="view")  # the log lacks it
+    with running(world, place.state) as service:
+        service.record(EventsRequest(events=[*posted[:4], odd, *posted[4:], renamed]))
+    rows = [(each.user_id, each.item_id, each.timestamp, "view", None) for each in posted]
+    rows += [("al", "item-1", LATER - n * DAY, "view", None) for n in range(1, 4)]
+    rows.append(("al", "item-9", LATER + 9 * DAY, "order", "order 9"))  # written in another way, the id is the same
+    names = ["user_id", "item_id", "timestamp", "action", "event_id"]
+    ingest(RawLog("nightly", pl.LazyFrame(rows, names, orient="row")), place.log)
+    split = SplitConfig(valid_days=1, test_days=1)
+    done = prepare(place.log, place.prepared.directory, PrepareConfig(split=split, negatives=2, workers=1))
+    bare = contained(done, place.parts)
+    found = pass_over_repeats(done, place.parts, bare, place.state)
+    assert (bare, found.contained, found.twice) == ([], 11, 0)
+    assert found.told() == ["11 posted events are in the log too; histories count them once."]
+    (mark,) = found.marks
+    assert len(mark.left_out) == 1
+    assert pass_over_repeats(done, place.parts, found.marks, place.state).marks == found.marks
+    later = EventIn(user_id="bob", item_id="item-3", timestamp=LATER + 20 * DAY)
+    histories = {}
+    for marks in ([], found.marks):
+        write_snapshot(world.snapshot, done.users["user_id"].to_list(), done.histories, "digest", marks)
+        with running(world, place.state) as service:
+            service.record(EventsRequest(events=[later.model_copy(update={"event_id": "later"})]))
+            histories[len(marks)] = {name: service.store.read(name).time.tolist() for name in ("al", "bob")}
+    of_log = {name: sorted(row[2] for row in rows if row[0] == name) for name in ("al", "bob")}
+    assert histories[1]["al"] == of_log["al"]
+    assert histories[1]["bob"] == sorted([*of_log["bob"], odd.timestamp, later.timestamp])
+    assert len(histories[0]["bob"]) == len(histories[1]["bob"]) + 5  # without a mark each counts twice
+
+
+def test_no_mark_passes_a_forgotten_user_whom_the_log_still_holds(tmp_path):
+    world, place = publish_world(tmp_path / "world"), Workspace(tmp_path / "place")
+    moments = [LATER + day * DAY for day in range(4)]
+    with running(world, place.state) as service:
+        did(service, "al", "item-0", moments[0])
+        did(service, "carl", "item-0", moments[0])
+        service.forget("carl")  # no event of carl is in the log: nothing speaks against passing
+        did(service, "al", "item-0", moments[1])
+        service.forget("bob")
+        did(service, "al", "item-0", moments[2])
+    rows = [(name, "item-0", moment) for name in ("al", "bob") for moment in moments]
+    ingest(RawLog("nightly", pl.LazyFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")), place.log)
+    split = SplitConfig(valid_days=1, test_days=1)
+    done = prepare(place.log, place.prepared.directory, PrepareConfig(split=split, negatives=1, workers=1))
+    found = pass_over_repeats(done, place.parts, [], place.state)
+    assert (found.contained, found.twice, found.marks[0].left_out) == (2, 1, ())
+    assert "count twice in live histories" in found.told()[1]
+    assert pass_over_repeats(done, place.parts, [], tmp_path / "nowhere").marks == []
+
+
+@contextmanager
+def running(world: Place, state: Path) -> Iterator[Service]:
+    service = make_service(world, state)
+    yield service
+    service.close()

@@ -258,6 +258,7 @@ def publish(
     """Write a bundle and a user snapshot, and register the bundle in MLflow: a ranker, text search, or both."""
     from pipelines import publish
     from pipelines.from_serving import contained
+    from pipelines.repeats import pass_over_repeats
     from pipelines.train import trained_run
     from pipelines.workspace import Workspace
 
@@ -275,6 +276,7 @@ def publish(
     probabilities = _calibration(calibration, chosen, place) if calibration is not None else None
     # Last, since encoding takes minutes and everything else is refused in seconds.
     text = search_parts(text_encoder, reranker, corpus, fusion, place, items=True)
+    logs = pass_over_repeats(place.prepared, place.parts, contained(place.prepared, place.parts), place.state)
     bundle_version = publish.publish(
         place.prepared,
         ranker=chosen,
@@ -282,10 +284,12 @@ def publish(
         out=place.bundle,
         snapshot=place.snapshot,
         metrics=chosen.summary.table(),
-        logs=contained(place.prepared, place.parts),
+        logs=logs.marks,
         text=text,
         calibration=probabilities,
     )
+    for line in logs.told():
+        Terminal().say(line)
     version = publish.register(place.bundle, chosen.run_id, uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
 
