@@ -16,13 +16,16 @@ Order = Literal["time", "position"]
 class Tally:
     """Rows of a source: read, left out by each filter, bad in each way. What is left went into the log.
 
-    `bad_impressions` counts apart.
+    `bad_impressions` counts apart, as do the item and user tables: `settled` are rows of them that were left out, and
+    values taken as missing, by what they were; `bad_of_tables` rows that could not be meant, by what was expected.
     """
 
     read: int
     filtered: Mapping[str, int] = field(default_factory=dict)
     bad: Mapping[str, int] = field(default_factory=dict)
     bad_impressions: int = 0
+    settled: Mapping[str, int] = field(default_factory=dict)
+    bad_of_tables: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class DataCard:
         missing_text: items with events that have no text of their own.
         impressions: rows kept of them; 0 where the log has none.
         bad_impressions: rows of them that could not be meant.
+        settled: rows of the item and user tables left out, and values taken as missing, by what they were.
+        bad_of_tables: rows of these tables that could not be meant, by what was expected.
         order: whether `timestamp` is a time or only a position.
         first_time: of the events, microseconds UTC (or the first position).
         last_time: of the events.
@@ -67,6 +72,8 @@ class DataCard:
     missing_text: int
     impressions: int
     bad_impressions: int
+    settled: dict[str, int]
+    bad_of_tables: dict[str, int]
     order: Order
     first_time: int
     last_time: int
@@ -88,6 +95,8 @@ class DataCard:
             ("users", f"{self.users:,}"),
             ("items", f"{self.items:,} with events, {self.catalogue_items:,} in the catalogue"),
             ("  in both", f"{self.in_catalogue:,}"),
+            *(("  settled", f"{n:,} {why}") for why, n in self.settled.items()),
+            *(("  bad", f"{n:,}: {why}") for why, n in self.bad_of_tables.items()),
             ("items without text", f"{self.missing_text:,}"),
             ("events per user", ", ".join(f"{name} {n:,}" for name, n in self.history.items())),
             ("repeats", f"{self.repeated_share:.1%} of the events"),

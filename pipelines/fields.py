@@ -60,7 +60,7 @@ def read_id(column: str, kind: pl.DataType, file: str) -> Field:
         lambda parsed: (
             Problem(odd, "an id without decimals"),
             Problem(parsed.str.contains(CONTAINER).fill_null(False), "an id, not a list or an object of JSON"),
-            Problem(parsed.is_null() | (parsed == ""), "an id, found nothing"),
+            Problem(parsed.is_null() | (parsed == ""), "an id"),
         ),
     )
 

@@ -134,6 +134,8 @@ def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: in
         missing_text=missing.texts,
         impressions=rows.get("impressions.parquet", 0),
         bad_impressions=tally.bad_impressions,
+        settled=dict(tally.settled),
+        bad_of_tables=dict(tally.bad_of_tables),
         order=raw.order,
         first_time=facts.first_time,
         last_time=facts.last_time,

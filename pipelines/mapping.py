@@ -16,6 +16,8 @@ from recsys.columns import ITEM_ID, ITEM_KEY, TEXT, TIMESTAMP, USER_ID
 from recsys.config import parse, read_toml
 from recsys.errors import ConfigError
 
+Repeated = Literal["last", "refuse"]
+"""what becomes of an id with several rows of different values: the last row is kept, or the table is refused"""
 Unit = Literal["s", "ms", "us", "datetime"]
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 """of one unit of time"""
@@ -72,6 +74,7 @@ class ItemsConfig:
         categorical: one value each.
         multi: column -> separator of its values; a Parquet list needs none ("").
         numeric: numbers.
+        repeated: of rows of one id with different values the last is kept, or the catalogue is refused.
     """
 
     item_id: str = ITEM_ID
@@ -79,6 +82,7 @@ class ItemsConfig:
     categorical: tuple[str, ...] = ()
     multi: dict[str, str] = field(default_factory=dict)
     numeric: tuple[str, ...] = ()
+    repeated: Repeated = "last"
 
     def __post_init__(self) -> None:
         names = [*self.categorical, *self.multi, *self.numeric]

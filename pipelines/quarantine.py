@@ -4,7 +4,7 @@
 it, else the number of the rule that took it out. What follows reads that file, so that a log is parsed once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,9 @@ FILE, VERDICT, FOUND = "_file", "_verdict", "_found"
 KEPT = 0
 _PARSED = "_parsed "
 _LONGEST_FOUND = 200
-_SHOWN = 3
+SHOWN = 3
+"""ways in which rows are bad that a message gives an example of"""
+_QUARANTINED = ("file", "row", "column", "found", "expected")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,23 @@ class Checked:
     def rows(self) -> pl.LazyFrame:
         """Return the kept rows in canonical columns, with `FILE` and `ROW`."""
         return pl.scan_parquet(self.path).filter(pl.col(VERDICT) == KEPT).drop(VERDICT, FOUND)
+
+
+@dataclass(frozen=True)
+class Example:
+    """The first row that is bad in some way, and how many are."""
+
+    file: str
+    row: int
+    column: str
+    found: str | None
+    expected: str
+    count: int
+
+    def __str__(self) -> str:
+        column = f", column {self.column!r}" if self.column else ""
+        found = "" if self.found is None else f", found {self.found!r}"
+        return f"{self.file}, row {self.row:,}{column}{found}: expected {self.expected} ({self.count:,} such rows)."
 
 
 def check_rows(
@@ -199,17 +218,20 @@ def _nulls(table: Table, filters: FiltersConfig) -> list[_Taken]:
     return taken
 
 
-def write_quarantine(tables: dict[str, Checked], out: Path) -> None:
-    """Write the bad rows of checked tables to `out`, or remove what an earlier run left there if none is bad.
+def write_quarantine(tables: Mapping[str, Checked], out: Path, found: Mapping[str, pl.DataFrame]) -> None:
+    """Write the bad rows of checked tables, and those `found` in others, to `out`; without any, remove an earlier one.
 
     Columns: table, file, row (from 1, a CSV's header not counted), column, found, expected. Parquet.
     """
-    frames = [_bad_rows(checked).select(pl.lit(name).alias("table"), pl.all()) for name, checked in tables.items()]
-    if not any(checked.bad for checked in tables.values()):
+    if not any(checked.bad for checked in tables.values()) and not any(map(len, found.values())):
         out.unlink(missing_ok=True)
         return
+    frames = {name: _bad_rows(checked) for name, checked in tables.items()}
+    frames |= {name: rows.lazy().select(*_QUARANTINED) for name, rows in found.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary:
-        pl.concat(frames).sink_parquet(temporary, compression="zstd")
+        named = [rows.select(pl.lit(name).alias("table"), pl.all()) for name, rows in frames.items()]
+        pl.concat(named).sink_parquet(temporary, compression="zstd")
 
 
 def _bad_rows(checked: Checked) -> pl.LazyFrame:
@@ -232,7 +254,7 @@ def _bad_rows(checked: Checked) -> pl.LazyFrame:
             ),
             pl.col(FOUND).alias("found"),
         )
-        .select("file", "row", "column", "found", "expected")
+        .select(*_QUARANTINED)
     )
 
 
@@ -245,10 +267,7 @@ def refuse_if_too_bad(name: str, checked: Checked, max_bad_share: float, quarant
     if checked.read == 0:
         raise DataError(f"{', '.join(map(str, checked.files))}: no row of {name}; expected at least one")
     if checked.bad > max_bad_share * checked.read:
-        raise DataError(
-            f"{checked.bad:,} of {checked.read:,} rows of {name} are bad ({checked.bad / checked.read:.2%}), more than "
-            f"[quality] max_bad_share = {max_bad_share:g}. {_examples(checked)} All are listed in {quarantine}"
-        )
+        raise DataError(too_bad(name, checked.bad, checked.read, max_bad_share, _examples(checked), quarantine))
     if checked.counts.get(KEPT, 0) == 0:
         filtered = ", ".join(
             f"{n:,} by {rule.words} = {rule.column!r}" for rule, n in checked.by_rule("filtered").items()
@@ -259,14 +278,20 @@ def refuse_if_too_bad(name: str, checked: Checked, max_bad_share: float, quarant
         )
 
 
-def _examples(checked: Checked) -> str:
-    """Return the first row of each of the most frequent problems, in words."""
-    words = []
-    for rule, count in list(checked.by_rule("bad").items())[:_SHOWN]:
+def too_bad(name: str, bad: int, read: int, max_bad_share: float, examples: Sequence[Example], quarantine: Path) -> str:
+    """Return in words that more rows are bad than may be, with an example of each of the most frequent problems."""
+    return (
+        f"{bad:,} of {read:,} rows of {name} are bad ({bad / read:.2%}), more than [quality] max_bad_share = "
+        f"{max_bad_share:g}. {' '.join(map(str, examples))} All are listed in {quarantine}"
+    )
+
+
+def _examples(checked: Checked) -> list[Example]:
+    """Return the first row of each of the most frequent problems."""
+    examples = []
+    for rule, count in list(checked.by_rule("bad").items())[:SHOWN]:
         code = checked.rules.index(rule) + 1
         row = pl.scan_parquet(checked.path).filter(pl.col(VERDICT) == code).head(1).collect().row(0, named=True)
-        found = "" if row[FOUND] is None else f", found {row[FOUND]!r}"
-        column = f", column {rule.column!r}" if rule.column else ""
-        where = f"{checked.files[row[FILE]]}, row {row[ROW]:,}{column}{found}"
-        words.append(f"{where}: expected {rule.words} ({count:,} such rows).")
-    return " ".join(words)
+        file = str(checked.files[row[FILE]])
+        examples.append(Example(file, row[ROW], rule.column, row[FOUND], rule.words, count))
+    return examples

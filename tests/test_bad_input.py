@@ -143,9 +143,9 @@ MAPPINGS = {
         "log.csv: no row of events is left of 40: [filters] took out 40 by positive = 'q'",
     ),
     "items twice": (
-        mapping("log.csv", ITEMS, 'items = "items.csv"'),
+        mapping("log.csv", ITEMS + 'repeated = "refuse"\n', 'items = "items.csv"'),
         DataError,
-        "items.csv, row 3, column 'i': item_id 'x1' stands already in items.csv, row 1; expected one row per id",
+        "items.csv, row 3: item_id 'x1' stands already, with other values, in items.csv, row 1; expected one row",
     ),
     "users of another name": (
         mapping("log.csv", source='users = "users.csv"'),

@@ -25,7 +25,7 @@ from pipelines.datasets import RawLog
 from pipelines.event_facts import measure_events, write_users
 from pipelines.fields import number_reader, time_reader
 from pipelines.ingest import ingest, ingest_files
-from pipelines.mapping import IngestConfig, NumbersConfig, TimeConfig, load_mapping
+from pipelines.mapping import IngestConfig, NumbersConfig, QualityConfig, TimeConfig, load_mapping
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.sources import open_table
 from pipelines.textfiles import check_text, read_header
@@ -448,21 +448,92 @@ def test_all_rows_filtered_says_which_filter_took_them(tmp_path: Path) -> None:
         run(mapping(filters={"min_user_events": 2}), tmp_path)
 
 
-def test_an_item_id_that_stands_twice_names_both_rows(tmp_path: Path) -> None:
+def test_an_item_id_that_stands_twice_keeps_its_last_row_or_names_both(tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_text(f"who,what,when,paid\na,x,{START},1\n")
-    (tmp_path / "items.csv").write_text("id,name,year\nx,X,1990\ny,Y,1991\nx,Z,1992\n")
-    config = mapping(source={"events": "events.csv", "items": "items.csv"}, items={"item_id": "id", "text": ["name"]})
+    rows = ["x,X,1990,a|b", "y,Y,1991,", "x,Z,1992,a", "y,Y,1991,", "x,Z,1992,a"]
+    (tmp_path / "items.csv").write_text("\n".join(["id,name,year,tags", *rows]))
+    items = {"item_id": "id", "text": ["name"], "numeric": ["year"], "multi": {"tags": "|"}}
+    config = mapping(source={"events": "events.csv", "items": "items.csv"}, items=items)
+    card, _ = run(config, tmp_path)
+    assert pl.read_parquet(tmp_path / "log" / "items.parquet").rows() == [
+        ("y", "Y", None, 1991),
+        ("x", "Z", ["a"], 1992),
+    ]
+    assert card.settled == {
+        "items: rows that stand again in full": 2,
+        "items: earlier rows of an id that stands again with other values": 1,
+    }
+    assert ("  settled", "2 items: rows that stand again in full") in card.describe()
+    file = tmp_path / "items.csv"
+    file.write_text(file.read_text() + "\nx,X,1990,a|b")  # the first row once more: it is the last now
+    run(config, tmp_path)
+    assert pl.read_parquet(tmp_path / "log" / "items.parquet")["text"].to_list() == ["Y", "X"]
+    wanted = r"items.csv, row 6: item_id 'x' stands already, with other values, in .*items.csv, row 5; expected one row"
+    with pytest.raises(DataError, match=wanted):
+        run(replace(config, items=replace(config.items, repeated="refuse")), tmp_path)
+
+
+def test_bad_rows_of_the_catalogue_are_quarantined_and_all_told_before_the_events_are_read(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(f"who,what,when,paid\na,x,{START},1\n")
+    rows = ["x,X,1990", ",Y,1991", "z,Z,1992,more", "[1],L,1993", ",,", *(f"i{n},,{n}" for n in range(95))]
+    (tmp_path / "items.csv").write_text("\n".join(["id,name,year", *rows]))
+    items = {"item_id": "id", "text": ["name"], "numeric": ["year"]}
+    config = mapping(source={"events": "none.csv", "items": "items.csv"}, items=items)
+    with pytest.raises(DataError) as refused:
+        run(config, tmp_path)
+    file = tmp_path / "items.csv"
+    assert str(refused.value) == (
+        "4 of 100 rows of items are bad (4.00%), more than [quality] max_bad_share = 0.01. "
+        f"{file}, row 2, column 'id': expected an id (2 such rows). "
+        f"{file}, row 3: expected no more fields than there are columns (1 such rows). "
+        f"{file}, row 4, column 'id', found '[1]': expected an id, not a list or an object of JSON (1 such rows). "
+        f"All are listed in {tmp_path / 'quarantine.parquet'}"
+    )
+    (tmp_path / "quarantine.parquet").unlink()
+    config = replace(config, source=replace(config.source, events="events.csv"), quality=QualityConfig(0.04))
+    card, _ = run(config, tmp_path)
+    assert (card.catalogue_items, sum(card.bad_of_tables.values())) == (96, 4)
+    assert card.bad_of_tables["items, id: expected an id"] == 2
+    bad = pl.read_parquet(tmp_path / "quarantine.parquet")
+    assert bad.select("table", "row", "column", "found").rows() == [
+        ("items", 2, "id", None),
+        ("items", 3, "", None),
+        ("items", 4, "id", "[1]"),
+        ("items", 5, "id", None),
+    ]
+
+
+def test_a_few_values_of_an_item_that_are_no_numbers_are_missing_and_many_are_bad(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(f"who,what,when,paid\na,i1,{START},1\n")
+    config = mapping(
+        source={"events": "events.csv", "items": "items.csv"}, items={"item_id": "id", "numeric": ["year"]}
+    )
+    years = ["N/A", "inf", "", *map(str, range(1990, 2008))]
+    (tmp_path / "items.csv").write_text("\n".join(["id,year", *(f"i{n},{year}" for n, year in enumerate(years))]))
+    card, _ = run(config, tmp_path)
+    assert card.settled == {"items: values of 'year' that are no numbers, taken as missing": 2}
+    found = pl.read_parquet(tmp_path / "log" / "items.parquet")["year"]
+    assert found.to_list() == [None, None, None, *map(float, range(1990, 2008))]
+    (tmp_path / "items.csv").write_text("\n".join(["id,year", "a,N/A", *(f"i{n},1" for n in range(8))]))
+    wanted = (
+        r"1 of 9 rows of items are bad .*row 1, column 'year', found 'N/A': expected a finite number \(1 such rows\)"
+    )
+    with pytest.raises(DataError, match=wanted):
+        run(config, tmp_path)
+
+
+def test_an_equal_row_of_a_user_is_one_and_another_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(f"who,what,when,paid\na,x,{START},1\n")
+    (tmp_path / "users.csv").write_text("who,age\na,3\nb,4\na,3\n")
+    config = mapping(source={"events": "events.csv", "users": "users.csv"})
+    card, _ = run(config, tmp_path)
+    assert pl.read_parquet(tmp_path / "log" / "users.parquet").rows() == [("b", "4"), ("a", "3")]
+    assert card.settled == {"users: rows that stand again in full": 1}
+    (tmp_path / "users.csv").write_text("who,age\na,3\na,4\n")
     with pytest.raises(
-        DataError,
-        match=r"items.csv, row 3, column 'id': item_id 'x' stands already in .*items.csv, row 1; expected one row",
+        DataError, match=r"users.csv, row 2: user_id 'a' stands already, .* per id \(repeated ids: 1\)$"
     ):
         run(config, tmp_path)
-    (tmp_path / "items.csv").write_text("id,name,year\nx,X,1990\n,Y,1991\n")
-    with pytest.raises(DataError, match=r"items.csv, row 2, column 'id': expected an id, found nothing"):
-        run(config, tmp_path)
-    (tmp_path / "items.csv").write_text("id,name,year\nx,X,1990\ny,Y,soon\n")
-    with pytest.raises(DataError, match=r"items.csv, row 2, column 'year': expected a finite number, found soon"):
-        run(replace(config, items=replace(config.items, numeric=("year",))), tmp_path)
 
 
 def test_items_and_users_arrive_in_canonical_types(tmp_path: Path) -> None:

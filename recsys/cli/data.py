@@ -87,7 +87,7 @@ def _tell(card: Any, place: Any) -> None:
     """Say what of a log wants a person's eye."""
     from pipelines.ingest import quarantine_of
 
-    if card.bad or card.bad_impressions:
+    if card.bad or card.bad_impressions or card.bad_of_tables:
         Terminal().say(f"Bad rows: {quarantine_of(place.log)}")
     for doubt in card.doubts():
         Terminal().say(doubt)
