@@ -58,7 +58,8 @@ _FORMATS = (
     "%m/%d/%y %H:%M", "%d/%m/%y %H:%M", "%d-%b-%Y %H:%M:%S",
     "%d-%b-%Y %H:%M", "%d-%b-%Y",
 )  # fmt: skip
-MULTI_SEPARATORS = "|;"
+MULTI_SEPARATORS = ("|", ";", " > ")
+"""what may stand between the values of a column, and between the steps of a category's path"""
 _LISTS = "|;,"
 """what may stand between the articles of an order"""
 _CLOCKS = (

@@ -29,6 +29,8 @@ from pipelines.sources import Table, find_files, open_table
 
 _MOST_VALUES = 0.5
 """of the rows: a text column with more different values than this is not a category"""
+_MOSTLY_NUMBERS = 0.9
+"""of the values of a numeric column: `ingest` takes the others as missing"""
 _FEWEST_NUMBERS = 20
 """different values of a column of numbers that are no categories"""
 _UNKNOWN = "?"
@@ -116,7 +118,7 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None, style: Numbers
     by_name = {plain(name): name for name in reversed(list(table.columns))}
     left = [name for name in table.columns if key is None or name != key.column]
     texts = [by_name[name] for name in TEXTS if by_name.get(name) in left]
-    multi, numeric, categorical = {}, [], []
+    multi, numeric, categorical, odd, unused = {}, [], [], dict[str, int](), []
     for name in left:
         if name in texts:
             continue
@@ -124,12 +126,19 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None, style: Numbers
         separator = _separator(values)
         if separator is not None:
             multi[name] = separator
-        elif share_of_numbers(values, style) == 1.0 and values.n_unique() > _FEWEST_NUMBERS:
+        elif (share := share_of_numbers(values, style)) > _MOSTLY_NUMBERS and values.n_unique() > _FEWEST_NUMBERS:
             numeric.append(name)
+            if share < 1:
+                odd[name] = round((1 - share) * len(values))
         elif values.dtype == pl.String and not texts and values.n_unique() > _MOST_VALUES * sample.height:
             texts.append(name)
         elif not values.dtype.is_nested() and values.n_unique() <= max(20, _MOST_VALUES * sample.height):
             categorical.append(name)
+        else:
+            unused.append(name)
+    told = ", ".join(f"{n:,} of {_one_line(name)}" for name, n in odd.items())
+    numbers = f"  # no numbers, taken as missing: {told} in the first {sample.height:,} rows" if odd else ""
+    rest = f"# not used: {_one_line(', '.join(unused))}\n" if unused else ""
     pairs = ", ".join(f"{_quoted(name)} = {_quoted(separator)}" for name, separator in multi.items())
     id_ = key or Guess(_UNKNOWN, "(?) could not be guessed: name the column")
     return (
@@ -138,7 +147,9 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None, style: Numbers
         f"text = {_listed(texts)}  # joined into the item's text\n"
         f"categorical = {_listed(categorical)}  # one value each\n"
         f"multi = {{ {pairs} }}  # column = what separates its values\n"
-        f"numeric = {_listed(numeric)}\n"
+        f"numeric = {_listed(numeric)}{numbers}\n"
+        '# repeated = "refuse"  # stops at an id with rows of different values; else its last row is kept\n'
+        f"{rest}"
     )
 
 

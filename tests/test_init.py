@@ -402,3 +402,19 @@ def test_sessions_are_cut_where_actions_may_be_steps_of_a_visit(tmp_path: Path, 
     ingest_files(load_mapping(tmp_path / "my.toml"), tmp_path, tmp_path / "log", "visits")
     events = pl.read_parquet(tmp_path / "log" / "events.parquet")
     assert ("session_id" in events.columns) == cut
+
+
+def test_a_catalogue_of_odd_values_keeps_its_columns_and_says_what_is_not_used(tmp_path: Path) -> None:
+    rows = [f"{n},Thing {n},Home > {'Kitchen' if n % 2 else 'Bath'},{n * 1.5},note {n}" for n in range(60)]
+    rows[7] = "7,Thing 7,Home > Bath,N/A,note 7"
+    items = file(tmp_path, "items.csv", "\n".join(["item,title,category,price,remark", *rows]))
+    text = write_mapping(file(tmp_path, "log.tsv", ATOMIC), items, tmp_path)
+    assert 'numeric = ["price"]  # no numbers, taken as missing: 1 of price in the first 60 rows\n' in text
+    assert "\n# not used: remark\n" in text
+    (tmp_path / "my.toml").write_text(text)
+    config = load_mapping(tmp_path / "my.toml")
+    assert config.items.multi == {"category": " > "}
+    card = ingest_files(config, tmp_path, tmp_path / "log", "x")
+    assert card.settled == {"items: values of 'price' that are no numbers, taken as missing": 1}
+    found = pl.read_parquet(tmp_path / "log" / "items.parquet").filter(pl.col("item_id").is_in(["7", "8"]))
+    assert found.select("category", "price").rows() == [(["Home", "Bath"], None), (["Home", "Bath"], 12.0)]
