@@ -15,7 +15,7 @@ have changed (`max_eval_requests` bounds them).
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copy2, rmtree
 from tempfile import TemporaryDirectory
@@ -51,7 +51,9 @@ from recsys.memory import keep_freed_memory
 from recsys.progress import Progress, silent, titled
 
 
-def append(source: Path, previous: Path, out: Path, progress: Progress = silent) -> PreparedSet:
+def append(
+    source: Path, previous: Path, out: Path, progress: Progress = silent, named: Path | None = None
+) -> PreparedSet:
     """Add a part to a prepared set, with the set's own settings.
 
     Args:
@@ -59,6 +61,7 @@ def append(source: Path, previous: Path, out: Path, progress: Progress = silent)
         previous: the prepared set; it is not changed unless `out` is the same.
         out: where the larger set is written, whole or not at all.
         progress: told as work goes on.
+        named: the directory that messages name, where `source` is a copy.
 
     Raises:
         DataError: the part is in the set already, has an event that is not later than all of its user's in the set, or
@@ -70,7 +73,7 @@ def append(source: Path, previous: Path, out: Path, progress: Progress = silent)
     those before it added, and costs twice as much.
     """
     keep_freed_memory()  # arrays of some megabytes come and go: a tenth of the time went into fresh pages
-    earlier, part = PreparedSet(previous), open_part(source)
+    earlier, part = PreparedSet(previous), replace(open_part(source), named=named)
     config = parse(PrepareConfig, earlier.manifest["config"], f"{previous / 'manifest.json'} [config]")
     records = known_parts(earlier)
     if part.record.digest in {record.digest for record in records}:
@@ -107,7 +110,7 @@ def add_part(
         prepared = PreparedSet(directory)
         for path in [part for part in parts if part != kept] + [kept]:
             if open_part(path).record.digest not in {record.digest for record in known_parts(prepared)}:
-                prepared = append(path, directory, directory, progress)
+                prepared = append(path, directory, directory, progress, source if path == kept else None)
     except DataError:
         if kept not in parts:
             rmtree(kept)

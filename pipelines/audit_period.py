@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import splits
-from pipelines.audit_record import Check, counted, moment
+from pipelines.audit_record import Check, counted
 from pipelines.audit_requests import EVENTS_AT_ONCE, SPLITS, AllRequests, user_slices
 from pipelines.buckets import user_hashes
 from pipelines.candidates import fixed_candidates, history_rows, request_keys
@@ -27,6 +27,7 @@ from pipelines.transitions import Edges, block_edges, blocks, pair_words
 from ranking.batch import FIRST_ITEM, rows_of
 from ranking.items import ItemTable
 from recsys.errors import DataError
+from recsys.history import moment
 
 Counts = NDArray[np.int64]
 EVENTS_PER_FILE = 500_000

@@ -12,7 +12,6 @@ null stands for "not defined", e.g. an AUC of one class. The same prepared set g
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,8 @@ from pipelines.tables import Cell, Table
 from recsys.config import first_problem
 from recsys.errors import DataError
 from recsys.files import read_json, write_json
-from recsys.history import POSITIONS
 
 FORMAT = 1
-
-
-def moment(microseconds: int) -> str:
-    """Return a moment as a person reads it; a plain position, as in a log without times, stays a number."""
-    if abs(microseconds) < POSITIONS:
-        return str(microseconds)
-    return f"{datetime.fromtimestamp(microseconds // 1_000_000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def counted(number: int, noun: str) -> str:

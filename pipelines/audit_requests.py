@@ -11,11 +11,12 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.audit_record import Check, counted, moment
+from pipelines.audit_record import Check, counted
 from pipelines.mixing import mix
 from pipelines.prepared import CandidateSets, PreparedSet, Requests, Split
 from ranking.batch import FIRST_ITEM
 from recsys.errors import DataError
+from recsys.history import moment
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 EVENTS_AT_ONCE = 4_000_000

@@ -191,7 +191,7 @@ def _positive(part: Part, rule: Rule) -> pl.Expr:
     if rule.min_value is not None:
         if VALUE not in part.columns:
             raise DataError(
-                f"{part.directory / 'events.parquet'}: min_value is {rule.min_value:g}, but there is no column "
+                f"{part.file}: min_value is {rule.min_value:g}, but there is no column "
                 f"{VALUE!r}; it has {', '.join(part.columns)}"
             )
         chosen &= pl.col(VALUE).fill_nan(None) >= rule.min_value

@@ -20,7 +20,7 @@ from ranking.batch import FIRST_ITEM, UNKNOWN
 from ranking.items import ItemTable, MultiValued
 from recsys.columns import ACTION, ITEM_ID, ITEM_KEY, TEXT, TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import DataError
-from recsys.history import UNKNOWN_KEY
+from recsys.history import UNKNOWN_KEY, moment
 
 USER_HASH = "user_hash"
 TRAIN_COUNT = "train_count"
@@ -146,9 +146,10 @@ def _refuse_late(part: Part, found: Sequence[pl.DataFrame]) -> None:
     if count:
         user, first, before = pl.concat(found).sort(USER_ID).select(USER_ID, TIMESTAMP, NEWEST).row(0)
         raise DataError(
-            f"{part.directory / 'events.parquet'}: user {user!r} has an event at {first}, not after the user's newest "
-            f"event {before} of the parts before ({count:,} such users); a later part holds later events only. "
-            f"Ingest the whole log as one, and prepare again without {part.directory}"
+            f"{part.file}: user {user!r} has an event at {moment(first)}, not after the user's newest event "
+            f"{moment(before)} of the parts before ({count:,} such users); a later part holds later events only. "
+            "Ingest a part without the late events, or the whole log as one ([source] events takes a glob of all its "
+            "files), remove the parts under `later` that it holds, and prepare again"
         )
 
 

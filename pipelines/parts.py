@@ -40,6 +40,7 @@ class Part:
     """One directory that `ingest` wrote; `columns` are those of its events, `record` what a set remembers of it.
 
     `hidden` are users who asked to be forgotten after its events (`pipelines.forgotten`): it gives none of them.
+    `named` is the directory that messages name, where this one is a copy.
     """
 
     directory: Path
@@ -47,6 +48,12 @@ class Part:
     columns: tuple[str, ...]
     record: PartRecord
     hidden: tuple[str, ...] = ()
+    named: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """Its events, as messages name them."""
+        return (self.named or self.directory) / "events.parquet"
 
     @property
     def items(self) -> Path:

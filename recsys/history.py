@@ -6,6 +6,7 @@ disk they are plain `.npy` files, memory-mapped when read: 13 bytes an event, ne
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,13 @@ OLD_DAYS = 30
 
 UNKNOWN_KEY = 2**32 - 1
 """Item key of an event whose item the catalogue does not know; every bundle maps it to the unknown row."""
+
+
+def moment(microseconds: int) -> str:
+    """Return a moment as a person reads it; a plain position, as in a log without times, stays a number."""
+    if abs(microseconds) < POSITIONS:
+        return str(microseconds)
+    return f"{datetime.fromtimestamp(microseconds // 1_000_000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,10 @@ def prepare(
     config: Annotated[str, typer.Option(help="A TOML file, or the name of a shipped one.")] = "prepare",
     add: Annotated[
         list[Path] | None,
-        typer.Option("--add", help="A log's directory with later events only: kept, and appended to the prepared set."),
+        typer.Option(
+            "--add",
+            help="A second workspace that `recsys ingest` made of later events: kept, and appended to the set.",
+        ),
     ] = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
