@@ -10,6 +10,8 @@ from pipelines.mapping import PositiveRule, SessionsConfig
 from recsys.files import read_json
 
 Order = Literal["time", "position"]
+BUSY_SHARE, BUSY_TIMES = 0.05, 10
+"""A user with more than this share of the events, and so many times those of the middle user, is hardly one person."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,22 @@ class DataCard:
 
     def doubts(self) -> list[str]:
         """Return what is well formed and yet hardly meant, in sentences."""
-        if 2 * self.in_catalogue >= self.items:
-            return []
-        return [
+        told = []
+        most = self.history["p100"]
+        if most > BUSY_SHARE * self.events and most > BUSY_TIMES * self.history["p50"]:
+            told.append(
+                f"One user makes {most / self.events:.0%} of the events ({most:,}), as a machine or a shared account "
+                "does; [filters] max_user_events leaves out users with more."
+            )
+        if 2 * self.in_catalogue < self.items:
+            told.append(self._not_in_catalogue())
+        return told
+
+    def _not_in_catalogue(self) -> str:
+        return (
             f"Only {self.in_catalogue:,} of {self.items:,} items with events are in the catalogue; its ids may be "
             f"written in another way, since it does not have {', '.join(map(repr, self.not_in_catalogue))}."
-        ]
+        )
 
     def _moment(self, value: int) -> str:
         if self.order == "position":

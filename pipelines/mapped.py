@@ -5,7 +5,7 @@ In this order:
 look          every file's kind, columns, and whether it can be parsed at all (pipelines.sources)
 tables        items and users, small enough to be read whole (pipelines.side_tables)
 check         rows to canonical columns; kept, filtered or bad; the bad ones to quarantine (pipelines.quarantine)
-thin          repeated event ids, rare users and items out; sessions cut (pipelines.thinning)
+thin          repeated event ids, busy and rare users, rare items out; sessions cut (pipelines.thinning)
 """
 
 from dataclasses import replace
@@ -120,7 +120,7 @@ def _impressions(config: IngestConfig) -> list[Wanted]:
 
 
 def _thinned(checked: Checked, config: IngestConfig, work: Path) -> tuple[pl.LazyFrame, Tally]:
-    """Take out repeated event ids, then rare users and items; cut sessions; count what went and why."""
+    """Take out repeated event ids, busy users, rare users and items; cut sessions; count what went and why."""
     filters, events, left = config.filters, checked.rows().drop(FILE, ROW), checked.counts[KEPT]
     filtered = {f"{rule.words} {rule.column}": n for rule, n in checked.by_rule("filtered").items()}
     bad = {f"{rule.column or 'row'}: expected {rule.words}": n for rule, n in checked.by_rule("bad").items()}
@@ -130,6 +130,15 @@ def _thinned(checked: Checked, config: IngestConfig, work: Path) -> tuple[pl.Laz
         events = numbered.join(places, on=thinning.INDEX, how="anti", maintain_order="left").drop(thinning.INDEX)
         filtered[f"repeated {config.columns.event_id}"] = len(gone)
         left -= len(gone)
+    if filters.max_user_events is not None and (busy := thinning.busiest(events, filters.max_user_events)).height:
+        events = events.join(busy.lazy(), on=USER_ID, how="anti", maintain_order="left")
+        filtered[f"max_user_events = {filters.max_user_events}"] = int(busy["len"].sum())
+        left -= int(busy["len"].sum())
+        if not left:
+            raise DataError(
+                f"{', '.join(map(str, checked.files))}: no event is left: every user has more than max_user_events = "
+                f"{filters.max_user_events} events; raise it"
+            )
     if max(filters.min_user_events, filters.min_item_events) > 1:
         core = thinning.core(events, filters.min_user_events, filters.min_item_events, work)
         if core.events == 0:

@@ -169,12 +169,15 @@ class FiltersConfig:
         positive: columns of the file that must be above 0, e.g. the quantity where returns are negative.
         min_user_events: users with fewer events are left out, and ...
         min_item_events: items with fewer events are, again and again until both hold.
+        max_user_events: users with more events, as machines and accounts that many share have, are left out with all of
+            them, before the two above count; None leaves nobody out.
     """
 
     drop_null: tuple[str, ...] = ()
     positive: tuple[str, ...] = ()
     min_user_events: Annotated[int, Field(ge=1)] = 1
     min_item_events: Annotated[int, Field(ge=1)] = 1
+    max_user_events: Annotated[int, Field(ge=1)] | None = None
 
 
 @dataclass(frozen=True)

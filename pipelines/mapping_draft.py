@@ -34,6 +34,7 @@ _MOSTLY_NUMBERS = 0.9
 _FEWEST_NUMBERS = 20
 """different values of a column of numbers that are no categories"""
 _UNKNOWN = "?"
+_MOST = "# max_user_events = 10000  # users with more are left out, as machines and shared accounts"
 
 
 def write_mapping(events: Path, items: Path | None, folder: Path) -> str:
@@ -214,7 +215,7 @@ def _filters(guesses: Mapping[str, Guess], sample: pl.DataFrame, style: NumbersC
     lines.append(
         f"positive = {_listed(low)}  # columns that must be above 0, e.g. a quantity where returns are negative"
     )
-    return "\n".join([*lines, "min_user_events = 1", "min_item_events = 1"]) + "\n"
+    return "\n".join([*lines, "min_user_events = 1", "min_item_events = 1", _MOST]) + "\n"
 
 
 def _requests(guesses: Mapping[str, Guess], sample: pl.DataFrame) -> str:

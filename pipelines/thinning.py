@@ -1,4 +1,4 @@
-"""What is done to a log of checked events as a whole: repeated ids out, rare users and items out, sessions cut.
+"""What is done to a log of checked events as a whole: repeated ids, busy and rare users, rare items out; sessions cut.
 
 All of it is bounded in memory by the number of users and items, or by a stated number of rows, never by the log.
 """
@@ -41,6 +41,12 @@ def repeated_ids(events: pl.LazyFrame, rows: int, at_once: int = ROWS_AT_ONCE) -
         some = part.join(twice.to_frame("a"), on="a", how="semi").sort(INDEX)
         found.append(some.filter(~pl.struct("a", "b").is_first_distinct())[INDEX].to_numpy())
     return np.sort(np.concatenate(found))
+
+
+def busiest(events: pl.LazyFrame, most: int) -> pl.DataFrame:
+    """Return user_id and number of events, `len`, of the users with more than `most` events. Cost: one pass."""
+    counts = events.group_by(USER_ID).agg(pl.len()).filter(pl.col("len") > most)
+    return counts.sort(USER_ID).collect(engine="streaming")
 
 
 @dataclass(frozen=True)

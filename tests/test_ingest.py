@@ -662,6 +662,21 @@ def test_sessions_are_cut_where_a_user_was_away(events: list[tuple[int, int]], g
     assert set(cut.select("user_id", "timestamp", "session_id").iter_rows()) == expected
 
 
+def test_a_user_who_makes_much_of_the_log_is_told_and_can_be_left_out(tmp_path: Path) -> None:
+    rows = [f"u{n % 30},i{n % 7},{START + n},1" for n in range(90)] + [f"bot,i{n % 7},{START + n},1" for n in range(35)]
+    (tmp_path / "events.csv").write_text("\n".join(["who,what,when,paid", *rows]))
+    card, _ = run(mapping(), tmp_path)
+    (doubt,) = card.doubts()
+    assert doubt.startswith("One user makes 28% of the events (35), as a machine")
+    card, events = run(mapping(filters={"max_user_events": 34, "min_user_events": 3}), tmp_path)
+    assert (card.filtered, card.events, card.doubts()) == ({"max_user_events = 34": 35}, 90, [])
+    assert "bot" not in events["user_id"]
+    assert events["timestamp"].is_sorted()  # in the file's order
+    assert run(mapping(filters={"max_user_events": 35}), tmp_path)[0].filtered == {}
+    with pytest.raises(DataError, match=r"events.csv: no event is left: every user has more than max_user_events = 2"):
+        run(mapping(filters={"max_user_events": 2}), tmp_path)
+
+
 @given(ids=st.lists(st.one_of(st.none(), st.integers(0, 12).map(str)), min_size=1, max_size=40))
 @settings(max_examples=40, deadline=None)
 def test_only_the_first_row_of_an_event_id_stays(ids: list[str | None]) -> None:
