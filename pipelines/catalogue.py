@@ -148,8 +148,9 @@ def _refuse_late(part: Part, found: Sequence[pl.DataFrame]) -> None:
         raise DataError(
             f"{part.file}: user {user!r} has an event at {moment(first)}, not after the user's newest event "
             f"{moment(before)} of the parts before ({count:,} such users); a later part holds later events only. "
-            "Ingest a part without the late events, or the whole log as one ([source] events takes a glob of all its "
-            "files), remove the parts under `later` that it holds, and prepare again"
+            "Leave the late events out (`recsys prepare --add DIR --late leave-out`), or ingest the whole log "
+            "as one ([source] events takes a glob of all its files), remove the parts under "
+            "`later` that it holds, and prepare again"
         )
 
 

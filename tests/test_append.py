@@ -1,5 +1,6 @@
 """A log prepared part by part is, byte for byte, the log prepared at once."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,8 @@ from pipelines.append import add_part, append, changed_words
 from pipelines.datasets import RawLog
 from pipelines.growth import PairRuns
 from pipelines.ingest import ingest
+from pipelines.late import LATE
+from pipelines.mapping import SessionsConfig
 from pipelines.merging import _inserted
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, Requests, contents
@@ -281,6 +284,32 @@ def test_the_command_line_adds_a_day_and_prepares_all_days_anew(tmp_path: Path) 
         CliRunner().invoke(app, [*options, "--add", str(second), "--set", "negatives=3"], catch_exceptions=False)
     assert CliRunner().invoke(app, options, catch_exceptions=False).exit_code == 0
     assert Workspace(place.root).prepared.digest == grown
+
+
+def test_late_events_can_be_left_out_of_a_part(tmp_path: Path) -> None:
+    early, later = divided(synthetic(3000), [0.95], 0)
+    (first, second) = ingested([early, later], tmp_path, [True, True])
+    newest = {line.user: line.time for line in sorted(early, key=lambda line: line.time)}
+    late = [line for line in early if line.time < newest[line.user]][:7]
+    log = raw([*later, *late], "part 1")
+    ingest(
+        replace(log, items=pl.scan_parquet(second / "items.parquet"), sessions=SessionsConfig("1h")), tmp_path / "day"
+    )
+    place = Workspace(tmp_path / "workspace")
+    copytree(first, place.log)
+    options = ["prepare", "--workspace", str(place.root)]
+    assert CliRunner().invoke(app, options, catch_exceptions=False).exit_code == 0
+    add = [*options, "--add", str(tmp_path / "day"), "--late", "leave-out"]
+    done = CliRunner().invoke(app, add, catch_exceptions=False)
+    assert f"{tmp_path / 'day'}: 7 late events were left out." in done.stderr
+    (kept,) = place.later_parts.iterdir()
+    card = json.loads((kept / "ingest.json").read_text())
+    assert (card["read"], card["filtered"], card["sessions"]) == (len(later) + 7, {LATE: 7}, {"gap": "1h"})
+    assert pl.read_parquet(kept / "events.parquet").equals(pl.read_parquet(second / "events.parquet"))
+    with pytest.raises(DataError, match=r"day/events.parquet: all \d+ events are late, .* was this part added already"):
+        CliRunner().invoke(app, add, catch_exceptions=False)
+    with pytest.raises(ConfigError, match="--late leave-out: expected --add DIR with it"):
+        CliRunner().invoke(app, [*options, "--late", "leave-out"], catch_exceptions=False)
 
 
 class Quiet:

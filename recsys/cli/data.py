@@ -3,7 +3,8 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -123,6 +124,10 @@ def prepare(
             help="A second workspace that `recsys ingest` made of later events: kept, and appended to the set.",
         ),
     ] = None,
+    late: Annotated[
+        Literal["refuse", "leave-out"],
+        typer.Option(help="With --add: what becomes of events not after their user's newest event so far."),
+    ] = "refuse",
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -130,6 +135,7 @@ def prepare(
     from pipelines import prepare
     from pipelines.append import add_part
     from pipelines.cards import prepare_defaults
+    from pipelines.late import leave_out_late
     from pipelines.overview import doubts, overview, warnings
     from pipelines.shipped import find_config
     from pipelines.workspace import Workspace
@@ -143,16 +149,24 @@ def prepare(
     )
     if add and assignments:
         raise ConfigError("--add goes on with the settings of the prepared set; expected no --set beside it")
+    if late != "refuse" and not add:
+        raise ConfigError(f"--late {late}: expected --add DIR with it")
     out = place.require(place.prepared.directory, "prepare") if add else place.prepared.directory
+    told: list[str] = []
     with Terminal().bar("prepare") as bar:
         for part in add or ():
             inside = part / "log"  # of a workspace
             part = inside if inside.exists() and not (part / "events.parquet").exists() else part
-            prepared = add_part(part, place.parts, place.later_parts, out, bar)
+            with TemporaryDirectory(dir=place.root, prefix=".late.") as work:
+                if late == "leave-out":
+                    gone = leave_out_late(part, place.parts, Path(work) / "part")
+                    told.append(f"{part}: {gone:,} late events were left out.")
+                    part = Path(work) / "part"
+                prepared = add_part(part, place.parts, place.later_parts, out, bar)
         if not add:
             prepared = prepare.prepare(place.parts, out, options, bar, _numbering(place))
     print_result(prepared.manifest | ({} if as_json else overview(prepared.manifest)), as_json)
-    for line in [*warnings(prepared.manifest), *doubts(prepared)]:
+    for line in [*told, *warnings(prepared.manifest), *doubts(prepared)]:
         Terminal().say(line)
 
 
