@@ -91,7 +91,12 @@ def append(
 
 
 def add_part(
-    source: Path, parts: Sequence[Path], later: Path, directory: Path, progress: Progress = silent
+    source: Path,
+    parts: Sequence[Path],
+    later: Path,
+    directory: Path,
+    progress: Progress = silent,
+    named: Path | None = None,
 ) -> PreparedSet:
     """Keep a part of a log in the folder `later` and append it, and any of `parts` it lacks, to a prepared set.
 
@@ -103,6 +108,7 @@ def add_part(
         later: where later parts lie, one numbered directory each.
         directory: the prepared set, replaced as a whole.
         progress: told as work goes on.
+        named: the directory that messages name; `source` if absent.
     """
     refuse_if_forgotten_since(directory, parts)
     kept = keep_part(source, later)
@@ -110,7 +116,7 @@ def add_part(
         prepared = PreparedSet(directory)
         for path in [part for part in parts if part != kept] + [kept]:
             if open_part(path).record.digest not in {record.digest for record in known_parts(prepared)}:
-                prepared = append(path, directory, directory, progress, source if path == kept else None)
+                prepared = append(path, directory, directory, progress, (named or source) if path == kept else None)
     except DataError:
         if kept not in parts:
             rmtree(kept)

@@ -60,7 +60,7 @@ def unlisted(items: pl.DataFrame, parts: Sequence[Part], previous: PreparedSet |
     Args:
         items: what `catalogue` gave.
         parts: the log.
-        previous: an earlier preparation.
+        previous: the preparation that these parts are added to.
     """
     tables = [pl.read_parquet(part.items) for part in parts]
     known = [table[ITEM_ID] for table in tables if _says_something(table)]

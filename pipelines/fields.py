@@ -20,6 +20,7 @@ _TIME_OF_DAY = ("%H", "%I", "%k", "%l", "%T", "%R", "%X", "%c", "%s")
 AHEAD = (
     "a time that is not in the future ([time] future = true takes them): one moves the periods that validate and test"
 )
+FINITE = "a finite number"
 _MARKED = r"^[+-]?\d[\d.,' ]*\d$"
 """a number, whatever its marks"""
 CONTAINER = r'(?s)^(\[\s*(["\d\[{-].*|true.*|false.*|null.*)?\]|\{\s*(".*)?\})\s*$'
@@ -106,7 +107,7 @@ def parse_numbers(text: pl.Expr, config: NumbersConfig) -> pl.Expr:
 
 
 def _not_finite(number: pl.Expr, unreadable: pl.Expr) -> Problem:
-    return Problem(unreadable | ~number.is_finite().fill_null(True), "a finite number")
+    return Problem(unreadable | ~number.is_finite().fill_null(True), FINITE)
 
 
 def read_label(column: str, kind: pl.DataType, file: str) -> Field:

@@ -10,6 +10,7 @@ from pipelines.datasets import RawLog
 from pipelines.ingest import ingest
 from pipelines.mapping import PositiveRule, SessionsConfig
 from pipelines.parts import open_part
+from pipelines.prepared import PreparedSet
 from recsys.columns import TIMESTAMP, USER_ID
 from recsys.config import parse
 from recsys.errors import DataError
@@ -19,12 +20,13 @@ LATE = "late: not after the user's newest event in the parts before"
 _NEWEST = "_newest"
 
 
-def leave_out_late(source: Path, parts: Sequence[Path], out: Path) -> int:
+def leave_out_late(source: Path, prepared: PreparedSet, parts: Sequence[Path], out: Path) -> int:
     """Write a part to `out` without its late events, which no part may have, and give how many those are.
 
     Args:
         source: a directory `ingest` wrote.
-        parts: the parts the log has so far.
+        prepared: the set the part is to be added to.
+        parts: the parts of the log; one that is not in the set yet, as after an interruption, makes no event late.
         out: a directory that appears whole or not at all.
 
     Raises:
@@ -33,7 +35,9 @@ def leave_out_late(source: Path, parts: Sequence[Path], out: Path) -> int:
     Cost: one pass over the users of all parts, and the part is ingested again.
     """
     part, card = open_part(source), read_json(source / "ingest.json")
-    before = [open_part(path).events.select(USER_ID, TIMESTAMP) for path in parts if path.exists()]
+    known = {record["digest"] for record in prepared.manifest.get("parts", ())}
+    there = [one for path in parts if path.exists() and (one := open_part(path)).record.digest in known]
+    before = [one.events.select(USER_ID, TIMESTAMP) for one in there]
     newest = pl.concat(before).group_by(USER_ID).agg(pl.col(TIMESTAMP).max().alias(_NEWEST)).collect(engine="streaming")
     joined = part.events.join(newest.lazy(), on=USER_ID, how="left", maintain_order="left")
     events = joined.filter(pl.col(_NEWEST).is_null() | (pl.col(TIMESTAMP) > pl.col(_NEWEST))).drop(_NEWEST)

@@ -46,9 +46,16 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def doubts(prepared: PreparedSet) -> list[str]:
-    """Return what will make figures on this set say too much: items given away by the moments before their request."""
+    """Return what a look into the set finds: positives given away just before their request, items in no catalogue."""
     found = caution("test", share_just_before(prepared, "test", LOOKED_AT, seed=0))
-    return [] if found is None else [found]
+    told = [] if found is None else [found]
+    items = prepared.items
+    if count := int((items.unlisted & items.trained).sum()):
+        told.append(
+            f"{count:,} of {int(items.trained.sum()):,} trained items are in no catalogue; [recommender] "
+            "in_catalogue_only = true leaves them out of answers"
+        )
+    return told
 
 
 def _day(moment: int) -> str:

@@ -2,7 +2,7 @@
 
 A snapshot of such a log contains them. Its mark (`recsys.stores.LogMark`) must say so, or the live histories count each
 a second time. A posted event is the log's own if user, item, time and, where the log has actions, action are the same,
-or event id, user and item.
+or event id, user and item. How often it stands on either side does not matter.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipelines.fields import Field, Reader, number_reader, read_id
+from pipelines.fields import FINITE, Field, Reader, number_reader, read_id
 from pipelines.mapping import IngestConfig, ItemsConfig, Repeated
 from pipelines.quarantine import FILE, SHOWN, Example, too_bad
 from pipelines.sources import BROKEN, ROW, WHOLE_ROW, Table, find_files, open_table
@@ -67,8 +67,8 @@ class SideTable:
 def read_items(config: IngestConfig, folder: Path) -> SideTable | None:
     """Return item_id, text where the mapping names columns for it, and the attributes in canonical types.
 
-    A numeric value that cannot be read is missing, as long as a column has at most `MOST_UNREADABLE` of them; else
-    their rows are bad ones.
+    A numeric value that is no number is missing, as long as a column has at most `MOST_UNREADABLE` of them; else their
+    rows are bad ones. So are those of numbers in other marks than the mapping tells.
 
     Raises:
         DataError: a file that cannot be read, a column that is not there.
@@ -209,20 +209,20 @@ def _whole_table(
 
 
 def _numbers(rows: pl.DataFrame, column: str) -> tuple[pl.DataFrame, int]:
-    """Take a few values that are no numbers as missing and give how many; make the rows of many bad ones."""
+    """Take a few values that are no numbers as missing and give how many; make the rows of many bad ones.
+
+    Rows of numbers in other marks than expected are bad ones always: `1,299.00` is a price.
+    """
     odd, wanted = f"{_ODD}{column}", f"{_WANTED}{column}"
-    strange = pl.col(wanted).is_not_null()
-    count = int(rows[wanted].count())
-    there = int(rows.select((strange | pl.col(column).is_not_null()).sum()).item())
+    strange, none = pl.col(wanted).is_not_null(), (pl.col(wanted) == FINITE).fill_null(False)
+    count, there = rows.select(none.sum(), (strange | pl.col(column).is_not_null()).sum().alias("there")).row(0)
     few = count <= MOST_UNREADABLE * there
-    if count and few:
-        rows = rows.with_columns(pl.when(~strange).then(pl.col(column)).alias(column))
-    elif count:
-        new = strange & pl.col(_EXPECTED).is_null()
-        says = {_COLUMN: pl.lit(column), _EXPECTED: pl.col(wanted), _FOUND: pl.col(odd)}
-        rows = rows.with_columns(
-            pl.when(new).then(value).otherwise(pl.col(name)).alias(name) for name, value in says.items()
-        )
+    new = (strange & ~none if few else strange) & pl.col(_EXPECTED).is_null()
+    says = {_COLUMN: pl.lit(column), _EXPECTED: pl.col(wanted), _FOUND: pl.col(odd)}
+    rows = rows.with_columns(
+        pl.when(~strange).then(pl.col(column)).alias(column),
+        *(pl.when(new).then(value).otherwise(pl.col(name)).alias(name) for name, value in says.items()),
+    )
     return rows.drop(odd, wanted), count if few else 0
 
 

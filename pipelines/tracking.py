@@ -121,7 +121,7 @@ def _experiment(client: Any, uri: str, name: str) -> str:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
 def _artifact_location(uri: str) -> str | None:
@@ -141,7 +141,9 @@ def tracking_client(uri: str) -> Any:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     database = _sqlite_file(uri)
-    lock = alone(database.with_suffix(".lock")) if database else nullcontext()  # two can't create its tables at once
+    writable = database is not None and os.access(database.parent, os.W_OK)
+    # MLflow creates the tables step by step, which two processes can't do at once.
+    lock = alone(database.with_suffix(".lock")) if database is not None and writable else nullcontext()
     try:
         with lock:
             return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -109,7 +109,8 @@ def name_all(
     multi = catalogue.multi_columns(items, config.multi)
     numeric = catalogue.numeric_columns(items, config.numeric, categorical)
     people = catalogue.users(parts, spans, previous_users, buckets, newest, hashes)
-    unlisted = catalogue.unlisted(items, parts, previous)
+    grown = None if newest is None else previous  # else the parts are the whole log, and say themselves what is listed
+    unlisted = catalogue.unlisted(items, parts, grown)
     names = Names(items, people, actions, categorical, multi, numeric, unlisted)
     if names.rows > MAX_ROWS:
         raise DataError(f"{items.height:,} items; transitions can be counted over at most {MAX_ROWS:,}")

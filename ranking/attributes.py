@@ -83,6 +83,8 @@ class Attributes:
         if 2 * count > trained:
             logger.warning("%d of %d items are in no catalogue, too many to leave them out", count, trained)
             return None
+        if count:
+            logger.warning("%d of %d items are in no catalogue and left out", count, trained)
         return ~unlisted if unlisted.any() else None
 
     def having(self, column: str, values: Iterable[str]) -> NDArray[np.bool_]:

@@ -80,7 +80,7 @@ class Filters:
         rows: int,
         config: Sequence[ItemFilter] = (),
         availability: Availability | None = None,
-        in_catalogue_only: bool = True,
+        in_catalogue_only: bool = False,
     ) -> None:
         self._attributes = attributes
         self._rows = rows

@@ -209,7 +209,7 @@ class MqsaTed(nn.Module):
     def encode(self, history: History) -> Tensor:
         """Return the user vectors float32 [B, D]: the output at the newest basket; one constant for empty histories.
 
-        The oldest of the `length` newest events may begin inside a basket; the rest of that basket is not seen.
+        The oldest of the `window` newest events may begin inside a basket; the rest of that basket is not seen.
         The branches are computed in float64 and rounded at the end: see `ranking.layers`.
         """
         slots = arrange(history.padded(self.config.window), self.items.embedding_row, self.config.baskets)

@@ -75,8 +75,8 @@ class RecommenderConfig:
     """items of the user's last so many days are left out; 0 leaves repeats in, as a grocery wants them"""
     exclude_seen_actions: tuple[str, ...] = ()
     """only events of these actions count as seen, for `exclude_seen` of a request too; empty counts all"""
-    in_catalogue_only: bool = True
-    """items of the log that the catalogue does not have are left out; without a catalogue nothing is"""
+    in_catalogue_only: bool = False
+    """items of the log that the catalogue lacks are left out, of searches too; without a catalogue nothing is"""
     states: StatesConfig = StatesConfig()
     """of users with long histories"""
     filters: tuple[ItemFilter, ...] = ()

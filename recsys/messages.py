@@ -235,7 +235,7 @@ class EventVerdict(Message):
 
     accepted                kept
     accepted_unknown_item   kept, scored as unknown until a bundle knows the item
-    accepted_unknown_action kept, taken for an event without an action until a bundle knows the action
+    accepted_unknown_action kept, an event without an action until histories are built anew for a bundle that knows it
     duplicate               the very same event is there already
     conflict                a different event has this `event_id`; that one stands, this one is not kept
     refused_future          dated more than a day ahead of the service's clock; not kept

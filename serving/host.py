@@ -193,8 +193,11 @@ def run_bare(config: ServeConfig, ready: Callable[[str], None] = lambda _: None)
     ready(f"http://{config.host}:{config.port}")
     ended = threading.Event()
     watching = _watching(config, plan, lambda wanted: load_plan(service, wanted), ended)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn stops by it, then raises it again
     try:
-        uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
     finally:
         ended.set()
         if watching is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -306,6 +306,10 @@ def test_late_events_can_be_left_out_of_a_part(tmp_path: Path) -> None:
     card = json.loads((kept / "ingest.json").read_text())
     assert (card["read"], card["filtered"], card["sessions"]) == (len(later) + 7, {LATE: 7}, {"gap": "1h"})
     assert pl.read_parquet(kept / "events.parquet").equals(pl.read_parquet(second / "events.parquet"))
+    rmtree(place.prepared.directory)  # as if interrupted: the part is kept, the set is as it was
+    prepare(place.log, place.prepared.directory, PrepareConfig())
+    assert CliRunner().invoke(app, add, catch_exceptions=False).exit_code == 0
+    assert list(place.later_parts.iterdir()) == [kept]
     with pytest.raises(DataError, match=r"day/events.parquet: all \d+ events are late, .* was this part added already"):
         CliRunner().invoke(app, add, catch_exceptions=False)
     with pytest.raises(ConfigError, match="--late leave-out: expected --add DIR with it"):
@@ -434,6 +438,18 @@ def test_items_that_no_catalogue_has_are_marked_appended_or_anew(tmp_path: Path)
     assert unlisted(replace(first, items=None), later) == every - known
     assert unlisted(replace(first, items=half), later) == every - known
     assert unlisted(first, replace(later, items=half)) == every - known  # what a later part leaves out stays
+
+
+def test_what_left_the_catalogue_is_in_none_though_the_numbers_go_on(tmp_path: Path) -> None:
+    log = raw(synthetic(2000))
+    assert log.items is not None
+    ingest(log, tmp_path / "log")
+    before = prepare(tmp_path / "log", tmp_path / "before", PrepareConfig(workers=1, negatives=5))
+    ingest(replace(log, items=log.items.head(4)), tmp_path / "log")
+    after = prepare(
+        tmp_path / "log", tmp_path / "after", PrepareConfig(workers=1, negatives=5), previous=before.directory
+    )
+    assert after.items.unlisted.sum() == before.items.unlisted.sum() + log.items.collect().height - 4
 
 
 def test_numbers_of_the_catalogue_reach_the_item_table(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_filter_of_what_no_item_has_is_told(bundle, caplog):
     assert Attributes(bundle).unknown("item_id", gone)[-1] == "995 more"
 
 
-def test_what_is_in_no_catalogue_is_left_out_unless_wanted_or_most_are(bundle, caplog):
+def test_what_is_in_no_catalogue_is_left_out_where_asked_unless_most_is(bundle, caplog):
     def given_where(unlisted, **config):
         marks = torch.zeros(len(bundle.items), dtype=torch.bool)
         marks[[ITEMS.index(item) + FIRST_ITEM for item in unlisted]] = True
@@ -113,15 +113,17 @@ def test_what_is_in_no_catalogue_is_left_out_unless_wanted_or_most_are(bundle, c
         answer = recommender.recommend(RecommendRequest(user_id="3", k=COUNT, at=NOW, explain=True), NOW)
         return {item.item_id for item in answer.items}, answer.explanation.dropped_counts
 
-    every, reasons = given_where([])
+    wanted = {"in_catalogue_only": True}
+    every, reasons = given_where([], **wanted)
     assert "not in the catalogue" not in reasons
     gone = sorted(every)[:5]
-    left, reasons = given_where(gone)
+    left, reasons = given_where(gone, **wanted)
     assert left == every - set(gone)
     assert reasons["not in the catalogue"] > 0
-    assert given_where(gone, in_catalogue_only=False)[0] == every
+    assert "items are in no catalogue and left out" in caplog.text
+    assert given_where(gone)[0] == every
     assert "too many" not in caplog.text
-    assert given_where(ITEMS[: COUNT - 3])[0] == every
+    assert given_where(ITEMS[: COUNT - 3], **wanted)[0] == every
     assert "items are in no catalogue, too many to leave them out" in caplog.text
 
 

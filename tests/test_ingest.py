@@ -514,6 +514,9 @@ def test_a_few_values_of_an_item_that_are_no_numbers_are_missing_and_many_are_ba
     assert card.settled == {"items: values of 'year' that are no numbers, taken as missing": 2}
     found = pl.read_parquet(tmp_path / "log" / "items.parquet")["year"]
     assert found.to_list() == [None, None, None, *map(float, range(1990, 2008))]
+    (tmp_path / "items.csv").write_text("\n".join(["id,year", 'a,"1,299.00"', *(f"i{n},1" for n in range(80))]))
+    with pytest.raises(DataError, match=r"row 1, column 'year', found '1,299.00': expected a number as .* \[numbers\]"):
+        run(config, tmp_path)
     (tmp_path / "items.csv").write_text("\n".join(["id,year", "a,N/A", *(f"i{n},1" for n in range(8))]))
     wanted = (
         r"1 of 9 rows of items are bad .*row 1, column 'year', found 'N/A': expected a finite number \(1 such rows\)"

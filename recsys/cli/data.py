@@ -137,6 +137,7 @@ def prepare(
     from pipelines.cards import prepare_defaults
     from pipelines.late import leave_out_late
     from pipelines.overview import doubts, overview, warnings
+    from pipelines.prepared import PreparedSet
     from pipelines.shipped import find_config
     from pipelines.workspace import Workspace
     from recsys.config import overlaid, parse, read_toml
@@ -158,11 +159,12 @@ def prepare(
             inside = part / "log"  # of a workspace
             part = inside if inside.exists() and not (part / "events.parquet").exists() else part
             with TemporaryDirectory(dir=place.root, prefix=".late.") as work:
+                source = part
                 if late == "leave-out":
-                    gone = leave_out_late(part, place.parts, Path(work) / "part")
+                    source = Path(work) / "part"
+                    gone = leave_out_late(part, PreparedSet(out), place.parts, source)
                     told.append(f"{part}: {gone:,} late events were left out.")
-                    part = Path(work) / "part"
-                prepared = add_part(part, place.parts, place.later_parts, out, bar)
+                prepared = add_part(source, place.parts, place.later_parts, out, bar, part)
         if not add:
             prepared = prepare.prepare(place.parts, out, options, bar, _numbering(place))
     print_result(prepared.manifest | ({} if as_json else overview(prepared.manifest)), as_json)
