@@ -78,7 +78,7 @@ class _GatesFile:
 
 
 def read_gates(path: Path, assignments: Sequence[str] = ()) -> dict[str, Gate]:
-    """Read [gates.<name>] tables; raises `ConfigError` for a key or value that cannot be meant."""
+    """Read [gates.<name>] tables; raises `ConfigError` for an invalid key or value."""
     table = parse(_GatesFile, read_toml(path, assignments), str(path)).gates
     if not all(isinstance(one, Mapping) for one in table.values()):
         raise ConfigError(f"{path} [gates]: expected tables [gates.<name>], found plain values")

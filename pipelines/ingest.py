@@ -76,7 +76,7 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
     """Check a raw log and write it as canonical files; `directory` appears whole or not at all.
 
     Raises:
-        DataError: a missing column, a column of a type that cannot be meant, no events, a missing id or time, or an
+        DataError: a missing column, a column of an unusable type, no events, a missing id or time, or an
             id that stands twice in the item or user table. The message names the source, the table and the column.
 
     Cost: memory grows with the items, the user table if there is one, and 8 bytes a user, not with the events.

@@ -233,7 +233,7 @@ def load_mapping(path: Path, assignments: Sequence[str] = ()) -> IngestConfig:
     """Read a mapping; `assignments` are laid over it (`section.key=value`).
 
     Raises:
-        ConfigError: not TOML, an unknown key, a value that cannot be meant; the message names file, section and key.
+        ConfigError: not TOML, an unknown key, an invalid value; the message names file, section and key.
     """
     table = read_toml(path, assignments)
     try:

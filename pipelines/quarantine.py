@@ -109,7 +109,7 @@ def check_rows(
     without a customer that nobody wants is not a bad one.
 
     Raises:
-        DataError: a column that is not there or of a type that cannot be meant, a file that cannot be parsed.
+        DataError: a column that is not there or of an unusable type, a file that cannot be parsed.
 
     Cost: streaming; memory does not grow with the number of rows.
     """

@@ -32,7 +32,7 @@ class SideTable:
         name: items or users.
         rows: those kept, in canonical columns, one per id.
         read: rows read.
-        bad: rows that cannot be meant: file, row, column, found, expected.
+        bad: invalid rows: file, row, column, found, expected.
         settled: rows left out and values taken as missing, by what they were.
         refused: why the table cannot be taken at all; empty if it can.
     """

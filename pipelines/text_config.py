@@ -89,7 +89,7 @@ class TextTrainConfig:
     model: Any
     seed: int = 0
     device: str = "auto"
-    """auto: cuda where there is one; which it is makes no other run"""
+    """auto: cuda where there is one; not part of what identifies a run"""
     rows: int = 64
     """queries or lists of a step"""
     group: int = 2
@@ -102,7 +102,7 @@ class TextTrainConfig:
     """of LexSemBridge: queries with a positive and hard negatives each, as in the paper, or `rows` neighbouring
     passages with `cuts` queries each (`pipelines.neighbour_task`)"""
     cuts: int = 3
-    """queries cut from a passage of a step, with `batches = "passages"`, as the next three"""
+    """queries cut from a passage of a step; this and the next three only with `batches = "passages"`"""
     layers: int = 0
     """top layers of the backbone that learn; 0 for all of it"""
     train_tokens: int = 128
@@ -116,7 +116,7 @@ class TextTrainConfig:
     teacher: Literal["qrels", "silver", "mixed"] = "mixed"
     """order inside a training list: grades, the first stage, or the first stage inside a grade"""
     positives: int = 2
-    """most relevant passages of a training list"""
+    """at most so many relevant passages in a training list"""
     force_positive_first: bool = False
     """with `teacher = "silver"`: relevant passages lead a training list, wherever the first stage has them"""
     loss_variant: Literal["single", "released"] = "single"

@@ -111,7 +111,7 @@ def load_recommender(path: Path, assignments: Sequence[str] = ()) -> Recommender
     """Read `[recommender]`, `[[filters]]` and `[[rules]]` of a TOML file.
 
     Raises:
-        ConfigError: an unknown key or a value that cannot be meant.
+        ConfigError: an unknown key or an invalid value.
     """
     table = read_toml(path, assignments)
     tables = parse(_Tables, table, str(path))

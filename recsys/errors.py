@@ -3,7 +3,7 @@
 A message says what was found, what was wanted and what to do next. No public operation returns None for failure.
 
     RecsysError           1  unexpected
-    |-- ConfigError       2  a configuration or command line that cannot be meant
+    |-- ConfigError       2  an invalid configuration or command line
     |-- DataError         3  files, rows or bundles that are not what they should be
     |   `-- BundleError   3  a bundle that is damaged, of another format, or answers differently than when published
     |-- StoreError        1  a store of live histories that is unavailable for now
@@ -20,7 +20,7 @@ class RecsysError(Exception):
 
 
 class ConfigError(RecsysError):
-    """The configuration or the command line cannot be meant as written."""
+    """The configuration or the command line is invalid."""
 
     exit_code = 2
 

@@ -63,7 +63,7 @@ class ServeConfig:
     topology: Literal["fused", "split"] = "fused"
     """whether models run in the processes that answer, or in deployments of their own (`serving.split`)"""
     device: Device = "auto"
-    """where models run: on the GPU where a process sees one; the index is there then, whatever this says"""
+    """where models run: auto takes the GPU that a process sees; the index lies there in any case"""
     gpus: float = 0.25
     """most of a GPU that each process with models takes of Ray, where Ray has GPUs (`gpu_share`)"""
     split: SplitConfig = field(default_factory=SplitConfig)
