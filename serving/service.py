@@ -2,8 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -46,13 +45,9 @@ from serving.replies import (
 from serving.request_log import RequestLog, logged
 from serving.state import MAX_FUTURE, State, machine_clock
 from serving.telemetry import Telemetry
+from serving.unknown_actions import unknown_actions
 from serving.view import LiveHistories, Observed
 from serving.watched import Watched
-
-TOLD = 5
-"""Most unknown actions of a post that are named."""
-KNOWN = 10
-"""Most known actions that are named beside one that is not."""
 
 WHOLE_PATH = RequestPath()
 """Without filters and rules, everything available."""
@@ -233,8 +228,7 @@ class Service:
             self.telemetry.verdict(verdict)
             verdicts.append(EventVerdict(event_id=event.event_id, verdict=verdict))
         accepted = sum(each.verdict.startswith("accepted") for each in verdicts)
-        warnings = [_unknown_action(action, bundle.manifest.actions) for action in actions]
-        warnings = warnings[:TOLD] + [f"{len(warnings) - TOLD:,} more unknown actions"] * (len(warnings) > TOLD)
+        warnings = unknown_actions(list(actions), bundle.manifest.actions)
         return EventsResponse(verdicts=verdicts, accepted=accepted, warnings=warnings)
 
     def unknown_items(self, item_ids: Iterable[str]) -> list[str]:
@@ -380,15 +374,6 @@ class Service:
 def _listed(role: Role, response: RecommendResponse) -> Listed:
     items = [item.item_id for item in response.items]
     return Listed(role, response.model_version, items, response.timings.get("total", 0.0))
-
-
-def _unknown_action(action: str, known: Sequence[str]) -> str:
-    """Return what is said of an action that the bundle does not know: the likest, and the first of those it knows."""
-    known = [name for name in known if name]
-    lower = {name.lower(): name for name in known}
-    near = "".join(f", but {lower[one]!r}" for one in get_close_matches(action.lower(), lower, 1))
-    names = ", ".join(map(repr, known[:KNOWN])) + ", ..." * (len(known) > KNOWN)
-    return f"action {action!r} is not known{near}; its events count as of no action. Known: {names}"
 
 
 def _models(manifest: Manifest) -> list[ModelInfo]:
