@@ -18,7 +18,7 @@ from pipelines.prepared import Requests
 from ranking.batch import Batch
 from ranking.embeddings import take
 from ranking.followers import Held
-from ranking.gradient_boosting import FEATURES, RISING, GradientBoosting, Training, lightgbm
+from ranking.gradient_boosting import LAST_ACTION, RISING, GradientBoosting, Training, lightgbm
 from recsys.errors import DataError
 from recsys.history import DAY
 from recsys.progress import Progress, silent
@@ -72,7 +72,8 @@ def grow(
         ConfigError: the package `lightgbm` is not installed.
         DataError: the labels are all alike.
 
-    Cost: all rows are held as float32, 52 bytes each. The same rows, seed and version of LightGBM give the same trees.
+    Cost: all rows are held as float32, some 52 bytes each. The same rows, seed and version of LightGBM give the same
+    trees.
     """
     module, config = lightgbm(), model.config
     model.recent = recent.count.to(model.recent.device)
@@ -85,7 +86,7 @@ def grow(
         "num_leaves": config.leaves,
         "learning_rate": config.learning_rate,
         "min_data_in_leaf": config.least_rows,
-        "monotone_constraints": [int(name in RISING) for name in FEATURES],
+        "monotone_constraints": [int(name in RISING) for name in config.features],
         "seed": derive(seed, 0, "trees") & 0x7FFFFFFF,
         "num_threads": torch.get_num_threads(),
         "deterministic": True,
@@ -93,7 +94,12 @@ def grow(
         "verbosity": -1,
     }
     data = module.Dataset(
-        rows.features, rows.label, init_score=rows.start, feature_name=list(FEATURES), params=parameters
+        rows.features,
+        rows.label,
+        init_score=rows.start,
+        feature_name=list(config.features),
+        categorical_feature=[LAST_ACTION] if config.actions else [],
+        params=parameters,
     )
     grown = module.train(parameters, data, num_boost_round=config.trees, callbacks=[_watching(progress, config.trees)])
     text = bytearray(grown.model_to_string().encode())
@@ -115,7 +121,7 @@ def _rows(model: GradientBoosting, batches: Iterable[tuple[Batch, Tensor]], sinc
     trained items), so every item new after training would look like a positive.
     """
     nothing = np.empty(0, np.float32)
-    parts = [Rows(np.empty((0, len(FEATURES)), np.float32), nothing, nothing)]
+    parts = [Rows(np.empty((0, len(model.config.features)), np.float32), nothing, nothing)]
     device = model.recent.device
     with torch.inference_mode():
         for batch, size in ((batch.to(device), size.to(device)) for batch, size in batches):

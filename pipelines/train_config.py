@@ -12,6 +12,7 @@ from pipelines.batches import BatchConfig
 from pipelines.leave_one_out import Protocol
 from pipelines.optimise import OptimiserConfig
 from pipelines.prepared import PreparedSet
+from ranking.embeddings import FieldWidths
 from ranking.models import RANKERS
 from recsys.config import assign, overlaid, parse, read_toml
 from recsys.errors import ConfigError
@@ -92,10 +93,23 @@ def suited(config: TrainConfig, prepared: PreparedSet) -> TrainConfig:
     """Return the config for a prepared set: without a category where the default's column is not in its catalogue.
 
     A column that was asked for by another name, and one that the model cannot do without, stays and is refused later.
+    Where the log has one action at most, nothing of a model is there to tell actions apart.
     """
+    if len(prepared.manifest["actions"]) < 2:
+        config = dataclasses.replace(config, model=_without_actions(config.model))
     optional = type(None) in get_args(get_type_hints(type(config.model)).get("category"))
     if not optional or config.model.category != type(config.model).category:
         return config
     if config.model.category in (*prepared.items.columns, *prepared.items.multi_columns):
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, category=None))
+
+
+def _without_actions(model: Any) -> Any:
+    """Return a model's config with nothing that reads actions."""
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    widths = {
+        name: dataclasses.replace(value, action=0) for name, value in values.items() if isinstance(value, FieldWidths)
+    }
+    switches = {name: type(values[name])(0) for name in ("action_width", "actions") if name in values}
+    return dataclasses.replace(model, **widths, **switches)

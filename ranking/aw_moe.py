@@ -6,7 +6,7 @@ both read the history; the gate has one gate unit and one activation unit, whose
 events are masked at random to look like users with few of them; a contrastive loss on the gate's output helps those.
 Every equation, size and default below is our reading and must not be reported as the paper's.
 
-    h_j, h_t = MLP_in(event j), MLP_in(candidate)                     item | category -> 64 -> D
+    h_j, h_t = MLP_in(event j), MLP_in(candidate)                     item | category (| action) -> 64 -> D
     h_q      = MLP_q(query)                                           16 -> 64 -> D, only where requests carry one
     a_j      = a_e([h_j ; h_t ; h_j*h_t ; h_j - h_t])                 attention of the experts, no softmax
     s_k      = Expert_k([sum_j mu_j a_j h_j ; h_t ; h_q])             one number per expert; mu: real events
@@ -70,6 +70,7 @@ class AwMoeConfig:
         width: columns of h (D).
         item_width: columns of an item's own vector.
         category_width: columns of its category's.
+        action_width: columns of what an event was; for logs of several actions.
         category: item column used as category; None for none.
         query: item column whose values requests ask for; None where they ask for nothing.
         gate: what the gate sees beside the history, see above.
@@ -92,6 +93,7 @@ class AwMoeConfig:
     width: int = 32
     item_width: int = 16
     category_width: int = 16
+    action_width: int = 0
     category: str | None = "category"
     query: str | None = None
     gate: Literal["query", "target", "none", "mixture", "fixed"] = "target"
@@ -151,10 +153,9 @@ class AwMoe(nn.Module):
         self.config = config
         self.items = items
         width, seen = config.width, 0 if config.gate == "none" else config.width
-        self.fields = Fields(
-            items, FieldWidths(config.item_width, config.category_width, 0), config.category, config.window
-        )
-        self.inner = Layers(*linear_layers(self.fields.semantic_width, 64, width), nn.ReLU())  # MLP_in
+        widths = FieldWidths(config.item_width, config.category_width, 0, config.action_width)
+        self.fields = Fields(items, widths, config.category, config.window)
+        self.inner = Layers(*linear_layers(self.fields.width, 64, width), nn.ReLU())  # MLP_in
         self.attention = ActivationUnit(width, width) if config.pooling == "attention" else None
         self.queries, self.asking = self._query_part(config, items)
         self.experts = Experts((2 if self.queries is None else 3) * width, config.experts)
@@ -182,7 +183,7 @@ class AwMoe(nn.Module):
 
     def score(self, state: AwMoeState, request: Request, candidates: Candidates) -> Tensor:
         """Return logits float32 [B, C]; cost O(C T D 32), by chunks of C."""
-        h = self.inner(self.fields.semantic(candidates.item, self.items.embedding_row))  # [B, C, D]
+        h = self.inner(self.fields.candidate(candidates.item, self.items.embedding_row))  # [B, C, D]
         asked, whole, logits = self._asked(request.query, h), None, []
         if self.config.gate == "none":
             whole = state.gate[:, None]
@@ -210,7 +211,7 @@ class AwMoe(nn.Module):
         event, mask = self._events(batch.history, row_of)
         if config.masking_alone:
             mask = masked_view(mask, config.masking, generator)
-        h = self.inner(self.fields.semantic(batch.candidates.item, row_of))  # [B, C, D]
+        h = self.inner(self.fields.candidate(batch.candidates.item, row_of))  # [B, C, D]
         asked = self._asked(batch.request.query, h)
         context = h if asked is None or config.gate == "target" else asked
         if self.activation is None:
@@ -248,7 +249,7 @@ class AwMoe(nn.Module):
     def _events(self, history: History, row_of: Tensor) -> tuple[Tensor, Tensor]:
         """Return h_j [B, T, D], zero at padding, and which are real, bool [B, T]."""
         padded = history.padded(self.config.window)
-        h = self.inner(self.fields.semantic(padded.item, row_of))
+        h = self.inner(self.fields.history(padded, None, row_of))
         return h.masked_fill(~padded.mask.unsqueeze(-1), 0.0), padded.mask
 
     @staticmethod

@@ -12,6 +12,7 @@ Two tables part them, and the attention table may then be narrow, which makes th
     logit = 1 <- PReLU <- 80 <- PReLU <- 200 <- BatchNorm(x)
 
 As a candidate's position is always 0, position enters the search only through the bias b, one number per position.
+Where the log has several actions and the widths one for them (ours), an action is read in the same way.
 
 Kept from the paper: the decoupled tables, the shared attention of search and pooling, the product v*h ("TR").
 From the authors' published runs, not in the paper's equations: `scaling = "split"`, the auxiliary head.
@@ -37,7 +38,16 @@ from torch import Tensor, nn
 
 from ranking.attention import Attention, of_found
 from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Request
-from ranking.embeddings import Fields, FieldWidths, PositionMode, hide_items, network_weights, positions, take
+from ranking.embeddings import (
+    ActionTable,
+    Fields,
+    FieldWidths,
+    PositionMode,
+    hide_items,
+    network_weights,
+    positions,
+    take,
+)
 from ranking.items import ItemTable
 from ranking.layers import (
     ScoringHead,
@@ -53,6 +63,7 @@ from ranking.own_counts import (
     OwnEvents,
     add_event,
     decayed_counts,
+    last_action,
     own_events,
     own_span,
 )
@@ -132,16 +143,23 @@ class DareConfig:
 
 
 class DareState(NamedTuple):
-    """A history embedded once in both tables; bytes per event: 4 (a_sem + d_rep) + 21."""
+    """A history embedded once in both tables; bytes per event: 4 (a_sem + d_rep) + 22."""
 
     key: Tensor  # float32 [B, T, a_sem], zero at padding
     value: Tensor  # float32 [B, T, d_rep], zero at padding
     item: Tensor  # int32 [B, T], 0 at padding
     position: Tensor  # int64 [B, T], newest = 1, padding = 0
     time: Tensor  # int64 [B, T]
+    action: Tensor  # uint8 [B, T]
     mask: Tensor  # bool [B, T]
     own_item: Tensor  # int32 [B, N], `OwnEvents` of the whole history; no columns unless own_counts
     own_time: Tensor  # int64 [B, N]
+    own_action: Tensor  # uint8 [B, N]
+
+    @property
+    def own(self) -> OwnEvents:
+        """The whole history by item."""
+        return OwnEvents(self.own_item, self.own_time, self.own_action)
 
 
 class Dare(nn.Module):
@@ -156,7 +174,11 @@ class Dare(nn.Module):
         self.representation = Fields(items, config.representation, config.category, config.window)
         self.attention = None if config.tied else Fields(items, config.attention, config.category, config.window)
         width = {"full": 3, "only": 1, "none": 2}[config.features] * self.representation.width
-        self.head = ScoringHead(width + OWN_FEATURES * config.own_counts)
+        self.last_action = None
+        if config.own_counts and config.representation.action:
+            self.last_action = ActionTable(config.representation.action)
+        shown = OWN_FEATURES + (0 if self.last_action is None else config.representation.action)
+        self.head = ScoringHead(width + shown * config.own_counts)
         self.auxiliary_head = ScoringHead(width, hidden=(200,)) if config.auxiliary else None
 
     @property
@@ -205,32 +227,35 @@ class Dare(nn.Module):
     def _objective(self, logits: Tensor, batch: Batch) -> Tensor:
         return OBJECTIVES[self.config.objective](logits, batch.label, batch.weight, batch.log_q)
 
-    def append(self, state: DareState, item: Tensor, time: Tensor) -> DareState:
+    def append(self, state: DareState, item: Tensor, time: Tensor, action: Tensor) -> DareState:
         """Return the state after one more event per request, equal bit for bit to encoding the longer history.
 
         Args:
             state: what `encode` gave.
             item: int32 [B], rows of the new events.
             time: int64 [B], their moments, none before the newest in the state.
+            action: integer [B], their actions' codes.
 
         Cost: one row looked up per request; kept rows move, and only their position part is read again.
         """
         semantic, row_of = self.representation.semantic_width, self.items.embedding_row
-        own = OwnEvents(state.own_item, state.own_time)
+        own = state.own
         mask = push(state.mask, torch.ones_like(item, dtype=torch.bool))
         width = min(int(mask.sum(1).max()), self.config.window)
         mask, moved = mask[:, -width:], push(state.time, time)[:, -width:]
         items = push(state.item, item)[:, -width:]
+        actions = push(state.action, action.to(torch.uint8))[:, -width:]
         position = positions(moved, mask, self.config.pos_mode)
         value = push(state.value[..., :semantic], self.representation.semantic(item, row_of))[:, -width:]
         return DareState(
             push(state.key, self._attention.semantic(item, row_of))[:, -width:],
-            self.representation.with_position(value, position, mask),
+            self.representation.events(value, position, actions, mask),
             items,
             position,
             moved,
+            actions,
             mask,
-            *(add_event(own, item, time) if self.config.own_counts else own),
+            *(add_event(own, item, time, action) if self.config.own_counts else own),
         )
 
     def evict(self, state: DareState, item: Tensor) -> DareState:
@@ -246,7 +271,7 @@ class Dare(nn.Module):
         Cost: rows move, and only their position part is read again.
         """
         found = (state.item == item[:, None]) & state.mask
-        own = OwnEvents(state.own_item, state.own_time)
+        own = state.own
         inside = found.any(1)
         missing = (item != PAD) & ~inside
         if self.config.own_counts:
@@ -255,17 +280,17 @@ class Dare(nn.Module):
             longer = (own.item != PAD).sum(1) > state.mask.sum(1)
             missing = (item != PAD) & (~mine.any(1) | (everything & longer))
             inside = inside & everything
-            own = OwnEvents(*_kept(_oldest(mine & (item != PAD)[:, None]), own.item != PAD, own.item, own.time))
+            own = OwnEvents(*_kept(_oldest(mine & (item != PAD)[:, None]), own.item != PAD, *own))
         if missing.any():
             at = int(missing.nonzero()[0])
             raise DataError(f"request {at}: item row {int(item[at])} can't leave its state; encode the history again")
         semantic = self.representation.semantic_width
         gone = _oldest(found & inside[:, None])
-        parts = (state.key, state.value[..., :semantic], state.item, state.time, state.mask)
-        key, value, items, time, mask = _kept(gone, state.mask, *parts)
+        parts = (state.key, state.value[..., :semantic], state.item, state.time, state.action, state.mask)
+        key, value, items, time, action, mask = _kept(gone, state.mask, *parts)
         position = positions(time, mask, self.config.pos_mode)
-        value = self.representation.with_position(value, position, mask)
-        return DareState(key, value, items, position, time, mask, *own)
+        value = self.representation.events(value, position, action, mask)
+        return DareState(key, value, items, position, time, action, mask, *own)
 
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Return the weights of the K found events, beside softmax attention over all of the window."""
@@ -285,8 +310,10 @@ class Dare(nn.Module):
             key = value[..., : self.representation.semantic_width]
         else:
             key = self.attention.semantic(padded.item, row_of).masked_fill(~padded.mask.unsqueeze(-1), 0.0)
-        own = own_events(history) if self.config.own_counts else (padded.item[:, :0], padded.time[:, :0])
-        return DareState(key, value, padded.item, position, padded.time, padded.mask, *own)
+        action = padded.action.to(torch.uint8)
+        none = OwnEvents(padded.item[:, :0], padded.time[:, :0], action[:, :0])
+        own = own_events(history) if self.config.own_counts else none
+        return DareState(key, value, padded.item, position, padded.time, action, padded.mask, *own)
 
     def search_scores(self, state: DareState, query: Tensor) -> Tensor:
         """Return the attention scores [B, C, T] of candidates' semantic attention vectors [B, C, a_sem].
@@ -296,11 +323,12 @@ class Dare(nn.Module):
         attention, single = self._attention, self.config.scaling == "single"
         query = query / math.sqrt(attention.width if single else attention.semantic_width)
         scores = query @ state.key.mT if self.training else steady_each(query, state.key)
-        if attention.position is None:
-            return scores
-        table = attention.position.weight  # [P + 1, a_pos]
-        bias = (table * table[0]).sum(1) / math.sqrt(attention.width if single else table.shape[1])  # [P + 1]
-        return scores + take(bias, state.position)[:, None, :]
+        parts = [
+            take(table.to_candidate() / math.sqrt(attention.width if single else table.weight.shape[1]), row)
+            for table, row in ((attention.position, state.position), (attention.action, state.action.int() + 1))
+            if table is not None
+        ]
+        return scores + torch.stack(parts).sum(0)[:, None, :] if parts else scores
 
     def _pool(self, state: DareState, query: Tensor) -> Tensor:
         """Return h [B, C, d_rep] for semantic attention vectors [B, C, a_sem]."""
@@ -322,10 +350,12 @@ class Dare(nn.Module):
 
         Logs of its own decayed count and of a slower one, log(1 + days since the newest of its own events), log of how
         late it is, (1 + those days) / (1 + mean days between its events; 0 below two events), log(1 + training count).
+        Where actions are told apart, the vector of the user's newest one on the candidate follows.
         """
         if not self.config.own_counts:
             return features
-        own, item, half_life = OwnEvents(state.own_item, state.own_time), candidates.item, self.config.half_life_days
+        own, item = state.own, candidates.item
+        half_life = self.config.half_life_days
         mine, slowly = (
             (decayed_counts(own, request.at, item, times * half_life) + LEAST_COUNT).log() for times in (1, SLOW)
         )
@@ -337,7 +367,10 @@ class Dare(nn.Module):
         known = take(row_of, item) != UNKNOWN  # a hidden item has no training events, as a new one has none
         everybody = take(self.items.count, item) * known
         shown = torch.stack([mine, slowly, days.log1p(), late, everybody.double().log1p()], -1).to(features.dtype)
-        return torch.cat([features, shown], -1)
+        features = torch.cat([features, shown], -1)
+        if self.last_action is None:
+            return features
+        return torch.cat([features, self.last_action(last_action(own, item))], -1)
 
 
 def _oldest(found: Tensor) -> Tensor:

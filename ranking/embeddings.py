@@ -1,7 +1,8 @@
-"""Embedding tables, and the item | category | position fields that the target-attention models share.
+"""Embedding tables, and the item | category | position | action fields that the target-attention models share.
 
 An item reads the row `items.embedding_row` names: its own if it had training events, else row 1, "unknown". Its
-category is read whether it was trained or not, so a new item is an unknown item of a known category.
+category is read whether it was trained or not, so a new item is an unknown item of a known category. What an event was
+(a view, a purchase) is a field of its own, that no paper here has: with a width of 0 all actions are alike.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from ranking.rows import fetch
 from recsys.errors import ConfigError
 
 INIT_STD = 0.01
+ACTIONS = 256
+"""Codes that an action can have; 0 is none, and one that nobody has seen."""
 
 PositionMode = Literal["slot", "group"]
 """`slot`: every event has its own position. `group`: events of one moment (a basket) share a position."""
@@ -31,17 +34,19 @@ class FieldWidths:
         item: learned vector of the item itself.
         category: learned vector of its category, the mean of them where an item has several.
         position: learned vector of how far back an event lies.
+        action: learned vector of what the user did; for logs of several actions.
     """
 
     item: int = 16
     category: int = 16
     position: int = 16
+    action: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.item, self.category, self.position) < 0 or self.item + self.category == 0:
+        if min(self.item, self.category, self.position, self.action) < 0 or self.item + self.category == 0:
             raise ConfigError(
-                f"field widths item={self.item}, category={self.category}, position={self.position}: "
-                "expected none negative, and item or category above 0"
+                f"field widths item={self.item}, category={self.category}, position={self.position}, "
+                f"action={self.action}: expected none negative, and item or category above 0"
             )
 
 
@@ -80,16 +85,32 @@ class ItemEmbedding(nn.Module):
         return F.embedding_bag(row, self.weight, start, mode="mean", sparse=True, padding_idx=PAD)
 
 
-class PositionTable(nn.Module):
-    """One table float32 [positions + 1, width], N(0, 0.01): row 0 is the candidate, row 1 the newest event."""
+class EventTable(nn.Module):
+    """One table float32 [kinds + 1, width], N(0, 0.01), of what events have and items have not.
 
-    def __init__(self, positions: int, width: int) -> None:
+    Row 0 is the candidate; an event reads row 1 ..: its position, the newest being 1, or its action's code plus 1.
+    """
+
+    def __init__(self, kinds: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(positions + 1, width) * INIT_STD)
+        self.weight = nn.Parameter(torch.randn(kinds + 1, width) * INIT_STD)
 
-    def forward(self, position: Tensor) -> Tensor:
-        """Return float32 [..., width] for positions [...] in 0..positions."""
-        return F.embedding(position, self.weight)
+    def forward(self, row: Tensor) -> Tensor:
+        """Return float32 [..., width] for rows [...] in 0..kinds."""
+        return F.embedding(row, self.weight)
+
+    def to_candidate(self) -> Tensor:
+        """Return the inner product of every row with the candidate's, [kinds + 1]."""
+        return (self.weight * self.weight[0]).sum(1)
+
+
+class ActionTable(EventTable):
+    """The table of actions. Where every event of the log has one, no action stays the zero it starts at."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(ACTIONS, width)
+        with torch.no_grad():
+            self.weight[1] = 0.0
 
 
 def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -99,7 +120,7 @@ def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def network_weights(module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters that are neither embeddings nor biases: those that a weight penalty is for."""
-    tables = {id(part.weight) for part in module.modules() if isinstance(part, ItemEmbedding | PositionTable)}
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, ItemEmbedding | EventTable)}
     for name, parameter in module.named_parameters():
         if id(parameter) not in tables and not name.endswith("bias"):
             yield parameter
@@ -145,7 +166,7 @@ def positions(time: Tensor, mask: Tensor, mode: PositionMode) -> Tensor:
 
 
 class Fields(nn.Module):
-    """The concatenation item | category | position of an event or a candidate, float32 [..., D].
+    """The concatenation item | category | position | action of an event or a candidate, float32 [..., D].
 
     Args:
         items: attributes by item row.
@@ -159,14 +180,15 @@ class Fields(nn.Module):
         self.items = items
         self.category_name = category
         self.semantic_width = widths.item + (widths.category if category is not None else 0)
-        self.width = self.semantic_width + widths.position
+        self.width = self.semantic_width + widths.position + widths.action
         if self.semantic_width == 0:
             raise ConfigError("field widths: item is 0 and there is no category column; give item a width above 0")
         self.item = ItemEmbedding(len(items), widths.item) if widths.item else None
         self.category = (
             ItemEmbedding(items.codes(category), widths.category) if category is not None and widths.category else None
         )
-        self.position = PositionTable(window, widths.position) if widths.position else None
+        self.position = EventTable(window, widths.position) if widths.position else None
+        self.action = ActionTable(widths.action) if widths.action else None
 
     def semantic(self, item: Tensor, row_of: Tensor) -> Tensor:
         """Return item | category, float32 [..., Di + Dc], for item rows [...].
@@ -195,20 +217,23 @@ class Fields(nn.Module):
         means = (self.category.mean(*column_of.of(item.reshape(-1))) for item in items)
         return tuple(mean.view(*item.shape, mean.shape[1]) for mean, item in zip(means, items, strict=True))
 
-    def history(self, padded: Padded, position: Tensor, row_of: Tensor) -> Tensor:
+    def history(self, padded: Padded, position: Tensor | None, row_of: Tensor) -> Tensor:
         """Return all fields of the events, float32 [B, T, D], exactly zero at padding."""
-        return self.with_position(self.semantic(padded.item, row_of), position, padded.mask)
+        return self.events(self.semantic(padded.item, row_of), position, padded.action, padded.mask)
 
-    def with_position(self, semantic: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-        """Join item | category [B, T, Di + Dc] with the vectors of positions [B, T]; exactly zero at padding."""
-        if self.position is not None:
-            semantic = torch.cat([semantic, self.position(position)], -1)
-        return semantic.masked_fill(~mask.unsqueeze(-1), 0.0)
+    def events(self, semantic: Tensor, position: Tensor | None, action: Tensor, mask: Tensor) -> Tensor:
+        """Join item | category [B, T, Di + Dc] with the vectors of positions and actions [B, T]; zero at padding."""
+        parts = [semantic]
+        if self.position is not None and position is not None:
+            parts.append(self.position(position))
+        if self.action is not None:
+            parts.append(self.action(action.int() + 1))
+        joined = torch.cat(parts, -1) if len(parts) > 1 else semantic
+        return joined.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def candidate(self, item: Tensor, row_of: Tensor) -> Tensor:
-        """Return all fields of the candidates, float32 [B, C, D]; their position is 0."""
+        """Return all fields of the candidates, float32 [B, C, D]; the candidate's own rows stand for an event's."""
         semantic = self.semantic(item, row_of)
-        if self.position is None:
-            return semantic
-        own = self.position(torch.zeros(1, dtype=torch.int64, device=item.device))  # [1, Dt]
-        return torch.cat([semantic, own.expand(*item.shape, -1)], -1)
+        first = torch.zeros(1, dtype=torch.int64, device=item.device)
+        own = [table(first).expand(*item.shape, -1) for table in (self.position, self.action) if table is not None]
+        return torch.cat([semantic, *own], -1) if own else semantic

@@ -1,4 +1,4 @@
-"""Gradient boosting (LightGBM) on eleven counts: what a practitioner builds before any sequence model.
+"""Gradient boosting (LightGBM) on about ten counts: what a practitioner builds before any sequence model.
 
 Ke et al., "LightGBM: A Highly Efficient Gradient Boosting Decision Tree", NIPS 2017.
 
@@ -8,6 +8,7 @@ Ke et al., "LightGBM: A Highly Efficient Gradient Boosting Decision Tree", NIPS 
     popularity, popularity_recent      log(1 + training events), of the whole period and of its last `recent_days`
     followed                           P(candidate | items of the newest basket), from the training transitions
     events, user_age_days              length of the history, and time since its newest event
+    last_action                        what the user last did with the candidate, 0 if nothing; only with `actions`
 
 All of them come from sorted histories by binary search, O((T + C) log T) a request. `pipelines.boost` grows the trees
 on the very requests and sampled negatives the other rankers see; the logit is the sum of the trees. Popularity
@@ -41,6 +42,7 @@ from ranking.own_counts import (
     OwnEvents,
     decayed_counts,
     decayed_total,
+    last_action,
     own_events,
     own_span,
 )
@@ -61,6 +63,8 @@ FEATURES = (
     "events",
     "user_age_days",
 )
+LAST_ACTION = "last_action"
+"""A category, beside the counts."""
 
 RISING = ("own_count", "own_short", "own_long", "category_share", "popularity", "followed")
 """Features of which more never lowers the score."""
@@ -79,6 +83,7 @@ class GradientBoostingConfig:
         long_days: half-life of `own_long` and of the category's share.
         recent_days: last days of the training period that `popularity_recent` counts.
         category: item column used as category; None leaves its two features out.
+        actions: tell apart what the user did last with a candidate; for logs of several actions.
     """
 
     trees: int = 200
@@ -89,6 +94,12 @@ class GradientBoostingConfig:
     long_days: float = 60.0
     recent_days: float = 28.0
     category: str | None = "category"
+    actions: bool = False
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features, in order."""
+        return (*FEATURES, LAST_ACTION) if self.actions else FEATURES
 
     def __post_init__(self) -> None:
         if self.trees < 1 or self.leaves < 2 or self.least_rows < 1 or self.learning_rate <= 0:
@@ -108,11 +119,23 @@ class CountsState(NamedTuple):
 
     item: Tensor  # int32 [B, T], `OwnEvents` of the items
     time: Tensor  # int64 [B, T]
+    action: Tensor  # uint8 [B, T]
     category: Tensor  # int32 [B, T], `OwnEvents` of the categories; no columns without one
     category_time: Tensor  # int64 [B, T]
+    category_action: Tensor  # uint8 [B, T]
     basket: Tensor  # int32 [B, M], the items of the newest moment
     events: Tensor  # int64 [B], length of the history
     newest: Tensor  # int64 [B], time of its newest event, 0 if it is empty
+
+    @property
+    def own(self) -> OwnEvents:
+        """The events by item."""
+        return OwnEvents(self.item, self.time, self.action)
+
+    @property
+    def own_category(self) -> OwnEvents:
+        """The events by category."""
+        return OwnEvents(self.category, self.category_time, self.category_action)
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ class GradientBoosting(nn.Module):
     def encode(self, history: History) -> CountsState:
         """Return the history ordered by item and by category; cost O(T log T)."""
         own = own_events(history)
-        category = OwnEvents(own.item[:, :0], own.time[:, :0])
+        category = OwnEvents(*(part[:, :0] for part in own))
         if self.config.category is not None:
             codes = take(self.items.column(self.config.category), history.item)
             category = own_events(replace(history, item=codes))
@@ -172,13 +195,13 @@ class GradientBoosting(nn.Module):
     def features(
         self, state: CountsState, request: Request, candidates: Candidates, training: Training | None = None
     ) -> Tensor:
-        """Return the features of all candidates in the order of `FEATURES`, float32 [B, C, F], NaN where missing.
+        """Return the features of all candidates in the order of the config's, float32 [B, C, F], NaN where missing.
 
         Computed in float64 and rounded at the end, so that a last digit does not move a candidate past a threshold.
         With `training` the requests are left out of the counts that they are part of.
         """
         item, at, config = candidates.item, request.at, self.config
-        own = OwnEvents(state.item, state.time)
+        own = state.own
         count, _, newest = own_span(own, item)
         everybody, recent = take(self.items.count, item), take(self.recent, item)
         if training is not None:
@@ -187,7 +210,7 @@ class GradientBoosting(nn.Module):
             recent = (recent - label * training.recent[:, None]).clamp_min(0)
         share, category_age = self._category(state, at, item)
         by_user = torch.zeros_like(share)  # [B, C]
-        columns = (
+        columns = [
             count.double(),
             decayed_counts(own, at, item, config.short_days),
             decayed_counts(own, at, item, config.long_days),
@@ -199,7 +222,9 @@ class GradientBoosting(nn.Module):
             followed(self.items.transitions, self.total, state.basket, item, training.held if training else None),
             by_user + state.events[:, None],
             by_user + _age_days(at, state.newest[:, None], state.events[:, None] > 0),
-        )
+        ]
+        if config.actions:
+            columns.append(last_action(own, item).double())
         return torch.stack(columns, -1).float()
 
     def _category(self, state: CountsState, at: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +232,7 @@ class GradientBoosting(nn.Module):
         if self.config.category is None:
             nothing = torch.full(item.shape, math.nan, dtype=torch.float64, device=item.device)
             return nothing, nothing
-        own, code = OwnEvents(state.category, state.category_time), take(self.items.column(self.config.category), item)
+        own, code = state.own_category, take(self.items.column(self.config.category), item)
         count, _, newest = own_span(own, code)
         total = decayed_total(own, at, self.config.long_days)[:, None]
         share = decayed_counts(own, at, code, self.config.long_days) / total.clamp_min(torch.finfo(total.dtype).tiny)

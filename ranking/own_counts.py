@@ -15,6 +15,7 @@ class OwnEvents(NamedTuple):
 
     item: Tensor  # int32 [B, T], ascending; padding (0) first
     time: Tensor  # int64 [B, T], the events' times in that order
+    action: Tensor  # uint8 [B, T], their actions' codes
 
 
 def own_events(history: History, window: int | None = None) -> OwnEvents:
@@ -22,15 +23,25 @@ def own_events(history: History, window: int | None = None) -> OwnEvents:
     longest = int(history.lengths.max()) if len(history) else 0
     padded = history.padded(window or max(longest, 1))
     item, order = padded.item.sort(dim=1, stable=True)
-    return OwnEvents(item, padded.time.gather(1, order))
+    return OwnEvents(item, padded.time.gather(1, order), padded.action.to(torch.uint8).gather(1, order))
 
 
-def add_event(own: OwnEvents, item: Tensor, time: Tensor) -> OwnEvents:
-    """Return the events with one more per request (item int32 [B], time int64 [B]), as `own_events` would give them."""
+def add_event(own: OwnEvents, item: Tensor, time: Tensor, action: Tensor) -> OwnEvents:
+    """Return the events with one more per request, as `own_events` would give them.
+
+    Args:
+        own: events ordered by item.
+        item: int32 [B].
+        time: int64 [B], not before any event of the item.
+        action: integer [B], codes.
+    """
     items, order = torch.cat([own.item, item[:, None]], 1).sort(dim=1, stable=True)
-    times = torch.cat([own.time, time[:, None]], 1).gather(1, order)
+    times, actions = (
+        torch.cat([before, new.to(before.dtype)[:, None]], 1).gather(1, order)
+        for before, new in ((own.time, time), (own.action, action))
+    )
     width = int((items != PAD).sum(1).max())
-    return OwnEvents(items[:, -width:], times[:, -width:])
+    return OwnEvents(items[:, -width:], times[:, -width:], actions[:, -width:])
 
 
 def decayed_counts(own: OwnEvents, at: Tensor, item: Tensor, half_life_days: float) -> Tensor:
@@ -70,6 +81,12 @@ def own_span(own: OwnEvents, item: Tensor) -> OwnSpan:
     newest = (end - 1).clamp_min(0)
     oldest = torch.minimum(start, newest)  # in bounds where there are none
     return OwnSpan(count, *(own.time.gather(1, place).masked_fill(count == 0, 0) for place in (oldest, newest)))
+
+
+def last_action(own: OwnEvents, item: Tensor) -> Tensor:
+    """Return 1 + the code of the newest action on each candidate (int32 [B, C]), 0 if there is none; int64 [B, C]."""
+    start, end = _places(own, item)
+    return (own.action.gather(1, (end - 1).clamp_min(0)).long() + 1).masked_fill(start == end, 0)
 
 
 def _places(own: OwnEvents, item: Tensor) -> tuple[Tensor, Tensor]:

@@ -214,7 +214,7 @@ class Sdim(nn.Module):
         logits = score_real(self.head, features, batch.candidates.mask)
         return pointwise_loss(logits, batch)
 
-    def append(self, state: SdimState, item: Tensor, time: Tensor) -> SdimState:
+    def append(self, state: SdimState, item: Tensor, time: Tensor, action: Tensor) -> SdimState:
         """Return the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.
 
         Equal bit for bit to encoding the longer history; cost O(G D), and one copy of the state.

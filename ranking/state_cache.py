@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ MOST_STEPS = 32
 class Appends(Protocol):
     """A ranker whose state can take one more event."""
 
-    def append(self, state: Any, item: Tensor, time: Tensor) -> Any:
-        """Return the state after one more event per request: item rows int32 [B], times int64 [B]."""
+    def append(self, state: Any, item: Tensor, time: Tensor, action: Tensor) -> Any:
+        """Return the state after one more event per request: item rows int32 [B], times int64 [B], codes uint8 [B]."""
         ...
 
 
@@ -52,19 +52,40 @@ OVERHEAD, PER_TENSOR = 1_000, 100
 """Bytes of an entry and of each of its tensors beside their numbers; measured 1,230 with one tensor, 940 with four."""
 
 
+class Seen(NamedTuple):
+    """The events a model reads, oldest first."""
+
+    rows: NDArray[np.int32]  # [n]
+    times: NDArray[np.int64]  # [n]
+    actions: NDArray[np.uint8]  # [n]
+
+    def part(self, start: int | None, end: int | None) -> "Seen":
+        """Return some of them."""
+        return Seen(self.rows[start:end], self.times[start:end], self.actions[start:end])
+
+    def same(self, other: "Seen") -> bool:
+        """Whether others are the very same."""
+        pairs = (self.times, other.times), (self.rows, other.rows), (self.actions, other.actions)
+        return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+    def copied(self) -> "Seen":
+        """Return them in memory of their own."""
+        return Seen(self.rows.copy(), self.times.copy(), self.actions.copy())
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A state and the events it was made of: rows int32 [n] and times int64 [n], oldest first."""
+    """A state and the events it was made of."""
 
-    rows: NDArray[np.int32]
-    times: NDArray[np.int64]
+    events: Seen
     state: Any
 
     @property
     def bytes(self) -> int:
         """Memory of the entry, about: what the objects around a few numbers take is most of a small one."""
         parts = list(_tensors(self.state))
-        return OVERHEAD + PER_TENSOR * len(parts) + self.rows.nbytes + self.times.nbytes + sum(p.nbytes for p in parts)
+        events = sum(values.nbytes for values in (self.events.times, self.events.rows, self.events.actions))
+        return OVERHEAD + PER_TENSOR * len(parts) + events + sum(part.nbytes for part in parts)
 
 
 @dataclass
@@ -158,15 +179,15 @@ class Vectors:
 
     def of(self, user: User, encode: Callable[[], Tensor]) -> Tensor:
         """Return the vector of a user, float32 [1, D], equal bit for bit to what `encode` gives."""
-        rows, times = _newest(user, self._window)
+        events = _newest(user, self._window)
         if user.user_id is None:
             return encode()
         entry = self._cache.get(user.user_id, self._model)
-        if entry is not None and np.array_equal(entry.times, times) and np.array_equal(entry.rows, rows):
+        if entry is not None and entry.events.same(events):
             vector: Tensor = entry.state
             return vector
         vector = encode()
-        self._cache.put(user.user_id, self._model, Entry(rows.copy(), times.copy(), _owned(vector)))
+        self._cache.put(user.user_id, self._model, Entry(events.copied(), _owned(vector)))
         return vector
 
 
@@ -194,12 +215,12 @@ class States:
         Cost: of a kept state one comparison of its events; of each event more or less one append or evict.
         """
         window = self._ranker.window
-        rows, times = _newest(user, window)
-        if user.user_id is None or not isinstance(self._ranker, Appends) or len(rows) < self._cache.config.least_events:
+        events, least = _newest(user, window), self._cache.config.least_events
+        if user.user_id is None or not isinstance(self._ranker, Appends) or len(events.rows) < least:
             return encode()
         counts = self._cache.counts
         entry = self._cache.get(user.user_id, self._model)
-        steps = None if entry is None else _steps(entry, rows, times, window, isinstance(self._ranker, Evicts))
+        steps = None if entry is None else _steps(entry.events, events, window, isinstance(self._ranker, Evicts))
         if entry is None or steps is None:
             counts.misses += 1
             state = encode()
@@ -208,32 +229,31 @@ class States:
             return entry.state
         else:
             counts.updates += 1
-            state = self._updated(entry, rows, times, *steps)
+            state = self._updated(entry, events, *steps)
         # Copies: views would keep the mapped snapshot, or the arrays of a wider state, alive uncounted.
-        self._cache.put(user.user_id, self._model, Entry(rows.copy(), times.copy(), _owned(state)))
+        self._cache.put(user.user_id, self._model, Entry(events.copied(), _owned(state)))
         return state
 
-    def _updated(self, entry: Entry, rows: NDArray[np.int32], times: NDArray[np.int64], gone: int, new: int) -> object:
+    def _updated(self, entry: Entry, events: Seen, gone: int, new: int) -> object:
         """Bring a state up to date by so many events from the front and at the end."""
         state = entry.state
         if gone and isinstance(self._ranker, Evicts):
-            for item in torch.split(self._tensor(entry.rows[:gone]), 1):
+            for item in torch.split(self._tensor(entry.events.rows[:gone]), 1):
                 state = self._ranker.evict(state, item)
         if new and isinstance(self._ranker, Appends):
-            for item, moment in zip(
-                torch.split(self._tensor(rows[-new:]), 1), torch.split(self._tensor(times[-new:]), 1), strict=True
-            ):
-                state = self._ranker.append(state, item, moment)
+            added = (torch.split(self._tensor(values), 1) for values in events.part(-new, None))
+            for item, moment, action in zip(*added, strict=True):
+                state = self._ranker.append(state, item, moment, action)
         return state
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values.copy()).to(self._device)
 
 
-def _newest(user: User, window: int | None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return rows and times of a user's newest events, all of them without a window."""
-    used = slice(-window if window is not None else None, None)
-    return user.rows[used], user.events.time[used]
+def _newest(user: User, window: int | None) -> Seen:
+    """Return a user's newest events, all of them without a window."""
+    start = None if window is None else -window
+    return Seen(user.rows, user.events.time, user.events.action).part(start, None)
 
 
 def model_digest(bundle: Bundle, role: Role) -> str:
@@ -244,14 +264,12 @@ def model_digest(bundle: Bundle, role: Role) -> str:
     return sha256_json([entry.name, entry.config, *files])
 
 
-def _steps(
-    entry: Entry, rows: NDArray[np.int32], times: NDArray[np.int64], window: int | None, evicts: bool
-) -> tuple[int, int] | None:
-    """Return how many events to evict, and then to append, to come from an entry's events to these; None for no way.
+def _steps(old: Seen, events: Seen, window: int | None, evicts: bool) -> tuple[int, int] | None:
+    """Return how many events to evict, and then to append, to come from old events to these; None for no way.
 
     An append to a full window drops the oldest event by itself.
     """
-    before, after = len(entry.rows), len(rows)
+    before, after = len(old.rows), len(events.rows)
     for new in range(min(MOST_STEPS, after) + 1):
         kept = after - new
         if kept > before or kept == 0:
@@ -259,8 +277,7 @@ def _steps(
         gone = before - kept - (0 if window is None else max(0, before + new - window))
         if gone < 0 or gone > (MOST_STEPS if evicts else 0):
             continue
-        same = np.array_equal(entry.times[before - kept :], times[:kept])
-        if same and np.array_equal(entry.rows[before - kept :], rows[:kept]):
+        if old.part(before - kept, None).same(events.part(None, kept)):
             return gone, new
     return None
 

@@ -26,7 +26,7 @@ from recsys.errors import ConfigError, DataError
 from worlds import ROWS, item_table
 
 seeds = st.integers(0, 2**31)
-SMALL = FieldWidths(3, 2, 2)
+SMALL, WITH_ACTION = FieldWidths(3, 2, 2), FieldWidths(3, 2, 2, 2)
 
 
 def build(seed: int = 0, config: DareConfig | None = None, **changes: Any) -> Dare:
@@ -57,7 +57,7 @@ def make_batch(
     rows = torch.from_numpy(draws.integers(UNKNOWN, ROWS, (users, candidates)).astype(np.int32))
     label = torch.from_numpy(draws.integers(0, 2, rows.shape)).double()
     return Batch(
-        History(item, torch.zeros_like(item), torch.from_numpy(np.concatenate(times)), offsets),
+        History(item, item * 7 % 4, torch.from_numpy(np.concatenate(times)), offsets),  # actions 0 to 3
         Request(torch.full((users,), 10**7)),
         Candidates(rows),
         label,
@@ -355,11 +355,14 @@ def test_gradients_equal_finite_differences(auxiliary: bool) -> None:
 # Serving
 
 
+@pytest.mark.parametrize("widths", [SMALL, WITH_ACTION], ids=["", "actions"])
 @pytest.mark.parametrize("own_counts", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pos_mode", ["slot", "group"])
-def test_appending_an_event_equals_encoding_the_longer_history(pos_mode: str, tied: bool, own_counts: bool) -> None:
-    model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts)
+def test_appending_an_event_equals_encoding_the_longer_history(
+    pos_mode: str, tied: bool, own_counts: bool, widths: FieldWidths
+) -> None:
+    model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts, attention=widths, representation=widths)
     for seed in range(20):
         batch = make_batch(seed, most=seed, users=3)
         h = batch.history
@@ -369,16 +372,22 @@ def test_appending_an_event_equals_encoding_the_longer_history(pos_mode: str, ti
         time = newest + torch.tensor([0, 1, seed % 2])  # into the newest basket, or a new one
         items = torch.cat([torch.cat([h.item[rows], item[b : b + 1]]) for b, rows in enumerate(own)])
         times = torch.cat([torch.cat([h.time[rows], time[b : b + 1]]) for b, rows in enumerate(own)])
-        longer = History(items, torch.zeros_like(items), times, h.offsets + torch.arange(4))
-        for ours, rebuilt in zip(model.append(model.encode(h), item, time), model.encode(longer), strict=True):
+        action = torch.tensor([3, 0, seed % 4], dtype=torch.int32)
+        actions = torch.cat([torch.cat([h.action[rows], action[b : b + 1]]) for b, rows in enumerate(own)])
+        longer = History(items, actions, times, h.offsets + torch.arange(4))
+        for ours, rebuilt in zip(model.append(model.encode(h), item, time, action), model.encode(longer), strict=True):
+            assert ours.dtype == rebuilt.dtype
             assert torch.equal(ours, rebuilt)
 
 
+@pytest.mark.parametrize("widths", [SMALL, WITH_ACTION], ids=["", "actions"])
 @pytest.mark.parametrize("own_counts", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pos_mode", ["slot", "group"])
-def test_evicting_an_event_equals_encoding_what_is_left(pos_mode: str, tied: bool, own_counts: bool) -> None:
-    model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts)
+def test_evicting_an_event_equals_encoding_what_is_left(
+    pos_mode: str, tied: bool, own_counts: bool, widths: FieldWidths
+) -> None:
+    model = build(20, pos_mode=pos_mode, tied=tied, own_counts=own_counts, attention=widths, representation=widths)
     refused = 0
     for seed in range(40):
         h, draws = make_batch(seed, most=seed % 20, users=3).history, np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ranking.batch import UNKNOWN, Batch, Candidates
 from ranking.dare import Dare, DareConfig
-from ranking.embeddings import ItemEmbedding, PositionTable
+from ranking.embeddings import EventTable, ItemEmbedding
 from ranking.layers import ScoringHead, search
 from ranking.losses import listwise_cross_entropy
 
@@ -66,7 +66,7 @@ def written(model: Dare, batch: Batch, row_of: Tensor, objective: Callable[[Tens
                 rows[name].append(torch.cat([v, h, v * h]))
     heads = {"main": model.head, "auxiliary": model.auxiliary_head}
     parts = {name: objective(logits_of(head, torch.stack(rows[name]))) for name, head in heads.items()}
-    tables = {id(part.weight) for part in model.modules() if isinstance(part, ItemEmbedding | PositionTable)}
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, ItemEmbedding | EventTable)}
     weights = [p for n, p in model.named_parameters() if id(p) not in tables and not n.endswith("bias")]
     return parts | {"l2": config.l2 * sum(p.square().sum() for p in weights)}
 
@@ -137,7 +137,7 @@ def test_the_defaults_are_the_authors() -> None:
 
 def test_embeddings_start_small_and_the_padding_row_at_zero() -> None:
     torch.manual_seed(0)
-    table, position = ItemEmbedding(1000, 16).weight.detach(), PositionTable(1000, 16).weight.detach()
+    table, position = ItemEmbedding(1000, 16).weight.detach(), EventTable(1000, 16).weight.detach()
     assert table[0].abs().sum() == 0
     for weight in (table[1:], position):
         assert float(weight.std()) == pytest.approx(0.01, rel=0.05)  # 16,000 draws

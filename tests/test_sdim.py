@@ -23,6 +23,8 @@ from recsys.errors import ConfigError, DataError
 from worlds import ROWS, histories, item_table, normal
 
 seeds = st.integers(0, 2**31)
+NO_ACTION = torch.zeros(1, dtype=torch.uint8)
+"""What an event was is not read."""
 norms = st.sampled_from(["none", "ratio", "l2"])
 SMALL = SdimConfig(window=8, recent=3, groups=4, item_width=3, category_width=2, hidden=4, unknown_rate=0.0)
 
@@ -347,7 +349,7 @@ def test_append_evict_and_merge_in_any_order_equal_a_rebuild_bit_for_bit(
         draws = np.random.default_rng(seed)
         if action == "append":
             new = draws.integers(UNKNOWN, ROWS, len(logs))
-            state = model.append(state, torch.from_numpy(new.astype(np.int32)), torch.zeros(len(new)))
+            state = model.append(state, torch.from_numpy(new.astype(np.int32)), torch.zeros(len(new)), NO_ACTION)
             logs = [[*log, int(item)] for log, item in zip(logs, new, strict=True)]
         elif action == "evict":
             gone = [int(draws.choice(log)) if log and draws.random() < 0.8 else PAD for log in logs]
@@ -434,7 +436,7 @@ def test_scores_after_append_and_evict_are_those_of_the_history() -> None:
     model, batch = build(7), make_batch(8)
     before = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14] * 9]
     state = model.encode(histories(before))
-    state = model.append(state, torch.tensor([3, 4, 3, 4], dtype=torch.int32), torch.zeros(4))
+    state = model.append(state, torch.tensor([3, 4, 3, 4], dtype=torch.int32), torch.zeros(4), NO_ACTION)
     state = model.evict(state, torch.tensor([6, 0, 13, 14], dtype=torch.int32))
     after = histories([[5, 7, 3], [8, 9, 4], [10, 11, 12, 3], [14] * 6 + [4]])
     found = model.score(state, batch.request, batch.candidates)
@@ -536,7 +538,9 @@ def test_the_table_is_that_worked_out_by_hand() -> None:
     assert table[0].tolist() == [[0, 0], [3, -1], [-1, 2], [3, 4]]
     assert table[1].tolist() == [[0, 0], [0, 5], [0, 0], [5, 0]]
     assert state.size[0].tolist() == [[0, 1, 1, 2], [0, 2, 0, 2]]
-    later = model.append(state, torch.tensor([6], dtype=torch.int32), torch.zeros(1))  # (2, 1) leaves the window
+    later = model.append(
+        state, torch.tensor([6], dtype=torch.int32), torch.zeros(1), NO_ACTION
+    )  # (2, 1) leaves the window
     table = later.table[0] * GRID
     assert table[0].tolist() == [[-2, -2], [3, -1], [-1, 2], [1, 3]]
     assert table[1].tolist() == [[0, 0], [0, 5], [-2, -2], [3, -1]]
@@ -560,7 +564,7 @@ def test_candidates_read_what_was_worked_out_by_hand(
     model = by_hand(norm)
     state = model.encode(histories([[2, 3, 4, 5]]))
     np.testing.assert_allclose(long_of(model, state, [7, 8, 9]), before, atol=1e-6)
-    state = model.append(state, torch.tensor([6], dtype=torch.int32), torch.zeros(1))
+    state = model.append(state, torch.tensor([6], dtype=torch.int32), torch.zeros(1), NO_ACTION)
     np.testing.assert_allclose(long_of(model, state, [7, 8, 9]), after, atol=1e-6)
 
 

@@ -13,7 +13,7 @@ from ranking.bundle import Bundle, Contents, write_bundle
 from ranking.ladder import Ladder
 from ranking.recommender import Recommender
 from ranking.recommender_config import StatesConfig
-from ranking.state_cache import Entry, StateCache, States, Vectors, model_digest
+from ranking.state_cache import Entry, Seen, StateCache, States, Vectors, model_digest
 from ranking.users import Users
 from recsys.errors import ConfigError
 from recsys.history import Events
@@ -27,6 +27,13 @@ MODELS = {
     "sdim, one basket": {"window": 12, "recent": 5, "norm": "ratio"},
     "dare": {"window": 6, "retrieved": 3, "pos_mode": "group"},
     "dare, own counts": {"window": 5, "retrieved": 3, "own_counts": True},
+    "dare, actions": {
+        "window": 5,
+        "retrieved": 3,
+        "own_counts": True,
+        "attention": {"action": 2},
+        "representation": {"action": 2},
+    },
 }
 
 
@@ -39,8 +46,8 @@ class Store:
     def read(self, user_id: str) -> Events | None:
         return self.events.get(user_id)
 
-    def add(self, user_id, key, time):
-        one = Events(np.array([key], np.uint32), np.zeros(1, np.uint8), np.array([time], np.int64))
+    def add(self, user_id, key, time, action=0):
+        one = Events(np.array([key], np.uint32), np.array([action], np.uint8), np.array([time], np.int64))
         self.events[user_id] = Events.concatenate(self.events.get(user_id, Events.empty()), one)
 
     def drop_oldest(self, user_id, count):
@@ -57,7 +64,7 @@ def bundles(tmp_path_factory):
         ids = ["", "", *ITEMS]
         ranker = worlds.named_model(name.split(",")[0], WORLD, MODELS[name], seed)
         finder = worlds.named_model("mqsa_ted", WORLD, {"width": 8, "window": 10}, retriever)
-        contents = Contents(WORLD.items, ids, ids, WORLD.key_to_row, {}, ["", "buy"], ranker, finder)
+        contents = Contents(WORLD.items, ids, ids, WORLD.key_to_row, {}, ["", "buy", "view"], ranker, finder)
         write_bundle(directory, contents, worlds.PROVENANCE)
         return Bundle.load(directory)
 
@@ -94,9 +101,9 @@ def test_any_order_of_events_equals_a_rebuild(bundles, name, steps, room):
     for user, (kind, number, other) in steps:
         if kind == "append":
             newest[user] += other
-            store.add(user, number, newest[user])
+            store.add(user, number, newest[user], number % 3)
         elif kind == "late":
-            store.add(user, number, newest[user] - other)
+            store.add(user, number, newest[user] - other, number % 3)
         elif kind == "evict":
             store.drop_oldest(user, number)
         elif kind == "restart":
@@ -206,7 +213,7 @@ def test_a_vector_is_made_again_only_for_another_history_or_retriever(bundles, m
 def test_what_is_not_used_for_so_long_is_gone_and_what_is_used_stays():
     now = [0.0]
     cache = StateCache(StatesConfig(seconds=60.0), clock=lambda: now[0])
-    entry = Entry(np.arange(3, dtype=np.int32), np.arange(3), torch.zeros(1, 4))
+    entry = Entry(Seen(np.arange(3, dtype=np.int32), np.arange(3), np.zeros(3, np.uint8)), torch.zeros(1, 4))
     for user in ("a", "b"):
         cache.put(user, "model", entry)
     now[0] = 60.0
@@ -221,7 +228,7 @@ def test_what_is_not_used_for_so_long_is_gone_and_what_is_used_stays():
 
 
 def test_what_is_too_much_pushes_out_the_least_lately_used():
-    entry = Entry(np.arange(3, dtype=np.int32), np.arange(3), torch.zeros(1, 4))
+    entry = Entry(Seen(np.arange(3, dtype=np.int32), np.arange(3), np.zeros(3, np.uint8)), torch.zeros(1, 4))
     cache = StateCache(StatesConfig(bytes=2 * entry.bytes))
     for user in "aba" + "c":
         cache.put(user, "model", entry)
@@ -238,8 +245,9 @@ def test_an_entry_owns_its_arrays(bundles):
     Recommender(bundle, Fixed(held), states=cache).recommend(RecommendRequest(user_id="a", at=NOW), NOW)
     for part in ("ranker", "retriever"):
         entry = cache.get("a", model_digest(bundle, part))
-        assert entry.times.tolist() == held.time.tolist()
-        assert not np.shares_memory(entry.times, held.time)
+        assert entry.events.times.tolist() == held.time.tolist()
+        for ours, mapped in ((entry.events.times, held.time), (entry.events.actions, held.action)):
+            assert not np.shares_memory(ours, mapped)
 
 
 class Fixed:

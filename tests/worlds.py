@@ -30,6 +30,7 @@ from ranking.items import ItemTable, MultiValued, Transitions, identity_rows
 from ranking.manifest import Provenance
 from ranking.models import RANKERS
 from ranking.ranker import NEGATIVE
+from recsys.config import parse
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
 
@@ -276,7 +277,7 @@ def grow(model: GradientBoosting, world: World, seed: int = 0) -> None:
 def named_model(name: str, world: World, options: Mapping[str, Any], seed: int = 0, spread: float = 0.3) -> NamedModel:
     """Return a ranker whose every weight is away from its initial value, so that items score apart; trees are grown."""
     config_class, model_class = RANKERS[name]
-    config = config_class(**options)
+    config = parse(config_class, options, name)
     torch.manual_seed(seed)
     model = model_class(config, world.items)
     with torch.no_grad():

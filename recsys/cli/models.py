@@ -47,10 +47,11 @@ def train(
         return
     prepared = _prepared(place)
     options = load_config(path, assignments or ())
-    if suited(options, prepared) != options:
+    asked, taken = (getattr(model, "category", None) for model in (options.model, suited(options, prepared).model))
+    if taken != asked:
         columns = (*prepared.items.columns, *prepared.items.multi_columns)
         named = f"; it has {', '.join(columns)}: `--set model.category={columns[0]}` takes one" if columns else ""
-        Terminal().say(f"{options.name} goes without a category: no item column {options.model.category!r}{named}.")
+        Terminal().say(f"{options.name} goes without a category: no item column {asked!r}{named}.")
     directory = place.run(name or Path(config).stem)
     uri = mlflow or place.tracking_uri
     if workers > 1:
