@@ -1,9 +1,10 @@
 """Requests and responses of the service, the same objects for HTTP, the batch job and offline evaluation."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from recsys.history import EARLIEST, LATEST
 
@@ -35,13 +36,30 @@ def _microseconds(value: int) -> int:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, bool | str):  # pydantic would take true for 1 and "1" too
-        raise ValueError("expected a whole number of microseconds")  # noqa: TRY004 - of TypeErrors pydantic makes no 422
-    return value
+    """Return the microseconds of a time in ISO 8601; anything but text and true, which would pass for 1, as it is."""
+    if not isinstance(value, bool | str):
+        return value
+    try:
+        stated = datetime.fromisoformat(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(
+            "expected a whole number of microseconds since 1970, or ISO 8601 with its zone, as 2026-03-01T09:30:00Z"
+        ) from None
+    if stated.tzinfo is None:
+        raise ValueError(f"{value} names no zone; expected one at its end, Z or such as +01:00")
+    return (stated - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
 
 
-Moment = Annotated[int, BeforeValidator(_number), AfterValidator(_microseconds)]
-"""Microseconds since 1970, UTC; of a log that knows only an order positions, which are small numbers."""
+Moment = Annotated[
+    int,
+    BeforeValidator(_number),
+    AfterValidator(_microseconds),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "format": "date-time"}]}, mode="validation"),
+]
+"""Microseconds since 1970, UTC, or the same as ISO 8601; of a log that knows only an order positions, small numbers."""
+
+
+WHEN = "microseconds since 1970, UTC, or ISO 8601 with its zone"
 
 
 class Message(BaseModel):
@@ -54,7 +72,7 @@ class InlineEvent(Message):
     """One event of a history sent along with a request."""
 
     item_id: Id
-    timestamp: Moment = Field(description="microseconds since 1970, UTC")
+    timestamp: Moment = Field(description=WHEN)
     action: Action = ""
 
 
@@ -110,7 +128,7 @@ class RecommendRequest(Message):
     user_id: Id | None = None
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
     k: int = Field(default=10, ge=1, le=1000)
-    at: Moment | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
+    at: Moment | None = Field(default=None, description=f"moment of the request, {WHEN}; now if absent")
     exclude_seen: bool = Field(default=False, description="leave out every item of the history")
     exclude_seen_days: float | None = Field(
         default=None, ge=0, le=MAX_DAYS, description="leave out items of this many last days; the config's if absent"
@@ -218,7 +236,7 @@ class EventIn(Message):
 
     user_id: str = Field(min_length=1, max_length=512)
     item_id: str = Field(min_length=1, max_length=512)
-    timestamp: Moment | None = Field(default=None, description="microseconds since 1970, UTC; now if absent")
+    timestamp: Moment | None = Field(default=None, description=f"{WHEN}; now if absent")
     action: Action = ""
     value: float = 0.0
     event_id: str | None = Field(default=None, max_length=128, description="makes a repeated post harmless")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from recsys.messages import Id, InlineEvent, Message, Moment, Query
+from recsys.messages import WHEN, Id, InlineEvent, Message, Moment, Query
 
 MAX_DOCUMENTS = 1000
 """Most documents of one `rerank` request; more is answered with 413. Cohere advises no more either."""
@@ -41,7 +41,7 @@ class SearchRequest(Message):
     )
     user_id: Id | None = Field(default=None, description="blend the order with what the ranker says of this user")
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
-    at: Moment | None = Field(default=None, description="moment of the request in microseconds UTC; now if absent")
+    at: Moment | None = Field(default=None, description=f"moment of the request, {WHEN}; now if absent")
 
 
 class SearchHit(Message):

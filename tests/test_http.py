@@ -251,11 +251,36 @@ def test_an_action_that_the_bundle_does_not_know_is_kept_and_told(client):
     assert (len(many), many[-1]) == (6, "4 more unknown actions")
 
 
-@pytest.mark.parametrize("moment", [True, "1", "1700000000000000", 1.5])
-def test_a_time_is_a_whole_number(client, moment):
+@pytest.mark.parametrize(
+    ("moment", "says"),
+    [
+        (True, "whole number of microseconds"),
+        ("1", "or ISO 8601 with its zone"),
+        ("1700000000000000", "or ISO 8601 with its zone"),
+        (1.5, "valid integer"),
+        ("2026-03-01T09:30:00", "names no zone"),
+        ("2026-03-01", "names no zone"),
+        ("2026-02-30T09:30:00Z", "or ISO 8601 with its zone"),
+    ],
+)
+def test_a_time_is_a_whole_number_or_iso_8601_with_its_zone(client, moment, says):
     event = {"user_id": "u", "item_id": "item-1", "timestamp": moment}
     answer = client.post("/v1/events", json={"events": [event]})
-    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "events.0.timestamp")
+    (error,) = answer.json()["errors"]
+    assert (answer.status_code, error["field"]) == (422, "events.0.timestamp")
+    assert says in answer.json()["detail"]
+
+
+def test_a_time_in_iso_8601_is_its_microsecond(client):
+    written = ["2025-03-01T09:30:00Z", "2025-03-01T10:30:00.000001+01:00", "2025-03-01T04:30:00.000002-05:00"]
+    post(client, *({"user_id": "iso", "item_id": f"item-{n}", "timestamp": when} for n, when in enumerate(written)))
+    start = 1_740_821_400_000_000
+    assert [event["timestamp"] for event in history(client, "iso")["events"]] == [start + 2, start + 1, start]
+    answer = recommend(client, user_id="iso", at="2025-03-01T09:30:00.000001Z")
+    assert answer["history_events"] == 1
+    inline = [{"item_id": "item-1", "timestamp": "2025-03-01T09:30:00Z"}]
+    assert recommend(client, history=inline, at=start)["history_events"] == 0
+    assert recommend(client, history=inline, at=start + 1)["history_events"] == 1
 
 
 @pytest.mark.parametrize(("scale", "unit"), [(1, "seconds"), (1_000, "milliseconds")])
