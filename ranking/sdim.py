@@ -24,6 +24,7 @@ Ours:
   `merge` in any order equal a rebuild bit for bit, and offline scoring reads the same table. Training sums floats.
 * Sums by bucket are matrix products (`ranking.bucket_sums`).
 * The loss takes log q of sampled negatives off the logit, as that of every ranker here (`[batches] correct`).
+* `actions = True` adds a learned vector of what an event was to its summed value; hashed is the item alone.
 * Every item's signature is computed once per version of the weights. Vectors and planes are float32; when scoring,
   their products are summed in float64, so that no device or batch shape flips a bit.
 """
@@ -49,7 +50,7 @@ from ranking.bucket_sums import (
     read_weights,
     signatures,
 )
-from ranking.embeddings import Fields, FieldWidths, hide_items
+from ranking.embeddings import ActionTable, Fields, FieldWidths, hide_items
 from ranking.items import ItemTable
 from ranking.layers import AttentionNetwork, ScoringHead, candidate_chunks, score_real
 from ranking.losses import pointwise_loss
@@ -65,6 +66,9 @@ LOW, EXACT = 256, 1 << 24
 
 HASH_ROWS = 1 << 16
 """Items hashed at once."""
+
+ROW_BITS = 32
+"""In an entry of a log that knows actions the code stands above the bits of the item row."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class SdimConfig:
         category: item column used as category; None for none.
         hidden: width of the short attention's network.
         planes_seed: the planes are a function of it alone.
+        actions: add the action's vector to an event's; for logs of several actions.
         unknown_rate: share of items hidden behind the unknown row in a training step.
     """
 
@@ -100,6 +105,7 @@ class SdimConfig:
     category: str | None = "category"
     hidden: int = 36
     planes_seed: int = 0
+    actions: bool = False
     unknown_rate: float = 0.02
 
     def __post_init__(self) -> None:
@@ -117,11 +123,12 @@ class SdimConfig:
 
 
 class SdimState(NamedTuple):
-    """A user's table and the log it was summed from; bytes: 4 G 2^tau (D + 1), however long the history, + 4 T."""
+    """A user's table and the log it was summed from; bytes: 4 G 2^tau (D + 1), however long the history, + 4 or 8 T."""
 
     table: Tensor  # int32 [B, G, 2^tau, D], sums in steps of GRID
     size: Tensor  # int32 [B, G, 2^tau], events per bucket
-    log: Tensor  # int32 [B, T] item rows of the window, newest last, left-padded with 0: the truth behind the table
+    log: Tensor  # int32 [B, T] item rows of the window, newest last, left-padded with 0: the truth behind the table;
+    # int64 [B, T] with actions, whose codes stand above the rows (`ROW_BITS`)
 
     def recent_only(self) -> "SdimState":
         """Return the state without its table: `long` is 0, the newest events remain."""
@@ -142,6 +149,7 @@ class Sdim(nn.Module):
             items, FieldWidths(config.item_width, config.category_width, 0), config.category, config.window
         )
         width = self.fields.semantic_width
+        self.action = ActionTable(width) if config.actions else None
         draws = fresh_generator(config.planes_seed, 0, "sdim planes")
         planes = draws.standard_normal((config.groups, config.bits, width), dtype="float32")
         self.register_buffer("planes", torch.from_numpy(planes))  # saved with the model, never trained
@@ -167,7 +175,8 @@ class Sdim(nn.Module):
 
         Cost: O(T G 2^tau D) as one matrix product.
         """
-        return self._state(history.padded(self.config.window).item)
+        padded = history.padded(self.config.window)
+        return self._state(self._entries(padded.item, padded.action))
 
     def score(self, state: SdimState, request: Request, candidates: Candidates) -> Tensor:
         """Return logits float32 [B, C]; cost O(C (G 2^tau D + M D hidden)), whatever the length of the history."""
@@ -188,11 +197,11 @@ class Sdim(nn.Module):
     def attention_of(self, history: History, candidates: Candidates) -> Attention:
         """Return each event's weight in `long`, beside its chance of a collision, which the hashes estimate."""
         state, row_of = self.encode(history), self.items.embedding_row
-        s, q = (self.fields.semantic(item, row_of).double() for item in (state.log, candidates.item))
+        s, q = (self.fields.semantic(item, row_of).double() for item in (self._rows(state.log), candidates.item))
         summed = state.log != PAD
         if not self.config.long_includes_short:
             summed = summed & (_ages(summed) > self.config.recent)
-        codes = self._codes(state.log), self._codes(candidates.item)
+        codes = self._codes(self._rows(state.log)), self._codes(candidates.item)
         weight = read_weights(state.table.double() * GRID, *codes, self.config.norm)
         shift = self._mean() if self.config.center else 0.0
         chance = collision_chance(s - shift, q - shift, self.config.bits)
@@ -209,32 +218,41 @@ class Sdim(nn.Module):
         if not config.long_includes_short:
             older = older & (_ages(older) > config.recent)
         codes, newest = [self._signatures(x.detach()) for x in (s, q)], min(config.recent, s.shape[1])
+        if self.action is not None:
+            s = (s + self.action(padded.action + 1)).masked_fill(~padded.mask.unsqueeze(-1), 0.0)
         long, recent = read_once(s, codes[0], older, codes[1], self.buckets, config.norm, newest)
         features = self._features(q, long, recent, padded.mask[:, -config.recent :])
         logits = score_real(self.head, features, batch.candidates.mask)
         return pointwise_loss(logits, batch)
 
     def append(self, state: SdimState, item: Tensor, time: Tensor, action: Tensor) -> SdimState:
-        """Return the state after one more event per request (item rows int32 [B]); the oldest leaves a full window.
+        """Return the state after one more event per request; the oldest leaves a full window.
+
+        Args:
+            state: what `encode` gave.
+            item: int32 [B] rows.
+            time: not read.
+            action: integer [B], codes.
 
         Equal bit for bit to encoding the longer history; cost O(G D), and one copy of the state.
         """
         full = state.log.shape[1] == self.config.window and bool((state.log[:, 0] != PAD).all())
+        entry = self._entries(item, action)
         if full and self.config.long_includes_short and bool((item != PAD).all()):
-            return self._rolled(state, item)
-        return self.merge(state, self._state(item[:, None]))
+            return self._rolled(state, entry)
+        return self.merge(state, self._state(entry[:, None]))
 
-    def _rolled(self, state: SdimState, item: Tensor) -> SdimState:
-        """Return the state of full windows after one more item each: it joins its buckets, the oldest leaves."""
-        moved = torch.stack([item, state.log[:, 0]], 1)  # [B, 2]
-        sign = torch.tensor([1, -1], dtype=torch.int32, device=item.device)[:, None]
+    def _rolled(self, state: SdimState, entry: Tensor) -> SdimState:
+        """Return the state of full windows after one more entry each: it joins its buckets, the oldest leaves."""
+        moved = torch.stack([entry, state.log[:, 0]], 1)  # [B, 2]
+        sign = torch.tensor([1, -1], dtype=torch.int32, device=entry.device)[:, None]
         each = (self._fixed(moved).int() * sign).repeat_interleave(self.config.groups, 1)  # [B, 2 G, D]
-        first = torch.arange(0, self.config.groups * self.buckets, self.buckets, device=item.device)
-        bucket = (self._codes(moved).long() + first).flatten(1)  # [B, 2 G]
+        first = torch.arange(0, self.config.groups * self.buckets, self.buckets, device=entry.device)
+        bucket = (self._codes(self._rows(moved)).long() + first).flatten(1)  # [B, 2 G]
         table = state.table.flatten(1, 2).scatter_add(1, bucket.unsqueeze(-1).expand_as(each), each)
-        one = sign.expand(len(item), 2, self.config.groups).flatten(1)
+        one = sign.expand(len(entry), 2, self.config.groups).flatten(1)
         size = state.size.flatten(1).scatter_add(1, bucket, one)
-        log = torch.cat([state.log[:, 1:], item[:, None]], 1)
+        log = torch.cat([state.log[:, 1:], entry[:, None]], 1)
         return SdimState(table.view_as(state.table), size.view_as(state.size), log)
 
     def evict(self, state: SdimState, item: Tensor) -> SdimState:
@@ -243,17 +261,17 @@ class Sdim(nn.Module):
         Raises:
             DataError: an item is not in the window of its request.
         """
-        found = state.log == item[:, None]
+        found = (self._rows(state.log) == item[:, None]) & (item != PAD)[:, None]
         missing = ((item != PAD) & ~found.any(1)).nonzero().flatten().tolist()
         if missing:
             row = int(item[missing[0]])
             raise DataError(f"request {missing[0]}: item row {row} is not in its window; encode the history again")
         oldest = found & (found.cumsum(1) == 1)
-        leaving = item
+        leaving = (state.log * oldest).sum(1, dtype=state.log.dtype)  # [B], 0 for none
         if not self.config.long_includes_short:  # among the newest: not the item leaves the table, but who joins them
             among, M = (oldest & (_ages(found) <= self.config.recent)).any(1), self.config.recent
-            joins = state.log[:, -M - 1] if state.log.shape[1] > M else torch.zeros_like(item)
-            leaving = torch.where(among, joins, item)
+            joins = state.log[:, -M - 1] if state.log.shape[1] > M else torch.zeros_like(leaving)
+            leaving = torch.where(among, joins, leaving)
         gone = self._tabulate(leaving[:, None])
         log = left_padded(state.log.masked_fill(oldest, PAD))
         return SdimState(state.table - gone.table, state.size - gone.size, log)
@@ -281,6 +299,8 @@ class Sdim(nn.Module):
             table += f" before the newest {config.recent}"
         digest = hashlib.sha256(f"sdim {table}".encode())
         tensors = [*self.fields.parameters(), self.planes, self.items.embedding_row]
+        if self.action is not None:
+            tensors.append(self.action.weight)
         if config.category is not None:
             tensors += self.items.held(config.category)
         for tensor in tensors:
@@ -327,31 +347,43 @@ class Sdim(nn.Module):
         return super().train(mode)
 
     def _state(self, log: Tensor) -> SdimState:
-        """Return the state of a log of item rows int32 [B, T], left-padded."""
+        """Return the state of a log [B, T], left-padded."""
         summed = log if self.config.long_includes_short else log[:, : -self.config.recent]
         if not summed.shape[1]:
             summed = torch.zeros_like(log[:, :1])
         return self._tabulate(summed)._replace(log=log)
 
     def _tabulate(self, log: Tensor) -> SdimState:
-        """Sum item rows int32 [B, T], 0 = padding, into an exact table."""
-        value, low = self._fixed(log), LOW
+        """Sum the entries of a log [B, T], 0 = padding, into an exact table."""
+        value, code, low = self._fixed(log), self._codes(self._rows(log)), LOW
         if log.shape[1] * low > EXACT:
-            table, count = pool(value.double(), self._codes(log), log != PAD, self.buckets)
+            table, count = pool(value.double(), code, log != PAD, self.buckets)
             return SdimState(table.int(), count.int(), log)
         high = (value / low).floor()  # two parts, whose sums float32 holds exactly
         parts = torch.cat([high, value - low * high], -1)
-        table, count = pool(parts, self._codes(log), log != PAD, self.buckets)
+        table, count = pool(parts, code, log != PAD, self.buckets)
         first, second = table.int().chunk(2, -1)
         return SdimState(first * low + second, count.int(), log)
 
-    def _fixed(self, item: Tensor) -> Tensor:
-        """Return the vectors of item rows [B, T] in steps of the grid: whole numbers, exact in float32 too."""
-        return (self._events(item, self.items.embedding_row).detach() / GRID).round()
+    def _entries(self, item: Tensor, action: Tensor) -> Tensor:
+        """Return what a log holds of events, item rows and actions [...]; 0 at padding."""
+        if self.action is None:
+            return item
+        return (item.long() | action.long() << ROW_BITS).masked_fill(item == PAD, PAD)
 
-    def _events(self, item: Tensor, row_of: Tensor) -> Tensor:
-        """Return the vectors of item rows [B, T], exactly zero at padding."""
-        s, padding = self.fields.semantic(item, row_of), item == PAD
+    def _rows(self, log: Tensor) -> Tensor:
+        """Return the item rows int32 [...] of a log's entries."""
+        return log if self.action is None else (log & (1 << ROW_BITS) - 1).int()
+
+    def _fixed(self, log: Tensor) -> Tensor:
+        """Return the vectors of entries [B, T] in steps of the grid: whole numbers, exact in float32 too."""
+        return (self._events(log, self.items.embedding_row).detach() / GRID).round()
+
+    def _events(self, log: Tensor, row_of: Tensor) -> Tensor:
+        """Return the vectors of entries [B, T], exactly zero at padding."""
+        s, padding = self.fields.semantic(self._rows(log), row_of), log == PAD
+        if self.action is not None:
+            s = s + self.action((log >> ROW_BITS) + 1)
         return s.masked_fill(padding.unsqueeze(-1), 0.0) if bool(padding.any()) else s
 
     def _features(self, q: Tensor, long: Tensor, s: Tensor, mask: Tensor) -> Tensor:
@@ -384,6 +416,8 @@ class Sdim(nn.Module):
 
     def _check_range(self) -> None:
         largest = max(float(table.detach().abs().max()) for table in self.fields.parameters())
+        if self.action is not None:
+            largest += float(self.action.weight.detach().abs().max())
         limit = (2**31 - 1) * GRID
         if not self.config.window * (largest + GRID) < limit:
             raise DataError(

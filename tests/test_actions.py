@@ -39,6 +39,11 @@ READERS = {
         {"own_counts": True, "attention": TOLD, "representation": TOLD},
     ),
     "aw_moe": ("aw_moe", {"window": 20, "contrast": 0.0}, {"window": 20, "contrast": 0.0, "action_width": 8}),
+    "sdim": (
+        "sdim",
+        {"norm": "none", "recent": 5, "window": 20},
+        {"norm": "none", "recent": 5, "window": 20, "actions": True},
+    ),
     "lightgbm": ("lightgbm", {"trees": 20, "leaves": 7}, {"trees": 20, "leaves": 7, "actions": True}),
 }
 """name -> model, its settings without and with actions"""
@@ -96,7 +101,7 @@ def test_what_was_put_in_the_cart_is_found_by_those_who_are_told(name: str) -> N
 
 def untold() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from ((name, model, settings) for name, (model, settings, _) in READERS.items() if model != "lightgbm")
-    for name in ("sdim", "mqsa_ted", "personal_frequency", "popularity", "transitions", "mean_pooling"):
+    for name in ("mqsa_ted", "personal_frequency", "popularity", "transitions", "mean_pooling"):
         yield name, name, {}
 
 
@@ -145,7 +150,9 @@ def test_the_last_action_on_a_candidate_is_that_of_its_newest_event() -> None:
                 assert found[b].tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["din", "dare", "twin", "dare_own_counts", "eta", "sim_hard", "aw_moe", "lightgbm"])
+@pytest.mark.parametrize(
+    "name", ["din", "dare", "twin", "dare_own_counts", "eta", "sim_hard", "sdim", "aw_moe", "lightgbm"]
+)
 def test_a_shipped_model_tells_actions_apart_where_there_are_several(name: str) -> None:
     class Prepared:
         items = WORLD.items

@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import worlds
-from ranking.batch import PAD, UNKNOWN, Batch, Candidates, Request
+from ranking.batch import PAD, UNKNOWN, Batch, Candidates, History, Request
 from ranking.bucket_sums import Norm, bucket_rows, collision, pool, read, signatures
 from ranking.sdim import GRID, Sdim, SdimConfig, SdimState
 from recsys.errors import ConfigError, DataError
 from worlds import ROWS, histories, item_table, normal
 
 seeds = st.integers(0, 2**31)
+Seen = tuple[int, int]
+"""An item row and an action."""
 NO_ACTION = torch.zeros(1, dtype=torch.uint8)
 """What an event was is not read."""
 norms = st.sampled_from(["none", "ratio", "l2"])
@@ -322,47 +324,74 @@ def test_planes_are_saved_and_never_trained_and_the_padding_row_never_moves() ->
 
 def same_state(found: SdimState, expected: SdimState) -> None:
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype == torch.int32
+        assert a.dtype == b.dtype
+        assert not a.is_floating_point()
         assert torch.equal(a, b)
 
 
-item_rows = st.integers(UNKNOWN, ROWS - 1)
+def past(rows: list[list[Seen]]) -> History:
+    """Return histories of (item row, action)."""
+    plain = histories([[item for item, _ in row] for row in rows])
+    actions = [action for row in rows for _, action in row]
+    return replace(plain, action=torch.tensor(actions, dtype=torch.int32))
+
+
+LAST_ACTION = 255
+seen = st.tuples(st.integers(UNKNOWN, ROWS - 1), st.sampled_from([0, 1, 2, LAST_ACTION]))
 MODEL = build(11, center=True)
 TABLES = {
     "all events": MODEL,
     "before the newest": build(11, long_includes_short=False),
     "never any": build(11, long_includes_short=False, recent=8),
+    "actions": build(11, actions=True),
+    "actions before the newest": build(11, actions=True, long_includes_short=False),
 }
 steps = st.lists(st.tuples(st.sampled_from(["append", "evict", "merge"]), seeds), max_size=12)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(item_rows, max_size=12), min_size=2, max_size=3), steps, st.sampled_from([*TABLES]))
+@given(st.lists(st.lists(seen, max_size=12), min_size=2, max_size=3), steps, st.sampled_from([*TABLES]))
 def test_append_evict_and_merge_in_any_order_equal_a_rebuild_bit_for_bit(
-    rows: list[list[int]], actions: list[tuple[str, int]], table: str
+    rows: list[list[Seen]], changes: list[tuple[str, int]], table: str
 ) -> None:
     model = TABLES[table]
     window = model.config.window
-    state = model.encode(histories(rows))
+    state = model.encode(past(rows))
     logs = [history[-window:] for history in rows]
-    for action, seed in actions:
+    for change, seed in changes:
         draws = np.random.default_rng(seed)
-        if action == "append":
-            new = draws.integers(UNKNOWN, ROWS, len(logs))
-            state = model.append(state, torch.from_numpy(new.astype(np.int32)), torch.zeros(len(new)), NO_ACTION)
-            logs = [[*log, int(item)] for log, item in zip(logs, new, strict=True)]
-        elif action == "evict":
-            gone = [int(draws.choice(log)) if log and draws.random() < 0.8 else PAD for log in logs]
+
+        def some(number: int, draws: np.random.Generator = draws) -> list[Seen]:
+            return list(zip(draws.integers(UNKNOWN, ROWS, number).tolist(), draws.integers(0, 3, number), strict=True))
+
+        if change == "append":
+            new = some(len(logs))
+            items, actions = (torch.tensor(column, dtype=torch.int32) for column in zip(*new, strict=True))
+            state = model.append(state, items, torch.zeros(len(new)), actions)
+            logs = [[*log, event] for log, event in zip(logs, new, strict=True)]
+        elif change == "evict":
+            gone = [log[draws.integers(len(log))][0] if log and draws.random() < 0.8 else PAD for log in logs]
             state = model.evict(state, torch.tensor(gone, dtype=torch.int32))
             for log, item in zip(logs, gone, strict=True):
                 if item != PAD:
-                    log.remove(item)  # the oldest of that item
+                    log.pop(next(place for place, event in enumerate(log) if event[0] == item))  # the oldest of it
         else:
-            newer = [draws.integers(UNKNOWN, ROWS, draws.integers(0, 12)).tolist() for _ in logs]
-            state = model.merge(state, model.encode(histories(newer)))
+            newer = [some(draws.integers(0, 12)) for _ in logs]
+            state = model.merge(state, model.encode(past(newer)))
             logs = [log + other[-window:] for log, other in zip(logs, newer, strict=True)]
         logs = [log[-window:] for log in logs]
-        same_state(state, model.encode(histories(logs)))
+        same_state(state, model.encode(past(logs)))
+
+
+def test_an_action_moves_what_an_event_adds_and_not_where_it_is_hashed_to() -> None:
+    model = build(12, actions=True)
+    assert model.action is not None
+    one, other = (model.encode(past([[(5, action)]])) for action in (1, LAST_ACTION))
+    assert torch.equal(one.size, other.size)
+    added = (model.action.weight[LAST_ACTION + 1] - model.action.weight[2]).detach()
+    moved = (other.table - one.table)[one.size > 0] * GRID
+    torch.testing.assert_close(moved, added.double().expand_as(moved).float(), atol=GRID, rtol=0)
+    assert model.key != build(13, actions=True).key
 
 
 @settings(max_examples=30, deadline=None)

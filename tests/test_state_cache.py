@@ -25,6 +25,7 @@ NOW = worlds.START + 10_000
 MODELS = {
     "sdim": {"window": 6, "recent": 3},
     "sdim, one basket": {"window": 12, "recent": 5, "norm": "ratio"},
+    "sdim, actions": {"window": 6, "recent": 3, "actions": True},
     "dare": {"window": 6, "retrieved": 3, "pos_mode": "group"},
     "dare, own counts": {"window": 5, "retrieved": 3, "own_counts": True},
     "dare, actions": {
