@@ -50,6 +50,11 @@ NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 TEXTS = ("title", "name", "productname", "itemname", "movietitle", "headline", "text", "description", "abstract")
 POSITIVE = ("quantity", "qty", "units", "pieces")
+TAKEN = (
+    "purchase", "purchased", "purchases", "buy", "bought", "order", "ordered", "ordercompleted", "orderplaced",
+    "transaction", "checkout", "sale", "sold", "paid", "payment",
+)  # fmt: skip
+"""actions that the others lead to"""
 _FORMATS = (
     "%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d/%m/%Y", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%m/%d/%Y",
     "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d", "%Y%m%d",

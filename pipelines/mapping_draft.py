@@ -12,6 +12,7 @@ from pipelines.guess import (
     NAMES,
     POSITIVE,
     STYLES,
+    TAKEN,
     TEXTS,
     Guess,
     Time,
@@ -223,7 +224,12 @@ def _requests(guesses: Mapping[str, Guess], sample: pl.DataFrame) -> str:
     if "action" in guesses:
         column = sample[guesses["action"].column].cast(pl.String).drop_nulls()
         names = column.value_counts(sort=True).head(10).to_series().to_list()
-        lines.append(f"# positive.actions = {_one_line(_listed(names))}")
+        taken = [name for name in names if plain(name) in TAKEN]
+        if taken and len(names) > len(taken):
+            others = ", ".join(name for name in names if name not in taken)
+            lines.append(f"positive.actions = {_listed(taken)}  # by their names; the others: {_one_line(others)}")
+        else:
+            lines.append(f"# positive.actions = {_one_line(_listed(names))}")
     if "value" in guesses:
         lines.append("# positive.min_value = 4")
     return "\n".join(lines) + "\n"

@@ -9,6 +9,8 @@ from pipelines.prepared import PreparedSet
 
 FEWEST = 20
 """Requests of a period below which no figure on it says anything."""
+NAMED = 6
+"""Most actions that are named."""
 LOOKED_AT = 2_000
 """Test requests whose positives are looked up in the moments before them."""
 
@@ -41,6 +43,11 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
         told.append(
             f"{config['negatives']} negatives a request out of {counts['trained_items']} items that were trained on: "
             "they repeat, so metrics with a cutoff say little; give --set negatives, a tenth of the items or less"
+        )
+    if len(manifest["actions"]) > 1 and not config["positive"]:
+        told.append(
+            f"{', '.join(manifest['actions'][:NAMED])}: every action counts as taken, and models learn to predict any; "
+            'positive.actions = ["purchase"] in [requests] of the mapping, say, names those to predict'
         )
     return told
 

@@ -418,3 +418,23 @@ def test_a_catalogue_of_odd_values_keeps_its_columns_and_says_what_is_not_used(t
     assert card.settled == {"items: values of 'price' that are no numbers, taken as missing": 1}
     found = pl.read_parquet(tmp_path / "log" / "items.parquet").filter(pl.col("item_id").is_in(["7", "8"]))
     assert found.select("category", "price").rows() == [(["Home", "Bath"], None), (["Home", "Bath"], 12.0)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "taken"),
+    [
+        (("view", "addtocart", "transaction"), ("transaction",)),
+        (("pv", "fav", "buy"), ("buy",)),
+        (("page_view", "Order Placed", "sold"), ("Order Placed", "sold")),
+        (("play", "skip", "like"), ()),  # nobody can say
+        (("buy", "purchase", "sale"), ()),  # all of them
+    ],
+)
+def test_of_several_actions_those_that_the_others_lead_to_are_positives(
+    tmp_path: Path, steps: tuple[str, ...], taken: tuple[str, ...]
+) -> None:
+    log = VISITS
+    for name, step in zip(("view", "cart", "purchase"), steps, strict=True):
+        log = log.replace(f",{name}\n", f",{step}\n")
+    (tmp_path / "my.toml").write_text(write_mapping(file(tmp_path, "visits.csv", log), None, tmp_path))
+    assert sorted(load_mapping(tmp_path / "my.toml").requests.positive.actions) == sorted(taken)

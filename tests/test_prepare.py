@@ -393,7 +393,7 @@ def test_what_will_say_little_is_said(tmp_path: Path) -> None:
     """What the verb tells of a prepared set: its periods, and where there is too little in them."""
     cuts = {"valid": 1_700_000_000_000_000, "test": 1_701_000_000_000_000}
     counts = {"users": 9, "items": 3, "trained_items": 3, "requests": {"train": 1_000, "valid": 0, "test": 19}}
-    manifest = {"counts": counts, "cuts": cuts, "config": {"negatives": 100}}
+    manifest = {"counts": counts, "cuts": cuts, "config": {"negatives": 100, "positive": []}, "actions": ["buy"]}
     told = overview.overview(manifest)
     assert told["requests"] == "1,000 train, 0 valid, 19 test"
     assert told["periods"] == "validation from 2023-11-14, test from 2023-11-26 (UTC)"
@@ -406,6 +406,10 @@ def test_what_will_say_little_is_said(tmp_path: Path) -> None:
     assert negatives.startswith("100 negatives a request out of 3 items")
     counts |= {"trained_items": 200, "requests": {"train": 1_000, "valid": 20, "test": 20}}
     assert overview.warnings(manifest) == []
+    several = manifest | {"actions": ["view", "buy"]}
+    (actions,) = overview.warnings(several)
+    assert actions.startswith("view, buy: every action counts as taken")
+    assert overview.warnings(several | {"config": {"negatives": 100, "positive": ["buy"]}}) == []
 
 
 def visits(folder: Path, gap: int | None) -> PreparedSet:
