@@ -190,13 +190,12 @@ class Loop:
     @property
     def steps(self) -> int:
         """Steps the run may take."""
-        return 0 if self.batches is None else self.budget(len(self.batches))
+        return 0 if self.batches is None else self.config.stop.steps(len(self.batches))
 
-    def budget(self, steps_per_epoch: int) -> int:
-        """Batches the run may see."""
-        stop = self.config.stop
-        steps = max(round(stop.epochs * steps_per_epoch), 1)
-        return steps if stop.max_steps is None else min(steps, stop.max_steps)
+    @property
+    def between(self) -> int:
+        """Steps from one validation to the next."""
+        return 0 if self.batches is None else self.config.stop.between(len(self.batches))
 
     def run_to_end(self, progress: Progress = silent) -> RunState:
         """Take the remaining steps; leaves the best weights in the model."""
@@ -207,7 +206,7 @@ class Loop:
         while not self.state.finished and self.state.step < self.steps:
             losses = self.step()
             done = self.state.step
-            if done % stop.validate_every == 0 or done == self.steps:
+            if done % self.between == 0 or done == self.steps:
                 self.validate(losses)
             if done % stop.checkpoint_every == 0:
                 self.save()
@@ -227,7 +226,7 @@ class Loop:
         """Grow the trees of a model that takes no steps."""
         started, config = time.perf_counter(), self.config
         batches = TrainingBatches(self.prepared, config.batches, "requests", model.window, config.seed)
-        boost.grow_from(model, batches, self.budget(len(batches)), config.seed, progress)
+        boost.grow_from(model, batches, config.stop.passes(len(batches)), config.seed, progress)
         self.state = dataclasses.replace(self.state, seconds=time.perf_counter() - started)
 
     def step(self) -> dict[str, Tensor]:

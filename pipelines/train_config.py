@@ -17,12 +17,19 @@ from ranking.models import RANKERS
 from recsys.config import assign, overlaid, parse, read_toml
 from recsys.errors import ConfigError
 
+NUMBERS = ("least_steps", "validate_every", "patience", "requests", "checkpoint_every")
+
 
 @dataclass(frozen=True)
 class StopConfig:
-    """When to validate, when to stop, what to keep."""
+    """When to validate, when to stop, what to keep.
+
+    An epoch of a small log is a handful of steps, in which nothing is learned: a run then takes `least_steps`, and
+    validates ten times on the way.
+    """
 
     epochs: float = 2.0
+    least_steps: int = 300  # however few the epochs have; without effect beside max_steps
     max_steps: int | None = None  # a fixed budget, whatever the number of epochs
     validate_every: int = 150  # steps
     patience: int = 5  # validations without a gain before the run stops
@@ -33,7 +40,7 @@ class StopConfig:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("validate_every", "patience", "requests", "checkpoint_every")}
+        counts = {name: getattr(self, name) for name in NUMBERS}
         counts |= {} if self.max_steps is None else {"max_steps": self.max_steps}
         for name, value in counts.items():
             if value < 1:
@@ -42,6 +49,20 @@ class StopConfig:
             raise ConfigError(f"[stop] epochs must be a number above 0, found {self.epochs}")
         if not self.samplers:
             raise ConfigError("[stop] samplers must name at least one, found none")
+
+    def passes(self, epoch: int) -> int:
+        """Return the steps that the epochs are, of so many steps each, `max_steps` at most."""
+        steps = max(round(self.epochs * epoch), 1)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def steps(self, epoch: int) -> int:
+        """Return the steps a run may take, of epochs of so many steps."""
+        return self.passes(epoch) if self.max_steps is not None else max(self.passes(epoch), self.least_steps)
+
+    def between(self, epoch: int) -> int:
+        """Return the steps from one validation to the next."""
+        longer = self.steps(epoch) > self.passes(epoch)
+        return min(self.validate_every, max(self.steps(epoch) // 10, 1)) if longer else self.validate_every
 
 
 @dataclass(frozen=True)

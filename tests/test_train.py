@@ -19,10 +19,10 @@ from pipelines.optimise import OptimiserConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import SplitConfig
 from pipelines.train import Loop, train, trained_run
-from pipelines.train_config import TrainConfig, load_config, suited
+from pipelines.train_config import StopConfig, TrainConfig, load_config, suited
 from ranking.models import RANKERS
 from ranking.ranker import Loss
-from recsys.errors import ConfigError, DataError
+from recsys.errors import ConfigError, DataError, RecsysError
 from recsys.files import sha256_json, write_json
 from recsys.history import DAY
 
@@ -260,6 +260,7 @@ def test_contradictions_are_refused_with_both_values():
     ("assignment", "words"),
     [
         ("stop.validate_every=0", r"\[stop\] validate_every must be at least 1, found 0"),
+        ("stop.least_steps=0", r"\[stop\] least_steps must be at least 1, found 0"),
         ("stop.checkpoint_every=0", r"\[stop\] checkpoint_every must be at least 1, found 0"),
         ("stop.patience=0", r"\[stop\] patience must be at least 1, found 0"),
         ("stop.max_steps=-1", r"\[stop\] max_steps must be at least 1, found -1"),
@@ -326,3 +327,35 @@ def test_a_set_without_validation_requests_is_refused_in_words(log, mlflow_uri, 
     gap = prepare(tmp_path / "log", tmp_path / "gap", PrepareConfig(workers=1, negatives=5))
     with pytest.raises(DataError, match=r"gap: no validation request.*split.valid_days.*last_request"):
         train(config("popularity"), gap, tmp_path / "run", mlflow_uri)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epoch", "steps", "between"),
+    [
+        ({}, 7, 300, 30),  # an epoch of seven steps: the least, validated ten times
+        ({}, 149, 300, 30),
+        ({}, 150, 300, 150),  # two epochs are as many
+        ({}, 1_000, 2_000, 150),
+        ({"validate_every": 20}, 7, 300, 20),
+        ({"least_steps": 5, "epochs": 0.1}, 10, 5, 1),
+        ({"least_steps": 1}, 7, 14, 150),
+        ({"max_steps": 10}, 7, 10, 150),  # a fixed budget is one
+        ({"max_steps": 500}, 7, 14, 150),
+    ],
+)
+def test_a_small_log_is_trained_on_for_more_than_its_epochs(settings, epoch, steps, between):
+    stop = StopConfig(**settings)
+    assert (stop.steps(epoch), stop.between(epoch)) == (steps, between)
+
+
+def test_a_run_on_a_small_log_takes_the_least_steps_and_trees_do_not(prepared, mlflow_uri, tmp_path, monkeypatch):
+    small = {"max_steps": None, "epochs": 1.0, "patience": 100, "validate_every": 150, "least_steps": 500}
+    trained = train(config("din", **small), prepared, tmp_path / "din", mlflow_uri)
+    assert trained.summary.steps == 500
+    assert [entry["step"] for entry in trained.summary.curve] == list(range(50, 501, 50))
+    seen = []
+    monkeypatch.setattr(loop.boost, "grow_from", lambda model, batches, steps, *rest: seen.append((batches, steps)))
+    with pytest.raises(RecsysError, match="no trees yet"):
+        train(config("lightgbm", **small), prepared, tmp_path / "trees", mlflow_uri)
+    ((batches, steps),) = seen
+    assert steps == len(batches) < 500
