@@ -52,7 +52,7 @@ TEXTS = ("title", "name", "productname", "itemname", "movietitle", "headline", "
 POSITIVE = ("quantity", "qty", "units", "pieces")
 TAKEN = (
     "purchase", "purchased", "purchases", "buy", "bought", "order", "ordered", "ordercompleted", "orderplaced",
-    "transaction", "checkout", "sale", "sold", "paid", "payment",
+    "transaction", "sale", "sold", "paid", "payment",
 )  # fmt: skip
 """actions that the others lead to"""
 _FORMATS = (

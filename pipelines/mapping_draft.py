@@ -28,6 +28,8 @@ from pipelines.guess import (
 from pipelines.mapping import NumbersConfig
 from pipelines.sources import Table, find_files, open_table
 
+MOST_ACTIONS = 10
+"""Actions that are named, the most frequent first."""
 _MOST_VALUES = 0.5
 """of the rows: a text column with more different values than this is not a category"""
 _MOSTLY_NUMBERS = 0.9
@@ -223,13 +225,13 @@ def _requests(guesses: Mapping[str, Guess], sample: pl.DataFrame) -> str:
     lines = ["[requests]  # which events are positives; histories keep them all"]
     if "action" in guesses:
         column = sample[guesses["action"].column].cast(pl.String).drop_nulls()
-        names = column.value_counts(sort=True).head(10).to_series().to_list()
+        names = column.value_counts(sort=True).to_series().to_list()
         taken = [name for name in names if plain(name) in TAKEN]
         if taken and len(names) > len(taken):
-            others = ", ".join(name for name in names if name not in taken)
-            lines.append(f"positive.actions = {_listed(taken)}  # by their names; the others: {_one_line(others)}")
+            others = ", ".join([name for name in names if name not in taken][:MOST_ACTIONS])
+            lines.append(f"positive.actions = {_listed(taken)}  # by their names; besides {_one_line(others)}")
         else:
-            lines.append(f"# positive.actions = {_one_line(_listed(names))}")
+            lines.append(f"# positive.actions = {_one_line(_listed(names[:MOST_ACTIONS]))}")
     if "value" in guesses:
         lines.append("# positive.min_value = 4")
     return "\n".join(lines) + "\n"

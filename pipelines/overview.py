@@ -44,10 +44,13 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
             f"{config['negatives']} negatives a request out of {counts['trained_items']} items that were trained on: "
             "they repeat, so metrics with a cutoff say little; give --set negatives, a tenth of the items or less"
         )
-    if len(manifest["actions"]) > 1 and not config["positive"]:
+    actions = manifest["actions"]
+    if len(actions) > 1 and not config["positive"]:
+        more = f" and {len(actions) - NAMED} more" if len(actions) > NAMED else ""
         told.append(
-            f"{', '.join(manifest['actions'][:NAMED])}: every action counts as taken, and models learn to predict any; "
-            'positive.actions = ["purchase"] in [requests] of the mapping, say, names those to predict'
+            f"Events of any action may be positives ({', '.join(actions[:NAMED])}{more}), and models learn to predict "
+            'them all; positive.actions = ["purchase"] in [requests] of the mapping, say, names those to predict, or '
+            "all where that is meant"
         )
     return told
 

@@ -201,6 +201,7 @@ class Loop:
         """Take the remaining steps; leaves the best weights in the model."""
         stop = self.config.stop
         losses: dict[str, Tensor] = {}
+        prolonged = self.batches is not None and stop.prolonged(len(self.batches))
         if isinstance(self.model, GradientBoosting) and not self.state.finished:
             self.grow(self.model, progress)
         while not self.state.finished and self.state.step < self.steps:
@@ -211,7 +212,7 @@ class Loop:
             if done % stop.checkpoint_every == 0:
                 self.save()
             progress(done, self.steps, f"{self.config.name} loss {float(losses['total']):.4f}")
-            if self.state.without_gain >= stop.patience:
+            if self.state.without_gain >= stop.patience and not prolonged:
                 break
         if not self.state.finished:
             if not self.state.curve:

@@ -17,15 +17,16 @@ from ranking.models import RANKERS
 from recsys.config import assign, overlaid, parse, read_toml
 from recsys.errors import ConfigError
 
-NUMBERS = ("least_steps", "validate_every", "patience", "requests", "checkpoint_every")
+UNTOLD = {"action_width": 0, "actions": False}
+"""What leaves actions out of a model, beside the widths of its fields."""
 
 
 @dataclass(frozen=True)
 class StopConfig:
     """When to validate, when to stop, what to keep.
 
-    An epoch of a small log is a handful of steps, in which nothing is learned: a run then takes `least_steps`, and
-    validates ten times on the way.
+    The epochs of a small log are a handful of steps. Where they are fewer than `least_steps`, a run takes that many,
+    whatever the patience, and validates ten times on the way or more often.
     """
 
     epochs: float = 2.0
@@ -40,7 +41,8 @@ class StopConfig:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in NUMBERS}
+        names = ("least_steps", "validate_every", "patience", "requests", "checkpoint_every")
+        counts = {name: getattr(self, name) for name in names}
         counts |= {} if self.max_steps is None else {"max_steps": self.max_steps}
         for name, value in counts.items():
             if value < 1:
@@ -59,10 +61,14 @@ class StopConfig:
         """Return the steps a run may take, of epochs of so many steps."""
         return self.passes(epoch) if self.max_steps is not None else max(self.passes(epoch), self.least_steps)
 
+    def prolonged(self, epoch: int) -> bool:
+        """Whether a run takes more steps than its epochs are; patience does not end it before."""
+        return self.steps(epoch) > self.passes(epoch)
+
     def between(self, epoch: int) -> int:
         """Return the steps from one validation to the next."""
-        longer = self.steps(epoch) > self.passes(epoch)
-        return min(self.validate_every, max(self.steps(epoch) // 10, 1)) if longer else self.validate_every
+        tenth = max(self.steps(epoch) // 10, 1)
+        return min(self.validate_every, tenth) if self.prolonged(epoch) else self.validate_every
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ def config_of(table: Mapping[str, Any], where: str) -> TrainConfig:
     name = table.get("name")
     if name not in RANKERS:
         raise ConfigError(f"{where}: name must be one of {', '.join(RANKERS)}, found {name!r}")
-    return parse(TrainConfig, {**table, "model": parse(RANKERS[name][0], table["model"], where)}, where)
+    stop = {"least_steps": 1} | table.get("stop", {})  # runs before there was one took their epochs alone
+    model = parse(RANKERS[name][0], table["model"], where)
+    return parse(TrainConfig, {**table, "model": model, "stop": stop}, where)
 
 
 def suited(config: TrainConfig, prepared: PreparedSet) -> TrainConfig:
@@ -132,5 +140,4 @@ def _without_actions(model: Any) -> Any:
     widths = {
         name: dataclasses.replace(value, action=0) for name, value in values.items() if isinstance(value, FieldWidths)
     }
-    switches = {name: type(values[name])(0) for name in ("action_width", "actions") if name in values}
-    return dataclasses.replace(model, **widths, **switches)
+    return dataclasses.replace(model, **widths, **{name: off for name, off in UNTOLD.items() if name in values})

@@ -12,7 +12,8 @@ Two tables part them, and the attention table may then be narrow, which makes th
     logit = 1 <- PReLU <- 80 <- PReLU <- 200 <- BatchNorm(x)
 
 As a candidate's position is always 0, position enters the search only through the bias b, one number per position.
-Where the log has several actions and the widths one for them (ours), an action is read in the same way.
+Where the log has several actions and the widths one for them (ours), an action enters as a position does, and under
+`own_counts` the head sees a vector of the newest action on the candidate.
 
 Kept from the paper: the decoupled tables, the shared attention of search and pooling, the product v*h ("TR").
 From the authors' published runs, not in the paper's equations: `scaling = "split"`, the auxiliary head.
@@ -174,11 +175,9 @@ class Dare(nn.Module):
         self.representation = Fields(items, config.representation, config.category, config.window)
         self.attention = None if config.tied else Fields(items, config.attention, config.category, config.window)
         width = {"full": 3, "only": 1, "none": 2}[config.features] * self.representation.width
-        self.last_action = None
-        if config.own_counts and config.representation.action:
-            self.last_action = ActionTable(config.representation.action)
-        shown = OWN_FEATURES + (0 if self.last_action is None else config.representation.action)
-        self.head = ScoringHead(width + shown * config.own_counts)
+        last = config.representation.action * config.own_counts
+        self.last_action = ActionTable(last) if last else None
+        self.head = ScoringHead(width + OWN_FEATURES * config.own_counts + last)
         self.auxiliary_head = ScoringHead(width, hidden=(200,)) if config.auxiliary else None
 
     @property

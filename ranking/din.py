@@ -13,6 +13,7 @@ Same fields and head as DARE, so that only the attention differs. What we change
 * PReLU(z) = slope z + (1 - slope) relu(z), and w2 . z is linear in s too, so only relu(z) is ever held.
 * Candidates go through in chunks, so that memory does not grow with C.
 
+Ours: a field for what an event was, where the log has several actions (`ranking.embeddings`).
 `weights = "softmax"` is the variant of DARE's authors: softmax(a / D) over the real events.
 """
 

@@ -20,7 +20,7 @@ from recsys.errors import ConfigError
 
 INIT_STD = 0.01
 ACTIONS = 256
-"""Codes that an action can have; 0 is none, and one that nobody has seen."""
+"""Codes that an action can have; 0 is none, or one that no bundle knew."""
 
 PositionMode = Literal["slot", "group"]
 """`slot`: every event has its own position. `group`: events of one moment (a basket) share a position."""
@@ -105,12 +105,12 @@ class EventTable(nn.Module):
 
 
 class ActionTable(EventTable):
-    """The table of actions. Where every event of the log has one, no action stays the zero it starts at."""
+    """The table of actions. They start at zero, so one without training events says nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__(ACTIONS, width)
         with torch.no_grad():
-            self.weight[1] = 0.0
+            self.weight[1:] = 0.0
 
 
 def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,8 @@ gradient, and what is not found is not trained by this request.
 
 Kept: the hash search inside the network, K found events, target attention over them. As with all references here,
 fields and head are DARE's, so that only the search differs; the paper has several attention heads, the user's profile
-and a second, short history beside this one.
+and a second, short history beside this one. Ours: a field for what an event was, hashed with the others, where the log
+has several actions.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Gradient boosting (LightGBM) on about ten counts: what a practitioner builds before any sequence model.
+"""Gradient boosting (LightGBM) on eleven counts: what a practitioner builds before any sequence model.
 
 Ke et al., "LightGBM: A Highly Efficient Gradient Boosting Decision Tree", NIPS 2017.
 

@@ -4,6 +4,8 @@ The control for every attention model: same fields, same head, same budget, no a
 what looking at the candidate is worth. The idea is the sum pooling of Covington, Adams and Sargin, "Deep Neural
 Networks for YouTube Recommendations", RecSys 2016; the head is the one of DARE's authors, so that only pooling differs.
 
+Ours: a field for what an event was, where the log has several actions (`ranking.embeddings`).
+
     u = sum_t m_t e_t / max(n, 1)      logit = head([v ; u ; v*u])
 """
 

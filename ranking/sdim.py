@@ -320,7 +320,7 @@ class Sdim(nn.Module):
 
     def item_signatures(self) -> Tensor:
         """Return every item's bucket in every group, uint8 [V, G]; computed once per version of the weights."""
-        tensors = [*self.fields.parameters(), self.planes]
+        tensors = [*self.fields.parameters(), *([] if self.action is None else [self.action.weight]), self.planes]
         versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         known = self._hashed
         if known is None or known[0] != versions:

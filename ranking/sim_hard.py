@@ -8,7 +8,8 @@ Prediction", CIKM 2020, arXiv 2006.05639.
 
 Kept: the index by category (the paper's behaviour tree) and attention over what it finds. Changed: fields and head are
 DARE's, so that only the search differs; no profile and no second, short history beside it; single-headed attention; no
-filling up with other recent events, so that "nothing of this category" stays visible.
+filling up with other recent events, so that "nothing of this category" stays visible. Ours: a field for what an event
+was, where the log has several actions.
 
 A history is sorted by category once. What a candidate needs then lies side by side, and the search is two binary
 searches: O(C log T), whatever the length of the history.

@@ -35,16 +35,19 @@ def _microseconds(value: int) -> int:
     return value
 
 
-def _number(value: Any) -> Any:
-    """Return the microseconds of a time in ISO 8601; anything but text and true, which would pass for 1, as it is."""
-    if not isinstance(value, bool | str):
+EXPECTED = "expected a whole number of microseconds since 1970, or ISO 8601 with its zone, as 2026-03-01T09:30:00Z"
+
+
+def _read(value: Any) -> Any:
+    """Return the microseconds of a time in ISO 8601; numbers as they are."""
+    if isinstance(value, bool):  # pydantic would take true for 1
+        raise ValueError(EXPECTED)  # noqa: TRY004 - of TypeErrors pydantic makes no 422
+    if not isinstance(value, str):
         return value
     try:
-        stated = datetime.fromisoformat(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ValueError(
-            "expected a whole number of microseconds since 1970, or ISO 8601 with its zone, as 2026-03-01T09:30:00Z"
-        ) from None
+        stated = datetime.fromisoformat(value.upper())
+    except ValueError:
+        raise ValueError(EXPECTED) from None
     if stated.tzinfo is None:
         raise ValueError(f"{value} names no zone; expected one at its end, Z or such as +01:00")
     return (stated - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
@@ -52,7 +55,7 @@ def _number(value: Any) -> Any:
 
 Moment = Annotated[
     int,
-    BeforeValidator(_number),
+    BeforeValidator(_read),
     AfterValidator(_microseconds),
     WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "format": "date-time"}]}, mode="validation"),
 ]
@@ -214,7 +217,7 @@ class RankRequest(Message):
     user_id: Id | None = None
     history: list[InlineEvent] | None = None
     item_ids: list[Id] = Field(min_length=1)
-    at: Moment | None = None
+    at: Moment | None = Field(default=None, description=f"moment of the request, {WHEN}; now if absent")
 
 
 class RankResponse(Message):

@@ -69,7 +69,8 @@ class LoggedRequest:
 def history_digest(events: Events, at: int, keys: int = UNKNOWN_KEY) -> str:
     """Return 64 bits, in hexadecimal, over the newest items and times strictly before a moment.
 
-    Actions are left out: an action that a bundle learns to name changes its code in later events only. Item keys from
+    Actions are left out: an action that a bundle learns to name changes its code in later events only, and models that
+    read actions may score such a history otherwise. Item keys from
     `keys` on count as unknown: a bundle that is served again after a larger one reads them so.
     """
     used = events.before(at)

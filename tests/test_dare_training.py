@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dare import ROWS, build, make_batch
+from test_dare import ROWS, SMALL, WITH_ACTION, build, make_batch
 from torch import Tensor
 
 from ranking.batch import UNKNOWN, Batch, Candidates
 from ranking.dare import Dare, DareConfig
-from ranking.embeddings import EventTable, ItemEmbedding
+from ranking.embeddings import EventTable, FieldWidths, ItemEmbedding
 from ranking.layers import ScoringHead, search
 from ranking.losses import listwise_cross_entropy
 
@@ -53,28 +53,33 @@ def written(model: Dare, batch: Batch, row_of: Tensor, objective: Callable[[Tens
 
     rows: dict[str, list[Tensor]] = {"main": [], "auxiliary": []}
     for b, candidates in enumerate(batch.candidates.item):
-        events = batch.history.item[int(batch.history.offsets[b]) : int(batch.history.offsets[b + 1])][-config.window :]
-        back = torch.arange(len(events), 0, -1)
-        key, e = semantic(att, events), torch.cat([semantic(rep, events), rep.position.weight[back]], 1)
-        place = att.position.weight
-        bias = (place[back] * place[0]).sum(1) / math.sqrt(place.shape[1])
+        first, end = batch.history.offsets[b : b + 2].tolist()
+        used = slice(max(first, end - config.window), end)
+        events, rows_of = batch.history.item[used], {"position": torch.arange(used.stop - used.start, 0, -1)}
+        if rep.action is not None:
+            rows_of["action"] = batch.history.action[used].long() + 1
+        tables = [(getattr(att, name).weight, getattr(rep, name).weight, at) for name, at in rows_of.items()]
+        key, e = semantic(att, events), torch.cat([semantic(rep, events), *(table[at] for _, table, at in tables)], 1)
+        bias = sum((table[at] * table[0]).sum(1) / math.sqrt(table.shape[1]) for table, _, at in tables)
         for candidate in candidates[candidates > 0]:
             q = semantic(att, candidate[None])[0]
-            v = torch.cat([semantic(rep, candidate[None])[0], rep.position.weight[0]])
+            v = torch.cat([semantic(rep, candidate[None])[0], *(table[0] for _, table, _ in tables)])
             for name, most in (("main", config.retrieved), ("auxiliary", config.window)):
                 h = attended(key, bias, q, e, most)
                 rows[name].append(torch.cat([v, h, v * h]))
     heads = {"main": model.head, "auxiliary": model.auxiliary_head}
     parts = {name: objective(logits_of(head, torch.stack(rows[name]))) for name, head in heads.items()}
-    tables = {id(part.weight) for part in model.modules() if isinstance(part, ItemEmbedding | EventTable)}
-    weights = [p for n, p in model.named_parameters() if id(p) not in tables and not n.endswith("bias")]
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, ItemEmbedding | EventTable)}
+    weights = [p for n, p in model.named_parameters() if id(p) not in embeddings and not n.endswith("bias")]
     return parts | {"l2": config.l2 * sum(p.square().sum() for p in weights)}
 
 
 @pytest.mark.parametrize("objective", ["pointwise", "listwise"])
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_the_loss_is_that_of_real_candidates_with_hidden_items_and_log_q(rate: float, objective: str) -> None:
-    model = build(30, unknown_rate=rate, l2=0.01, objective=objective).train()
+@pytest.mark.parametrize(("rate", "widths"), [(0.0, SMALL), (0.4, SMALL), (0.4, WITH_ACTION)])
+def test_the_loss_is_that_of_real_candidates_with_hidden_items_and_log_q(
+    rate: float, widths: FieldWidths, objective: str
+) -> None:
+    model = build(30, unknown_rate=rate, l2=0.01, objective=objective, attention=widths, representation=widths).train()
     batch = padded_batch()
     real, hidden = batch.candidates.mask, torch.rand(ROWS, generator=torch.Generator().manual_seed(5)) < rate
     hidden[0] = False

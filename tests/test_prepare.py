@@ -408,7 +408,9 @@ def test_what_will_say_little_is_said(tmp_path: Path) -> None:
     assert overview.warnings(manifest) == []
     several = manifest | {"actions": ["view", "buy"]}
     (actions,) = overview.warnings(several)
-    assert actions.startswith("view, buy: every action counts as taken")
+    assert actions.startswith("Events of any action may be positives (view, buy)")
+    (actions,) = overview.warnings(manifest | {"actions": list("abcdefgh")})
+    assert "(a, b, c, d, e, f and 2 more)" in actions
     assert overview.warnings(several | {"config": {"negatives": 100, "positive": ["buy"]}}) == []
 
 

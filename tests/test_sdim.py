@@ -391,7 +391,25 @@ def test_an_action_moves_what_an_event_adds_and_not_where_it_is_hashed_to() -> N
     added = (model.action.weight[LAST_ACTION + 1] - model.action.weight[2]).detach()
     moved = (other.table - one.table)[one.size > 0] * GRID
     torch.testing.assert_close(moved, added.double().expand_as(moved).float(), atol=GRID, rtol=0)
-    assert model.key != build(13, actions=True).key
+    key = model.key
+    with torch.no_grad():
+        model.action.weight[2] += 1
+    assert model.key != key
+    model.action.weight.data[2, 0] = 5000.0
+    with pytest.raises(DataError, match="could overflow"):
+        model.encode(past([[(5, 1)] * 8]))
+
+
+def test_weights_with_actions_are_those_the_read_out_gives() -> None:
+    model = build(12, actions=True, norm="none", long_includes_short=True)
+    batch = make_batch(3)
+    history = replace(batch.history, action=(batch.history.item * 5 % 3).to(torch.int32))
+    found = model.attention_of(history, batch.candidates)
+    state = model.encode(history)
+    rows = bucket_rows(state.table.double() * GRID, state.size, "none")
+    expected = read(rows, state.size, model._codes(batch.candidates.item), "none")
+    torch.testing.assert_close(found.weight @ found.event, expected, atol=1e-3, rtol=0)
+    assert not torch.allclose(found.event, model.attention_of(batch.history, batch.candidates).event)
 
 
 @settings(max_examples=30, deadline=None)

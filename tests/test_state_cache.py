@@ -51,6 +51,12 @@ class Store:
         one = Events(np.array([key], np.uint32), np.array([action], np.uint8), np.array([time], np.int64))
         self.events[user_id] = Events.concatenate(self.events.get(user_id, Events.empty()), one)
 
+    def learn(self, user_id, place, action):
+        if len(known := self.events.get(user_id, Events.empty())):
+            actions = known.action.copy()
+            actions[-1 - place % len(actions)] = action
+            self.events[user_id] = Events(known.item, actions, known.time)
+
     def drop_oldest(self, user_id, count):
         if user_id in self.events:
             self.events[user_id] = self.events[user_id].slice(count, len(self.events[user_id]))
@@ -81,6 +87,7 @@ STEP = st.one_of(
     st.tuples(st.just("append"), st.integers(0, 49), st.integers(0, 2)),
     st.tuples(st.just("late"), st.integers(0, 49), st.integers(1, 30)),
     st.tuples(st.just("evict"), st.integers(1, 3), st.just(0)),
+    st.tuples(st.just("learn"), st.integers(0, 5), st.integers(0, 2)),  # another bundle knows an event's action
     st.tuples(st.just("restart"), st.just(0), st.just(0)),
     st.tuples(st.just("swap"), st.integers(0, 2), st.just(0)),
     st.tuples(st.just("forget"), st.just(0), st.just(0)),
@@ -107,6 +114,8 @@ def test_any_order_of_events_equals_a_rebuild(bundles, name, steps, room):
             store.add(user, number, newest[user] - other, number % 3)
         elif kind == "evict":
             store.drop_oldest(user, number)
+        elif kind == "learn":
+            store.learn(user, number, other)
         elif kind == "restart":
             cache = StateCache(config, lambda: now[0])
         elif kind == "swap":

@@ -19,7 +19,7 @@ from pipelines.optimise import OptimiserConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import SplitConfig
 from pipelines.train import Loop, train, trained_run
-from pipelines.train_config import StopConfig, TrainConfig, load_config, suited
+from pipelines.train_config import StopConfig, TrainConfig, config_of, load_config, suited
 from ranking.models import RANKERS
 from ranking.ranker import Loss
 from recsys.errors import ConfigError, DataError, RecsysError
@@ -348,8 +348,15 @@ def test_a_small_log_is_trained_on_for_more_than_its_epochs(settings, epoch, ste
     assert (stop.steps(epoch), stop.between(epoch)) == (steps, between)
 
 
+def test_a_run_from_before_there_were_least_steps_is_read_as_it_was():
+    table = load_config(CONFIGS / "din.toml").table()
+    assert config_of(table, "run.json").stop.steps(7) == 300
+    del table["stop"]["least_steps"]
+    assert config_of(table, "run.json").stop.steps(7) == 14
+
+
 def test_a_run_on_a_small_log_takes_the_least_steps_and_trees_do_not(prepared, mlflow_uri, tmp_path, monkeypatch):
-    small = {"max_steps": None, "epochs": 1.0, "patience": 100, "validate_every": 150, "least_steps": 500}
+    small = {"max_steps": None, "epochs": 1.0, "patience": 1, "validate_every": 150, "least_steps": 500}
     trained = train(config("din", **small), prepared, tmp_path / "din", mlflow_uri)
     assert trained.summary.steps == 500
     assert [entry["step"] for entry in trained.summary.curve] == list(range(50, 501, 50))
