@@ -1,10 +1,13 @@
 """Fixtures of many test files: a small but real workspace, made once, and a made world to serve, once for each file."""
 
+import gc
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fastapi.dependencies import models
 from hypothesis import settings
 
 settings.register_profile("recsys", deadline=None)  # how long an example takes is the machine's affair
@@ -14,6 +17,17 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 USERS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """Close what the services of a file hold open: FastAPI remembers their routes, and they hide from the collector."""
+    yield
+    for remembered in vars(models).values():
+        if hasattr(remembered, "cache_clear"):
+            remembered.cache_clear()
+    gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

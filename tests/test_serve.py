@@ -227,7 +227,9 @@ class TestServed:
         head = "POST /v1/events HTTP/1.1\r\nHost: -\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         with socket.create_connection(("127.0.0.1", port), WAIT) as half_sent:
             half_sent.sendall(head.encode())
-            while not select.select([half_sent], [], [], 1.0)[0]:  # whichever replica has it
+            poll = select.poll()  # takes any number of a file, unlike select
+            poll.register(half_sent, select.POLLIN)
+            while not poll.poll(1_000):  # whichever replica has it
                 for replica in replicas(running):
                     replica.kill()
             answer = http.client.HTTPResponse(half_sent)
