@@ -240,21 +240,23 @@ def _first_plan(config: ServeConfig) -> Plan:
 
 def _set_environment(directory: Path) -> None:
     """Make Ray Serve's settings, which it reads when it is first imported, in every process of the cluster."""
-    files_and_ports = {
+    files = {
         # HAProxy's are for the whole machine by default; two services would meet there.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_DEDUP_LOGS": "0",
     }
-    os.environ.update(node_settings() | files_and_ports)
+    os.environ.update(node_settings() | files)
+
+
+def _set_ports() -> None:
+    """Give Serve's own proxies ports that are free now; one may be taken before they get to it."""
+    for name in ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC"):
+        os.environ[f"RAY_SERVE_{name}_PORT"] = str(_free_port())
 
 
 def node_settings() -> dict[str, str]:
@@ -271,6 +273,7 @@ def _free_port() -> int:
 
 
 def _start_ray(config: ServeConfig, directory: Path) -> None:
+    _set_ports()  # before Serve is imported, which reads them
     import ray
     from ray import serve
 
@@ -294,6 +297,7 @@ def _start_ray(config: ServeConfig, directory: Path) -> None:
             Exception
         ) as error:  # Ray raises bare ones if its processes do not start within 30 s, as on a busy machine
             ray.shutdown()
+            _set_ports()  # what starts next reads them anew
             if not tries_left:
                 reason = _last_line(str(error) or repr(error))
                 raise RecsysError(f"Ray did not start: {reason}; details in {RAY_LOGS}") from error

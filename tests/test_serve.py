@@ -11,13 +11,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from serving_world import LATER, PATIENT, WAIT, Place, free_port, make_service, publish_world
 
-from recsys.errors import BundleError, ConfigError, DataError
+from recsys.errors import BundleError, ConfigError, DataError, RecsysError
 from recsys.messages import EventIn, RankRequest, RecommendRequest
+from serving import host
 from serving.app import Limits
 from serving.client import Client
 from serving.host import Running, ServeConfig, start
@@ -98,6 +100,26 @@ def test_a_setting_out_of_range_is_named(place, tmp_path, key, value):
 
 @pytest.mark.slow
 @pytest.mark.serve
+def test_ray_is_started_again_with_other_ports_where_it_does_not_start(place, tmp_path, monkeypatch):
+    """A port that was free when it was chosen may be taken when Serve's proxy gets to it."""
+    names = [f"RAY_SERVE_{name}_PORT" for name in ("FALLBACK_PROXY_HTTP", "HAPROXY_METRICS")]
+    for name in (*names, "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    tried = []
+
+    def init(**options):
+        tried.append([os.environ[name] for name in names])
+        raise RuntimeError(f"Failed to bind to address '127.0.0.1:{os.environ[names[0]]}'.")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: None, serve=None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(RecsysError, match="Ray did not start: Failed to bind"):
+        host._start_ray(config(place, tmp_path / "state", free_port()), tmp_path)
+    assert len(tried) == host.RAY_TRIES > 1
+    for ports in zip(*tried, strict=True):
+        assert len(set(ports)) > 1
+
+
 class TestServed:
     """Two replicas over one log and one view."""
 
