@@ -5,7 +5,8 @@ same model without its step over the list. Read together (`mvp`, `cross_encoder`
 tokens, [CLS], the query, and as much of the passage as makes 128 tokens; MVP's decoder learns on the vectors of the
 view tokens, the cross-encoder's head on that of [CLS], out of the same pass. A model of one or two views takes the
 first of the four. Pools, folds, seeds, views and shuffled input then cost nothing but the last step. The first stage is
-RRF of BM25 and dense; its best 20 are reranked, and on Cranfield by those that read apart its best 100.
+RRF of BM25 and dense; its best 20 are reranked, and also its best 100 by those trained in full and, on Cranfield, by
+those that read apart.
 
 Trained in full (`_full`): each model reads every pair itself, at its own length of 256 tokens, and its encoder learns
 with what stands above it; both see the same lists at the same steps, out of the best 50 of RRF.
@@ -43,8 +44,8 @@ from ranking.text_models import Vectors
 
 PLACES = 20
 """Passages of the first stage that are reranked."""
-DEEP = {"cranfield": 100, "scifact": PLACES}
-"""By what reads apart also this many; on SciFact reading them takes too long."""
+DEEP = {("apart", "cranfield"): 100, ("full", "cranfield"): 100, ("full", "scifact"): 100}
+"""These are ranked that deep as well; reading so many pairs would take too long for the others."""
 LEARNED = {"cranfield": PLACES, "scifact": 9}
 """Places of the first stage that training lists draw from, if every pair has to be read."""
 QUERIES = 400
@@ -133,7 +134,7 @@ def reader(kind: str, place: Place, stages: FirstStages) -> PairVectors:
 def pools(data: Path, stages: FirstStages, name: str, how: Family) -> tuple[Pool, list[tuple[Pool, Pool, list[int]]]]:
     """The test pool, and per fold a training and a dev pool and the test queries they may be judged on."""
     queries = read_queries(data / name, stages.corpus, "test")
-    test = pool(stages, queries, DEEP[name] if how == "apart" else PLACES)
+    test = pool(stages, queries, DEEP.get((how, name), PLACES))
     if name == "cranfield":
         known, folds = queries, [list(range(fold, len(queries), FOLDS)) for fold in range(FOLDS)]
     else:

@@ -45,8 +45,9 @@ def lines_of(name: str, results: Path) -> list[str]:
             gain = f"RRF {signed(found[f'{DIFFERENCE[part]}first_stage'])}"
             if f"{DIFFERENCE[part]}hybrid" in found:
                 gain += f", hybrid {signed(found[f'{DIFFERENCE[part]}hybrid'])}"
-            if control.exists() and control != path:
-                pointwise = np.array(json.loads(control.read_text())[part]["per_query"])
+            beside = json.loads(control.read_text()) if control.exists() and control != path else {}
+            if part in beside:
+                pointwise = np.array(beside[part]["per_query"])
                 gain += f", pointwise {signed(compare(np.array(ours['per_query']), pointwise).table())}"
             value = f"{100 * ours['ndcg_at_10']:.1f}, RRF {100 * first:.1f}"
             lines.append(f"| {name} {title} | {value} | {100 * ours['hit_at_1']:.1f} | {gain} |")
