@@ -5,7 +5,8 @@ draws groups of passages that the plain encoder places near each other and cuts 
 are few, short ones many, and what a query has to be told from is what it is mistaken for. Passages are windows of
 `train_tokens` tokens at a place of their own. Of the backbone the top `layers` learn (0: all); what lies below reads
 each window once (`ranking.top_layers`). Several corpora train together; natural queries, where there are any, join as
-they are.
+they are. Of a catalogue, many texts of which share words, a span is of whole words, every text that a query fits is
+relevant to it, and no query has the words of one that held-out texts are judged by.
 
 With `train = "fusion"` the backbone is frozen: passage vectors are known, so every query is asked among all training
 documents, whole, at the cost of a product.
@@ -27,7 +28,7 @@ from pipelines.first_stages import FirstStages, dense_search
 from pipelines.text_config import TextTrainConfig
 from pipelines.text_corpus import Queries, normalised
 from pipelines.text_measures import measure
-from pipelines.text_pairs import PairSource
+from pipelines.text_pairs import PairSource, words_of
 from pipelines.text_train import contrastive_loss
 from ranking.lexsembridge import LexSemBridge
 from ranking.text_backbone import device_of, padded, passes
@@ -52,13 +53,46 @@ QUERY_TOKENS = 1024
 """of a forward pass of queries"""
 
 
+TRIES = 8
+"""Cuts from a text of a catalogue until one is of words that nothing is judged by; after that there is none."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """What one corpus gives: first stages over it, and its natural training and dev queries, empty if it has none."""
+    """What one corpus gives.
+
+    Attributes:
+        stages: first stages over it.
+        natural: training queries that people wrote, empty if it has none.
+        dev: dev queries by kind.
+        judged: of a catalogue, the words (`text_pairs.words_of`) of the queries that held-out texts are judged by.
+    """
 
     stages: FirstStages
     natural: Queries
     dev: dict[str, Queries]
+    judged: frozenset[tuple[str, ...]] = frozenset()
+
+    @cached_property
+    def pairs(self) -> PairSource:
+        """Cuts queries from its passages."""
+        return PairSource(self.stages.corpus)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids [L] of a training document's window, without special tokens, and of which word each is a part."""
+
+    ids: list[int]
+    words: list[int | None]
+
+    def whole(self, start: int, end: int) -> tuple[int, int]:
+        """Return the places of the whole words that the tokens from `start` to `end` are of."""
+        while start > 0 and self.words[start - 1] == self.words[start]:
+            start -= 1
+        while end < len(self.words) and self.words[end] == self.words[end - 1]:
+            end += 1
+        return start, end
 
 
 @dataclass
@@ -85,9 +119,7 @@ class NeighbourTask:
             self.model.transformer.requires_grad_(False)
         learns = self.config.layers > 0 and not self.frozen
         self.cut = TopLayers.of(self.model.transformer, self.config.layers) if learns else None
-        self.documents = [
-            (source, row) for source in self.sources for row in PairSource(source.stages.corpus).rows("train")
-        ]
+        self.documents = [(source, row) for source in self.sources for row in source.pairs.rows("train")]
         if len(self.documents) < 2:
             raise DataError(f"{len(self.documents)} training documents; expected at least 2")
 
@@ -104,46 +136,43 @@ class NeighbourTask:
     # What is drawn.
 
     @cached_property
-    def windows(self) -> list[list[int]]:
-        """Token ids of each training document's window, without special tokens."""
+    def windows(self) -> list[Window]:
+        """A window of each training document."""
         room = self.config.train_tokens - len(self.model.tokenizer.prefix) - len(self.model.tokenizer.suffix)
         made = []
         for source, row in self.documents:
             corpus = source.stages.corpus
-            ids = self.model.tokenizer.pieces([corpus.passages[row]])[0]
+            found = self.model.tokenizer.tokenizer.encode(corpus.passages[row], add_special_tokens=False)
             draws = generator(0, 0, f"window/{corpus.name}/{corpus.ids[row]}")
-            start = int(draws.integers(max(len(ids) - room, 0) + 1))
-            made.append(ids[start : start + room])
+            start = int(draws.integers(max(len(found.ids) - room, 0) + 1))
+            made.append(Window(found.ids[start : start + room], found.word_ids[start : start + room]))
         return made
+
+    @cached_property
+    def _place(self) -> dict[tuple[int, int], int]:
+        return {(id(source), row): at for at, (source, row) in enumerate(self.documents)}
 
     @cached_property
     def keywords(self) -> list[list[str]]:
         """The best terms of each training document."""
         found: list[list[str]] = []
         for source in self.sources:
-            pairs = PairSource(source.stages.corpus)
-            rows = pairs.rows("train")
-            made = pairs.keyword(rows, TERMS)
-            of_row = {next(iter(grades)): text for text, grades in zip(made.texts, made.grades, strict=True)}
-            found += [of_row.get(row, "").split() for row in rows]
+            found += [terms.split() for terms in source.pairs.best_terms(source.pairs.rows("train"), TERMS)]
         return found
 
     @cached_property
     def vectors(self) -> Vectors:
         """Plain vectors of the training documents, which say who is near to whom."""
-        rows = [
-            (source.stages.passage_vectors, PairSource(source.stages.corpus).rows("train")) for source in self.sources
-        ]
+        rows = [(source.stages.passage_vectors, source.pairs.rows("train")) for source in self.sources]
         return np.concatenate([vectors[own] for vectors, own in rows])
 
     @cached_property
     def natural(self) -> list[tuple[str, list[int]]]:
         """Natural training queries with the places of their documents among the training ones."""
-        place = {(id(source), row): at for at, (source, row) in enumerate(self.documents)}
         found = []
         for source in self.sources:
             for text, grades in zip(source.natural.texts, source.natural.grades, strict=True):
-                own = [place.get((id(source), row), -1) for row, grade in grades.items() if grade > 0]
+                own = [self._place.get((id(source), row), -1) for row, grade in grades.items() if grade > 0]
                 found.append((text, [at for at in own if at >= 0]))
         return [one for one in found if one[1]]
 
@@ -169,10 +198,10 @@ class NeighbourTask:
         queries, target = [], []
         relevant: list[list[int]] = []
         for column, passage in enumerate(passages):
-            for _ in range(self.config.cuts):
-                queries.append(self._cut(passage, draws))
+            for query, own in filter(None, (self._cut(passage, draws) for _ in range(self.config.cuts))):
+                queries.append(query)
                 target.append(column)
-                relevant.append([passage])
+                relevant.append(own)
         chosen = draws.permutation(len(self.natural))[:NATURAL].tolist()
         for text, own in (self.natural[one] for one in chosen):
             passages.append(own[int(draws.integers(len(own)))])
@@ -181,14 +210,30 @@ class NeighbourTask:
             relevant.append(own)
         return passages, queries, target, relevant
 
-    def _cut(self, passage: int, draws: np.random.Generator) -> list[int]:
+    def _cut(self, passage: int, draws: np.random.Generator) -> tuple[list[int], list[int]] | None:
+        """Return the token ids of a query cut from a passage and all training documents it fits; None if none may."""
+        source, row = self.documents[passage]
+        if source.stages.corpus.items is None:
+            return self._tokens(passage, draws, whole=False)[0], [passage]
+        for _ in range(TRIES):
+            query, text, contiguous = self._tokens(passage, draws, whole=True)
+            if words_of(text) not in source.judged:
+                fitting = source.pairs.relevant(row, text, contiguous)
+                return query, [at for one in sorted(fitting) if (at := self._place.get((id(source), one))) is not None]
+        return None
+
+    def _tokens(self, passage: int, draws: np.random.Generator, whole: bool) -> tuple[list[int], str, bool]:
+        """Return the ids of keywords or of a span, of whole words if so wanted, its text, and whether it is a span."""
         tokenizer, words, window = self.model.tokenizer, self.keywords[passage], self.windows[passage]
         if words and draws.random() < KEYWORDS:
             some = sorted(draws.permutation(len(words))[: int(draws.integers(3, 6))].tolist())
-            return tokenizer.encode([" ".join(words[place] for place in some)], self.model.config.max_query_len)[0]
-        length = min(int(draws.choice(SPANS)), len(window))
-        start = int(draws.integers(len(window) - length + 1))
-        return [*tokenizer.prefix, *window[start : start + length], *tokenizer.suffix]
+            text = " ".join(words[place] for place in some)
+            return tokenizer.encode([text], self.model.config.max_query_len)[0], text, False
+        length = min(int(draws.choice(SPANS)), len(window.ids))
+        start = int(draws.integers(len(window.ids) - length + 1))
+        start, end = window.whole(start, start + length) if whole else (start, start + length)
+        ids = window.ids[start:end]
+        return [*tokenizer.prefix, *ids, *tokenizer.suffix], tokenizer.tokenizer.decode(ids), True
 
     # A step.
 
@@ -198,7 +243,7 @@ class NeighbourTask:
         if self.frozen:
             return self._frozen_loss(queries, [passages[column] for column in target], relevant)
         tokenizer = self.model.tokenizer
-        windows = [[*tokenizer.prefix, *self.windows[one], *tokenizer.suffix] for one in passages]
+        windows = [[*tokenizer.prefix, *self.windows[one].ids, *tokenizer.suffix] for one in passages]
         targets = torch.tensor(target, device=self.device)
         also = self._alike(torch.tensor(passages, device=self.device), targets, relevant)
         plain, enhanced = self._queries(queries)

@@ -15,7 +15,7 @@ from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, RerankerTask
 from pipelines.text_config import RERANKERS, CorpusConfig, TextTrainConfig
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
-from pipelines.text_pairs import PairSource, Split, sample, split_of
+from pipelines.text_pairs import VERSION, PairSource, Split, sample, split_of, unasked, words_of
 from pipelines.text_train import Task, TextRun, own_draws, train_text
 from ranking.cross_encoder import CrossEncoder, CrossEncoderConfig
 from ranking.dense_encoder import DenseConfig, DenseEncoder, pooling_of
@@ -92,10 +92,14 @@ def training_queries(
     """Return training and dev queries by kind.
 
     Natural ones are split by their ids, a tenth of them for dev; where queries are cut from documents too, those held
-    out are nobody's positives.
+    out are nobody's positives in training, and no training query has the words of one that is cut from them.
     """
-    train = cut_queries(options, source, "train")
-    dev = cut_queries(options, source, "dev")
+    dev, test = cut_queries(options, source, "dev"), cut_queries(options, source, "test")
+    dev = {kind: unasked(queries, test.values()) for kind, queries in dev.items()}
+    train = {
+        kind: unasked(source.to_learn(queries), (*dev.values(), *test.values()))
+        for kind, queries in cut_queries(options, source, "train").items()
+    }
     if options.natural:
         learn, dev[NATURAL] = natural_queries(Path(options.path), corpus, options.natural)
         train[NATURAL] = source.to_learn(learn) if options.cut else learn
@@ -177,7 +181,8 @@ def train(
         return RerankerTask(config, made, corpus, _pool(stages, queries, held), _pool(stages, dev), vectors)
 
     learned = [_learned(config, path, one) for path, one in zip(paths, corpora, strict=True)]
-    inputs = {"corpora": learned, "backbones": {source: files_digest(source) for source in _backbones(config)}}
+    backbones = {source: files_digest(source) for source in _backbones(config)}
+    inputs = {"corpora": learned, "backbones": backbones, "pairs": VERSION}
     return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, progress)
 
 
@@ -220,13 +225,15 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
     for place, (path, stages) in enumerate(zip((options.path, *options.also), each, strict=True)):
         source = PairSource(stages.corpus, model.tokenizer)
         dev = cut_queries(options, source, "dev") if place == 0 else {}
+        judged = [*dev.values(), *cut_queries(options, source, "test").values()] if path == CATALOGUE else []
         learn = held = Queries([], [], [])
         if _has_split(path, options.natural):
             learn, held = natural_queries(Path(path), stages.corpus, options.natural)
             learn, found = source.to_learn(learn), True
         if len(held):
             dev[NATURAL] = held
-        made.append(Source(stages, learn, {kind: sample(one, options.dev_queries, 0) for kind, one in dev.items()}))
+        dev = {kind: sample(one, options.dev_queries, 0) for kind, one in dev.items()}
+        made.append(Source(stages, learn, dev, frozenset(words_of(text) for one in judged for text in one.texts)))
     if not found:
         raise ConfigError(f"[corpus] natural = {options.natural!r}: no corpus has qrels/{options.natural}.tsv")
     return made

@@ -2,12 +2,15 @@
 
 A query's own passage is relevant. In a catalogue many items fit a short query, so there every passage that holds all
 its words (keyword) or the whole span (part of passage) is relevant, and a query that fits more than 100 is left out.
+So a query cut from a training document may fit held-out ones, and several documents give the same words: in training
+held-out documents are neither positives nor negatives (`PairSource.to_learn`), and no query has the words of one that
+is cut from them (`unasked`).
 """
 
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import log
@@ -23,6 +26,8 @@ from recsys.randomness import generator
 
 Split = Literal["train", "dev", "test"]
 Unit = Literal["token", "word", "char"]
+VERSION = 2
+"""of what is cut and held out: a run that learned from an earlier one's queries is trained again"""
 MOST_RELEVANT = 100
 SHORTEST_TERM = 3
 TENTHS: dict[Split, range] = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
@@ -66,7 +71,7 @@ class PairSource:
         return frozenset(self.rows("dev") + self.rows("test"))
 
     def to_learn(self, queries: Queries) -> Queries:
-        """Return judged queries to train on: held-out documents count 0 for them, and those without another are gone.
+        """Return queries to train on: held-out documents count 0 for them, and those without another are gone.
 
         A document of grade 0 is neither a positive nor a hard negative.
         """
@@ -88,7 +93,11 @@ class PairSource:
         return holders
 
     def keyword(self, rows: Sequence[int], terms: int = 5) -> Queries:
-        """Return one query per passage: its `terms` best terms by tf * ln(N / df), best first, ties by first place.
+        """Return one query per passage, its `best_terms`."""
+        return self._queries(f"keyword-{terms}", rows, self.best_terms(rows, terms))
+
+    def best_terms(self, rows: Sequence[int], terms: int) -> list[str]:
+        """Return the `terms` best terms of each passage by tf * ln(N / df), best first, ties by first place.
 
         Stop-words and terms under three letters are left out.
         """
@@ -101,7 +110,7 @@ class PairSource:
             count = Counter(word for word in words if word not in stop and len(word) >= SHORTEST_TERM)
             ranked = sorted(count, key=lambda term: -count[term] * log(total / self.document_frequency[term]))
             made.append(" ".join(ranked[:terms]))  # Counter keeps first occurrence, sorted is stable
-        return self._queries(f"keyword-{terms}", rows, made)
+        return made
 
     def part_of_passage(
         self, rows: Sequence[int], length: int, unit: Unit = "token", seed: int = 0, start: str = "uniform"
@@ -146,10 +155,14 @@ class PairSource:
         for row, text in zip(rows, texts, strict=True):
             if not text.strip():
                 continue
-            relevant = {row} if self.corpus.items is None else self._fitting(text, kind.startswith("pop")) | {row}
+            relevant = self.relevant(row, text, kind.startswith("pop"))
             if len(relevant) <= MOST_RELEVANT:
                 made.append((f"{kind}/{self.corpus.ids[row]}", text, dict.fromkeys(sorted(relevant), 1)))
         return Queries([one[0] for one in made], [one[1] for one in made], [one[2] for one in made])
+
+    def relevant(self, row: int, text: str, contiguous: bool) -> set[int]:
+        """Return the rows a query cut from one fits: that alone, or in a catalogue all that hold its words or span."""
+        return {row} if self.corpus.items is None else self._fitting(text, contiguous) | {row}
 
     def _fitting(self, text: str, contiguous: bool) -> set[int]:
         words = WORD.findall(text.lower())
@@ -159,6 +172,17 @@ class PairSource:
             return rows
         span = f" {' '.join(words)} "
         return {row for row in rows if span in f" {' '.join(WORD.findall(self.corpus.passages[row].lower()))} "}
+
+
+def unasked(queries: Queries, others: Iterable[Queries]) -> Queries:
+    """Return the queries whose words, in whatever order, none of the others has."""
+    known = {words_of(text) for other in others for text in other.texts}
+    return queries.only([place for place, text in enumerate(queries.texts) if words_of(text) not in known])
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the words of a text in one order, by which two queries are the same."""
+    return tuple(sorted(WORD.findall(text.lower())))
 
 
 def sample(queries: Queries, most: int, seed: int) -> Queries:

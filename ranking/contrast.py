@@ -33,8 +33,8 @@ def masked_view(mask: Tensor, p: float, generator: torch.Generator) -> Tensor:
 
 
 def others(items: Tensor, mask: Tensor) -> Tensor:
-    """Return who may be whose negative, bool [B, B]: both have events, and not the same ones (items [B, T])."""
-    _, history = torch.unique(items, dim=0, return_inverse=True)
+    """Return who may be whose negative, bool [B, B]: both have events (items [B, T]), not the same in any order."""
+    _, history = torch.unique(items.sort(1).values, dim=0, return_inverse=True)
     real = mask.any(1)
     allowed: Tensor = (history[:, None] != history[None, :]) & real[:, None] & real[None, :]
     return allowed

@@ -43,8 +43,6 @@ from recsys.errors import ConfigError
 from recsys.progress import Progress, silent
 
 Kind = Literal["slr", "llr", "clr", "c_only", "linear_map", "off"]
-EXCLUDED = ("[CLS]", "[PAD]", "[UNK]")
-"""special tokens that never count (code); [SEP] does unless `ignore_sep`"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,9 @@ class LexSemBridgeConfig:
     clr_backbone: str = "splade-tiny"
     """whose masked-LM head gives CLR's weights; "own" for a head on the backbone itself"""
     ignore_special: bool = True
+    """what stands before a text ([CLS]), padding and unknown words never count"""
     ignore_sep: bool = False
+    """nor does what stands after it ([SEP]), which counts in the authors' code"""
     fusion_init: Literal["zero", "linear"] = "zero"
     fusion_passages: bool = False
     fusion_at_test: bool = True
@@ -223,10 +223,12 @@ class LexSemBridge(TextModel):
         if config.weights == "clr" and lexical is None and config.clr_backbone != "own":
             raise ConfigError("[model] weights = clr needs a masked-LM head: name a clr_backbone")
         self.lexical = lexical
-        excluded = tokenizer.special(*(EXCLUDED if config.ignore_special else ("[PAD]",)))
+        excluded = {tokenizer.pad}
+        if config.ignore_special:
+            excluded |= {*tokenizer.prefix, *tokenizer.unknown}
         if config.ignore_sep:
-            excluded += tokenizer.special("[SEP]")
-        self.lexicon = Lexicon(config, self.dim, len(tokenizer), excluded)
+            excluded |= set(tokenizer.suffix)
+        self.lexicon = Lexicon(config, self.dim, len(tokenizer), sorted(excluded))
         self.eval()
 
     @staticmethod

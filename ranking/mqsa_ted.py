@@ -277,16 +277,17 @@ class MqsaTed(nn.Module):
     def _candidates(self, batch: Batch, z: Tensor, row_of: Tensor) -> Tensor:
         """Return the loss of user vectors [B, D] on their requests' candidates, those that are known.
 
-        Softmax cross-entropy where every row has exactly one positive, else binary cross-entropy over all candidates.
+        Softmax cross-entropy where every row was given exactly one positive, the mean over rows that know theirs, else
+        binary cross-entropy over all candidates.
         """
         row = take(row_of, batch.candidates.item)  # [B, C]
         logits = (F.embedding(row, self.item, padding_idx=PAD) @ z[:, :, None]).squeeze(2)
         weight = batch.weight * (row >= FIRST_ITEM)
         positive = batch.label * weight
-        if bool(((positive > 0).sum(1) == 1).all()):
+        if bool(((batch.label * batch.weight > 0).sum(1) == 1).all()):
             logits = logits if batch.log_q is None else logits - batch.log_q
             logits = logits.masked_fill(weight == 0, torch.finfo(logits.dtype).min)
-            return -(logits.log_softmax(1) * (positive > 0)).sum(1).mean()
+            return -(logits.log_softmax(1) * (positive > 0)).sum() / (positive > 0).sum().clamp(min=1)
         return binary_cross_entropy(logits, positive, weight, batch.log_q)
 
     def forward(self, slots: Slots, drop: Drop, newest: bool = False) -> Tensor:

@@ -117,6 +117,7 @@ class Mvp(PairReranker):
     """
 
     kind, options = "mvp", MvpConfig
+    reads_by_decoder = True
     config: MvpConfig
 
     def __init__(self, config: MvpConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
@@ -265,7 +266,7 @@ def _view_ids(tokenizer: TextTokenizer, views: int, t5: bool) -> list[int]:
 
 def _prompt(config: MvpConfig, tokenizer: TextTokenizer, view_ids: list[int], t5: bool) -> PairPrompt:
     if t5:
-        query_mark, context_mark = tokenizer.pieces(["Query:", "Context:"])
+        query_mark, context_mark = tokenizer.pieces(["| Query:", "| Context:"])  # as published
         lead, middle = (*view_ids, *query_mark), tuple(context_mark)
     else:
         lead, middle = (*view_ids, *tokenizer.prefix), tokenizer.suffix
@@ -295,7 +296,7 @@ def rank_loss(scores: Tensor, y: Tensor, tau: float, variant: Literal["single", 
 
     `released` is the authors' code, whose cross-entropy applies a softmax to p again: for parity only.
     """
-    present = torch.isfinite(scores)
+    present = scores != -torch.inf  # a score that is no number is no padding: the loss must tell of it
     logits = scores / tau
     if variant == "released":
         logits = torch.softmax(logits, dim=-1).masked_fill(~present, -torch.inf)

@@ -208,6 +208,13 @@ class TextTokenizer:
         room = self.room(max_len)
         return [[*self.prefix, *ids[:room], *self.suffix] for ids in self.pieces(texts)]
 
+    @property
+    def unknown(self) -> list[int]:
+        """The id of unknown words, if this vocabulary has one."""
+        model: Any = self.tokenizer.model
+        named = getattr(model, "unk_token", None)  # a Unigram model tells it by number only
+        return self.special(named) if named else self.special("[UNK]", "<unk>")
+
     def special(self, *names: str) -> list[int]:
         """Return the ids of those of the named special tokens that this vocabulary has."""
         ids = [self.tokenizer.token_to_id(name) for name in names]
@@ -269,8 +276,15 @@ def in_passes(
 
 
 def within(config: Options, transformer: nn.Module) -> Options:
-    """Return a model's options with no length above the positions that its backbone has vectors for."""
+    """Return a model's options with no length above the positions that its backbone has vectors for.
+
+    RoBERTa and its kin begin at the position after that of padding, and have so many fewer.
+    """
     most = getattr(transformer.config, "max_position_embeddings", None)
+    embeddings = getattr(getattr(transformer, "base_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    if most and padding is not None:
+        most -= padding + 1
     lengths = {name: getattr(config, name, 0) for name in ("max_query_len", "max_passage_len", "max_len")}
     return dataclasses.replace(config, **{name: most for name, length in lengths.items() if most and length > most})
 
@@ -331,13 +345,24 @@ class TextModel(nn.Module):
     Attributes:
         kind: key of `ENCODERS` or `RERANKERS`.
         options: what `config` is.
+        reads_by_decoder: whether the backbone may have a decoder.
+
+    Raises:
+        ConfigError: a backbone with a decoder for a model that has no use for it.
     """
 
     kind: ClassVar[str]
     options: ClassVar[type[Any]]
+    reads_by_decoder: ClassVar[bool] = False
 
     def __init__(self, config: Any, transformer: nn.Module, tokenizer: TextTokenizer) -> None:
         super().__init__()
+        about: Any = transformer.config
+        if about.is_encoder_decoder and not self.reads_by_decoder:
+            raise ConfigError(
+                f"[model] {self.kind} reads by an encoder alone, and its backbone is {about.model_type}, which has a "
+                "decoder too; name one like BERT, or train mvp"
+            )
         self.config, self.tokenizer = within(config, transformer), tokenizer
         self.transformer = transformer
 

@@ -418,7 +418,7 @@ def test_equal_histories_that_ask_for_different_things_are_negatives_of_each_oth
 def test_who_is_a_negative_of_whom() -> None:
     rows = histories([[3, 4], [4, 3], [], [3, 4], [3, 4, 5]]).padded(12)
     found = others(rows.item, rows.mask).int().tolist()
-    assert found == [[0, 1, 0, 0, 1], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 0, 1, 0]]
+    assert found == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [1, 1, 0, 1, 0]]
 
 
 def test_requests_without_events_take_no_part_and_without_negatives_the_loss_is_zero() -> None:

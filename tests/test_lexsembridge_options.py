@@ -10,6 +10,10 @@ import tiny_text
 import torch
 import torch.nn.functional as F
 from test_lexsembridge import KINDS, TEXTS, build, parts
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from pipelines import neighbour_task
 from pipelines.encoder_task import EncoderTask
@@ -18,8 +22,11 @@ from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Corpus, Queries, read_corpus
 from pipelines.text_models import load_text_config
 from pipelines.text_train import contrastive_loss
+from ranking.cross_encoder import CrossEncoder
 from ranking.dense_encoder import DenseConfig, DenseEncoder
 from ranking.lexsembridge import LexSemBridge, LexSemBridgeConfig, enhance
+from ranking.mvp_apart import MvpApart
+from ranking.text_backbone import TextTokenizer
 from recsys.errors import ConfigError
 
 CORPUS = Corpus("c", list("abcd"), ["wing flow heat", "wing heat shock", "heat flow cone", "jet skin"])
@@ -171,3 +178,31 @@ def test_queries_whose_every_weight_is_zero_are_warned_of(tmp_path, caplog):
         "no term of 3 dev queries (n) has a weight: every query is multiplied by the same numbers; "
         "with weights = clr set clr_pool = max"
     ]
+
+
+def test_special_tokens_are_left_out_by_what_they_are_not_by_bert_names():
+    made = Tokenizer(WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "wing": 4, "flow": 5}, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    for changes, expected in [({}, [0, 1, 3]), ({"ignore_sep": True}, [0, 1, 2, 3]), ({"ignore_special": False}, [1])]:
+        config = LexSemBridgeConfig(weights="slr", **changes)
+        model = LexSemBridge(config, tiny_text.bert(), TextTokenizer.wrap(made))
+        assert model.lexicon.excluded.tolist() == expected
+
+
+def test_a_backbone_that_counts_positions_after_padding_reads_so_many_fewer():
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=42, pad_token_id=1,
+    )  # fmt: skip
+    model = DenseEncoder(DenseConfig(backbone="tiny"), RobertaModel(config).eval(), tiny_text.tokenizer())
+    assert model.config.max_passage_len == 40
+    assert model.encode_passages([" ".join(tiny_text.WORDS * 9)]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("kind", [LexSemBridge, DenseEncoder, MvpApart, CrossEncoder])
+def test_models_that_read_by_an_encoder_refuse_a_backbone_with_a_decoder(kind):
+    with pytest.raises(ConfigError, match=r"its backbone is t5, which has a decoder too; name one like BERT"):
+        kind(kind.options(), tiny_text.t5(), tiny_text.tokenizer(t5=True))

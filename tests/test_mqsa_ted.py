@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ranking import mqsa_ted
 from ranking.baskets import Slots, arrange
 from ranking.batch import FIRST_ITEM, Batch, Candidates, History, Request
 from ranking.items import ItemTable, Transitions
@@ -604,6 +605,18 @@ def test_candidates_objective_is_softmax_for_one_positive_else_binary_cross_entr
     assert float(loss.parts["rec"]) == pytest.approx(float(expected), rel=1e-5)
     loss.total.backward()
     assert model.item.grad[0].abs().sum() == 0
+
+
+def test_a_hidden_positive_leaves_its_row_out_and_the_loss_of_the_others_as_it_was(monkeypatch):
+    """With items hidden at random, the kind of loss must not change from step to step."""
+    monkeypatch.setattr(mqsa_ted, "hide_items", lambda items, rate, generator: hidden)
+    model = make_model(objective="candidates", lambda_kd=0.0).train()
+    hidden = torch.arange(len(model.item), dtype=torch.int32)
+    hidden[10] = 1  # the first row's positive
+    batch = request_batch([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [[8, 10, 9, 0], [4, 3, 2, 6]])
+    scores = model.score(model.encode(batch.history), batch.request, batch.candidates).detach()
+    loss = model.loss(batch, torch.Generator().manual_seed(1))
+    assert float(loss.parts["rec"]) == pytest.approx(-float(scores[1].log_softmax(0)[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("label", [[[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [[0.0, 1.0, 1.0, 0.0], [0.0] * 4]])

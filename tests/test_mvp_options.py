@@ -86,6 +86,23 @@ def test_one_view_scores_by_its_anchor_alone(path):
     torch.testing.assert_close(scored[2], scored[0])
 
 
+def test_an_encoder_decoder_reads_a_pair_as_published():
+    """Section 2: view_1 .. view_m | Query: q | Context: c_i."""
+    model = build("t5", views=2)
+    (row,) = model.rows("wing flow", ["heat shock"])
+    names = [model.tokenizer.tokenizer.id_to_token(one) for one in row]
+    assert " ".join(names) == "<extra_id_0> <extra_id_1> | Query : wing flow | Context : heat shock </s>"
+
+
+@pytest.mark.parametrize("variant", ["single", "released"])
+def test_scores_that_are_no_number_are_no_padding(variant):
+    y = targets(torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 3.0]]), 0.8)
+    scores = torch.tensor([[0.3, 0.1, -torch.inf], [0.2, 0.1, 0.0]])
+    assert torch.isfinite(rank_loss(scores, y, 0.8, variant))
+    scores[1, 2] = torch.nan
+    assert rank_loss(scores, y, 0.8, variant).isnan()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 5))
 def test_the_orthogonal_term_knows_neither_lengths_nor_signs_nor_a_common_rotation(seed, views):

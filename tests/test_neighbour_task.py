@@ -71,7 +71,7 @@ def test_neighbouring_passages_bring_queries_of_their_own_and_nobody_held_out(fo
         corpus = source.stages.corpus
         assert split_of(corpus.name, corpus.ids[row]) == "train"
     assert {source.stages.corpus.name for source, _ in task.documents} == {folder.name, "other"}
-    windows = [" ".join(map(str, window)) for window in task.windows]
+    windows = [" ".join(map(str, window.ids)) for window in task.windows]
     natural = {tuple(task.model.tokenizer.encode([text], 64)[0]) for text, _ in task.natural}
     for step in range(20):
         passages, queries, target, _ = task.batch(step)

@@ -19,7 +19,7 @@ from ranking.text_backbone import TextTokenizer
 
 WORDS = tuple("wing flow heat shock layer plate cone speed mach drag lift jet skin wall tube gas".split())  # noqa: SIM905
 SPECIAL = ["[PAD]", *(f"[unused{k}]" for k in range(6)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-T5_SPECIAL = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{k}>" for k in range(6)), "Query", "Context", ":"]
+T5_SPECIAL = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{k}>" for k in range(6)), "Query", "Context", ":", "|"]
 
 
 def tokenizer(t5: bool = False) -> TextTokenizer:
