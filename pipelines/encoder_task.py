@@ -47,7 +47,7 @@ class EncoderTask:
         config: the run.
         model: with its initial weights.
         stages: first stages over the corpus, whose encoder is the model's plain backbone.
-        train: training queries of each kind; a batch mixes the kinds evenly.
+        train: training queries of each kind; a batch mixes the kinds evenly, and each length of span is one.
         dev: dev queries of each kind.
         states: of the frozen backbone, by query; runs over one backbone and kind of weights may share them.
     """

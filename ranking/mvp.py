@@ -103,8 +103,11 @@ def pooled_views(scores: Tensor, how: Literal["mean", "max", "logmeanexp"]) -> T
 
 
 def scores_by_view(anchors: Tensor, vectors: Tensor) -> Tensor:
-    """Return s_ik [B, n, m] = a_k . e_ik of anchors [B, m, d] and vectors [B, n, m, d]."""
-    return torch.einsum("bmd,bnmd->bnm", anchors, vectors)
+    """Return s_ik [B, n, m] = a_k . e_ik of anchors [B, m, d] and vectors [B, n, m, d].
+
+    Each is summed on its own, not in a product of matrices: there equal vectors differ by their place in the last bit.
+    """
+    return (anchors.unsqueeze(1) * vectors).sum(dim=-1)
 
 
 class Mvp(PairReranker):

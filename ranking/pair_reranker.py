@@ -44,9 +44,13 @@ class PairReranker(TextModel):
         forward: Callable[[Tensor, Tensor], Tensor],
         progress: Progress = silent,
     ) -> list[Vectors]:
-        """Return what `forward(ids, mask) -> [P, ...]` makes of each list's pairs, all pairs batched by length."""
-        rows = [row for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)]
-        found = in_passes(rows, self.pad, device_of(self), forward, progress, self.config.tokens_per_pass)
+        """Return what `forward(ids, mask) -> [P, ...]` makes of the pairs of each list, equal ones read once."""
+        rows = [
+            tuple(row) for query, passages in zip(queries, lists, strict=True) for row in self.rows(query, passages)
+        ]
+        distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        each = in_passes(list(distinct), self.pad, device_of(self), forward, progress, self.config.tokens_per_pass)
+        found = each[[distinct[row] for row in rows]]
         ends = np.cumsum([len(one) for one in lists])[:-1]
         return np.split(found, ends) if len(lists) else []
 

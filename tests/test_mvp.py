@@ -83,6 +83,19 @@ def test_lists_do_not_touch_each_other_and_any_batching_agrees(path):
         np.testing.assert_allclose(small.rerank(QUERY, PASSAGES), together[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["t5", "bert", "cross_encoder"])
+@pytest.mark.parametrize("tokens", [1, 60, 4096])
+def test_duplicates_tie_exactly(path, tokens):
+    """M6, in the same list and in another one of the same query."""
+    if path == "cross_encoder":
+        model = CrossEncoder(CrossEncoderConfig(max_len=40, tokens_per_pass=tokens), bert(), tokenizer())
+    else:
+        model = build(path, torch.float32, tokens_per_pass=tokens)
+    scores = model.rerank(QUERY, [*PASSAGES, *PASSAGES[::-1]])
+    np.testing.assert_array_equal(scores[: len(PASSAGES)], scores[: len(PASSAGES) - 1 : -1])
+    assert len(set(scores.tolist())) > len(PASSAGES) // 2
+
+
 @both
 def test_save_and_load_are_exact(path, tmp_path):
     model = build(path, torch.float32)
