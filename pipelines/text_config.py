@@ -114,8 +114,8 @@ class TextTrainConfig:
     orthogonal: float = 1.0
     """weight of MVP's orthogonal term"""
     teacher: Literal["qrels", "silver", "mixed"] = "mixed"
-    """order inside a training list: grades, the first stage (reciprocal ranks of BM25 and dense: SPLADE would take minutes
-    a corpus), or the first stage inside a grade"""
+    """order inside a training list: grades, the first stage (reciprocal ranks of BM25 and dense, without SPLADE, which
+    takes minutes a corpus), or the first stage inside a grade"""
     positives: int = 2
     """at most so many relevant passages in a training list"""
     force_positive_first: bool = False
