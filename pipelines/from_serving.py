@@ -1,7 +1,8 @@
 """The loop back: what a service was told and what it answered become the next part of the log.
 
     events.parquet        posted events of users who are not forgotten, later than the user's events so far; in
-                          sessions where the log's own [sessions] cut them
+                          sessions where the log's own [sessions] cut them, or where it has sessions by name, which a
+                          posted event has not: cut then where a user was away for `USUAL_GAP`
     impressions.parquet   answers that were logged, an item a row, labelled by what the user did afterwards
     serving.json          up to where the service's logs are in it, and which events they hold are not
 
@@ -47,6 +48,8 @@ NAME = "serving.json"
 OTHER, OTHER_SHARE = 3, 0.01
 """Most answers, and most of those rebuilt, whose history may be another than the one that was served."""
 SERVICE = "service"
+USUAL_GAP = "30m"
+"""as `init` proposes"""
 
 
 @dataclass(frozen=True)
@@ -324,14 +327,17 @@ def _attributable(log: LogReader, shown: Sequence[Shown], forgotten: Mapping[str
 
 
 def _rules(place: Workspace) -> tuple[PositiveRule, SessionsConfig]:
-    """Return which events are positives and how sessions are cut, as the log's own card says."""
+    """Return which events are positives and how sessions are cut, as the log's own card says.
+
+    Sessions that came with the log have names, which a posted event can't tell: it is cut by the usual gap.
+    """
     if not (place.log / "ingest.json").exists():
         return PositiveRule(), SessionsConfig()
     card = read_json(place.log / "ingest.json")
-    return (
-        parse(PositiveRule, card.get("positive", {}), "ingest.json [positive]"),
-        parse(SessionsConfig, card.get("sessions", {}), "ingest.json [sessions]"),
-    )
+    sessions = parse(SessionsConfig, card.get("sessions", {}), "ingest.json [sessions]")
+    if not sessions.gap and SESSION_ID in open_part(place.log).events.collect_schema():
+        sessions = SessionsConfig(USUAL_GAP)
+    return parse(PositiveRule, card.get("positive", {}), "ingest.json [positive]"), sessions
 
 
 def _write(
@@ -361,7 +367,8 @@ def _raw(
         VALUE: [event.value for event in events],
         EVENT_ID: [event.event_id for event in events],
     }
-    frame = pl.DataFrame(columns, schema_overrides={ACTION: pl.String}).sort(TIMESTAMP, maintain_order=True)
+    types = {ACTION: pl.String, VALUE: pl.Float64}
+    frame = pl.DataFrame(columns, schema_overrides=types).sort(TIMESTAMP, maintain_order=True)
     if gap := sessions.microseconds:
         frame = frame.sort(USER_ID, TIMESTAMP, ITEM_ID).with_columns(session_names(gap).alias(SESSION_ID))
     known = [pl.scan_parquet(part / "items.parquet").select(ITEM_ID) for part in place.parts if part.exists()]

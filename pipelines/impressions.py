@@ -68,4 +68,5 @@ def labelled(shown: Sequence[Shown], events: Iterable[Event], rule: PositiveRule
 def is_positive(event: Event, rule: PositiveRule) -> bool:
     """Whether an event is a positive: of one of the rule's actions, and of its value at least."""
     wanted = not rule.actions or event.action in rule.actions
-    return wanted and (rule.min_value is None or event.value >= rule.min_value)
+    enough = rule.min_value is None or (event.value is not None and event.value >= rule.min_value)
+    return wanted and enough

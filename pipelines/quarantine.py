@@ -172,7 +172,9 @@ def _with_verdicts(
         taken.append((Rule("filtered", name, "positive"), small, _text(name)))
     numbered = [(codes.setdefault(rule, len(codes) + 1), holds, found) for rule, holds, found in taken]
     verdict = pl.coalesce(*(pl.when(holds).then(pl.lit(code, pl.UInt16)) for code, holds, _ in numbered), KEPT)
-    found = pl.coalesce(*(pl.when(holds).then(text) for _, holds, text in numbered), pl.lit(None, pl.String))
+    found = pl.lit(None, pl.String)
+    for _, holds, text in reversed(numbered):  # of the rule that decides, though it found nothing there
+        found = pl.when(holds).then(text).otherwise(found)
     names = [one.column for one in wanted] + [*filters.drop_null, *filters.positive]
     # Two steps: the conditions are many, and each would parse its column anew.
     rows = table.rows(names)

@@ -118,11 +118,11 @@ def encode(event: Event) -> bytes:
     Raises:
         DataError: a value that is not finite, a time beyond 64 bits, text that no UTF-8 can carry.
     """
-    if not math.isfinite(event.value):
+    if event.value is not None and not math.isfinite(event.value):
         raise DataError(f"event {event.event_id!r}: value {event.value} is not a finite number")
     if not -(2**63) <= event.time < 2**63:
         raise DataError(f"event {event.event_id!r}: time {event.time} is not a 64-bit number of microseconds")
-    fields: dict[str, str | int | float | bool] = {
+    fields: dict[str, str | int | float | bool | None] = {
         "id": event.event_id,
         "user": event.user_id,
         "item": event.item_id,
@@ -156,7 +156,7 @@ def decode(line: bytes) -> Event | Tombstone | None:
         fields["item"],
         fields["time"],
         fields["action"],
-        float(fields["value"]),
+        None if fields["value"] is None else float(fields["value"]),
         fields.get("stamped", False),
     )
 

@@ -241,7 +241,7 @@ class EventIn(Message):
     item_id: str = Field(min_length=1, max_length=512)
     timestamp: Moment | None = Field(default=None, description=f"{WHEN}; now if absent")
     action: Action = ""
-    value: float = 0.0
+    value: float | None = Field(default=None, description="a quantity or a rating, if the event has one")
     event_id: str | None = Field(default=None, max_length=128, description="makes a repeated post harmless")
 
 

@@ -25,7 +25,7 @@ class Event:
     item_id: str
     time: int
     action: str = ""
-    value: float = 0.0
+    value: float | None = None
     stamped: bool = False
 
 

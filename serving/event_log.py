@@ -334,9 +334,8 @@ class SegmentLog:
 def _content(entry: Event | Tombstone) -> Content:
     if isinstance(entry, Tombstone):
         return _hash(entry.user_id), None
-    return _hash(entry.user_id, entry.item_id, entry.action, repr(entry.value + 0.0)), (
-        None if entry.stamped else entry.time
-    )
+    value = repr((entry.value or 0.0) + 0.0)  # none is 0, as it was written once
+    return _hash(entry.user_id, entry.item_id, entry.action, value), None if entry.stamped else entry.time
 
 
 def _hash(*texts: str) -> int:

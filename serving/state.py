@@ -168,7 +168,7 @@ def _event(posted: EventIn, position: int, now: int) -> Event:
             "validation",
             f"events.{position}.user_id: more than {MAX_USER_BYTES} bytes in UTF-8; send a shorter id",
         )
-    if not math.isfinite(posted.value):
+    if posted.value is not None and not math.isfinite(posted.value):
         raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
     at = now if posted.timestamp is None else posted.timestamp
     if abs(at) > MAX_MOMENT:

@@ -58,6 +58,10 @@ LOGS = {
         GOOD + "a1,x1,1700000001,more\n",
         "log.csv, row 41: expected no more fields than there are columns (1 such rows)",
     ),
+    "an id missing beside a bad time": (  # what was found is of the column that is named
+        GOOD + "a1,,n.a.\n",
+        "log.csv, row 41, column 'i': expected an id (1 such rows)",
+    ),
     "nothing": ("", "log.csv: empty; expected a first line with the names of the columns"),
     "a header alone": ("u,i,t\n", "log.csv: no row of events; expected at least one"),
     "a name twice": ("u,i,t,t\na,b,1,2\n", "log.csv, line 1: column 't' stands 2 times; expected one name each"),

@@ -333,18 +333,25 @@ def test_answers_wait_where_no_event_was_posted_to_make_a_part_of(small):
     assert (taken.answers, taken.positives, taken.negatives, taken.waiting) == (1, 1, 4, 0)
 
 
-def test_sessions_are_cut_as_those_of_the_log(small):
-    """A visit that was served is one request again: its purchase does not have its own view for a history."""
+@pytest.mark.parametrize("named", [False, True])
+def test_sessions_are_cut_as_those_of_the_log(small, named):
+    """A visit that was served is one request again: its purchase does not have its own view for a history.
+
+    Where the log's sessions have names, which a posted event can't tell, by the usual gap.
+    """
     rule, gap = PositiveRule(("purchase",)), 30 * HOUR // 60
     log = pl.LazyFrame({"user_id": ["al"], "item_id": ["item-0"], "timestamp": [LATER - DAY], "action": ["purchase"]})
-    ingest(RawLog("shop", log, positive=rule, sessions=SessionsConfig("30m")), small.place.log)
+    log, sessions = (log.with_columns(session_id=pl.lit("s1")), None) if named else (log, "30m")
+    ingest(RawLog("shop", log, positive=rule, sessions=SessionsConfig(sessions)), small.place.log)
     moments = [0, gap, 2 * gap, 3 * gap + 1]  # the last was away a microsecond too long
     posted = [EventIn(user_id="bob", item_id="item-1", timestamp=LATER + at, action="view") for at in moments]
     posted.append(EventIn(user_id="carl", item_id="item-1", timestamp=LATER + gap, action="view"))
     with small.serving() as service:
         service.record(EventsRequest(events=posted))
     part = Path(str(small.take(LATER + DAY).part))
-    found = pl.read_parquet(part / "events.parquet").select("user_id", "timestamp", "session_id").rows()
+    events = pl.read_parquet(part / "events.parquet")
+    assert events["value"].null_count() == len(events)  # none was posted, which is not 0
+    found = events.select("user_id", "timestamp", "session_id").rows()
     begins = {("bob", at): LATER if at <= LATER + 2 * gap else at for _, at, _ in found}
     assert sorted(found) == [
         *(("bob", LATER + at, str(begins["bob", LATER + at])) for at in moments),
