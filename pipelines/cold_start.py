@@ -42,6 +42,11 @@ Floats = NDArray[np.float32]
 
 
 def item_names(prepared: PreparedSet) -> list[str]:
+    """Return what every model row is shown by, the first line of its text; as `item_texts` else."""
+    return [text.partition("\n")[0] for text in item_texts(prepared)]
+
+
+def item_texts(prepared: PreparedSet) -> list[str]:
     """Return the text of every model row, its id where there is none, "" for rows 0 and 1."""
     catalogue = prepared.catalogue
     ids = catalogue[ITEM_ID].cast(pl.String)
@@ -55,7 +60,7 @@ def item_names(prepared: PreparedSet) -> list[str]:
 
 def features_of(prepared: PreparedSet) -> Features:
     """Return what is known of every model row."""
-    return content_features(prepared.items, item_names(prepared))
+    return content_features(prepared.items, item_texts(prepared))
 
 
 def vectors_of(

@@ -21,7 +21,9 @@ AHEAD = (
     "a time that is not in the future ([time] future = true takes them): one moves the periods that validate and test"
 )
 FINITE = "a finite number"
-_MARKED = r"^[+-]?\d[\d.,' ]*\d$"
+MONEY = r"(?:\p{Sc}|USD|EUR|GBP|CHF|JPY|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|RON|TRY|RUB|UAH|BRL|MXN|CAD|AUD|NZD|ZAR)"
+"""a sign of a currency, or a code of the most used ones"""
+_MARKED = rf"^[+-]?(?:\d[\d.,' ]*\d|{MONEY}\s*\d[\d.,' ]*|\d[\d.,' ]*{MONEY})$"
 """a number, whatever its marks"""
 CONTAINER = r'(?s)^(\[\s*(["\d\[{-].*|true.*|false.*|null.*)?\]|\{\s*(".*)?\})\s*$'
 """a list or an object of JSON; `[deleted]` and `[3M] tape` are ids"""
@@ -83,7 +85,7 @@ def number_reader(config: NumbersConfig) -> Reader:
         def problems(parsed: pl.Expr) -> tuple[Problem, ...]:
             unreadable = parsed.is_null() & (text != "").fill_null(False)
             marked = unreadable & text.str.contains(_MARKED).fill_null(False)
-            found = f"a number as {config.example}; other marks are named in [numbers] decimal and thousands"
+            found = f"a number as {config.example}; other marks are named in [numbers] decimal, thousands and currency"
             return Problem(marked, found), _not_finite(parsed, unreadable)
 
         return Field(parse_numbers(text, config), problems)
@@ -96,7 +98,10 @@ def parse_numbers(text: pl.Expr, config: NumbersConfig) -> pl.Expr:
 
     Thousands stand in threes or without a mark: of `1.23` with points between thousands nobody knows what it means.
     """
-    if config != NumbersConfig():
+    if config.currency:
+        mark = re.escape(config.currency)
+        text = text.str.replace(rf"^([+-]?)\s*{mark}\s*", "${1}").str.replace(rf"\s*{mark}$", "")
+    if config != NumbersConfig(currency=config.currency):
         digits, decimal = r"\d+", re.escape(config.decimal)
         if config.thousands:
             digits = rf"([1-9]\d{{0,2}}({re.escape(config.thousands)}\d{{3}})+|\d+)"

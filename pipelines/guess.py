@@ -7,13 +7,14 @@ overrule it. What is not in one column is looked for in several, or in the entri
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
 from pipelines.derived import JOINED_BY
-from pipelines.fields import CONTAINER, parse_numbers, time_reader
+from pipelines.fields import CONTAINER, MONEY, parse_numbers, time_reader
 from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig, Unit
 from pipelines.sources import BROKEN, Table
 from recsys.errors import DataError
@@ -351,7 +352,20 @@ def guess_time(sample: pl.DataFrame, column: str) -> Time | None:
 def guess_numbers(columns: Iterable[pl.Series]) -> NumbersConfig:
     """Return the way of writing numbers by which most columns are numbers, the likeliest of equals."""
     columns = list(columns)
-    return max(STYLES, key=lambda style: sum(share_of_numbers(values, style) > 0.9 for values in columns))
+    mark = _currency(columns)
+    styles = [*STYLES, *(replace(style, currency=mark) for style in STYLES if mark)]
+    return max(styles, key=lambda style: sum(share_of_numbers(values, style) > 0.9 for values in columns))
+
+
+def _currency(columns: Iterable[pl.Series]) -> str:
+    """Return the sign or code of a currency that most values of some column bear, the most frequent; "" for none."""
+    found: Counter[str] = Counter()
+    for values in columns:
+        if values.dtype == pl.String and len(known := values.drop_nulls().str.strip_chars()):
+            marks = known.str.extract(rf"^[+-]?\s*({MONEY})\s*\d").fill_null(known.str.extract(rf"\d\s*({MONEY})$"))
+            if marks.count() > len(known) / 2:
+                found.update(marks.drop_nulls().to_list())
+    return found.most_common(1)[0][0] if found else ""
 
 
 def share_of_numbers(values: pl.Series, style: NumbersConfig) -> float:

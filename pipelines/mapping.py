@@ -71,6 +71,7 @@ class ItemsConfig:
     Attributes:
         item_id: as the events name an item.
         text: joined with ", ", in this order, into the item's text.
+        name: what an item is shown by; a line of its own at the beginning of the text. The whole text if absent.
         categorical: one value each.
         multi: column -> separator of its values; a Parquet list needs none ("").
         numeric: numbers.
@@ -79,6 +80,7 @@ class ItemsConfig:
 
     item_id: str = ITEM_ID
     text: tuple[str, ...] = ()
+    name: str | None = None
     categorical: tuple[str, ...] = ()
     multi: dict[str, str] = field(default_factory=dict)
     numeric: tuple[str, ...] = ()
@@ -128,19 +130,31 @@ class TimeConfig:
 
 @dataclass(frozen=True)
 class NumbersConfig:
-    """How numbers are written in text: the mark before the decimals, and between thousands ("": nothing)."""
+    """How numbers are written in text.
+
+    Attributes:
+        decimal: the mark before the decimals.
+        thousands: between thousands; "" for nothing.
+        currency: what may stand before or behind a number, such as $ or EUR. One alone: amounts of two are no numbers
+            of one column.
+    """
 
     decimal: Literal[".", ","] = "."
     thousands: Literal["", ".", ",", " ", "'"] = ""
+    currency: str = ""
 
     def __post_init__(self) -> None:
+        if re.search(r"[\d\s+-]", self.currency):
+            raise ConfigError(
+                f"[numbers] currency: found {self.currency!r}; expected a sign or code alone, e.g. $ or EUR"
+            )
         if self.decimal == self.thousands:
             raise ConfigError(f"[numbers]: decimal and thousands are both {self.decimal!r}; expected two marks")
 
     @property
     def example(self) -> str:
         """A number written so."""
-        return f"1{self.thousands}234{self.decimal}5"
+        return f"{self.currency}1{self.thousands}234{self.decimal}5"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pipelines.guess import (
     MULTI_SEPARATORS,
     NAMES,
     POSITIVE,
-    STYLES,
     TAKEN,
     TEXTS,
     Guess,
@@ -144,11 +143,13 @@ def _items(table: Table, sample: pl.DataFrame, key: Guess | None, style: Numbers
     numbers = f"  # no numbers, taken as missing: {told} in the first {sample.height:,} rows" if odd else ""
     rest = f"# not used: {_one_line(', '.join(unused))}\n" if unused else ""
     pairs = ", ".join(f"{_quoted(name)} = {_quoted(separator)}" for name, separator in multi.items())
+    name_of = f"name = {_quoted(texts[0])}  # what an item is shown by; its text begins with it\n" if texts[1:] else ""
     id_ = key or Guess(_UNKNOWN, "(?) could not be guessed: name the column")
     return (
         f"[items]  # it has: {_one_line(', '.join(table.columns))}\n"
         f"item_id = {_quoted(id_.column)}  # {id_.why}\n"
         f"text = {_listed(texts)}  # joined into the item's text\n"
+        f"{name_of}"
         f"categorical = {_listed(categorical)}  # one value each\n"
         f"multi = {{ {pairs} }}  # column = what separates its values\n"
         f"numeric = {_listed(numeric)}{numbers}\n"
@@ -184,8 +185,9 @@ def _time(time: Time | None) -> str:
 def _numbers(style: NumbersConfig) -> str:
     return (
         f"[numbers]  # in text, such as {style.example}\n"
-        f"decimal = {_quoted(style.decimal)}{'  # a guess: CHECK' if style != STYLES[0] else ''}\n"
+        f"decimal = {_quoted(style.decimal)}{'  # a guess: CHECK' if style != NumbersConfig() else ''}\n"
         f"thousands = {_quoted(style.thousands)}  # what stands between them\n"
+        + (f"currency = {_quoted(style.currency)}  # amounts in another one are no numbers\n" if style.currency else "")
     )
 
 

@@ -97,9 +97,9 @@ def _item_rows(place: int, table: Table, config: ItemsConfig, read_number: Reade
     file = str(table.path)
     key = read_id(config.item_id, table.require(config.item_id, "[items] item_id"), file)
     values: dict[str, pl.Expr] = {ITEM_ID: key.value}
-    if config.text:
-        parts = [_text(name, table.require(name, "[items] text")) for name in config.text]
-        values[TEXT] = _some(pl.concat_str(parts, separator=", ", ignore_nulls=True))
+    texts = [name for name in config.text if name != config.name]
+    if texts or config.name:
+        values[TEXT] = _item_text(table, config.name, texts)
     for name in config.categorical:
         values[name] = _text(name, table.require(name, "[items] categorical"))
     for name, separator in config.multi.items():
@@ -114,7 +114,8 @@ def _item_rows(place: int, table: Table, config: ItemsConfig, read_number: Reade
             wanted.alias(f"{_WANTED}{name}"),
             pl.when(wanted.is_not_null()).then(_shown(name)).alias(f"{_ODD}{name}"),
         ]
-    names = [config.item_id, *config.text, *config.categorical, *config.multi, *config.numeric]
+    named = [config.name] if config.name else []
+    names = [config.item_id, *named, *texts, *config.categorical, *config.multi, *config.numeric]
     return table.rows(names).select(
         pl.lit(place, pl.UInt32).alias(FILE),
         ROW,
@@ -122,6 +123,16 @@ def _item_rows(place: int, table: Table, config: ItemsConfig, read_number: Reade
         *odd,
         *(value.alias(name) for name, value in values.items()),
     )
+
+
+def _item_text(table: Table, name: str | None, texts: Sequence[str]) -> pl.Expr:
+    """Return an item's text: its name, on a line of its own if it has one, then the other columns."""
+    parts = [_text(column, table.require(column, "[items] text")) for column in texts]
+    rest = _some(pl.concat_str(parts, separator=", ", ignore_nulls=True)) if parts else pl.lit(None, pl.String)
+    if name is None:
+        return rest
+    line = _text(name, table.require(name, "[items] name")).str.replace_all(r"\s+", " ")
+    return _some(pl.concat_str(line, rest.str.replace_all(r"[\r\n]+", " "), separator="\n", ignore_nulls=True))
 
 
 def _user_rows(place: int, table: Table, user_id: str) -> pl.LazyFrame:

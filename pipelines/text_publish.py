@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from pipelines.cold_start import item_names
+from pipelines.cold_start import item_texts
 from pipelines.first_stages import NATURAL, FirstStages
 from pipelines.prepared import PreparedSet
 from pipelines.text_cache import VectorCache
@@ -172,12 +172,12 @@ def item_passages(prepared: PreparedSet) -> Passages:
     Raises:
         DataError: the catalogue has no item.
     """
-    names, count = item_names(prepared), prepared.items.count.cpu().numpy()
+    texts, count = item_texts(prepared), prepared.items.count.cpu().numpy()
     ids = [""] * len(prepared.items)
     for item, row in item_rows(prepared).items():
         ids[row] = item
     rows = np.arange(FIRST_ITEM, len(ids), dtype=np.int32)
-    return Passages.of(ids[FIRST_ITEM:], names[FIRST_ITEM:], rows, count[FIRST_ITEM:])
+    return Passages.of(ids[FIRST_ITEM:], texts[FIRST_ITEM:], rows, count[FIRST_ITEM:])
 
 
 def item_rows(prepared: PreparedSet) -> dict[str, int]:

@@ -390,6 +390,18 @@ def test_parquet_of_wrong_types_is_refused_by_column(tmp_path: Path, column: str
 STYLES = [NumbersConfig(d, t) for d in ".," for t in ("", ".", ",", " ", "'") if d != t]
 
 
+@given(st.integers(-(10**9), 10**9), st.sampled_from(STYLES), st.sampled_from(["$", "€", "EUR", "kr."]))
+def test_amounts_of_the_currency_that_is_named_are_numbers_and_others_are_not(cents, style, currency) -> None:
+    sign = "-" if cents < 0 else ""
+    marks = str.maketrans({".": style.decimal, ",": style.thousands})
+    written = f"{abs(cents) / 100:,.2f}".translate(marks)
+    ways = [f"{sign}{currency}{written}", f"{currency} {sign}{written}", f"{sign}{written} {currency}", sign + written]
+    others = [f"{sign}£{written}", f"{currency}", f"{written} {currency} {written}"]
+    rows = pl.DataFrame({"paid": ways + others})
+    field = number_reader(replace(style, currency=currency))("paid", pl.String(), "events.csv")
+    assert rows.select(field.value).to_series().to_list() == [cents / 100] * len(ways) + [None] * len(others)
+
+
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=1, max_size=20), st.sampled_from(STYLES))
 def test_numbers_are_read_as_they_are_written(cents: list[int], style: NumbersConfig) -> None:
     """With its decimals a number is never taken for another: in another style it is itself or a bad row."""
@@ -413,6 +425,8 @@ def test_marks_of_numbers_are_named_where_they_are_missing(tmp_path: Path) -> No
         run(mapping(numbers=marks), tmp_path)
     card, events = run(mapping(numbers=marks, quality={"max_bad_share": 0.5}), tmp_path)
     assert (card.read, events["value"].to_list()) == (2, [1012.5])
+    with pytest.raises(ConfigError, match=r"\[numbers\] currency: found '5 \$'; expected a sign or code alone"):
+        mapping(numbers={"currency": "5 $"})
     with pytest.raises(ConfigError, match=r"\[numbers\]: decimal and thousands are both ','; expected two marks"):
         mapping(numbers={"decimal": ",", "thousands": ","})
 

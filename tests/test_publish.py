@@ -34,7 +34,7 @@ NOW = worlds.START + 100 * worlds.DAY
 
 def prepare_by_hand(directory: Path) -> PreparedSet:
     items = len(WORLD.key_to_row)
-    text = [None if key == 3 else f"Item {key}" for key in range(items)]
+    text = [None if key == 3 else f"Item {key}" + "\nof many words" * (key % 2) for key in range(items)]
     directory.mkdir()
     pl.DataFrame(
         {"item_key": range(items), "item_id": [f"i{key}" for key in range(items)], "text": text}
