@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from recsys.messages import WHEN, Id, InlineEvent, Message, Moment, Query
+from recsys.messages import MAX_FILTERS, WHEN, Id, InlineEvent, ItemFilter, Message, Moment, Query, Told
 
 MAX_DOCUMENTS = 1000
 """Most documents of one `rerank` request; more is answered with 413. Cohere advises no more either."""
@@ -38,6 +38,11 @@ class SearchRequest(Message):
     )
     budget_ms: int | None = Field(
         default=None, ge=0, le=MAX_BUDGET, description="time the request may take; stages that do not fit are skipped"
+    )
+    filters: list[ItemFilter] = Field(
+        default=[],
+        max_length=MAX_FILTERS,
+        description="an item must pass all of them, and those of the config; documents that are no items stay",
     )
     user_id: Id | None = Field(default=None, description="blend the order with what the ranker says of this user")
     history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
@@ -74,6 +79,7 @@ class SearchResponse(Message):
     )
     degraded: list[str] = Field(description="stages that were skipped: `dense`, `rerank`, `personal`, `history`")
     timings: dict[str, float] = Field(description="seconds by stage")
+    warnings: Told = Field(default=[], description="values of the request's filters that no item has; absent if none")
 
 
 DocumentText = Annotated[str, Field(max_length=MAX_TEXT)]

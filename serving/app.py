@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.convertors import Convertor, register_url_convertor
 
@@ -119,6 +120,7 @@ def create_app(
         version=recsys.__version__,
         description="Recommendations from long behaviour histories. Errors are RFC 9457 problem documents.",
         responses=problems.responses(),
+        dependencies=[Depends(_only_known_parameters)],
     )
     problems.install(app)
     searches = Searches(service, searching, reranking)
@@ -141,6 +143,18 @@ def create_app(
     return app
 
 
+async def _only_known_parameters(request: Request) -> None:
+    """Refuse what stands behind the `?` of an address and means nothing, as a body's unknown fields are refused."""
+    route = request.scope.get("route")
+    if not request.query_params or not isinstance(route, APIRoute) or not route.path.startswith("/v1/"):
+        return
+    known = [parameter.alias for parameter in route.dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            there = ", ".join(f"`{one}`" for one in known) or "none"
+            raise RequestError(422, "validation", f"query.{name}: no such parameter; there are: {there}")
+
+
 def _add_answers(
     app: FastAPI, service: Service, worker: Worker, searches: Searches, monitor: Monitor, deadlines: Deadlines
 ) -> None:
@@ -151,7 +165,7 @@ def _add_answers(
     async def recommend(request: RecommendRequest) -> Response:
         """Return the k best items for a user, or for a history sent along."""
         now, budget = service.now, Budget(deadlines)
-        found = None if request.query is None else await searches.find(request.query, request.user_id)
+        found = None if request.query is None else await searches.find(request.query, request.user_id, request.filters)
         answer, waited = await worker.run(lambda: service.recommend(request, now, budget, found), budget)
         if found is None and service.has_rival(request.user_id):
             taken = worker.waiting <= SHADOW_WAITING and aside.offer(lambda: service.compare(request, answer, now))

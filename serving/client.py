@@ -35,6 +35,7 @@ from recsys.messages import (
     RecommendResponse,
     SimilarRequest,
 )
+from recsys.search_messages import RerankRequest, RerankResponse, SearchRequest, SearchResponse
 from serving.replies import (
     PROBLEM,
     ForgottenResponse,
@@ -93,6 +94,16 @@ class Client:
     def rank(self, user_id: str | None, item_ids: list[str], **options: Any) -> RankResponse:
         """Return scores of items in their order, and the ranked list; `options` are other fields of `RankRequest`."""
         return self._post("/v1/rank", RankRequest(user_id=user_id, item_ids=item_ids, **options), RankResponse)
+
+    def search(self, query: str, k: int = 10, **options: Any) -> SearchResponse:
+        """Return the k best passages for a text; `options` are the other fields of `SearchRequest`."""
+        return self._post("/v1/search", SearchRequest(query=query, k=k, **options), SearchResponse)
+
+    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResponse:
+        """Return documents by their relevance to a text; `options` are the other fields of `RerankRequest`."""
+        return self._post(
+            "/v1/rerank", RerankRequest(query=query, documents=list(documents), **options), RerankResponse
+        )
 
     def events(self, *events: EventIn) -> EventsResponse:
         """Record events; an event without an id gets one, so that sending it again changes nothing."""

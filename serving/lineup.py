@@ -82,8 +82,11 @@ class NoRanker:
         """Raise `RequestError` 409."""
         raise self._error()
 
-    def allowed(self, filters: Sequence[ItemFilter] = ()) -> NDArray[np.bool_] | None:  # noqa: ARG002
-        """Return none: documents that are no items may all be shown."""
+    def allowed(self, filters: Sequence[ItemFilter] = ()) -> NDArray[np.bool_] | None:
+        """Return none: documents that are no items may all be shown; raise `RequestError` 409 for a filter of them."""
+        if filters:
+            text = f"the documents of bundle {self.version} have no columns to filter by; leave out `filters`"
+            raise RequestError(409, "not_supported", text)
         return None
 
     def warnings(self, filters: Sequence[ItemFilter]) -> list[str]:  # noqa: ARG002

@@ -80,11 +80,12 @@ def personal_order(
     return UserOrder(True, searched.for_user(places, rows, scores), left_out, time.perf_counter() - began)
 
 
-def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | None) -> SearchResponse:
+def search_answer(served: Served, searched: Searched, request: SearchRequest, user: UserOrder | None) -> SearchResponse:
     """Return the k best passages in the order of the search, or in that for a user."""
+    bundle = served.bundle
     personal = None if user is None else user.order
     places = np.arange(len(searched)) if personal is None else personal.order
-    hits = [_hit(bundle, searched, place, personal) for place in places[:k].tolist()]
+    hits = [_hit(bundle, searched, place, personal) for place in places[: request.k].tolist()]
     return SearchResponse(
         hits=hits,
         mode=searched.mode,
@@ -93,6 +94,7 @@ def search_answer(bundle: Bundle, searched: Searched, k: int, user: UserOrder | 
         covered=searched.covered,
         degraded=list(searched.degraded),
         timings=searched.timings if user is None else searched.after("personal", user.seconds).timings,
+        warnings=served.recommender.warnings(request.filters),
     )
 
 

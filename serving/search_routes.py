@@ -5,6 +5,8 @@ want reranked. Neither the event loop nor a request without text ever waits for 
 user is computed on the thread where all rankers work. A budget runs from the request's arrival, waiting included.
 """
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Response
 
 from ranking.deadline import Deadline
@@ -12,6 +14,7 @@ from ranking.ladder import Budget, Deadlines
 from ranking.searched import Searched
 from ranking.searcher import Searcher
 from recsys.errors import RequestError
+from recsys.messages import ItemFilter
 from recsys.search_messages import RerankRequest, RerankResponse, SearchRequest, SearchResponse
 from serving.lineup import Served
 from serving.search_answers import UserOrder, personal_order, rerank_answer, search_answer
@@ -46,19 +49,27 @@ class Searches:
             raise RequestError(409, "not_supported", text)
         return served, served.searcher
 
-    async def find(self, query: str, user_id: str | None) -> tuple[Served, Searched]:
-        """Return what is found for a query, within the configured budget, and by which bundle."""
+    async def find(
+        self, query: str, user_id: str | None, filters: Sequence[ItemFilter] = ()
+    ) -> tuple[Served, Searched]:
+        """Return what is found for a query, within the configured budget, and by which bundle.
+
+        Raises:
+            RequestError: as `open` does; 422 for a filter of a column that the bundle does not have.
+        """
         served, searcher = self.open(user_id)
         deadline = searcher.deadline(None)
         searched, waited = await self._searching.run(
-            lambda: searcher.search(query, deadline, allowed=served.recommender.allowed())
+            lambda: searcher.search(query, deadline, allowed=served.recommender.allowed(filters))
         )
-        return served, searched.after("search_queue", waited)  # the request's own filters come after it
+        return served, searched.after("search_queue", waited)
 
     async def run(self, served: Served, searcher: Searcher, request: SearchRequest, deadline: Deadline) -> Searched:
         """Search on the thread of searches, for what may be shown."""
         searched, waited = await self._searching.run(
-            lambda: searcher.search(request.query, deadline, request.mode, request.rerank, served.recommender.allowed())
+            lambda: searcher.search(
+                request.query, deadline, request.mode, request.rerank, served.recommender.allowed(request.filters)
+            )
         )
         return searched.after("search_queue", waited)
 
@@ -79,8 +90,9 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
     async def search(request: SearchRequest) -> Response:
         """Return the k best passages for a text: by words and vectors, the head reranked, blended with a user's ranker.
 
-        Items that the service's filters deny or that are unavailable now are not among the documents of a hit, and a
-        passage of such items alone is no hit; what stands below moves up. Documents that are no items stay.
+        Items that the service's filters or the request's deny, or that are unavailable now, are not among the documents
+        of a hit, and a passage of such items alone is no hit; what stands below moves up. Documents that are no items
+        stay.
 
         The budget counts from the request's arrival. What does not fit is left out and named in `degraded`: `rerank`
         keeps the order of the first stage, `dense` goes by words alone, `personal` keeps the order of the search.
@@ -105,7 +117,7 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
                     searched = searched.without(stage)
             else:
                 searched = searched.without("personal")
-        answer = search_answer(served.bundle, searched, request.k, personal)
+        answer = search_answer(served, searched, request, personal)
         telemetry.answer(answer.user_known is not False, answer.degraded)
         telemetry.stages(answer.timings)
         return json_response(answer, answer.timings)

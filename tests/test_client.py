@@ -24,9 +24,11 @@ OPERATIONS = {
     "/v1/items": "items",
     "/v1/items/{item_id}/similar": "similar",
     "/v1/models": "models",
+    "/v1/search": "search",
+    "/v1/rerank": "rerank",
 }
-BY_OTHERS = {"/v1/search", "/v1/rerank", "/v1/availability", "/livez", "/readyz", "/metrics"}
-"""Operations the client leaves out: search has clients of its own kind, and operators use their own tools."""
+BY_OTHERS = {"/v1/availability", "/livez", "/readyz", "/metrics"}
+"""Operations the client leaves out: operators use their own tools."""
 
 
 class Fragile(httpx.BaseTransport):

@@ -684,3 +684,16 @@ def test_an_id_with_a_line_end_names_itself_and_nobody_else(place, tmp_path, odd
         assert client.get(f"/v1/users/{quoted}/history").status_code == 404
         assert client.get("/v1/users/user-1/history").json()["total"] > 1
     service.close()
+
+
+def test_parameters_that_mean_nothing_are_refused_by_name(client):
+    for path, name, there in [
+        ("/v1/items?q=kettle", "q", "`query`, `limit`"),
+        ("/v1/items/item-1/similar?limit=3", "limit", "`k`"),
+        ("/v1/models?k=3", "k", "none"),
+    ]:
+        refused = client.get(path)
+        assert (refused.status_code, refused.json()["code"]) == (422, "validation")
+        assert refused.json()["detail"] == f"query.{name}: no such parameter; there are: {there}"
+    assert client.get("/?words=tea").status_code == 200
+    assert client.get("/metrics?name=x").status_code == 200

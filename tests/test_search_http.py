@@ -5,6 +5,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from serving_world import PATIENT_SEARCH, WAIT, patient_app
 from starlette.testclient import TestClient
@@ -24,6 +25,7 @@ from recsys.errors import StoreError
 from recsys.messages import MAX_QUERY
 from recsys.progress import silent
 from recsys.search_messages import MAX_DOCUMENTS
+from serving.client import Client
 from serving.settings import ServeConfig, load_into, open_service
 from worlds import PROVENANCE
 
@@ -220,6 +222,43 @@ def test_rerank_has_the_shape_of_cohere(client, path):
     cut = rerank(client, query="red tea", documents=["red tea", "bread and jam with red tea"], max_tokens_per_doc=2)
     assert [result["index"] for result in cut["results"]] == [0, 1]
     assert cut["meta"]["truncated"] == [1]
+
+
+def test_a_search_among_some_of_the_items(client, opened):
+    denied = [{"column": "item_id", "deny": ["item-0", "item-30", "item-60", "item-1"]}]
+    every = search(client, query="red tea", k=30, rerank=False)
+    found = search(client, query="red tea", k=30, rerank=False, filters=denied)
+    left = {hit["text"] for hit in every["hits"] if hit["text"] != "red tea"}  # whose three items are denied
+    assert {hit["text"] for hit in found["hits"]} == left
+    assert not {"item-0", "item-1"} & {one for hit in found["hits"] for one in (hit["document_id"], *hit["also"])}
+    assert "warnings" not in found
+    named = [{"column": "item_id", "allow": ["item-30", "item-7", "nothing"]}]
+    for fields in ({}, {"user_id": "user-3", "at": LATER}):
+        some = search(client, query="red tea", filters=named, **fields)
+        assert {(hit["document_id"], hit["documents"]) for hit in some["hits"]} == {("item-30", 1), ("item-7", 1)}
+        assert some["warnings"] == ["filters[0] of item_id allows what no item has: 'nothing'"]
+    recommended = client.post("/v1/recommend", json={"user_id": "user-3", "query": "red tea", "filters": named})
+    assert {item["item_id"] for item in recommended.json()["items"]} == {"item-30", "item-7"}
+    unknown = {"query": "tea", "filters": [{"column": "colour", "deny": ["red"]}]}
+    refused = client.post("/v1/search", json=unknown)
+    assert (refused.status_code, "'colour'" in refused.json()["detail"]) == (422, True)
+    with client_of(opened["corpus"]) as corpus:
+        refused = corpus.post("/v1/search", json=unknown)
+        assert (refused.status_code, refused.json()["code"]) == (409, "not_supported")
+        assert "no columns to filter by; leave out `filters`" in refused.json()["detail"]
+
+
+def test_the_client_searches_and_reranks(client):
+    def answer(request):
+        got = client.request(request.method, request.url.path, content=request.read(), headers=dict(request.headers))
+        return httpx.Response(got.status_code, content=got.content)
+
+    with Client("http://testserver", transport=httpx.MockTransport(answer)) as ours:
+        found = ours.search("red tea", k=3, rerank=False)
+        assert [hit.text for hit in found.hits] == [
+            hit["text"] for hit in search(client, query="red tea", k=3, rerank=False)["hits"]
+        ]
+        assert ours.rerank("red tea", ["green bread", "red tea"], top_n=1).results[0].index == 1
 
 
 def test_documents_are_taken_as_clients_send_them(client):
