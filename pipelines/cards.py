@@ -1,5 +1,6 @@
 """The data card: what was read, what was left out and why, and what the log that remains is like."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +13,9 @@ from recsys.files import read_json
 Order = Literal["time", "position"]
 BUSY_SHARE, BUSY_TIMES = 0.05, 10
 """A user with more than this share of the events, and so many times those of the middle user, is hardly one person."""
+
+MOST_ACTIONS = 12
+"""Actions that are named, the most frequent first."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class DataCard:
         positive: which events are positives, as far as the source says.
         sessions: how sessions were cut; as the log has them, or each moment its own, where there is no gap.
         digest: SHA-256 over the files.
+        actions: events by action, most first, "" for those without; empty where the log has no column of them.
     """
 
     source: str
@@ -85,6 +90,7 @@ class DataCard:
     positive: PositiveRule
     sessions: SessionsConfig
     digest: str
+    actions: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> list[tuple[str, str]]:
         """Return the card as (label, words), for a person."""
@@ -100,6 +106,7 @@ class DataCard:
             *(("  settled", f"{n:,} {why}") for why, n in self.settled.items()),
             *(("  bad", f"{n:,}: {why}") for why, n in self.bad_of_tables.items()),
             ("items without text", f"{self.missing_text:,}"),
+            *([("actions", self._actions())] if self.actions else []),
             ("events per user", ", ".join(f"{name} {n:,}" for name, n in self.history.items())),
             ("repeats", f"{self.repeated_share:.1%} of the events"),
             ("from, to", f"{self._moment(self.first_time)}, {self._moment(self.last_time)}"),
@@ -121,6 +128,29 @@ class DataCard:
             )
         if 2 * self.in_catalogue < self.items:
             told.append(self._not_in_catalogue())
+        return told + self._odd_actions()
+
+    def _actions(self) -> str:
+        told = [f"{name or 'none'} {n:,}" for name, n in self.actions.items()]
+        more = [f"and {len(told) - MOST_ACTIONS:,} more"] if len(told) > MOST_ACTIONS else []
+        return ", ".join(told[:MOST_ACTIONS] + more)
+
+    def _odd_actions(self) -> list[str]:
+        """Return what of the actions is written otherwise than elsewhere."""
+        told, alike = [], defaultdict[str, list[str]](list)
+        for name in filter(None, self.actions):
+            alike[name.strip().casefold()].append(name)
+        for names in (names for names in alike.values() if len(names) > 1):
+            written = " and ".join(f"{name!r} ({self.actions[name]:,})" for name in names)
+            told.append(
+                f"The actions {written} are several here; name all that count in [requests] positive.actions, or "
+                "write them alike in the log."
+            )
+        if unknown := [name for name in self.positive.actions if self.actions and name not in self.actions]:
+            told.append(
+                f"[requests] positive.actions names {', '.join(map(repr, unknown))}, which no event has; there are "
+                f"{', '.join(map(repr, list(filter(None, self.actions))[:MOST_ACTIONS]))}."
+            )
         return told
 
     def _not_in_catalogue(self) -> str:

@@ -144,8 +144,18 @@ def _card(raw: RawLog, out: Path, names: list[str], facts: EventFacts, count: in
         columns=tuple(pl.read_parquet_schema(out / "events.parquet")),
         positive=raw.positive,
         sessions=raw.sessions,
+        actions=_actions(out / "events.parquet"),
         digest=sha256_json({name: sha256_file(out / name) for name in names}),
     )
+
+
+def _actions(events: Path) -> dict[str, int]:
+    """Return the events by action, most first."""
+    frame = pl.scan_parquet(events)
+    if ACTION not in frame.collect_schema():
+        return {}
+    counted = frame.group_by(pl.col(ACTION).fill_null("")).agg(pl.len()).sort("len", ACTION, descending=[True, False])
+    return dict(counted.collect(engine="streaming").iter_rows())
 
 
 def _canonical_events(raw: RawLog) -> pl.LazyFrame:

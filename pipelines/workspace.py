@@ -6,6 +6,7 @@ from pathlib import Path
 from pipelines.parts import open_part
 from pipelines.prepared import PreparedSet
 from pipelines.tracking import default_uri
+from recsys.config import nearest_first
 from recsys.errors import DataError
 
 
@@ -92,7 +93,9 @@ class Workspace:
         return default_uri(self.root)
 
     def require(self, path: Path, verb: str) -> Path:
-        """Return `path` if it exists, else say which verb makes it."""
+        """Return `path` if it exists, else say which verb makes it, and which runs there are if it is one."""
         if not path.exists():
-            raise DataError(f"{path}: not there yet; run `recsys {verb} --workspace {self.root}` first")
+            runs = sorted(one.name for one in path.parent.glob("*/")) if path.parent == self.root / "runs" else []
+            there = f"; there are: {', '.join(nearest_first(path.name, runs))}" if runs else ""
+            raise DataError(f"{path}: not there yet; run `recsys {verb} --workspace {self.root}` first{there}")
         return path

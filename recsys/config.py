@@ -98,6 +98,11 @@ def _config(kind: type[Any]) -> ConfigDict | None:
     return None if dataclasses.is_dataclass(kind) else ConfigDict(extra="forbid")
 
 
+def nearest_first(name: str, known: Sequence[str]) -> list[str]:
+    """Return the known names, the likest to a misspelled one first."""
+    return sorted(known, key=lambda one: -difflib.SequenceMatcher(None, name, one).ratio())
+
+
 def _refuse_unknown(kind: Any, table: Mapping[str, Any], where: str) -> None:
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         return

@@ -48,9 +48,14 @@ def test_help_imports_nothing_heavy():
     [
         (["fly"], 2, ["fly"]),
         (["prepare", "-w", "{tmp}"], 3, ["recsys ingest --workspace"]),
+        (["train", "--config", "dinn", "-w", "{tmp}"], 2, ["no config 'dinn'", "the likest there are: din, "]),
         (["train", "--config", "dare", "-w", "{tmp}"], 3, ["recsys prepare --workspace"]),
         (["serve", "-w", "{tmp}"], 3, ["recsys publish --workspace"]),
-        (["quickstart", "-w", "{tmp}", "--set", "evaluate.max_request=3"], 2, ["'max_request'", "'max_requests'"]),
+        (
+            ["quickstart", "-w", "{tmp}", "--set", "evaluate.max_request=3"],
+            2,
+            ["'max_request'", "'max_requests'", "(by --set evaluate.max_request=3)"],
+        ),
         (["quickstart", "-w", "{tmp}", "--config", "{tmp}/no.toml"], 2, ["no.toml: no such file"]),
         (["publish", "-w", "{tmp}", "--gates", "gates"], 2, ["--gates would do nothing without --ranker"]),
         (["publish", "-w", "{tmp}", "--fusion", "rrf"], 2, ["--fusion, name a --text-encoder"]),

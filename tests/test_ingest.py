@@ -25,7 +25,7 @@ from pipelines.datasets import RawLog
 from pipelines.event_facts import measure_events, write_users
 from pipelines.fields import number_reader, time_reader
 from pipelines.ingest import ingest, ingest_files
-from pipelines.mapping import IngestConfig, NumbersConfig, QualityConfig, TimeConfig, load_mapping
+from pipelines.mapping import IngestConfig, NumbersConfig, PositiveRule, QualityConfig, TimeConfig, load_mapping
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.sources import open_table
 from pipelines.textfiles import check_text, read_header
@@ -273,6 +273,17 @@ def test_ids_that_the_catalogue_writes_otherwise_are_told(tmp_path: Path) -> Non
     assert "Only 1 of 3 items" in card.doubts()[0]
     assert "'1.0', '2.0'" in card.doubts()[0]
     assert ingest(RawLog("shop", events.lazy(), None), tmp_path / "alone").doubts() == []
+
+
+def test_actions_are_counted_and_those_that_are_written_in_two_ways_told(tmp_path: Path) -> None:
+    did = ["view"] * 5 + ["VIEW", "purchase", None]
+    events = pl.DataFrame({"user_id": "a", "item_id": "1", "timestamp": range(START, START + len(did)), "action": did})
+    card = ingest(RawLog("shop", events.lazy(), positive=PositiveRule(("buy", "purchase"))), tmp_path / "log")
+    assert card.actions == {"view": 5, "": 1, "VIEW": 1, "purchase": 1}
+    assert ("actions", "view 5, none 1, VIEW 1, purchase 1") in card.describe()
+    written, unknown = card.doubts()[-2:]
+    assert "'view' (5) and 'VIEW' (1) are several here" in written
+    assert "names 'buy', which no event has; there are 'view', 'VIEW', 'purchase'" in unknown
 
 
 def test_too_many_bad_rows_stop_the_job_with_examples_and_keep_the_quarantine(tmp_path: Path) -> None:

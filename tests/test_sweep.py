@@ -169,7 +169,7 @@ def test_the_best_setting_has_the_largest_mean_and_the_first_of_equals_wins():
         ('models = ["din"]\n[space]\noptimiser.learning_rate = 0.1', "space.optimiser.learning_rate: .* found 0.1"),
         ('models = ["din"]\n[space]\noptimiser.learning_rat = [0.1]', "did you mean 'learning_rate'"),
         ('models = ["popularity"]\n[space]\nmodel.window = [1]', "unknown key 'window'; there is nothing to set"),
-        ('models = ["nope"]', "nope: no such file"),
+        ('models = ["nope"]', "no config 'nope' and no file of that name"),
     ],
 )
 def test_a_sweep_that_cannot_be_meant_is_refused_before_anything_is_trained(text, names, tmp_path):

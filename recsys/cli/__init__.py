@@ -4,8 +4,11 @@ Everything heavy is imported inside the verb that needs it, so that `recsys --he
 """
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from types import FrameType
 from typing import Annotated
 
@@ -13,7 +16,7 @@ import typer
 
 from recsys import __version__
 from recsys.cli import answers, data, judging, models
-from recsys.errors import RecsysError
+from recsys.errors import ConfigError, RecsysError
 
 VERBS = (
     data.init,
@@ -56,8 +59,20 @@ def main() -> None:
     try:
         app()
     except RecsysError as error:
-        sys.stderr.write(f"recsys: {error}\n")
+        sys.stderr.write(f"recsys: {told(error, sys.argv)}\n")
         sys.exit(error.exit_code)
+
+
+def told(error: RecsysError, arguments: Sequence[str]) -> str:
+    """Return an error's words, and which `--set` of the command line they are of: its key may be in no file."""
+    text = str(error)
+    given = [value for option, value in pairwise(arguments) if option == "--set"]
+    given += [one.removeprefix("--set=") for one in arguments if one.startswith("--set=")]
+    for one in given if isinstance(error, ConfigError) and "--set" not in text else ():
+        key = re.escape(one.partition("=")[0].strip().rpartition(".")[2])
+        if key and re.search(rf"(?<!\w){key}(?!\w)", text):
+            return f"{text} (by --set {one})"
+    return text
 
 
 def _end(number: int, _: FrameType | None) -> None:

@@ -110,6 +110,10 @@ def _ingest_from_serving(place: Any, state: Path, window_days: float, as_of: int
     moment = time.time_ns() // 1000 if as_of is None else as_of
     found = ingest_from_serving(state, place, Attribution(round(window_days * DAY), moment))
     print_result(asdict(found), as_json)
+    if found.waiting and not found.part:
+        Terminal().say(
+            "No new events, so no part to put answers in: those that wait are taken in with the next events."
+        )
     if found.forgotten or found.part:
         Terminal().say(f"Next: recsys prepare --workspace {place.root}")
 

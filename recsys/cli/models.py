@@ -112,12 +112,13 @@ def evaluate(
     from pipelines.workspace import Workspace
     from recsys.config import parse, read_toml
 
-    place, path = Workspace(workspace), find_config(config)
+    place = Workspace(workspace)
     if all_text(place, runs):
         refuse_given("for text models", config=config != "evaluate", set=assignments)
         evaluate_text(runs, place, corpus, split, mlflow, as_json)
         return
     refuse_given("for rankers, whose split is in the config", corpus=corpus, split=split)
+    path = find_config(config)
     options = parse(evaluate.EvaluateConfig, read_toml(path, assignments or ()), str(path))
     if len({Path(name).name for name in runs}) < len(runs):
         raise ConfigError(
