@@ -398,9 +398,12 @@ def test_both_orders_of_a_search_are_shown_side_by_side(tmp_path):
 
 @browser
 def test_a_bundle_of_text_alone_is_searched_and_one_without_text_says_so(client, tmp_path):
-    with searching(publish_corpus(tmp_path / "bundle", ["red tea", "green bread", "red soap"]), tmp_path) as corpus:
+    with searching(
+        publish_corpus(tmp_path / "bundle", ["red tea\nmild, from the hills", "green bread", "red soap"]), tmp_path
+    ) as corpus:
         document = look(corpus, tmp_path / "corpus", words="red")
         assert sorted(names(part(document, "first-order"))) == ["red soap", "red tea"]
+        assert "mild, from the hills" in words(part(document, "first-order"))
         assert re.search(r'<section[^>]* id="placed"[^>]* hidden', document)
         assert re.search(r'<form[^>]* id="ask"[^>]* hidden', document)
         assert re.search(r'<div[^>]* id="problem"[^>]* hidden', document)
