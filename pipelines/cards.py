@@ -147,9 +147,10 @@ class DataCard:
                 "write them alike in the log."
             )
         if unknown := [name for name in self.positive.actions if self.actions and name not in self.actions]:
+            there = ", ".join(map(repr, list(filter(None, self.actions))[:MOST_ACTIONS])) or "none"
             told.append(
-                f"[requests] positive.actions names {', '.join(map(repr, unknown))}, which no event has; there are "
-                f"{', '.join(map(repr, list(filter(None, self.actions))[:MOST_ACTIONS]))}."
+                f"[requests] positive.actions names {', '.join(map(repr, unknown))}, which no event has; "
+                f"there are {there}."
             )
         return told
 

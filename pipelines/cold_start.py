@@ -43,7 +43,7 @@ Floats = NDArray[np.float32]
 
 def item_names(prepared: PreparedSet) -> list[str]:
     """Return what every model row is shown by, the first line of its text; as `item_texts` else."""
-    return [text.partition("\n")[0] for text in item_texts(prepared)]
+    return [text.lstrip("\n").partition("\n")[0] for text in item_texts(prepared)]
 
 
 def item_texts(prepared: PreparedSet) -> list[str]:

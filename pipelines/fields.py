@@ -23,7 +23,7 @@ AHEAD = (
 FINITE = "a finite number"
 MONEY = r"(?:\p{Sc}|USD|EUR|GBP|CHF|JPY|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|RON|TRY|RUB|UAH|BRL|MXN|CAD|AUD|NZD|ZAR)"
 """a sign of a currency, or a code of the most used ones"""
-_MARKED = rf"^[+-]?(?:\d[\d.,' ]*\d|{MONEY}\s*\d[\d.,' ]*|\d[\d.,' ]*{MONEY})$"
+_MARKED = rf"^[+-]?(?:\d[\d.,' ]*\d|{MONEY}\s*[+-]?\d[\d.,' ]*|\d[\d.,' ]*{MONEY})$"
 """a number, whatever its marks"""
 CONTAINER = r'(?s)^(\[\s*(["\d\[{-].*|true.*|false.*|null.*)?\]|\{\s*(".*)?\})\s*$'
 """a list or an object of JSON; `[deleted]` and `[3M] tape` are ids"""

@@ -362,7 +362,9 @@ def _currency(columns: Iterable[pl.Series]) -> str:
     found: Counter[str] = Counter()
     for values in columns:
         if values.dtype == pl.String and len(known := values.drop_nulls().str.strip_chars()):
-            marks = known.str.extract(rf"^[+-]?\s*({MONEY})\s*\d").fill_null(known.str.extract(rf"\d\s*({MONEY})$"))
+            marks = known.str.extract(rf"^[+-]?\s*({MONEY})\s*[+-]?\s*\d").fill_null(
+                known.str.extract(rf"\d\s*({MONEY})$")
+            )
             if marks.count() > len(known) / 2:
                 found.update(marks.drop_nulls().to_list())
     return found.most_common(1)[0][0] if found else ""

@@ -87,6 +87,8 @@ class ItemsConfig:
     repeated: Repeated = "last"
 
     def __post_init__(self) -> None:
+        if self.name is not None and not self.name.strip():
+            raise ConfigError("[items] name: found ''; expected a column, or leave it out")
         names = [*self.categorical, *self.multi, *self.numeric]
         for name in names:
             if name in RESERVED or names.count(name) > 1:
@@ -144,7 +146,7 @@ class NumbersConfig:
     currency: str = ""
 
     def __post_init__(self) -> None:
-        if re.search(r"[\d\s+-]", self.currency):
+        if re.search(r"[\d\s+-]|^[.,']$", self.currency):
             raise ConfigError(
                 f"[numbers] currency: found {self.currency!r}; expected a sign or code alone, e.g. $ or EUR"
             )

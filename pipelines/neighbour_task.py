@@ -63,28 +63,39 @@ class Source:
 
     Attributes:
         stages: first stages over it.
+        pairs: cuts queries from its passages.
         natural: training queries that people wrote, empty if it has none.
         dev: dev queries by kind.
         judged: of a catalogue, the words (`text_pairs.words_of`) of the queries that held-out texts are judged by.
     """
 
     stages: FirstStages
+    pairs: PairSource
     natural: Queries
     dev: dict[str, Queries]
     judged: frozenset[tuple[str, ...]] = frozenset()
 
-    @cached_property
-    def pairs(self) -> PairSource:
-        """Cuts queries from its passages."""
-        return PairSource(self.stages.corpus)
+    @property
+    def shares_words(self) -> bool:
+        """Whether a query may fit several texts: of a catalogue."""
+        return self.stages.corpus.items is not None
 
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids [L] of a training document's window, without special tokens, and of which word each is a part."""
+    """A training document's window.
+
+    Attributes:
+        ids: tokens [L], without special ones.
+        words: of which word each is a part.
+        text: what the document has there, as it is written.
+        offsets: where in it each token stands.
+    """
 
     ids: list[int]
     words: list[int | None]
+    text: str
+    offsets: list[tuple[int, int]]
 
     def whole(self, start: int, end: int) -> tuple[int, int]:
         """Return the places of the whole words that the tokens from `start` to `end` are of."""
@@ -93,6 +104,24 @@ class Window:
         while end < len(self.words) and self.words[end] == self.words[end - 1]:
             end += 1
         return start, end
+
+    def cut(self, start: int, end: int) -> "Window":
+        """Return the tokens from `start` to `end`."""
+        return Window(self.ids[start:end], self.words[start:end], self.text, self.offsets[start:end])
+
+    def of_whole_words(self, start: int, end: int) -> "Window":
+        """Return the tokens from `start` to `end` without words that are cut there; all if that leaves nothing."""
+        first, last = start, end
+        while 0 < first < last and self.words[first - 1] == self.words[first]:
+            first += 1
+        while first < last < len(self.words) and self.words[last - 1] == self.words[last]:
+            last -= 1
+        return self.cut(first, last) if first < last else self.cut(start, end)
+
+    @property
+    def written(self) -> str:
+        """The text of the tokens."""
+        return self.text[self.offsets[0][0] : self.offsets[-1][1]] if self.ids else ""
 
 
 @dataclass
@@ -145,7 +174,8 @@ class NeighbourTask:
             found = self.model.tokenizer.tokenizer.encode(corpus.passages[row], add_special_tokens=False)
             draws = generator(0, 0, f"window/{corpus.name}/{corpus.ids[row]}")
             start = int(draws.integers(max(len(found.ids) - room, 0) + 1))
-            made.append(Window(found.ids[start : start + room], found.word_ids[start : start + room]))
+            whole, end = Window(found.ids, found.word_ids, corpus.passages[row], found.offsets), start + room
+            made.append(whole.of_whole_words(start, end) if source.shares_words else whole.cut(start, end))
         return made
 
     @cached_property
@@ -208,12 +238,17 @@ class NeighbourTask:
             queries.append(self.model.tokenizer.encode([text], self.model.config.max_query_len)[0])
             target.append(len(passages) - 1)
             relevant.append(own)
+        if not queries:
+            raise DataError(
+                f"0 of {self.config.cuts * len(passages)} cuts from {len(passages)} texts are of words that no "
+                "held-out text is judged by; train with batches = 'queries'"
+            )
         return passages, queries, target, relevant
 
     def _cut(self, passage: int, draws: np.random.Generator) -> tuple[list[int], list[int]] | None:
         """Return the token ids of a query cut from a passage and all training documents it fits; None if none may."""
         source, row = self.documents[passage]
-        if source.stages.corpus.items is None:
+        if not source.shares_words:
             return self._tokens(passage, draws, whole=False)[0], [passage]
         for _ in range(TRIES):
             query, text, contiguous = self._tokens(passage, draws, whole=True)
@@ -232,8 +267,8 @@ class NeighbourTask:
         length = min(int(draws.choice(SPANS)), len(window.ids))
         start = int(draws.integers(len(window.ids) - length + 1))
         start, end = window.whole(start, start + length) if whole else (start, start + length)
-        ids = window.ids[start:end]
-        return [*tokenizer.prefix, *ids, *tokenizer.suffix], tokenizer.tokenizer.decode(ids), True
+        span = window.cut(start, end)
+        return [*tokenizer.prefix, *span.ids, *tokenizer.suffix], span.written, True
 
     # A step.
 

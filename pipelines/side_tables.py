@@ -128,11 +128,12 @@ def _item_rows(place: int, table: Table, config: ItemsConfig, read_number: Reade
 def _item_text(table: Table, name: str | None, texts: Sequence[str]) -> pl.Expr:
     """Return an item's text: its name, on a line of its own if it has one, then the other columns."""
     parts = [_text(column, table.require(column, "[items] text")) for column in texts]
-    rest = _some(pl.concat_str(parts, separator=", ", ignore_nulls=True)) if parts else pl.lit(None, pl.String)
+    rest = pl.concat_str(parts, separator=", ", ignore_nulls=True) if parts else pl.lit(None, pl.String)
+    rest = _some(rest.str.replace_all(r"[\r\n]+", " "))
     if name is None:
         return rest
     line = _text(name, table.require(name, "[items] name")).str.replace_all(r"\s+", " ")
-    return _some(pl.concat_str(line, rest.str.replace_all(r"[\r\n]+", " "), separator="\n", ignore_nulls=True))
+    return _some(pl.concat_str(line, rest, separator="\n", ignore_nulls=True))
 
 
 def _user_rows(place: int, table: Table, user_id: str) -> pl.LazyFrame:

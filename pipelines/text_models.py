@@ -77,7 +77,7 @@ def open_corpus(path: str, items: Path) -> Corpus:
 
 def cut_queries(options: CorpusConfig, source: PairSource, split: Split) -> dict[str, Queries]:
     """Return the keyword and part-of-passage queries of one split's documents, by kind."""
-    rows = source.rows(split)
+    rows = source.rows(split) if options.cut else []
     made = {}
     if options.keyword:
         made["keyword"] = source.keyword(rows, options.terms)
@@ -182,7 +182,8 @@ def train(
 
     learned = [_learned(config, path, one) for path, one in zip(paths, corpora, strict=True)]
     backbones = {source: files_digest(source) for source in _backbones(config)}
-    inputs = {"corpora": learned, "backbones": backbones, "pairs": VERSION}
+    cut = {"pairs": VERSION} if config.corpus.cut or config.batches == "passages" else {}
+    inputs = {"corpora": learned, "backbones": backbones, **cut}
     return train_text(build, config.table(), inputs, directory, uri, config.optimiser, config.stop, progress)
 
 
@@ -224,8 +225,12 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
     made, found = [], not options.natural
     for place, (path, stages) in enumerate(zip((options.path, *options.also), each, strict=True)):
         source = PairSource(stages.corpus, model.tokenizer)
-        dev = cut_queries(options, source, "dev") if place == 0 else {}
-        judged = [*dev.values(), *cut_queries(options, source, "test").values()] if path == CATALOGUE else []
+        shared = path == CATALOGUE  # whose texts share words
+        test = cut_queries(options, source, "test") if shared else {}
+        held_out = cut_queries(options, source, "dev") if shared or place == 0 else {}
+        held_out = {kind: unasked(one, test.values()) for kind, one in held_out.items()}
+        judged = [one for one in (*held_out.values(), *test.values()) if shared]
+        dev = held_out if place == 0 else {}
         learn = held = Queries([], [], [])
         if _has_split(path, options.natural):
             learn, held = natural_queries(Path(path), stages.corpus, options.natural)
@@ -233,7 +238,8 @@ def neighbour_sources(options: CorpusConfig, each: Sequence[FirstStages], model:
         if len(held):
             dev[NATURAL] = held
         dev = {kind: sample(one, options.dev_queries, 0) for kind, one in dev.items()}
-        made.append(Source(stages, learn, dev, frozenset(words_of(text) for one in judged for text in one.texts)))
+        words = frozenset(words_of(text) for one in judged for text in one.texts)
+        made.append(Source(stages, source, learn, dev, words))
     if not found:
         raise ConfigError(f"[corpus] natural = {options.natural!r}: no corpus has qrels/{options.natural}.tsv")
     return made

@@ -61,9 +61,16 @@ class PairSource:
 
     def rows(self, split: Split) -> list[int]:
         """Return the eligible rows of one split; a catalogue is held out by its text, since ids share texts."""
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[Split, list[int]]:
         corpus = self.corpus
         keys = corpus.ids if corpus.items is None else corpus.passages
-        return [row for row in self.eligible if split_of(corpus.name, keys[row]) == split]
+        made: dict[Split, list[int]] = {split: [] for split in TENTHS}
+        for row in self.eligible:
+            made[split_of(corpus.name, keys[row])].append(row)
+        return made
 
     @cached_property
     def held_out(self) -> frozenset[int]:

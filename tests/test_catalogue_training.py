@@ -1,10 +1,19 @@
 """Training on a catalogue: many items share words, and still nothing of what is held out is learned from."""
 
+import dataclasses
+import unicodedata
+
 import numpy as np
 import pytest
 import tiny_text
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 
+from pipelines import neighbour_task
 from pipelines.encoder_task import EncoderTask
 from pipelines.first_stages import FirstStages
 from pipelines.neighbour_task import NeighbourTask, Window
@@ -13,7 +22,11 @@ from pipelines.reranker_task import RerankerTask
 from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Corpus
 from pipelines.text_models import CATALOGUE, _pool, cut_queries, load_text_config, neighbour_sources, training_queries
-from pipelines.text_pairs import WORD, PairSource, words_of
+from pipelines.text_pairs import PairSource, words_of
+from ranking.dense_encoder import DenseConfig, DenseEncoder
+from ranking.lexsembridge import LexSemBridge
+from ranking.text_backbone import TextTokenizer
+from recsys.errors import DataError
 
 STEPS = 12
 COMMON = tiny_text.WORDS[:8]
@@ -70,38 +83,82 @@ def test_neither_encoder_nor_reranker_meets_a_held_out_item(corpus, source, tmp_
     assert not met & source.held_out
 
 
+PIECES = [*tiny_text.SPECIAL, "cafe", "creme", "uber", "tea", "milk", "red", "flow", "##er", "##s", "##y", "box", "a"]
+WRITTEN = ["Café", "Crème", "Übers", "tea", "Milky", "red", "Flowers", "boxs", "teas"]
+
+
+def pieces():
+    """An uncased tokenizer of parts of words: its tokens say neither accents nor where a word is whole."""
+    made = Tokenizer(WordPiece({name: place for place, name in enumerate(PIECES)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    marks = [(name, PIECES.index(name)) for name in ("[CLS]", "[SEP]")]
+    made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    return TextTokenizer.wrap(made)
+
+
 @pytest.mark.parametrize("train", ["full", "fusion"])
-def test_by_passages_every_item_that_a_query_fits_is_relevant_to_it(corpus, source, tmp_path, train):
-    sets = [f"train={train}", "batches=passages", "layers=1", "cuts=3"]
-    config = config_of("lexsembridge", *(sets if train == "full" else [one for one in sets if "layers" not in one]))
-    model = tiny_text.model_of(config)
-    stages = FirstStages(corpus, tiny_text.dense(), tmp_path)
+@pytest.mark.parametrize("keywords", [0.0, 1.0])
+def test_by_passages_every_item_that_a_query_fits_is_relevant_to_it(tmp_path, monkeypatch, train, keywords):
+    draws = np.random.default_rng(1)
+    texts = list(dict.fromkeys(" ".join(draws.choice(WRITTEN, draws.integers(3, 9))) for _ in range(400)))
+    corpus = Corpus(CATALOGUE, [f"i{n}" for n in range(len(texts))], texts, [[f"i{n}"] for n in range(len(texts))])
+    monkeypatch.setattr(neighbour_task, "KEYWORDS", keywords)
+    sets = [f"train={train}", "batches=passages", "cuts=3", "train_tokens=10", *["layers=1"] * (train == "full")]
+    config, words = config_of("lexsembridge", *sets), pieces()
+    model = LexSemBridge(config.model, tiny_text.bert(), words)
+    stages = FirstStages(corpus, DenseEncoder(DenseConfig(backbone="tiny"), tiny_text.bert(), words), tmp_path)
     task = NeighbourTask(config, model, neighbour_sources(config.corpus, [stages], model))
+    source = PairSource(corpus, words)
     cut = [one for split in ("dev", "test") for one in cut_queries(config.corpus, source, split).values()]
-    judged = {words_of(text) for one in cut for text in one.texts}
-    names, several = model.tokenizer.tokenizer, 0
+    judged = {plain(text) for one in cut for text in one.texts}
+    texts, several = [f" {text} " for text in map(unaccented, task.texts)], 0
     for step in range(STEPS):
         passages, queries, target, relevant = task.batch(step)
         assert len(queries) == len(target) == len(relevant) > 0
         for ids, column, own in zip(queries, target, relevant, strict=True):
-            words = [names.id_to_token(one) for one in ids[1:-1]]
-            assert words_of(" ".join(words)) not in judged
-            span = f" {' '.join(words)} "
-            held = {at for at, text in enumerate(task.texts) if set(words) <= set(WORD.findall(text))}
-            spans = {at for at in held if span in f" {task.texts[at]} "}
+            asked = "".join(
+                name.removeprefix("##") if name.startswith("##") else f" {name}"
+                for name in (PIECES[one] for one in ids[1:-1])
+            ).split()
+            assert plain(" ".join(asked)) not in judged
+            span = f" {' '.join(asked)} "
+            held = {at for at, text in enumerate(texts) if set(asked) <= set(text.split())}
+            assert set(own) == (held if keywords else {at for at in held if span in texts[at]})
             assert passages[column] in own
-            assert set(own) in (held, spans)
             several += len(own) > 1
         own = torch.tensor([passages[column] for column in target])
-        among = torch.arange(len(task.documents))
-        negatives = ~task._alike(among, own, relevant)
+        negatives = ~task._alike(torch.arange(len(task.documents)), own, relevant)
         negatives[torch.arange(len(own)), own] = False
         assert not any(negatives[query][rows].any() for query, rows in enumerate(relevant))
     assert several > STEPS
 
 
-def test_a_span_is_widened_to_whole_words():
-    window = Window([1, 2, 3, 4, 5], [0, 1, 1, 1, 2])
+def unaccented(text):
+    return "".join(one for one in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(one))
+
+
+def plain(text):
+    return words_of(unaccented(text))
+
+
+def test_where_all_words_are_judged_training_by_passages_says_so(corpus, tmp_path):
+    config = config_of("lexsembridge", "batches=passages")
+    model = tiny_text.model_of(config)
+    (source,) = neighbour_sources(config.corpus, [FirstStages(corpus, tiny_text.dense(), tmp_path)], model)
+    task = NeighbourTask(config, model, [dataclasses.replace(source, judged=Everything())])
+    with pytest.raises(DataError, match="0 of 48 cuts from 16 texts are of words that no held-out text is judged by"):
+        task.loss(0)
+
+
+class Everything(frozenset):
+    def __contains__(self, _):
+        return True
+
+
+def test_a_span_is_widened_to_whole_words_and_a_window_has_no_parts_of_words():
+    window = Window([1, 2, 3, 4, 5], [0, 1, 1, 1, 2], "a bcd e", [(0, 1), (2, 3), (3, 4), (4, 5), (6, 7)])
     assert [window.whole(*span) for span in [(0, 1), (2, 3), (1, 4), (0, 5), (3, 5)]] == [
         (0, 1), (1, 4), (1, 4), (0, 5), (1, 5)
     ]  # fmt: skip
+    spans = [(0, 5), (0, 3), (2, 5), (1, 4), (2, 3)]
+    assert [window.of_whole_words(*span).written for span in spans] == ["a bcd e", "a", "e", "bcd", "c"]

@@ -13,7 +13,7 @@ from pipelines.evaluation import EvaluateConfig
 from pipelines.settings import PrepareConfig
 from pipelines.text_config import TEXT_MODELS
 from ranking.models import RANKERS
-from recsys.cli import app
+from recsys.cli import app, told
 from recsys.config import parse
 from recsys.errors import BundleError, ConfigError, DataError, GateError, RecsysError
 
@@ -41,6 +41,27 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "named"),
+    [
+        ("q.toml [evaluate]: unknown key 'max_request'", ["evaluate.max_requests=5", "evaluate.max_request=3"], 1),
+        ("p.toml: split.kind: Input should be 'time'", ["split.kind=bytime", "split.test=3"], 0),
+        ("p.toml: unknown key 'splitt'", ["splitt.kind=time"], 0),
+        ("d.toml [model]: k must be at least 1, found 0", ["evaluate.k=5", "model.k=0"], 1),
+        ("d.toml [model]: bits=9, groups=0: expected bits from 0 to 8", ["model.bits=1", "model.bits=9"], 1),
+        ("0 dev queries; name a natural split", ["model.name=mvp"], None),
+        ("no config 'dinn' and no file of that name", ["x.file=3"], None),
+        ("[corpus] also would do nothing; leave it out", ["corpus.unit=word"], None),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_error_names_the_assignment_it_is_of(words, given, named, joined):
+    arguments = [part for one in given for part in ([f"--set={one}"] if joined else ["--set", one])]
+    found = told(ConfigError(words), ["recsys", "train", *arguments, "--json"])
+    assert found == (words if named is None else f"{words} (by --set {given[named]})")
+    assert told(DataError(words), arguments) == words
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from serving_world import LATER, WAIT, Place, make_service, publish_world
 
 from pipelines.datasets import RawLog
 from pipelines.from_serving import Attribution, FromServing, contained, ingest_from_serving
+from pipelines.impressions import is_positive
 from pipelines.ingest import ingest
 from pipelines.mapping import PositiveRule, SessionsConfig
 from pipelines.prepare import PrepareConfig, prepare
@@ -38,6 +39,7 @@ from ranking.users import MAX_MOMENT
 from recsys.errors import DataError
 from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
 from recsys.request_log import encode, files, read_file
+from recsys.stores import Event
 from recsys.terminal import Terminal
 from serving.request_log import RequestLogConfig
 from serving.service import Service
@@ -331,6 +333,13 @@ def test_answers_wait_where_no_event_was_posted_to_make_a_part_of(small):
         did(service, "carl", "item-3", LATER + 2 * DAY)
     taken = small.take(LATER + 3 * DAY)
     assert (taken.answers, taken.positives, taken.negatives, taken.waiting) == (1, 1, 4, 0)
+
+
+def test_an_event_without_a_value_is_no_positive_where_one_is_wanted():
+    event = Event("e", "u", "i", 1, "rate")
+    for value, enough in [(None, False), (3.0, False), (4.0, True)]:
+        assert is_positive(replace(event, value=value), PositiveRule(min_value=4)) == enough
+        assert is_positive(replace(event, value=value), PositiveRule())
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -284,6 +284,9 @@ def test_actions_are_counted_and_those_that_are_written_in_two_ways_told(tmp_pat
     written, unknown = card.doubts()[-2:]
     assert "'view' (5) and 'VIEW' (1) are several here" in written
     assert "names 'buy', which no event has; there are 'view', 'VIEW', 'purchase'" in unknown
+    none = events.with_columns(action=pl.lit(None, pl.String)).lazy()
+    nothing = ingest(RawLog("shop", none, positive=PositiveRule(("buy",))), tmp_path / "none")
+    assert nothing.doubts()[-1].endswith("which no event has; there are none.")
 
 
 def test_too_many_bad_rows_stop_the_job_with_examples_and_keep_the_quarantine(tmp_path: Path) -> None:
@@ -438,6 +441,10 @@ def test_marks_of_numbers_are_named_where_they_are_missing(tmp_path: Path) -> No
     assert (card.read, events["value"].to_list()) == (2, [1012.5])
     with pytest.raises(ConfigError, match=r"\[numbers\] currency: found '5 \$'; expected a sign or code alone"):
         mapping(numbers={"currency": "5 $"})
+    with pytest.raises(ConfigError, match=r"\[numbers\] currency: found '.'; expected"):
+        mapping(numbers={"currency": "."})
+    with pytest.raises(ConfigError, match=r"\[items\] name: found ''; expected a column"):
+        mapping(items={"item_id": "id", "text": ["name"], "name": ""})
     with pytest.raises(ConfigError, match=r"\[numbers\]: decimal and thousands are both ','; expected two marks"):
         mapping(numbers={"decimal": ",", "thousands": ","})
 

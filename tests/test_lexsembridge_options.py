@@ -21,6 +21,7 @@ from pipelines.first_stages import FirstStages
 from pipelines.shipped import CONFIGS
 from pipelines.text_corpus import Corpus, Queries, read_corpus
 from pipelines.text_models import load_text_config
+from pipelines.text_pairs import PairSource
 from pipelines.text_train import contrastive_loss
 from ranking.cross_encoder import CrossEncoder
 from ranking.dense_encoder import DenseConfig, DenseEncoder
@@ -122,7 +123,8 @@ def test_training_by_passages_divides_by_1_too_where_vectors_keep_their_length(t
     )
     corpus = read_corpus(tiny_text.beir(tmp_path / "tiny"))
     encoder = DenseEncoder(DenseConfig(backbone="tiny"), tiny_text.bert(), tiny_text.tokenizer())
-    source = neighbour_task.Source(FirstStages(corpus, encoder, tmp_path), Queries([], [], []), {})
+    stages = FirstStages(corpus, encoder, tmp_path)
+    source = neighbour_task.Source(stages, PairSource(corpus), Queries([], [], []), {})
     for train in ("full", "fusion"):
         for normalized in ("true", "false"):
             by_passages = ["batches=passages", "rows=4", "train_tokens=10", f"train={train}"]

@@ -66,13 +66,27 @@ def main() -> None:
 def told(error: RecsysError, arguments: Sequence[str]) -> str:
     """Return an error's words, and which `--set` of the command line they are of: its key may be in no file."""
     text = str(error)
-    given = [value for option, value in pairwise(arguments) if option == "--set"]
-    given += [one.removeprefix("--set=") for one in arguments if one.startswith("--set=")]
-    for one in given if isinstance(error, ConfigError) and "--set" not in text else ():
-        key = re.escape(one.partition("=")[0].strip().rpartition(".")[2])
-        if key and re.search(rf"(?<!\w){key}(?!\w)", text):
-            return f"{text} (by --set {one})"
+    given = [
+        second if first == "--set" else first.removeprefix("--set=")
+        for first, second in pairwise([*arguments, ""])
+        if first == "--set" or first.startswith("--set=")
+    ]
+    if isinstance(error, ConfigError) and "--set" not in text:
+        for one in reversed(given):  # the last of one key counts
+            if _names(text, one.partition("=")[0].strip()):
+                return f"{text} (by --set {one})"
     return text
+
+
+def _names(text: str, key: str) -> bool:
+    """Whether a message is of a dotted key: by its whole name, as unknown, or in its section."""
+    *sections, last = parts = key.split(".")
+    if any(f"unknown key {part!r}" in text for part in parts) or (
+        sections and re.search(rf"(?<![\w.]){re.escape(key)}\b", text)
+    ):
+        return True
+    there = f"[{sections[-1]}]" in text if sections else "[" not in text
+    return there and re.search(rf"(?<![\w.']){re.escape(last)}(:|=| is | must )", text) is not None
 
 
 def _end(number: int, _: FrameType | None) -> None:
