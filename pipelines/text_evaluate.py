@@ -203,7 +203,7 @@ def evaluate_runs(
 ) -> Path:
     """Evaluate finished runs of a workspace, write the report and log it; gives the path of the page.
 
-    Judged are queries of `split` and those cut from test documents, as the first run's corpus says.
+    Judged are queries of `split` and those cut from test documents, as the first run's corpus and tokenizer say.
 
     Args:
         names: of the runs.
@@ -228,14 +228,14 @@ def evaluate_runs(
         raise ConfigError("the catalogue has no judged queries; leave --split out, or give --corpus a folder")
     opened = open_corpus(options.path, place.items)
     device = pick_device(first.get("device", "auto"))
+    models = [TextModelRun.load(name, place.run(name), device) for name in names]
     encoder = DenseEncoder.of().to(device)
-    tasks = _tasks(options, PairSource(opened, encoder.tokenizer), folder, split)
+    tasks = _tasks(options, PairSource(opened, models[0].model.tokenizer), folder, split)
     facts: dict[str, Any] = {"corpus": opened.name, "passages": len(opened)}
     learned = [name for name in names if split and _learned_from(about[name]["config"]["corpus"], folder, split)]
     if learned:
         say(f"{', '.join(learned)} learned from the queries of {split}: figures say nothing of new ones.")
         facts["learned from these queries"] = ", ".join(learned)
-    models = [TextModelRun.load(name, place.run(name), device) for name in names]
     stages = FirstStages(opened, encoder, place.text_vectors, progress=titled(progress, "passages encoded"))
     tuned = tuning_queries(folder, opened, but=split) if folder.is_dir() else None
     weight = stages.choose_weight({} if tuned is None else {NATURAL: tuned})
