@@ -44,6 +44,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+BEFORE_TORCH = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "20000"}
+"""What is read once, when torch is imported. Big temporaries are mapped in huge pages (4x faster embedding look-ups).
+Threads that wait for each other give the core up after some 0.1 ms instead of milliseconds: as fast where nothing else
+runs, and DIN's training beside two busy processes takes half to a quarter of the time.
+"""
+
 for verb in VERBS:
     app.command()(verb)
 
@@ -54,8 +60,8 @@ def main() -> None:
     A verb that is terminated ends its processes and removes what it had half written, as an interrupted one does.
     """
     signal.signal(signal.SIGTERM, _end)
-    # torch reads this once, at import: big temporaries are then mapped in huge pages (4x faster embedding look-ups).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name, value in BEFORE_TORCH.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except RecsysError as error:
