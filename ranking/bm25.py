@@ -63,8 +63,25 @@ class Bm25:
         it has. Where there is more than one of them to two others the query is in the reader's own words, or misspelt,
         and gives 0; so does one of stop-words alone.
         """
-        words = [self._one_way(query) for query in queries]
-        return np.array([self._covered(own, int(row)) for own, row in zip(words, found.rows[:, 0], strict=True)])
+        return np.array([self.held(query, found.rows[n, :1])[0] for n, query in enumerate(queries)])
+
+    def held(self, query: str, rows: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Return [n] the share of a query's words that each of some passages holds, as in `coverage`."""
+        postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]
+        words = self._one_way(query)
+        total, held, unknown = 0.0, np.zeros(len(rows)), 0
+        for word in sorted(words):
+            token = self.retriever.vocab_dict.get(word)
+            holders = postings[:0] if token is None else postings[starts[token] : starts[token + 1]]
+            if not len(holders):
+                unknown += 1
+                continue
+            idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
+            total += idf
+            held += idf * np.isin(rows, holders)
+        if not total or UNKNOWN * unknown > len(words) - unknown:
+            return np.zeros(len(rows))
+        return held / total
 
     def _one_way(self, query: str) -> set[str]:
         """Return the words of a query, each code written in one way: as one word if passages do that, else in parts."""
@@ -75,21 +92,6 @@ class Bm25:
             elif any(part in words and part not in known for part in parts):
                 words.difference_update(parts)
         return words
-
-    def _covered(self, words: set[str], passage: int) -> float:
-        postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]
-        total = held = 0.0
-        unknown = 0
-        for word in words:
-            token = self.retriever.vocab_dict.get(word)
-            holders = postings[:0] if token is None else postings[starts[token] : starts[token + 1]]
-            if not len(holders):
-                unknown += 1
-                continue
-            idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
-            total += idf
-            held += idf * bool(np.isin(passage, holders))
-        return held / total if total and UNKNOWN * unknown <= len(words) - unknown else 0.0
 
     def save(self, directory: Path) -> None:
         """Write the index as arrays and JSON into a directory."""

@@ -25,6 +25,9 @@ from recsys.messages import ItemFilter, RecommendRequest
 
 logger = logging.getLogger(__name__)
 
+KEPT_VALUES = 1_000
+"""Values of a filter above which its mask is not kept: what it is found by would be larger than the mask."""
+
 KEPT_MASKS = 64
 """Masks of requests that are kept, the least recently used go first."""
 ASKED_COMPARED = 300
@@ -152,7 +155,8 @@ class Filters:
             for _, part in parts:
                 mask &= part
             allowed = Allowed(mask, len(mask) - int(np.count_nonzero(mask)))
-        self._joined = (key, allowed)
+        if all(map(_short, request.filters)):
+            self._joined = (key, allowed)
         return allowed
 
     def _unavailable(self) -> Unavailable:
@@ -169,7 +173,7 @@ class Filters:
 
     def _asked(self, number: int, one: ItemFilter) -> "_Mask":
         try:
-            return self._kept(one, one)
+            return self._kept(one, one) if _short(one) else self._made(one)
         except ConfigError as error:
             raise RequestError(422, "unknown_column", f"filters[{number}]: {error}") from None
 
@@ -178,15 +182,17 @@ class Filters:
             if key in self._masks:
                 self._masks.move_to_end(key)
                 return self._masks[key]
-        if isinstance(what, ItemFilter):
-            mask = _Mask(self._of_attribute(what), tuple(self._unknown(what, ASKED_COMPARED)))
-        else:
-            mask = _Mask(~self._attributes.having("item_id", what))
+        mask = self._made(what)
         with self._lock:
             self._masks[key] = mask
             while len(self._masks) > KEPT_MASKS:
                 self._masks.popitem(last=False)
         return mask
+
+    def _made(self, what: ItemFilter | frozenset[str]) -> "_Mask":
+        if isinstance(what, ItemFilter):
+            return _Mask(self._of_attribute(what), tuple(self._unknown(what, ASKED_COMPARED)))
+        return _Mask(~self._attributes.having("item_id", what))
 
     def _of_attribute(self, one: ItemFilter) -> NDArray[np.bool_]:
         mask = self._known()
@@ -207,6 +213,10 @@ class Filters:
         mask = np.ones(self._rows, bool)
         mask[:FIRST_ITEM] = False
         return mask
+
+
+def _short(one: ItemFilter) -> bool:
+    return len(one.allow or ()) + len(one.deny or ()) <= KEPT_VALUES
 
 
 def seen_rows(

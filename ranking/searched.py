@@ -1,6 +1,8 @@
 """What a search found, its items, and its blend with a user's ranker.
 
-A blend reads ranks alone, since scores of a reranker and of a ranker have nothing in common.
+A blend reads ranks alone, since scores of a reranker and of a ranker have nothing in common. It is of what fits the
+query equally well: the passages that hold nearly all of its words, or, where none does, the head of the search. All
+others stand below, in the order of the search: whoever asks for an item by its name finds it, whatever else they like.
 
     n passages found    C candidate items
 """
@@ -11,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ranking.fusion import RRF_K
+from ranking.fusion import COVERED, RRF_K
 from ranking.search_part import SearchPart
 from ranking.sources import Proposal, SourceQuery
 from recsys.errors import ConfigError
@@ -33,6 +35,8 @@ class SearchConfig:
     """items of one text that a ranker scores, those most frequent in training"""
     personal_weight: float = 1.0
     """of the ranker in a blend; the search has 1"""
+    personal: int = 20
+    """passages at the head of the search that are blended, where none holds nearly all words of the query"""
     budget_ms: int = 1_000
     """time of a search that names none"""
     rerank_budget_ms: int = 30_000
@@ -42,7 +46,7 @@ class SearchConfig:
         for name in ("depth", "items_per_passage"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[search] {name} is {getattr(self, name)}; expected at least 1")
-        for name in ("rerank", "personal_weight", "budget_ms", "rerank_budget_ms"):
+        for name in ("rerank", "personal_weight", "personal", "budget_ms", "rerank_budget_ms"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[search] {name} is {getattr(self, name)}; expected 0 or more")
         if self.depth * self.items_per_passage > MAX_CANDIDATES:
@@ -67,6 +71,7 @@ class Searched:
         degraded: stages skipped for want of time.
         timings: seconds by stage.
         covered: whether the reranker was left out because one passage holds nearly all words of the query.
+        query: what was searched for.
         part: where the passages are from.
         allowed: bool [V] the items that were searched for; None for all.
         config: how items are drawn from passages, and blended.
@@ -83,6 +88,7 @@ class Searched:
     degraded: tuple[str, ...]
     timings: dict[str, float]
     covered: bool
+    query: str
     part: SearchPart
     allowed: NDArray[np.bool_] | None = None
     config: SearchConfig = field(default_factory=SearchConfig)
@@ -125,13 +131,16 @@ class Searched:
         own, places = self.part.passages.items_of(self.rows)
         place = np.zeros(int(max(own.max(initial=0), rows.max(initial=0))) + 1, np.int64)
         place[own] = places
+        order, blends = self._parted(known)
+        blended = blends[place[rows]]
         rank = np.empty(len(rows), np.int64)
-        rank[np.lexsort((rows, -scores))] = np.arange(len(rows))
-        found = 1.0 / (RRF_K + 1 + place[rows])
-        if known:
-            return (found + self.config.personal_weight / (RRF_K + 1 + rank)).astype(np.float32)
+        rank[np.lexsort((rows, -scores, ~blended))] = np.arange(len(rows))
+        found = 1.0 / (RRF_K + 1 + order[place[rows]])
         gap = 1.0 / ((RRF_K + len(self)) * (RRF_K + 1 + len(self)))  # the least between two passages
-        return (found - 0.5 * gap * rank / max(len(rows), 1)).astype(np.float32)
+        own_term = np.where(
+            blended, self.config.personal_weight / (RRF_K + 1 + rank), -0.5 * gap * rank / max(len(rows), 1)
+        )
+        return (found + own_term).astype(np.float32)
 
     def for_user(self, places: NDArray[np.int64], rows: NDArray[np.int32], scores: NDArray[np.float32]) -> "Personal":
         """Blend the order of the passages with what a ranker says of their items.
@@ -141,19 +150,36 @@ class Searched:
             rows: int32 [C] the items.
             scores: float32 [C] of the user's ranker. A passage counts by its best item.
         """
+        weight, (order, blends) = self.config.personal_weight, self._parted(known=True)
         best = np.full(len(self), -np.inf, np.float32)
         np.maximum.at(best, places, scores)
         item = np.full(len(self), -1, np.int64)
         by_score = np.lexsort((rows, -scores))
         passages, first = np.unique(places[by_score], return_index=True)
         item[passages] = rows[by_score[first]]
-        judged = np.flatnonzero(item >= 0)
-        order = judged[np.lexsort((judged, -best[judged]))]
-        rank = np.zeros(len(self), np.int64)
-        rank[order] = np.arange(1, len(order) + 1)
-        total = 1.0 / (RRF_K + 1 + np.arange(len(self)))
-        total[judged] += self.config.personal_weight / (RRF_K + rank[judged])
-        return Personal(np.lexsort((np.arange(len(self)), -total)), total.astype(np.float32), rank, item)
+        rank, own = _ranks(best, item >= 0), _ranks(best, blends & (item >= 0))
+        total = 1.0 / (RRF_K + 1 + order)
+        total += blends * weight / (RRF_K + np.where(item >= 0, own, 1 + order))  # who is no item has one rank alone
+        return Personal(np.lexsort((order, -total)), total.astype(np.float32), rank, item)
+
+    def _parted(self, known: bool) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return by place in `rows` int64 [n] the place with what is blended first, and bool [n] what is blended."""
+        if not known or not self.config.personal_weight:
+            return np.arange(len(self)), np.zeros(len(self), bool)
+        blends = self.part.bm25.held(self.query, self.rows) >= COVERED
+        if not blends.any():
+            blends = np.arange(len(self)) < self.config.personal
+        order = np.empty(len(self), np.int64)
+        order[np.argsort(~blends, kind="stable")] = np.arange(len(self))
+        return order, blends
+
+
+def _ranks(scores: NDArray[np.float32], judged: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return int64 [n] the rank of each judged score, from 1, equal ones in their order; 0 for those that are not."""
+    place = np.flatnonzero(judged)
+    rank = np.zeros(len(scores), np.int64)
+    rank[place[np.argsort(-scores[place], kind="stable")]] = np.arange(1, len(place) + 1)
+    return rank
 
 
 @dataclass(frozen=True)

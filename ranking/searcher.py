@@ -5,7 +5,8 @@
     hybrid   both: a convex sum whose weight depends on how much of the query one passage holds, or reciprocal ranks
     rerank   the reranker orders the best `rerank` anew; what lies below stays as it was. Where one passage holds nearly
              all words of the query the first stage decides: a reranker only loses there
-    blend    for a user: 1 / (60 + rank of the search) + personal_weight / (60 + rank by the ranker)
+    blend    for a user: 1 / (60 + rank of the search) + personal_weight / (60 + rank by the ranker), of passages that
+             hold nearly all words, or of the head
 
 Service, batch job and evaluation use this one class. A request has a time budget. Work stops when it is over, between
 forward passes of a few documents, and the answer is that of the stages before; `degraded` names what was left out. With
@@ -102,6 +103,7 @@ class Searcher:
             degraded=(),
             timings={},
             covered=False,
+            query=query,
             part=self.part,
             allowed=allowed,
             config=self.config,

@@ -59,16 +59,27 @@ def segments(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in directory.glob("*.jsonl"))
 
 
-def records(directory: Path, start: int, end: int | None) -> Iterator[Record]:
+def segment_path(directory: Path, start: int) -> Path:
+    """Return where the segment lies that begins at a position."""
+    return directory / f"{start:020d}.jsonl"
+
+
+def records(directory: Path, start: int, end: int | None, segment: int | None = None) -> Iterator[Record]:
     """Yield the entries from one position to another, or to the last whole entry if `end` is None.
+
+    Args:
+        directory: of the log.
+        start: position of the first entry.
+        end: position after the last one.
+        segment: first position of the segment that holds `start`; looked for among all segments if absent.
 
     Raises:
         DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
     """
     position = start
-    for segment, path in segments(directory):
-        if position == end or segment > position:
-            break
+    if segment is None:
+        segment = max((begin for begin, _ in segments(directory) if begin <= start), default=start)
+    while position != end and (path := segment_path(directory, segment)).exists():
         with path.open("rb") as file:
             file.seek(position - segment)
             for line in file:
@@ -81,6 +92,9 @@ def records(directory: Path, start: int, end: int | None) -> Iterator[Record]:
                 yield Record(entry, position)
                 if position == end:
                     break
+        if position == segment:  # an empty one is the last
+            break
+        segment = position  # each begins where the one before ends
     if position != end and (end is not None or any(segment > position for segment, _ in segments(directory))):
         raise DataError(
             f"{directory}: nothing at position {position}, though the log goes on; "

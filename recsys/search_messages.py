@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from recsys.messages import MAX_FILTERS, WHEN, Id, InlineEvent, ItemFilter, Message, Moment, Query, Told
+from recsys.messages import MAX_FILTERS, WHEN, Id, Inline, ItemFilter, Message, Moment, Query, Told
 
 MAX_DOCUMENTS = 1000
 """Most documents of one `rerank` request; more is answered with 413. Cohere advises no more either."""
@@ -45,7 +45,7 @@ class SearchRequest(Message):
         description="an item must pass all of them, and those of the config; documents that are no items stay",
     )
     user_id: Id | None = Field(default=None, description="blend the order with what the ranker says of this user")
-    history: list[InlineEvent] | None = Field(default=None, description="used instead of the stored history")
+    history: Inline | None = Field(default=None, description="used instead of the stored history")
     at: Moment | None = Field(default=None, description=f"moment of the request, {WHEN}; now if absent")
 
 
@@ -127,7 +127,7 @@ class RerankRequest(Message):
 
     model: str | None = Field(default=None, max_length=512, description="taken and not used: a bundle has one reranker")
     query: Query
-    documents: list[Document] = Field(min_length=1)
+    documents: Annotated[list[Document], Field(fail_fast=True)] = Field(min_length=1)
     top_n: int | None = Field(default=None, ge=1, description="how many results; all if absent or above the list")
     max_tokens_per_doc: int = Field(
         default=4096, ge=1, description="a longer document is cut; so is one longer than the reranker reads"

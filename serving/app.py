@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
+from urllib.parse import unquote_to_bytes
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -69,6 +70,9 @@ class IdConvertor(Convertor[str]):
 
 register_url_convertor("id", IdConvertor())
 
+Named = Annotated[str, Path(min_length=1)]
+"""A user or an item in a path."""
+
 REPLICA = "x-replica"
 """Header of `/readyz`: tells processes behind one address apart."""
 
@@ -120,7 +124,8 @@ def create_app(
         version=recsys.__version__,
         description="Recommendations from long behaviour histories. Errors are RFC 9457 problem documents.",
         responses=problems.responses(),
-        dependencies=[Depends(_only_known_parameters)],
+        dependencies=[Depends(_sound_address)],
+        redirect_slashes=False,
     )
     problems.install(app)
     searches = Searches(service, searching, reranking)
@@ -143,8 +148,15 @@ def create_app(
     return app
 
 
-async def _only_known_parameters(request: Request) -> None:
-    """Refuse what stands behind the `?` of an address and means nothing, as a body's unknown fields are refused."""
+async def _sound_address(request: Request) -> None:
+    """Refuse a path that is no UTF-8, which would name somebody else, and what stands behind the `?` and means nothing.
+
+    A body's unknown fields are refused likewise.
+    """
+    try:
+        unquote_to_bytes(request.scope.get("raw_path") or b"").decode()
+    except UnicodeDecodeError:
+        raise RequestError(422, "validation", "path: its bytes are not UTF-8") from None
     route = request.scope.get("route")
     if not request.query_params or not isinstance(route, APIRoute) or not route.path.startswith("/v1/"):
         return
@@ -170,7 +182,8 @@ def _add_answers(
         if found is None and service.has_rival(request.user_id):
             taken = worker.waiting <= SHADOW_WAITING and aside.offer(lambda: service.compare(request, answer, now))
             service.telemetry.shadow("taken" if taken else "dropped")
-        monitor.answered(answer)
+        if found is None:  # a blend with a search has scores of its own
+            monitor.answered(answer)
         timings = {"queue": waited, **answer.timings, **({} if found is None else found[1].stages)}
         service.telemetry.stages(timings)
         return json_response(answer, timings)
@@ -212,12 +225,12 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         return await _answer(worker, lambda: service.users(limit))
 
     @app.get("/v1/users/{user_id:id}/history", response_model=HistoryResponse, tags=["look up"])
-    async def history(user_id: Annotated[str, Path()], limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
+    async def history(user_id: Named, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
         """Return the newest events of a user, newest first."""
         return await _answer(worker, lambda: service.history(user_id, limit))
 
     @app.delete("/v1/users/{user_id:id}", response_model=ForgottenResponse, tags=["events"])
-    async def forget(user_id: Annotated[str, Path()]) -> Response:
+    async def forget(user_id: Named) -> Response:
         """Forget a user: no answer uses or shows what was known; events posted later count again.
 
         A tombstone in the event log says so to every replica, at every later start, and over every later bundle. The
@@ -234,7 +247,7 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         return await _answer(worker, lambda: service.items(query, limit))
 
     @app.get("/v1/items/{item_id:id}/similar", response_model=SimilarResponse, tags=["look up"])
-    async def similar(item_id: Annotated[str, Path()], k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+    async def similar(item_id: Named, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """Return the items nearest to an item: by the retriever's vectors, or by name and category without a vector.
 
         `by` says which. Items that the service's filters deny or that are unavailable now are left out.
@@ -242,7 +255,7 @@ def _add_lookups(app: FastAPI, service: Service, worker: Worker) -> None:
         return await _answer(worker, lambda: service.similar(item_id, SimilarRequest(k=k)))
 
     @app.post("/v1/items/{item_id:id}/similar", response_model=SimilarResponse, tags=["look up"])
-    async def similar_filtered(item_id: Annotated[str, Path()], request: SimilarRequest) -> Response:
+    async def similar_filtered(item_id: Named, request: SimilarRequest) -> Response:
         """Return the same of the items that pass the request's filters too."""
         return await _answer(worker, lambda: service.similar(item_id, request))
 

@@ -1,10 +1,10 @@
 """Routes of the live table of unavailable items."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ranking.availability import AvailabilityFile
 from recsys.errors import DataError, RequestError
@@ -16,10 +16,21 @@ TOLD = 100
 """Most unknown items of a change that are named."""
 
 
+def _sound(value: Any) -> Any:
+    """Refuse at the first wrong entry, and more than there may be at once: to list all errors takes seconds."""
+    if isinstance(value, dict):
+        if len(value) > MAX_CHANGES:
+            raise ValueError(f"{len(value)} items; one change may carry up to {MAX_CHANGES}")
+        for item, can in value.items():
+            if not isinstance(can, bool):
+                raise ValueError(f"{item}: expected true or false, found {can!r:.100}")  # noqa: TRY004 - no 422 of others
+    return value
+
+
 class AvailabilityChange(Message):
     """Which items can be had from now on, and which cannot."""
 
-    available: dict[Id, bool] = Field(
+    available: Annotated[dict[Id, bool], BeforeValidator(_sound)] = Field(
         min_length=1, max_length=MAX_CHANGES, description="item id -> whether it can be had; others stay as they are"
     )
 

@@ -8,7 +8,8 @@
             print(item.item_id, item.score)
 
 A request is sent again once: at once if the connection breaks, after the time asked for if the answer is 502, 503, 504
-or a 500 that is not the service's own: so say Ray Serve's proxies that a replica died.
+or a 500 that is not the service's own: so say Ray Serve's proxies that a replica died. One whose answer is late is not:
+the service is still at work on it.
 That is safe: answers change nothing, and every event gets an id here, so a repeat of a post is recognised.
 """
 
@@ -50,6 +51,9 @@ PASSING = frozenset({502, 503, 504})
 
 LONGEST_WAIT = 5.0  # seconds
 
+RERANK_BUDGET = 30_000
+"""Milliseconds that a service takes for a rerank of no budget of its own, unless its settings say otherwise."""
+
 M = TypeVar("M", bound=Message)
 
 
@@ -67,6 +71,7 @@ class Client:
         self, address: str, key: str | None = None, timeout: float = 10.0, transport: httpx.BaseTransport | None = None
     ) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._timeout = timeout
         self._http = httpx.Client(base_url=address, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
@@ -100,10 +105,13 @@ class Client:
         return self._post("/v1/search", SearchRequest(query=query, k=k, **options), SearchResponse)
 
     def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResponse:
-        """Return documents by their relevance to a text; `options` are the other fields of `RerankRequest`."""
-        return self._post(
-            "/v1/rerank", RerankRequest(query=query, documents=list(documents), **options), RerankResponse
-        )
+        """Return documents by their relevance to a text; `options` are the other fields of `RerankRequest`.
+
+        The answer is waited for as long as the request's budget has it, and the client's timeout longer.
+        """
+        request = RerankRequest(query=query, documents=list(documents), **options)
+        seconds = (RERANK_BUDGET if request.budget_ms is None else request.budget_ms) / 1e3
+        return self._post("/v1/rerank", request, RerankResponse, seconds)
 
     def events(self, *events: EventIn) -> EventsResponse:
         """Record events; an event without an id gets one, so that sending it again changes nothing."""
@@ -137,20 +145,30 @@ class Client:
         """Say which bundles are being served, and the state under them."""
         return self._send("GET", "/v1/models", ModelsResponse)
 
-    def _post(self, path: str, request: Message, kind: type[M]) -> M:
-        return self._send("POST", path, kind, body=request.model_dump_json(exclude_defaults=True))
+    def _post(self, path: str, request: Message, kind: type[M], seconds: float = 0.0) -> M:
+        return self._send("POST", path, kind, request.model_dump_json(exclude_defaults=True), seconds=seconds)
 
     def _send(
-        self, method: str, path: str, kind: type[M], body: str | None = None, params: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        kind: type[M],
+        body: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        seconds: float = 0.0,
     ) -> M:
         headers = {"Content-Type": "application/json"} if body is not None else {}
+        patience = seconds + self._timeout
+        request = self._http.build_request(method, path, content=body, params=params, headers=headers, timeout=patience)
         try:
-            response = self._http.request(method, path, content=body, params=params, headers=headers)
+            response = self._http.send(request)
+        except httpx.ReadTimeout:  # the service is still at work on it
+            raise
         except httpx.TransportError:
-            response = self._http.request(method, path, content=body, params=params, headers=headers)
+            response = self._http.send(request)
         if _passing(response):
-            time.sleep(min(float(response.headers.get("retry-after", 1)), LONGEST_WAIT))
-            response = self._http.request(method, path, content=body, params=params, headers=headers)
+            time.sleep(_wait(response))
+            response = self._http.send(request)
         if response.status_code != httpx.codes.OK:
             raise _refusal(response)
         try:
@@ -166,6 +184,12 @@ def _passing(response: httpx.Response) -> bool:
     return response.status_code in PASSING or (response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and not own)
 
 
+def _wait(response: httpx.Response) -> float:
+    """Return the seconds to wait before the next try; a second where gateways name a date."""
+    asked = response.headers.get("retry-after", "")
+    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else 1.0
+
+
 def _refusal(response: httpx.Response) -> RequestError:
     """Return the error of a problem document, or of whatever stands between client and service."""
     try:
@@ -176,4 +200,6 @@ def _refusal(response: httpx.Response) -> RequestError:
 
 
 def _quoted(part: str) -> str:
+    if part in ("", ".", ".."):  # whatever stands between client and service takes these out of a path
+        raise RequestError(422, "validation", f"{part!r} cannot be named in an address")
     return quote(part, safe="")

@@ -39,6 +39,7 @@ from recsys.log_format import (
     new_id,
     records,
     recovered,
+    segment_path,
     segments,
     torn,
 )
@@ -186,7 +187,9 @@ class SegmentLog:
         Raises:
             DataError: `start` is not a position of this log, a record is damaged or a segment is missing.
         """
-        return records(self.directory, start, self.end)
+        with self._threads:
+            segment, end = self._segment_start, self.end
+        return records(self.directory, start, end, segment if segment <= start else None)
 
     def close(self) -> None:
         """Close the files; the object can't be used afterwards."""
@@ -225,7 +228,7 @@ class SegmentLog:
             self._remember(part)
 
     def _path(self, start: int) -> Path:
-        return self.directory / f"{start:020d}.jsonl"
+        return segment_path(self.directory, start)
 
     def _open_segment(self, start: int) -> None:
         if self._file >= 0:

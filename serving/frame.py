@@ -1,5 +1,6 @@
 """What happens around every request: its id, its size, its time, its line in the log and its metrics."""
 
+import asyncio
 import logging
 import time
 import uuid
@@ -15,6 +16,9 @@ from serving.logs import REQUEST_ID, REQUESTS
 from serving.telemetry import Telemetry
 
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+
+GONE = 499
+"""What a request counts as whose client did not wait for the answer, as nginx has it."""
 
 logger = logging.getLogger(__name__)
 requests = logging.getLogger(REQUESTS)
@@ -64,16 +68,20 @@ class Frame:
                 await self._too_large(_declared(headers))(scope, receive, framed_send)
             else:
                 await self._app(scope, self._counted(receive), framed_send)
+        except asyncio.CancelledError:  # so Ray Serve says that the client has gone
+            if not started:
+                status = GONE
+            raise
         except Exception:
             # The path may name a user; its template does not.
             logger.exception(
-                "%s %s: unexpected error", scope["method"], getattr(scope.get("route"), "path", "unmatched")
+                "%s %s: unexpected error", scope["method"], getattr(scope.get("route"), "path_format", "unmatched")
             )
             if started:
                 raise
             await problems.unexpected()(scope, receive, framed_send)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path_format", "unmatched")
             method = scope["method"] if scope["method"] in METHODS else "other"  # labels that clients can't multiply
             seconds = time.perf_counter() - began
             self._telemetry.request(route, method, status, seconds, sent)

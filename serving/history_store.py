@@ -12,7 +12,7 @@ is rebuilt from the log.
 """
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,8 @@ from serving.view import (
 from serving.view_files import lock_of, open_view
 
 CHUNK_EVENTS = 256  # 3.3 KB: what one more event rewrites; 40 chunks make a history of 10,000 events
+
+NO_EVENTS = np.empty(0, RECORD)
 
 _POSITION = b"position"
 _UNKNOWN = b"unknown"
@@ -160,7 +162,7 @@ class LmdbHistoryStore:
     def rebuild(self, log: ReplayableLog, encoder: Encoder) -> int:
         """Build the view again from the log in one transaction; readers see the old one until it is done.
 
-        Needed when a new bundle knows items that were unknown when their events were applied.
+        Needed when what was applied can't be trusted, as after a log was mended.
         """
 
         def apply() -> int:
@@ -171,11 +173,36 @@ class LmdbHistoryStore:
         return self._sound(apply)
 
     def learn(self, log: ReplayableLog, encoder: Encoder) -> None:
-        """Rebuild if there are events of unknown items: a new bundle may know them."""
-        if self.unknown_events:
-            self.rebuild(log, encoder)
-        else:
-            self.follow(log, encoder)
+        """Give events of items that were unknown the keys they have now, as `rebuild` does.
+
+        What the log has of users with such events is read while others read and write; then these users are merged
+        anew in one transaction.
+        """
+        self.follow(log, encoder)
+        users = self._sound(self._with_unknown)
+        if not users:
+            return
+        mark = self._base.mark(log.id)
+        posted: dict[str, list[NDArray[np.void]]] = {}
+        position = _gather(batches(log, mark.position, mark), users, encoder, posted) or mark.position
+
+        def apply() -> None:
+            with self._env.begin(write=True) as txn:
+                log.refresh()
+                self._apply(txn, log, self._number(txn, _POSITION), None, encoder)
+                _gather(batches(log, position, None), users, encoder, posted)  # since it was read
+                unknown = self._number(txn, _UNKNOWN)
+                for user_id in users:
+                    unknown -= self._drop(txn, _prefix(user_id.encode()))
+                    unknown += self._merge(txn, user_id, np.concatenate(posted.get(user_id, [NO_EVENTS])))
+                txn.put(_UNKNOWN, unknown.to_bytes(8, "big"), db=self._meta)
+
+        self._sound(apply)
+
+    def _with_unknown(self) -> set[str]:
+        """Return the users who have events of unknown items."""
+        with self._env.begin(self._chunks, buffers=True) as txn, txn.cursor() as cursor:
+            return {bytes(key[2:-4]).decode() for key, value in cursor if _unknown(np.frombuffer(value, RECORD))}
 
     def before_append(self, log: ReplayableLog) -> None:
         """Do nothing: what this view knows comes from the log."""
@@ -320,7 +347,7 @@ class LmdbHistoryStore:
             # The greatest key up to the end of the user's range.
             found = cursor.prev() if cursor.set_range(prefix + b"\xff\xff\xff\xff") else cursor.last()
             if not found or cursor.key()[:-4] != prefix:
-                return 0, np.empty(0, RECORD)
+                return 0, NO_EVENTS
             return int.from_bytes(cursor.key()[-4:], "big"), np.frombuffer(cursor.value(), RECORD)
 
     def _clear(self, txn: Any) -> None:
@@ -330,6 +357,21 @@ class LmdbHistoryStore:
 
     def _number(self, txn: Any, name: bytes) -> int:
         return int.from_bytes(txn.get(name, default=b"", db=self._meta), "big")
+
+
+def _gather(
+    some: Iterable[list[Record]], users: set[str], encoder: Encoder, posted: dict[str, list[NDArray[np.void]]]
+) -> int:
+    """Add to `posted` what a log has of some users, without what it forgets; gives where it ends, 0 for nothing."""
+    end = 0
+    for batch in some:
+        forgotten, events = by_user(record for record in batch if record.event.user_id in users)
+        for user_id in forgotten:
+            posted.pop(user_id, None)
+        for user_id, new in events.items():
+            posted.setdefault(user_id, []).append(packed(encoder.events(new)))
+        end = batch[-1].end
+    return end
 
 
 def _prefix(encoded: bytes) -> bytes:

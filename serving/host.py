@@ -35,6 +35,7 @@ __all__ = ["Running", "ServeConfig", "run_bare", "start"]
 APPLICATION = "recsys"
 READY_SECONDS = 300.0
 WATCHER_SECONDS = 30.0
+GRACE_SECONDS = 10  # for requests under way at the end, such as an upload that its client never ends
 RAY_TRIES = 3
 RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of a request goes through Ray's object store; this is near its least
@@ -197,7 +198,14 @@ def run_bare(config: ServeConfig, ready: Callable[[str], None] = lambda _: None)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn stops by it, then raises it again
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+            uvicorn.run(
+                app,
+                host=config.host,
+                port=config.port,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
     finally:
         ended.set()
         if watching is not None:

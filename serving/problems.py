@@ -29,6 +29,7 @@ Other `recsys.errors.RequestError`s carry their own code and status.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -37,6 +38,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from recsys.errors import PartError, RequestError, StoreError
 from serving.replies import PROBLEM
@@ -44,6 +46,9 @@ from serving.replies import PROBLEM
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+
+JSON_TYPE = re.compile(r"application/([^;\s]+\+)?json\s*(;|$)", re.IGNORECASE)
+"""Of the bodies that are read."""
 
 
 class FieldError(BaseModel):
@@ -132,7 +137,7 @@ async def _out(_: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     content_type = request.headers.get("content-type", "")
-    if request.method == "POST" and "json" not in content_type.lower():
+    if request.method in ("POST", "PUT") and not JSON_TYPE.match(content_type):
         found = repr(content_type) if content_type else "none"
         return problem(415, "unsupported_media_type", f"Content-Type is {found}; expected application/json")
     found_errors = error.errors()
@@ -163,12 +168,19 @@ async def _http(request: Request, error: Exception) -> Response:
         return problem(404, "unknown_route", f"no route {request.url.path}; /openapi.json lists them")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{request.method} is not a method of {request.url.path}"
-        return problem(405, "method_not_allowed", detail, headers=error.headers)
+        return problem(405, "method_not_allowed", detail, headers={"Allow": ", ".join(_methods(request))})
     if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         return problem(413, "body_too_large", error.detail)
     if error.status_code == HTTPStatus.BAD_REQUEST:
         return problem(400, "malformed_json", "the body cannot be read as JSON in UTF-8")
     return problem(error.status_code, "http", str(error.detail), headers=error.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes that fit the address, of which the error knows the first alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    fitting = [route for route in routes if route.path_regex.match(request.url.path)]
+    return sorted({method for route in fitting for method in route.methods or ()})
 
 
 def unexpected() -> Response:

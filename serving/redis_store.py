@@ -12,7 +12,8 @@
     recsys:tombstoned             set: ids of tombstones that were put on that list
 
 Every change is one Lua script that also moves the log's position: an entry counts once, whoever was killed when. Redis
-may lose everything: the view is then filled again from the snapshot and the logs, each machine's at its next post.
+may lose everything: the view is then filled again from the snapshot and the logs, each machine's at its next request,
+and until then nothing is read from it.
 """
 
 import logging
@@ -179,6 +180,7 @@ class RedisHistoryStore:
         before, raw, forgotten, positions = self._at_once(user_id, transaction=False)
         if before != positions:  # events were applied in between
             _, raw, forgotten, positions = self._at_once(user_id, transaction=True)
+        self._require(self._log.encode() in positions)
         base = None if forgotten else self._base.read(user_id)
         position = int(positions.get(self._log.encode(), 0)) if len(positions) <= 1 else -1
         return base, _decode(raw) if raw else None, position
@@ -196,7 +198,13 @@ class RedisHistoryStore:
             found: list[Any] = pipe.execute()
             return found
 
+    def _require(self, applied: bool) -> None:
+        """Raise `StoreError` for a view without this machine's log: whom it forgot would be there again."""
+        if self._log and not applied:
+            raise StoreError("the redis history store has lost its view; it is filled again from the log")
+
     def _users(self, limit: int) -> list[str]:
+        self._require(self._client.hexists(f"{self._prefix}at", self._log))
         users: dict[str, None] = {}
         for user in self._client.sscan_iter(f"{self._prefix}users", count=max(limit, 10)):
             if len(users) >= limit:

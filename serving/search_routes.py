@@ -107,7 +107,7 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
                 now, ranked = service.now, Budget(deadlines)
 
                 def personally() -> tuple[UserOrder, bool]:
-                    with service.histories.reading() as read:
+                    with service.reading() as read:
                         order = personal_order(served, searched, request, now, ranked)
                     return order, read.missed
 

@@ -2,10 +2,9 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterable
-from typing import Literal
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 from ranking.batch import UNKNOWN, rows_of
 from ranking.bundle import Bundle
@@ -14,7 +13,7 @@ from ranking.ladder import Budget
 from ranking.manifest import Manifest
 from ranking.request_path import RequestPath
 from ranking.searched import SearchConfig, Searched
-from recsys.errors import RequestError
+from recsys.errors import RequestError, StoreError
 from recsys.history import UNKNOWN_KEY, Events
 from recsys.messages import (
     EventsRequest,
@@ -38,16 +37,18 @@ from serving.replies import (
     ItemsResponse,
     ModelInfo,
     ModelsResponse,
-    SimilarItem,
     SimilarResponse,
     UsersResponse,
 )
 from serving.request_log import RequestLog, logged
+from serving.similar import similar
 from serving.state import MAX_FUTURE, State, machine_clock
 from serving.telemetry import Telemetry
 from serving.unknown_actions import unknown_actions
 from serving.view import LiveHistories, Observed
-from serving.watched import Watched
+from serving.watched import Reading, Watched
+
+T = TypeVar("T")
 
 WHOLE_PATH = RequestPath()
 """Without filters and rules, everything available."""
@@ -128,6 +129,20 @@ class Service:
         """Version of the champion, empty before there is one."""
         return "" if self._lineup is None else self._lineup.champion.bundle.version
 
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Tell what this thread reads of histories inside; what the view has missed is brought into it first.
+
+        A history read from a view that still lacks something counts as missed.
+        """
+        whole = self.state.catch_up(self._encoder)
+        with self.histories.reading() as read:
+            yield read
+        if read.missed:
+            self.state.missed()
+        elif read.observed is not None and not whole:
+            read.missed = True
+
     def recommend(
         self,
         request: RecommendRequest,
@@ -144,7 +159,7 @@ class Service:
             found: what was found for the request's query, and by which bundle, which then ranks it too.
         """
         lineup, moment = self.lineup, self.state.now() if now is None else now
-        with self.histories.reading() as read:
+        with self.reading() as read:
             if found is None:
                 response = lineup.answering(request.user_id).recommender.recommend(request, moment, budget)
             else:
@@ -179,7 +194,7 @@ class Service:
 
     def rank(self, request: RankRequest, budget: Budget | None = None) -> RankResponse:
         """Return the scores of given items for a user."""
-        with self.histories.reading() as read:
+        with self.reading() as read:
             response = self.lineup.answering(request.user_id).recommender.rank(request, self.state.now(), budget)
         if read.missed:
             response = response.model_copy(update={"degraded": ["history", *response.degraded]})
@@ -192,7 +207,7 @@ class Service:
         return self._lineup is not None and self._lineup.rival(self._lineup.role_of(user_id)) is not None
 
     def compare(self, request: RecommendRequest, response: RecommendResponse, now: int) -> None:
-        """Let the other bundle answer too, for nobody but the log of pairs.
+        """Let the other bundle answer too, for nobody but the log of pairs; no pair has an answer that lacks a stage.
 
         Args:
             request: what was asked.
@@ -202,9 +217,12 @@ class Service:
         lineup = self.lineup
         role = lineup.role_of(request.user_id)
         rival, answering = lineup.rival(role), lineup.answering(request.user_id)
-        if rival is None or answering.bundle.version != response.model_version:  # swapped in the meantime
+        if rival is None or response.degraded or answering.bundle.version != response.model_version:  # swapped since
             return
-        other = rival[1].recommender.recommend(request, now)
+        with self.reading() as read:
+            other = rival[1].recommender.recommend(request, now)
+        if read.missed or other.degraded:
+            return
         if self._pairs is not None and request.user_id is not None:
             moment = now if request.at is None else request.at
             self._pairs.append(Pair(moment, request.user_id, _listed(role, response), _listed(rival[0], other)))
@@ -213,7 +231,7 @@ class Service:
         """Write events durably and make them part of their users' histories before answering.
 
         Raises:
-            RequestError: too many events, a user id too long, or a value that is not finite; nothing is written then.
+            RequestError: a user id too long, or a time out of range; nothing is written then.
         """
         bundle = self.served.bundle
         verdicts: list[EventVerdict] = []
@@ -237,7 +255,7 @@ class Service:
 
     def history(self, user_id: str, limit: int) -> HistoryResponse:
         """Return the newest `limit` events of a user; raises `RequestError` 404 for a user nothing is known of."""
-        events = self.store.read(user_id)
+        events = self._stored(lambda: self.store.read(user_id))
         if events is None:
             raise RequestError(404, "unknown_user", f"nothing is known of user {user_id!r}")
         newest = events.slice(max(len(events) - limit, 0), len(events))
@@ -253,7 +271,16 @@ class Service:
 
     def users(self, limit: int) -> UsersResponse:
         """Return some user ids."""
-        return UsersResponse(users=self.store.users(limit))
+        return UsersResponse(users=self._stored(lambda: self.store.users(limit)))
+
+    def _stored(self, work: Callable[[], T]) -> T:
+        """Return what the store says, once it has all that could be brought into it; raises `StoreError`."""
+        self.state.catch_up(self._encoder)
+        try:
+            return work()
+        except StoreError:
+            self.state.missed()
+            raise
 
     def items(self, query: str, limit: int) -> ItemsResponse:
         """Return the item with this very id, then those whose name holds the text, most frequent in training first."""
@@ -271,42 +298,8 @@ class Service:
         )
 
     def similar(self, item_id: str, request: SimilarRequest) -> SimilarResponse:
-        """Return the k items nearest to an item by the retriever's vectors, or by content where it has no vector.
-
-        Neighbours are items that may be recommended: in stock, and let through by the config's filters and the
-        request's. The item itself need not be one.
-
-        Raises:
-            RequestError: 404 for an item the bundle does not know, 409 for a bundle with neither retriever nor content,
-                422 for a filter of a column that the bundle does not have.
-        """
-        served = self.served
-        bundle, vectors = served.bundle, served.item_vectors
-        if vectors is None and bundle.content is None:
-            reason = f"bundle {bundle.version} has neither retriever nor content; publish one with `--ranker`"
-            raise RequestError(409, "not_supported", reason)
-        row = bundle.row_of.get(item_id)
-        if row is None:
-            raise RequestError(404, "unknown_item", f"bundle {bundle.version} does not know item {item_id!r}")
-        k, allowed = request.k, served.recommender.allowed(request.filters)
-        by: Literal["vectors", "content"] = "content"
-        if bundle.index is not None and vectors is not None and vectors[row].any():
-            by = "vectors"
-            found, scores = (some[0] for some in bundle.index.search(vectors[row : row + 1], k + 1, allowed))
-        else:
-            likeness = np.zeros(0, np.float32) if bundle.content is None else bundle.content.likeness(row)
-            if allowed is not None and len(likeness):
-                likeness = np.where(allowed, likeness, 0)
-            found = np.argsort(-likeness, kind="stable")[: k + 1]
-            found = found[likeness[found] > 0]
-            scores = likeness[found]
-        items = [
-            SimilarItem(item_id=bundle.item_ids[other], name=bundle.names[other], score=float(score))
-            for other, score in zip(found.tolist(), scores.tolist(), strict=True)
-            if other > UNKNOWN and other != row
-        ]
-        warnings = served.recommender.warnings(request.filters)
-        return SimilarResponse(item_id=item_id, name=bundle.names[row], by=by, items=items[:k], warnings=warnings)
+        """Return the k items nearest to an item, as `serving.similar` finds them."""
+        return similar(self.served, item_id, request)
 
     def models(self) -> ModelsResponse:
         """Say what is being served."""

@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
@@ -43,6 +44,9 @@ Spent = tuple[float, float] | None
 """A deadline on its way to another process: its seconds, and how many of them are over."""
 Neighbours = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Rows and scores of an index."""
+
+VECTOR_BYTES = 2 * 2**20
+"""Of item vectors in one answer: Ray Serve refuses a message of more than 4 MiB."""
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +167,11 @@ class _Held:
         if bundle.text is not None:
             self.searcher = paced(Searcher(bundle.text, search))
 
+    @cached_property
+    def item_vectors(self) -> Tensor:
+        """Float32 [V, D] of the retriever, computed at first use."""
+        return _retriever(self).item_vectors().float().cpu()
+
 
 def _only(part: Part, bundle: Bundle) -> Bundle:
     """Return the bundle with the models of one part; the memory of the others is free once the loaded one is gone."""
@@ -195,8 +204,10 @@ def _user_vectors(held: _Held, history: History) -> Tensor:
     return _retriever(held).user_vectors(history.to(held.bundle.device)).float().cpu()
 
 
-def _item_vectors(held: _Held) -> Tensor:
-    return _retriever(held).item_vectors().float().cpu()
+def _item_vectors(held: _Held, begin: int) -> Tensor:
+    """Return the vectors of the rows from one on, as many as fit a message."""
+    vectors = held.item_vectors
+    return vectors[begin : begin + max(VECTOR_BYTES // (4 * vectors.shape[1]), 1)].clone()
 
 
 def _nearest(held: _Held, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None) -> Neighbours:
@@ -272,7 +283,7 @@ class Elsewhere:
         if ranker is not None:
             away["ranking_model"] = _Ranker(self.ask, place, bundle.items, ranker.window)
         if retriever is not None:
-            away["retriever"] = _Retriever(self.ask, place, bundle.retriever_window)
+            away["retriever"] = _Retriever(self.ask, place, bundle.retriever_window, len(bundle.items))
         if index is not None:
             away["index"] = cast(Index, _Index(self.ask, place, len(index)))
         if bundle.text is not None:
@@ -311,14 +322,17 @@ class _Retriever:
     ask: Ask
     place: BundlePlace
     window: int | None
+    rows: int
 
     def user_vectors(self, history: History) -> Tensor:
         vectors: Tensor = self.ask("retriever", "user_vectors", self.place, history)
         return vectors
 
     def item_vectors(self) -> Tensor:
-        vectors: Tensor = self.ask("retriever", "item_vectors", self.place)
-        return vectors
+        parts: list[Tensor] = []
+        while (begin := sum(map(len, parts))) < self.rows:
+            parts.append(self.ask("retriever", "item_vectors", self.place, begin))
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -359,7 +373,7 @@ class _Searcher(Searcher):
         allowed: NDArray[np.bool_] | None = None,
     ) -> Searched:
         found = self._ask("text", "find", self._place, query, _spent(deadline), mode, rerank, allowed)
-        return Searched(**found, part=self.part, allowed=allowed, config=self.config)
+        return Searched(**found, query=query, part=self.part, allowed=allowed, config=self.config)
 
     def rerank(
         self, query: str, documents: Sequence[str], max_tokens: int, deadline: Deadline | None = None

@@ -1,10 +1,11 @@
 """The state under the service: the event log, the live histories that follow it, and the clock that goes with them."""
 
 import logging
-import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 from ranking.users import MAX_MOMENT
 from recsys.errors import DataError, RequestError, StoreError
@@ -16,12 +17,12 @@ from serving.replies import EventLogInfo, ForgottenResponse, HistoryStoreInfo
 from serving.telemetry import Telemetry
 from serving.view import MAX_USER_BYTES, LiveHistories
 
-MAX_EVENTS = 1_000
-"""Most events one post may carry; more is answered with 413."""
-
 MAX_FUTURE = DAY
 """Microseconds an event may be dated ahead of the service's clock; one further ahead is refused, as its unit or its
 sender's clock is wrong. One dated less far ahead is kept, and not used by requests whose moment is not later."""
+
+RETRY_SECONDS = 1.0
+"""How long what was put off waits before it is tried again."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class State:
         self.store = store
         self.clock = clock
         self._telemetry = telemetry
+        self._behind: Literal["", "follow", "learn"] = ""
+        self._retry = 0.0
 
     def now(self) -> int:
         """Return the moment, later than all that the service gave to events, if the clock has not been set back far.
@@ -54,34 +57,34 @@ class State:
         """Write events durably and make them part of their users' histories; gives each with its verdict.
 
         Raises:
-            RequestError: too many events, a user id too long, or a value that is not finite; nothing is written then.
+            RequestError: a user id too long, or a time out of range; 503 if the log takes nothing, as on a full disk;
+                nothing is written then.
         """
-        if len(posted) > MAX_EVENTS:
-            raise RequestError(413, "too_many_events", f"{len(posted)} events; one post may carry up to {MAX_EVENTS}")
         now = self.now()
         events = [_event(one, position, now) for position, one in enumerate(posted)]
-        self._later("tombstones", lambda: self.store.before_append(self.log))
-        taken = iter(self._written([event for event in events if event.time - now <= MAX_FUTURE]))
-        self._later("history", lambda: self.store.follow(self.log, encoder))
+        with _durably("the events"):
+            try:
+                self.store.before_append(self.log)
+            except StoreError as error:
+                self._put_off("tombstones", error)
+            taken = iter(self.log.append([event for event in events if event.time - now <= MAX_FUTURE]))
+        self.follow(encoder)
         return [(event, next(taken) if event.time - now <= MAX_FUTURE else "refused_future") for event in events]
 
-    def _written(self, events: Sequence[Event]) -> Sequence[str]:
-        """Return what became of each event; raises `RequestError` 503 if the log takes nothing, as on a full disk."""
-        try:
-            return self.log.append(events)
-        except OSError as error:
-            logger.exception("the event log cannot be written")
-            reason = f"the events cannot be made durable ({error.strerror}), so none is taken; send them again"
-            raise RequestError(503, "log_unavailable", reason) from error
-
     def forget(self, user_id: str, encoder: Encoder) -> ForgottenResponse:
-        """Forget a user, durably, known or not: who only asked may stand in the request log. Raises `StoreError`."""
+        """Forget a user, durably, known or not: who only asked may stand in the request log.
+
+        Raises:
+            StoreError: the store is away.
+            RequestError: 503 if the log cannot be written.
+        """
         if len(user_id.encode()) > MAX_USER_BYTES:
             raise RequestError(422, "validation", f"user_id: more than {MAX_USER_BYTES} bytes in UTF-8; no such user")
         self.log.refresh()
         self.store.follow(self.log, encoder)
         snapshot, posted = self.store.parts(user_id)
-        position = self.log.forget(user_id)
+        with _durably("the tombstone"):
+            position = self.log.forget(user_id)
         self.store.follow(self.log, encoder)
         return ForgottenResponse(
             user_id=user_id,
@@ -92,10 +95,31 @@ class State:
             hidden=["event log", "request log", "online comparison", "published snapshot", "canonical log"],
         )
 
-    def follow(self, encoder: Encoder, learn: bool) -> None:
-        """Apply what the log holds beyond the view; `learn` when a new bundle may know items that were unknown."""
-        apply = self.store.learn if learn else self.store.follow
-        self._later("history", lambda: apply(self.log, encoder))
+    def follow(self, encoder: Encoder, learn: bool = False) -> None:
+        """Apply what the log holds beyond the view; `learn` when a new bundle may know items that were unknown.
+
+        Where the store is away it is put off: the log has the events, and `catch_up` brings them into the view.
+        """
+        learn = learn or self._behind == "learn"
+        try:
+            (self.store.learn if learn else self.store.follow)(self.log, encoder)
+        except StoreError as error:
+            self._behind = "learn" if learn else "follow"
+            self._retry = time.monotonic() + RETRY_SECONDS
+            self._put_off("history", error)
+        else:
+            if learn or self._behind != "learn":  # another thread's may have been put off meanwhile
+                self._behind = ""
+
+    def catch_up(self, encoder: Encoder) -> bool:
+        """Try again, once a second, what was put off; gives whether the view has all that the log has."""
+        if self._behind and time.monotonic() >= self._retry:
+            self.follow(encoder)
+        return not self._behind
+
+    def missed(self) -> None:
+        """Take note that a history could not be read: where the store comes back empty, it has to be filled first."""
+        self._behind = self._behind or "follow"
 
     def log_info(self) -> EventLogInfo:
         """Say how posted events are kept."""
@@ -122,13 +146,9 @@ class State:
         self.store.close()
         self.log.close()
 
-    def _later(self, stage: str, work: Callable[[], object]) -> None:
-        """Do what may wait until the store can be had again: the log has the events, and the view will follow."""
-        try:
-            work()
-        except StoreError as error:
-            self._telemetry.degraded(stage)
-            logger.warning("%s is put off: %s", stage, error)
+    def _put_off(self, stage: str, error: StoreError) -> None:
+        self._telemetry.degraded(stage)
+        logger.warning("%s is put off: %s", stage, error)
 
 
 def machine_clock() -> int:
@@ -160,6 +180,17 @@ def position_clock(newest: int, log: SegmentLog) -> Callable[[], int]:
     return now
 
 
+@contextmanager
+def _durably(what: str) -> Iterator[None]:
+    """Make an error of the disk a refusal: nothing of it was taken."""
+    try:
+        yield
+    except OSError as error:
+        logger.exception("the event log cannot be written")
+        reason = f"{what} cannot be made durable ({error.strerror}), so nothing is taken; send it again"
+        raise RequestError(503, "log_unavailable", reason) from error
+
+
 def _event(posted: EventIn, position: int, now: int) -> Event:
     """Return the event of a post, with an id and a time."""
     if len(posted.user_id.encode()) > MAX_USER_BYTES:
@@ -168,8 +199,6 @@ def _event(posted: EventIn, position: int, now: int) -> Event:
             "validation",
             f"events.{position}.user_id: more than {MAX_USER_BYTES} bytes in UTF-8; send a shorter id",
         )
-    if posted.value is not None and not math.isfinite(posted.value):
-        raise RequestError(422, "validation", f"events.{position}.value: {posted.value} is not a finite number")
     at = now if posted.timestamp is None else posted.timestamp
     if abs(at) > MAX_MOMENT:
         raise RequestError(

@@ -139,6 +139,29 @@ def test_an_error_of_the_service_is_told_at_once(client, way):
     assert (refused.value.status, refused.value.code, len(way.bodies)) == (500, "internal", 1)
 
 
+def test_what_is_late_is_not_asked_for_twice(client, way):
+    way.faults = [httpx.ReadTimeout("late")]
+    with pytest.raises(httpx.ReadTimeout):
+        client.models()
+    assert len(way.bodies) == 1
+
+
+def test_a_gateway_may_name_a_date_to_come_back_at(client, way, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr("serving.client.time.sleep", slept.append)
+    way.faults = [httpx.Response(503, headers={"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"})]
+    assert client.models().items
+    assert slept == [1.0]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_an_id_that_no_address_can_hold_names_nobody_else(client, way, name):
+    for ask in (client.forget, client.history, client.similar):
+        with pytest.raises(RequestError, match="cannot be named"):
+            ask(name)
+    assert not way.bodies
+
+
 def test_what_breaks_twice_is_told(client, way):
     way.faults = [httpx.ConnectError("gone"), httpx.ConnectError("gone")]
     with pytest.raises(httpx.ConnectError):

@@ -22,7 +22,7 @@ from ranking.ladder import Budget, Deadlines, Ladder, retriever_order
 from ranking.recommender import Recommender
 from ranking.sources import Proposal, merge
 from recsys.errors import RequestError, StoreError
-from recsys.messages import InlineEvent, RankRequest, RecommendRequest
+from recsys.messages import EventIn, EventsRequest, InlineEvent, RankRequest, RecommendRequest
 from serving.app import Limits, Worker, create_app
 from serving.lineup import Served
 
@@ -180,6 +180,8 @@ def test_a_full_disk_takes_no_event_and_says_so(service, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("serving.event_log.os.write", full)
             refused = client.post("/v1/events", json={"events": [event]})
+            erased = client.delete("/v1/users/full")
+            assert (erased.status_code, erased.json()["code"]) == (503, "log_unavailable")
         assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
         assert "No space left" in refused.json()["detail"]
         assert client.get("/v1/users/full/history").status_code == 404
@@ -194,6 +196,36 @@ def test_events_stay_durable_while_the_store_is_out(service, monkeypatch):
             assert client.post("/v1/events", json={"events": [event]}).json()["accepted"] == 1
         client.post("/v1/events", json={"events": [{"user_id": "other", "item_id": "item-1"}]})
         assert client.get("/v1/users/hidden/history").json()["total"] == 1
+
+
+def test_what_was_put_off_is_named_until_it_is_made_up_for_without_a_post(service, monkeypatch):
+    monkeypatch.setattr("serving.state.RETRY_SECONDS", 0.0)
+    with TestClient(patient_app(service)) as client:
+
+        def ask() -> dict:
+            return client.post("/v1/recommend", json={"user_id": "late"}).json()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.store, "follow", lambda *_: (_ for _ in ()).throw(StoreError("full")))
+            client.post("/v1/events", json={"events": [{"user_id": "late", "item_id": "item-1"}]})
+            assert (ask()["degraded"], ask()["history_events"]) == (["history"], 0)
+            assert client.post("/v1/rank", json={"user_id": "u", "item_ids": ["i"]}).json()["degraded"] == ["history"]
+        assert (ask()["degraded"], ask()["history_events"]) == ([], 1)
+
+
+def test_what_a_new_bundle_knows_is_learned_later_where_the_store_is_out(service, monkeypatch):
+    monkeypatch.setattr("serving.state.RETRY_SECONDS", 0.0)
+    service.record(EventsRequest(events=[EventIn(user_id="early", item_id="of tomorrow")]))
+    learned: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(service.store, "learn", lambda *_: (_ for _ in ()).throw(StoreError("away")))
+        service.swap(dataclasses.replace(service.served))
+        patch.setattr(service.store, "learn", lambda *_: learned.append("learned"))
+        service.record(EventsRequest(events=[EventIn(user_id="early", item_id="item-1")]))
+        service.record(EventsRequest(events=[EventIn(user_id="early", item_id="item-1")]))
+    assert learned == ["learned"]
+    service.record(EventsRequest(events=[EventIn(user_id="early", item_id="item-1")]))
+    assert len(service.store.read("early")) == 4
 
 
 def test_work_that_does_not_end_makes_the_process_unhealthy(service):

@@ -87,6 +87,32 @@ def test_a_history_is_snapshot_and_appended_events_in_order_of_time(base, append
         store.close()
 
 
+def test_while_unknown_items_are_learned_others_post_and_read(tmp_path):
+    """The log is read before anything is locked, and what was posted meanwhile is not lost."""
+    log = SegmentLog(tmp_path / "log", "os")
+    store = LmdbHistoryStore(tmp_path / "view", Base(), map_bytes=2**24)
+    log.append([Event("", user, "950", time) for time, user in enumerate("abab")])
+    store.follow(log, KEYS)
+    replay, meanwhile = log.replay, []
+
+    def slowly(start=0):
+        for record in replay(start):
+            yield record
+            if not meanwhile:
+                meanwhile.append("this")
+                log.append([Event("", user, "950", 9) for user in "ac"])
+                log.forget("b")
+                store.follow(log, KEYS)
+                assert store.read("a").time.tolist() == [0, 2, 9]
+
+    log.replay = slowly
+    store.learn(log, MORE_KEYS)
+    assert rows(store.read("a")) == [(0, 950, 0), (2, 950, 0), (9, 950, 0)]
+    assert (store.read("b"), rows(store.read("c"))) == (None, [(9, UNKNOWN_KEY, 0)])
+    assert (store.position, store.unknown_events) == (log.end, 1)  # what came meanwhile is another process's to learn
+    store.close()
+
+
 @settings(max_examples=100, deadline=None)
 @given(appends=st.lists(TIMES, max_size=8), bound=st.integers(1, 12), chunk=st.sampled_from([1, 2, 5, 256]))
 def test_above_the_bound_the_oldest_go_and_nothing_else(appends, bound, chunk):

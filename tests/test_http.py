@@ -1,5 +1,6 @@
 """The service over HTTP, in process: what is answered, what is refused and how, and what an event changes."""
 
+import asyncio
 import dataclasses
 import http
 import json
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_world import LATER, USERS, WAIT, make_service, patient_app, publish_described, publish_world
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from ranking.batch import FIRST_ITEM
@@ -23,6 +25,7 @@ from recsys.history import Events, Histories
 from recsys.messages import RankRequest, RecommendRequest
 from recsys.stores import Event
 from serving.event_log import SegmentLog
+from serving.frame import Frame
 from serving.settings import ServeConfig, load_into, open_service
 from serving.state import position_clock
 from serving.view import MAX_USER_BYTES
@@ -503,6 +506,9 @@ JSON = {"content-type": "application/json"}
 USER = {"user_id": "u"}
 EVENT = {"user_id": "u", "item_id": "item-1"}
 LONG = {"user_id": "ä" * (MAX_USER_BYTES // 2 + 1), "item_id": "i"}
+ITEM, PAST = {"item_ids": ["i"]}, {"item_id": "i", "timestamp": 1}
+ENDLESS = b'{"user_id": "u", "filters": [{"column": "price", "at_least": Infinity}]}'
+LONG_COLUMN = {"column": "c" * 513, "deny": []}
 NAN = b'{"events": [{"user_id": "u", "item_id": "i", "value": NaN}]}'
 REFUSALS = {
     "malformed JSON": ("recommend", b'{"user_id": ', 400, "malformed_json", "not JSON"),
@@ -532,6 +538,12 @@ REFUSALS = {
     "event of a long user": ("events", {"events": [EVENT, LONG]}, 422, "validation", "events.1.user_id"),
     "event out of time": ("events", {"events": [EVENT | {"timestamp": -(2**63)}]}, 422, "validation", "timestamp"),
     "event of NaN": ("events", NAN, 422, "validation", "events.0.value"),
+    "history of too many": ("rank", ITEM | {"history": [PAST] * 10_001}, 413, "too_many_events", "10000"),
+    "limit without end": ("recommend", ENDLESS, 422, "validation", "at_least"),
+    "filter of a long column": ("recommend", USER | {"filters": [LONG_COLUMN]}, 422, "validation", "filters.0.column"),
+    "slash too many": ("/v1/recommend/", None, 404, "unknown_route", "/v1/recommend/"),
+    "user without a name": ("/v1/users//history", None, 422, "validation", "user_id"),
+    "user of other bytes": ("/v1/users/Jos%E9/history", None, 422, "validation", "not UTF-8"),
     "unknown route": ("/v1/recommendations", None, 404, "unknown_route", "/v1/recommendations"),
     "unknown user": ("/v1/users/nobody/history", None, 404, "unknown_user", "nobody"),
     "unknown item": ("/v1/items/nothing/similar", None, 404, "unknown_item", "nothing"),
@@ -558,6 +570,59 @@ def test_refusals_say_what_is_wrong_under_a_stable_code(client, case):
         assert found["type"] == f"urn:recsys:problem:{code}"
     assert told in found["detail"].replace(",", "")
     assert client.get("/v1/users/u/history").status_code == 404  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/events", {"events": [0] * 1000}),
+        ("/v1/rank", {"user_id": "u", "item_ids": [0] * 100_000}),
+        ("/v1/rank", {"item_ids": ["i"], "history": [0] * 10_000}),
+        ("/v1/recommend", {"user_id": "u", "filters": [{"column": "item_id", "deny": [0] * 100_000}]}),
+        ("/v1/rerank", {"query": "q", "documents": [0] * 100_000}),
+        ("/v1/availability", {"available": dict.fromkeys(map(str, range(10_000)), "perhaps")}),
+    ],
+)
+def test_of_a_list_of_wrong_entries_the_first_is_told(client, route, body):
+    refused = client.request("PUT" if "availability" in route else "POST", route, json=body)
+    assert refused.status_code == 422
+    assert len(refused.json()["errors"]) <= 2  # a union tells of both its forms
+    assert len(refused.content) < 2_000
+
+
+def test_a_method_that_does_not_fit_is_told_all_that_do(client):
+    for path, methods in {
+        "/v1/items/item-1/similar": {"GET", "POST"},
+        "/v1/availability": {"GET", "PUT"},
+        "/v1/rank": {"POST"},
+    }.items():
+        refused = client.patch(path)
+        assert (refused.status_code, set(refused.headers["allow"].split(", "))) == (405, methods)
+
+
+@pytest.mark.parametrize("declared", ["text/plain", "text/json", "application/jsonx", None])
+def test_a_body_is_read_only_where_it_is_declared_as_json(client, declared):
+    headers = {} if declared is None else {"content-type": declared}
+    for method, path, body in (("PUT", "availability", '{"available": {"x": true}}'), ("POST", "rank", "{}")):
+        refused = client.request(method, f"/v1/{path}", content=body, headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_media_type")
+    taken = client.put("/v1/availability", content=body, headers={"content-type": "application/json; charset=utf-8"})
+    assert taken.json()["code"] == "validation"
+
+
+def test_a_client_that_has_gone_is_no_defect_of_the_service(service):
+    async def leaving() -> None:
+        async def inside(scope, receive, send):
+            scope["route"] = Route("/v1/rank", lambda _: None)
+            raise asyncio.CancelledError
+
+        scope = {"type": "http", "headers": [], "method": "POST"}
+        await Frame(inside, service.telemetry, 1000, False)(scope, None, None)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(leaving())
+    told = service.telemetry.scrape().decode()
+    assert 'recsys_http_request_seconds_count{method="POST",route="/v1/rank",status="499"} 1.0' in told
 
 
 def test_a_body_that_is_not_declared_as_json_or_comes_in_chunks_beyond_the_bound(client):
@@ -661,8 +726,8 @@ def test_metrics_count_by_route_and_never_name_anybody(client):
         return float(lines[f'recsys_http_request_seconds_count{{method="{method}",route="{route}",status="{status}"}}'])
 
     assert count("/v1/recommend", "POST", 200) == 1
-    assert count("/v1/users/{user_id:id}/history", "GET", 200) == 1
-    assert count("/v1/users/{user_id:id}/history", "GET", 404) == 1
+    assert count("/v1/users/{user_id}/history", "GET", 200) == 1
+    assert count("/v1/users/{user_id}/history", "GET", 404) == 1
     assert count("unmatched", "GET", 404) == 1
     assert float(lines["recsys_unknown_users_total"]) == 1
     assert float(lines["recsys_unknown_items_total"]) == 1

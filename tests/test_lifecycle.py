@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from text_world import publish_search
 
 from ranking.manifest import read_manifest
-from recsys.errors import BundleError, RecsysError
+from recsys.errors import BundleError, RecsysError, StoreError
 from recsys.messages import RecommendRequest
 from serving import host
 from serving.lineup import BundlePlace, Lineup, Plan
@@ -267,12 +267,16 @@ def test_each_user_is_answered_by_one_bundle_on_every_route(two, place):
     assert models["challenger_share"] == 0.5
 
 
-def test_the_rival_scores_the_same_moment_beside_each_answer(two, place, tmp_path):
+def test_the_rival_scores_the_same_moment_beside_each_answer(two, place, tmp_path, monkeypatch):
     load_plan(two, Plan(BundlePlace(place.bundle, ""), shadow=BundlePlace(place.smaller, "")))
     asked = RecommendRequest(user_id="user-1", k=5, at=LATER)
     answer = two.recommend(asked, LATER)
     two.compare(asked, answer, LATER)
     two.compare(asked, answer.model_copy(update={"model_version": "swapped since"}), LATER)
+    two.compare(asked, answer.model_copy(update={"degraded": ["rank"]}), LATER)  # no equal of a whole one
+    with monkeypatch.context() as patch:
+        patch.setattr(two.store, "observe", lambda _: (_ for _ in ()).throw(StoreError("away")))
+        two.compare(asked, answer, LATER)
     [pair] = read_pairs(tmp_path / "state" / "pairs")
     shadow = two.lineup.shadow
     assert shadow is not None

@@ -26,6 +26,7 @@ from recsys.messages import MAX_QUERY
 from recsys.progress import silent
 from recsys.search_messages import MAX_DOCUMENTS
 from serving.client import Client
+from serving.monitor import Monitor
 from serving.settings import ServeConfig, load_into, open_service
 from worlds import PROVENANCE
 
@@ -159,10 +160,22 @@ def test_a_ranker_that_fails_leaves_the_order_of_the_search(opened, client, monk
     assert search(client, query="red tea", user_id="user-3", at=LATER)["degraded"] == []
 
 
+def test_the_scores_of_a_blend_with_a_search_are_no_drift_of_the_rankers(client, monkeypatch):
+    taken: list[int] = []
+    monkeypatch.setattr(Monitor, "answered", lambda _, answer: taken.append(len(answer.items)))
+    for body in ({"k": 3}, {"k": 4, "query": "red tea"}):
+        client.post("/v1/recommend", json={"user_id": "user-3", "at": LATER} | body).raise_for_status()
+    assert taken == [3]
+
+
 def test_for_a_user_the_order_follows_the_ranker_too(client):
-    found = search(client, query="red tea", rerank=True, user_id="user-3", at=LATER, k=30)
+    found = search(client, query="wombat tea zebra", rerank=True, user_id="user-3", at=LATER, k=30)
     assert found["user_known"]
-    score = [1 / (60 + hit["rerank_rank"]) + 1 / (60 + hit["personal_rank"]) for hit in found["hits"]]
+    head = sorted(hit["personal_rank"] for hit in found["hits"][:20])
+    assert [hit["rerank_rank"] for hit in found["hits"][20:]] == list(range(21, 31))
+    score = [1 / (60 + hit["rerank_rank"]) for hit in found["hits"]]
+    for place, hit in enumerate(found["hits"][:20]):
+        score[place] += 1 / (61 + head.index(hit["personal_rank"]))
     assert [hit["score"] for hit in found["hits"]] == pytest.approx(score)
     assert score == sorted(score, reverse=True)
     assert sorted(hit["personal_rank"] for hit in found["hits"]) == list(range(1, 31))
@@ -177,7 +190,7 @@ def test_for_a_user_the_order_follows_the_ranker_too(client):
     ]
     history = client.get("/v1/users/user-3/history?limit=10000").json()["events"]
     inline = [{"item_id": event["item_id"], "timestamp": event["timestamp"]} for event in history[::-1]]
-    sent = search(client, query="red tea", rerank=True, history=inline, at=LATER, k=30)
+    sent = search(client, query="wombat tea zebra", rerank=True, history=inline, at=LATER, k=30)
     assert sent["hits"] == found["hits"]
 
 

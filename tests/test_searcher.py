@@ -370,9 +370,9 @@ def test_settings_out_of_range_are_refused():
 
 
 def test_a_request_with_a_query_blends_search_and_ranker_by_rank(bundle, recommender):
-    searcher = Searcher(bundle.text)
-    searched = searcher.search("red tea")
-    request = RecommendRequest(user_id="user-3", query="red tea", k=20, at=LATER)
+    searcher = Searcher(bundle.text, SearchConfig(personal=len(NAMES)))
+    searched = searcher.search("wombat tea zebra")  # of which no passage holds enough
+    request = RecommendRequest(user_id="user-3", query="wombat tea zebra", k=20, at=LATER)
     answer = recommender.recommend(request, 0, None, searched)
     rows, places = searched.items()
     ids = [bundle.item_ids[row] for row in rows]
@@ -433,20 +433,58 @@ def test_a_query_without_a_search_is_refused(recommender):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(-5, 5, width=16), min_size=62, max_size=62), st.floats(0, 3))
-def test_for_a_user_passages_are_ordered_by_both_ranks(bundle, scores, weight):
-    searched = Searcher(bundle.text, SearchConfig(personal_weight=weight)).search("red tea")
+@given(
+    st.lists(st.floats(-5, 5, width=16), min_size=62, max_size=62),
+    st.floats(0.1, 3),
+    st.sampled_from(["red tea", "tea", "red tea wombat", "zebra"]),
+    st.integers(0, 40),
+)
+def test_for_a_user_what_fits_equally_is_ordered_by_both_ranks_and_stands_above_the_rest(
+    bundle, scores, weight, query, head
+):
+    searched = Searcher(bundle.text, SearchConfig(personal_weight=weight, personal=head)).search(query)
     rows, places = searched.items()
-    personal = searched.for_user(places, rows, np.array(scores, np.float32))
-    best = [max(score for score, place in zip(scores, places, strict=True) if place == p) for p in range(30)]
-    rank = {p: n for n, p in enumerate(sorted(range(30), key=lambda p: (-best[p], p)), 1)}
-    total = [1 / (61 + p) + weight / (60 + rank[p]) for p in range(30)]
-    assert personal.rank.tolist() == [rank[p] for p in range(30)]
+    texts = [set(searched.part.passages.text(row).split()) for row in searched.rows.tolist()]
+    words = set(query.split()) & set().union(*texts)
+    blends = [bool(words) and words <= text for text in texts]
+    blends = blends if any(blends) else [place < head for place in range(len(texts))]
+    first = sorted(range(len(texts)), key=lambda p: not blends[p])
+    order = {p: n for n, p in enumerate(first)}
+    best = [max(score for score, place in zip(scores, places, strict=False) if place == p) for p in range(len(texts))]
+    rank = {p: n for n, p in enumerate(sorted(filter(blends.__getitem__, order), key=lambda p: (-best[p], p)), 1)}
+    total = [1 / (61 + order[p]) + (weight / (60 + rank[p]) if blends[p] else 0) for p in range(len(texts))]
+    personal = searched.for_user(places, rows, np.array(scores[: len(rows)], np.float32))
     assert personal.scores.tolist() == pytest.approx(total, rel=1e-6)
     assert [total[p] for p in personal.order] == pytest.approx(sorted(total, reverse=True), rel=1e-6)
+    ahead = sum(blends)
+    assert {bool(blends[p]) for p in personal.order[:ahead].tolist()} <= {True}
+    assert personal.order[ahead:].tolist() == first[ahead:]
+    assert sorted(personal.rank.tolist()) == list(range(1, len(texts) + 1))
     for p, item in enumerate(personal.item.tolist()):
         assert scores[rows.tolist().index(item)] == best[p]
         assert searched.part.passages.text(searched.rows[p]) == bundle.names[item]
+    items = searched.blended(rows, np.array(scores[: len(rows)], np.float32), known=True)
+    placed = [p for _, p in sorted(zip(-items, places.tolist(), strict=True))]
+    assert all(blends[p] for p in placed[: sum(blends[p] for p in places.tolist())])
+
+
+def test_an_item_asked_for_by_its_name_is_first_for_whoever_asks(bundle):
+    searcher = Searcher(bundle.text)
+    for name in NAMES:
+        searched = searcher.search(name)
+        rows, places = searched.items()
+        worst = np.where(places == 0, -9.0, 9.0).astype(np.float32)  # of all that was found the ranker likes it least
+        assert searched.part.passages.text(searched.rows[searched.for_user(places, rows, worst).order[0]]) == name
+        assert bundle.names[rows[np.argmax(searched.blended(rows, worst, known=True))]] == name
+
+
+def test_documents_that_are_no_items_keep_their_place_among_items(bundle):
+    searched = Searcher(bundle.text).search("tea")
+    rows, places = searched.items()
+    for gone in range(5):
+        kept = places != gone
+        scores = -places[kept].astype(np.float32)  # the ranker agrees with the search
+        assert searched.for_user(places[kept], rows[kept], scores).order[:5].tolist() == [0, 1, 2, 3, 4]
 
 
 # --- how much is reranked on this machine

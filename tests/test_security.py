@@ -94,7 +94,7 @@ def test_logs_have_ids_and_routes_and_neither_keys_nor_names(service, tmp_path):
     lines = [json.loads(line) for line in text.splitlines()]
     told = [line for line in lines if line["logger"] == "serving.requests"]
     assert [line["request_id"] for line in told] == ["mine", "mine", "broken"]
-    assert told[0]["route"] == "/v1/users/{user_id:id}/history"
+    assert told[0]["route"] == "/v1/users/{user_id}/history"
     assert (told[0]["status"], told[0]["method"]) == (404, "GET")
     [defect] = [line for line in lines if line["level"] == "error"]
     assert defect["request_id"] == "broken"

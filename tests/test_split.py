@@ -1,6 +1,7 @@
 """The split topology: on a real Ray Serve it answers as one process does, also after a kill and a swap."""
 
 import json
+import pickle
 import subprocess
 import threading
 import urllib.error
@@ -8,6 +9,7 @@ import urllib.request
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -156,12 +158,14 @@ class Local:
     def __init__(self, config: ServeConfig) -> None:
         self.hosts = {part: PartHost(part, "cpu", config.search) for part in PARTS}
         self.out: set[str] = set()
+        self.message_bytes = 4 * 2**20  # Ray Serve's bound
 
     def __call__(self, part, stage, place, *arguments):
         if part in self.out:
             raise PartError(f"{part} is out")
         answer = self.hosts[part].answer(stage, place, arguments)
         assert not isinstance(answer, Refusal)
+        assert len(pickle.dumps(answer)) < self.message_bytes
         return answer
 
 
@@ -222,6 +226,17 @@ def test_a_process_whose_models_run_elsewhere_needs_no_device_of_its_own(world, 
     service = open_service(replace(world, state=tmp_path, device="cuda"))
     load_plan(service, Plan(BundlePlace(world.bundle, "")), Elsewhere(Local(world)))
     assert service.served.bundle.items.count.device.type == "cpu"
+    service.close()
+
+
+def test_item_vectors_travel_in_pieces_that_fit_a_message(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.split.VECTOR_BYTES", 400)
+    service, ask = open_service(replace(world, state=tmp_path / "state")), Local(world)
+    load_plan(service, Plan(BundlePlace(world.bundle, "")), Elsewhere(ask))
+    ask.message_bytes = 1_000
+    own = Bundle.load(world.bundle).retriever.item_vectors().numpy()
+    assert own.nbytes > ask.message_bytes
+    np.testing.assert_array_equal(service.served.item_vectors, own)
     service.close()
 
 
@@ -304,4 +319,4 @@ def test_every_process_gets_a_share_of_the_gpus(table, available, share):
 
 
 def test_all_of_a_search_travels():
-    assert {*FOUND, "part", "config", "allowed"} == {each.name for each in fields(Searched)}
+    assert {*FOUND, "query", "part", "config", "allowed"} == {each.name for each in fields(Searched)}

@@ -284,7 +284,8 @@ def test_views_nobody_fills_any_more_are_removed(server, tmp_path, monkeypatch):
     assert store.read("u").time.tolist() == [1]
     left = {key.decode() for key in store._client.scan_iter("recsys:snapshot:*")}
     assert left == {"recsys:snapshot:forgotten", "recsys:snapshot:applied"}  # a machine over it goes on hiding them
-    assert old.read("snapshot") is None
+    with pytest.raises(StoreError, match="lost its view"):  # so a service fills it again
+        old.read("snapshot")
     old.follow(log, encoder(ALL))
     assert (old.read("u").time.tolist(), old.read("snapshot")) == ([1], None)
 
@@ -347,6 +348,28 @@ def test_a_service_over_redis_answers_without_it_and_with_it_again(tmp_path, mon
             ask("events", events=[event])
             assert ask("recommend", user_id="u")["history_events"] == 3
             assert ask("recommend", user_id="user-1", at=LATER)["items"] == before["items"]
+        service.close()
+
+
+def test_who_was_forgotten_does_not_come_back_with_an_empty_redis(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.redis_store.PAUSE_SECONDS", 0.0)
+    place = publish_world(tmp_path / "world")
+    with redis_server(tmp_path) as server:
+        monkeypatch.setenv("RECSYS_REDIS_URL", server.url)
+        service = make_service(place, tmp_path / "state", history_store="redis")
+        with TestClient(patient_app(service)) as client:
+            client.post("/v1/events", json={"events": [{"user_id": "u", "item_id": "item-1"}]})
+            assert client.delete("/v1/users/user-1").json()["snapshot_events"] > 0
+            redis.Redis.from_url(server.url).flushall()
+            empty = client.post("/v1/recommend", json={"user_id": "user-1", "at": LATER}).json()
+            assert (empty["degraded"], empty["user_known"]) == (["history"], False)
+            filled = client.post("/v1/recommend", json={"user_id": "u"}).json()
+            assert (filled["degraded"], filled["history_events"]) == ([], 1)
+            for ask in ("/v1/users/user-1/history", "/v1/users/u/history", "/v1/users?limit=1000"):
+                redis.Redis.from_url(server.url).flushall()
+                assert client.get(ask).status_code == 503
+                assert client.get(ask).status_code == (404 if "user-1" in ask else 200)
+            assert "user-1" not in client.get("/v1/users?limit=1000").json()["users"]
         service.close()
 
 
