@@ -69,8 +69,8 @@ def measure_search(
     return len(queries), _stages(asked, lists, resamples, seed) if queries else []
 
 
-def with_queries(sample: Sample, names: Sequence[str], seed: int) -> tuple[Sample, list[str]]:
-    """Return the requests a query can be made for, with the positives it is to find, and the queries."""
+def with_queries(sample: Sample, names: Sequence[str], seed: int, length: int = WORDS) -> tuple[Sample, list[str]]:
+    """Return the requests a query of so many words can be made for, with the positives to be found, and the queries."""
     queries: list[str] = []
     kept: list[int] = []
     positives: list[NDArray[np.int32]] = []
@@ -78,13 +78,13 @@ def with_queries(sample: Sample, names: Sequence[str], seed: int) -> tuple[Sampl
     for place, (start, end) in enumerate(zip(requests.offsets[:-1], requests.offsets[1:], strict=True)):
         own = [row for row in requests.positive[start:end].tolist() if row >= FIRST_ITEM]
         words = {row: WORD.findall(names[row].lower()) for row in own}
-        named = [row for row in own if len(words[row]) >= WORDS]
+        named = [row for row in own if len(words[row]) >= length]
         if not named:
             continue
         draws = generator(seed, int(sample.index[place]), "funnel/query")
         source = words[named[int(draws.integers(len(named)))]]
-        first = int(draws.integers(len(source) - WORDS + 1))
-        query = " ".join(source[first : first + WORDS])
+        first = int(draws.integers(len(source) - length + 1))
+        query = " ".join(source[first : first + length])
         kept.append(place)
         queries.append(query)
         positives.append(np.array([row for row in named if f" {query} " in f" {' '.join(words[row])} "], np.int32))
