@@ -1,7 +1,7 @@
 """What an evaluation says, as frozen records and as `metrics.json`.
 
     {
-      "format": 1, "split": "test", "data_digest": "...", "config": {...EvaluateConfig...},
+      "format": 1, "split": "test", "data_digest": "...", "run_ids": {"dare": "..."}, "config": {...EvaluateConfig...},
       "n_requests": 2000, "n_users": 1200,                       requests scored, the same for every model
       "candidates": {"uniform": {...CandidateFacts...}, "all_items": {...}},
       "metrics": {"dare": {"uniform": {"test/auc": 0.9, "test/auc.ci_low": 0.89, "test/auc.ci_high": 0.91, ...,
@@ -289,6 +289,7 @@ class Evaluation:
 
     Attributes:
         metrics: model -> sampler (or `all_items`) -> metric name -> value.
+        run_ids: model -> the training run that was judged.
         predictions: file stem -> tensor name -> numpy array; `requests` and one per model.
     """
 
@@ -306,6 +307,7 @@ class Evaluation:
     agreement: list[Agreement] = field(default_factory=list)
     attention: AttentionFound | None = None
     reliability: dict[str, Reliability] = field(default_factory=dict)
+    run_ids: dict[str, str] = field(default_factory=dict)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -391,9 +393,7 @@ def defined(value: float) -> float | None:
 
 def length_segments(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
     """Return the history segments: name, least length, and the length it ends before (None: no end)."""
-    starts = [0, *edges]
-    ends: list[int | None] = [*edges, None]
     return [
         (f"history_{low}_up" if high is None else f"history_{low}_{high - 1}", low, high)
-        for low, high in zip(starts, ends, strict=True)
+        for low, high in zip([0, *edges], [*edges, None], strict=True)
     ]

@@ -20,7 +20,7 @@
     [gates.sound]
     metric = "audit"                    # the audit of the data passed
 
-They are judged on the last evaluation, which must be of the same data and hold the run.
+They are judged on the last evaluation, which must be of the same data and of this very training run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,17 +85,24 @@ def read_gates(path: Path, assignments: Sequence[str] = ()) -> dict[str, Gate]:
     return {name: parse(Gate, one, f"{path} [gates.{name}]") for name, one in table.items()}
 
 
-def judge(gates: Mapping[str, Gate], ranker: str, evaluation: Evaluation, audit: Audit | None) -> list[Passage]:
-    """Say of every gate whether a ranker gets through.
+def judge(
+    gates: Mapping[str, Gate], ranker: str, run_id: str, evaluation: Evaluation, audit: Audit | None
+) -> list[Passage]:
+    """Say of every gate whether a ranker, trained by the run `run_id`, gets through.
 
     Raises:
         ConfigError: the evaluation does not hold the ranker, or a gate names a model it does not hold.
+        GateError: the evaluation judged another run of that name.
     """
     if ranker not in evaluation.models:
         raise ConfigError(
             f"gates: the last evaluation has no model {ranker!r} (it has {', '.join(evaluation.models)}); "
             f"run `recsys evaluate {ranker}` first"
         )
+    if ranker not in evaluation.run_ids:
+        raise GateError(f"the last evaluation does not say which run `{ranker}` was; evaluate it again")
+    if evaluation.run_ids[ranker] != run_id:
+        raise GateError(f"run `{ranker}` was trained again since this evaluation; evaluate it again")
     return [_through(name, gate, ranker, evaluation, audit) for name, gate in gates.items()]
 
 

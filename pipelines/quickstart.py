@@ -5,7 +5,7 @@ Every step leaves a stamp, so an interrupted job goes on where it was and a fini
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,13 +179,15 @@ class Job:
         prepared, out = self.workspace.prepared, self.workspace.evaluation
 
         def run() -> None:
-            models = {name: self._trained(name).model for name in configs}
+            trained = {name: self._trained(name) for name in configs}
+            run_ids = {name: one.run_id for name, one in trained.items()}
+            models = {name: one.model for name, one in trained.items()}
             with self.ui.bar("evaluate") as progress:
                 evaluation = evaluate(models, prepared, self.config.evaluate, progress)
+            evaluation = replace(evaluation, run_ids=run_ids)
             evaluation.save(out)
             audited = last_audit(self.workspace.audit)
             write_report(evaluation, self._summaries(), prepared.manifest, out, audited)
-            run_ids = {name: str(read_json(self.workspace.run(name) / "run.json")["run_id"]) for name in configs}
             log_evaluation(evaluation, out, run_ids, self.uri)
 
         self._step(

@@ -65,5 +65,6 @@ def evaluation(gauc=GAUC, width=0.01, full=True):
             for sampler in samplers
             for metric in ("gauc", "ndcg_at_10", f"segment/{OUTSIDE}/gauc")
         ],
+        run_ids={model: f"run-{model}" for model in gauc},
         cost={model: Cost(1.5, 2000, 440_000, 0.75, "cpu") for model in gauc},
     )

@@ -127,18 +127,18 @@ def evaluate(
     prepared = _prepared(place)
     trained = {Path(run).name: trained_run(place.require(place.run(run), "train"), prepared) for run in runs}
     models = {name: one.model for name, one in trained.items()}
+    run_ids = {name: one.run_id for name, one in trained.items()}
     if options.protocol == "leave_one_out":
         _leave_one_out(models, place, options, as_json)
         return
     with Terminal().bar("evaluate") as bar:
-        evaluation = evaluate.evaluate(models, prepared, options, bar)
+        evaluation = replace(evaluate.evaluate(models, prepared, options, bar), run_ids=run_ids)
         funnel = _funnel(place, options, bar)
     summaries = {name: one.summary for name, one in trained.items()}
     evaluation.save(place.evaluation)
     if funnel is not None:
         funnel.save(place.evaluation / "funnel.json")
     write_report(evaluation, summaries, prepared.manifest, place.evaluation, last_audit(place.audit), funnel)
-    run_ids = {name: one.run_id for name, one in trained.items()}
     log_evaluation(evaluation, place.evaluation, run_ids, mlflow or place.tracking_uri)
     Terminal().say(f"Report: {(place.evaluation / 'report.html').resolve()}")
     if as_json:
@@ -273,7 +273,7 @@ def publish(
         return
     chosen = trained_run(place.require(place.run(ranker), "train"), place.prepared)
     if gates is not None:
-        _pass_gates(gates, ranker, place)
+        _pass_gates(gates, ranker, chosen.run_id, place)
     found = trained_run(place.require(place.run(retriever), "train"), place.prepared) if retriever else None
     probabilities = _calibration(calibration, chosen, place) if calibration is not None else None
     # Last, since encoding takes minutes and everything else is refused in seconds.
@@ -307,8 +307,8 @@ def _calibration(method: str, chosen: "Trained", place: "Workspace") -> "Calibra
     return found
 
 
-def _pass_gates(gates: str, ranker: str, place: "Workspace") -> None:
-    """Judge a ranker by the last evaluation; raises `GateError` naming the gates it fails."""
+def _pass_gates(gates: str, ranker: str, run_id: str, place: "Workspace") -> None:
+    """Judge a ranker by the last evaluation of its run; raises `GateError` naming the gates it fails."""
     from pipelines.audit_record import last_audit
     from pipelines.evaluation import Evaluation
     from pipelines.gates import judge, read_gates, refuse_failed
@@ -317,7 +317,7 @@ def _pass_gates(gates: str, ranker: str, place: "Workspace") -> None:
 
     evaluation = Evaluation.load(place.require(place.evaluation, "evaluate"))
     same_data({"the last evaluation": evaluation.data_digest, "the prepared set": place.prepared.digest})
-    passages = judge(read_gates(find_config(gates)), Path(ranker).name, evaluation, last_audit(place.audit))
+    passages = judge(read_gates(find_config(gates)), Path(ranker).name, run_id, evaluation, last_audit(place.audit))
     for one in passages:
         Terminal().say(f"Gate {one.name}: {'passed' if one.passed else 'FAILED'}, {one.told}")
     refuse_failed(passages)
