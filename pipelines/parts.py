@@ -95,13 +95,20 @@ def source_of(records: Sequence[PartRecord]) -> dict[str, str]:
 
 
 def keep_part(directory: Path, folder: Path) -> Path:
-    """Copy a part into `folder` under the next number unless its like is there already; give where it lies."""
+    """Copy a part into `folder` under the next number unless its like is there already; give where it lies.
+
+    Raises:
+        DataError: another process has written a part under that number meanwhile.
+    """
     wanted = open_part(directory).record.digest
     kept = sorted(folder.glob("[0-9]*")) if folder.exists() else []
     for other in kept:
         if open_part(other).record.digest == wanted:
             return other
-    place = folder / f"{len(kept) + 1:04}"
+    highest = max((int(other.name) for other in kept if other.name.isdigit()), default=0)
+    place = folder / f"{highest + 1:04}"
     with whole_directory(place) as temporary:
         shutil.copytree(directory, temporary, dirs_exist_ok=True)
+        if place.exists():
+            raise DataError(f"{place}: written by another process meanwhile; run `recsys prepare --add` again")
     return place

@@ -25,6 +25,7 @@ from pipelines.ingest import ingest
 from pipelines.late import LATE
 from pipelines.mapping import SessionsConfig
 from pipelines.merging import _inserted
+from pipelines.parts import keep_part, open_part
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, Requests, contents
 from pipelines.quickstart import Job, QuickstartConfig
@@ -267,6 +268,20 @@ def test_a_part_is_kept_and_appended_once_and_a_refused_one_not_at_all(tmp_path:
         with pytest.raises(DataError, match=r"late/events.parquet: user .* not after the user's newest"):
             add_part(tmp_path / "late", [first, *sorted(later.glob("*"))], later, done.directory)
     assert done.digest == prepare([first, later / "0001"], tmp_path / "whole", PrepareConfig(workers=1)).digest
+
+
+def test_a_part_takes_the_number_after_the_highest_and_never_the_place_of_another(tmp_path: Path, monkeypatch) -> None:
+    days = divided(synthetic(3000), [0.2, 0.4, 0.6], 0)
+    parts, later = ingested(days, tmp_path, [True] * len(days)), tmp_path / "later"
+    assert [keep_part(part, later).name for part in parts[:3]] == ["0001", "0002", "0003"]
+    rmtree(later / "0001")
+    monkeypatch.setattr("pipelines.parts.shutil.copytree", lambda *_, **__: copytree(parts[0], later / "0004"))
+    with pytest.raises(DataError, match="0004: written by another process meanwhile"):
+        keep_part(parts[3], later)
+    monkeypatch.undo()
+    assert keep_part(parts[3], later).name == "0005"
+    digests = [open_part(path).record.digest for path in sorted(later.iterdir())]
+    assert digests == [open_part(parts[number]).record.digest for number in (1, 2, 0, 3)]
 
 
 def test_the_command_line_adds_a_day_and_prepares_all_days_anew(tmp_path: Path) -> None:
