@@ -119,7 +119,11 @@ def ranks_by(
     progress: Progress = silent,
     most: int = SCORE_MATRIX,
 ) -> Ranks:
-    """Rank all items by any scorer, at most `most` scores at a time; see `target_ranks`."""
+    """Rank all items by any scorer, at most `most` scores at a time; see `target_ranks`.
+
+    Raises:
+        DataError: as there, or a score that is not a number.
+    """
     sample = _requests(prepared, split, max_requests, seed)
     place = _id_places(prepared)
     order = torch.from_numpy(place)
@@ -127,6 +131,7 @@ def ranks_by(
     for chosen in _batches(sample, len(place), most):
         part = sample.take(chosen)
         scores = scorer(part)  # [B, N]
+        _refuse_nan(scores, part)
         scores.view(-1)[torch.from_numpy(_seen(prepared, part, len(place))).to(scores.device)] -= MASK
         target = torch.from_numpy(part.requests.positive.astype(np.int64) - FIRST_ITEM)
         rank[chosen] = rank_of(scores, target.to(scores.device), order.to(scores.device)).cpu().numpy()
@@ -278,6 +283,13 @@ def _scorer(model: AnyRanker, prepared: PreparedSet) -> Scorer:
         return scores
 
     return by_vectors
+
+
+def _refuse_nan(scores: Tensor, part: Sample) -> None:
+    if not scores.amin().isnan():  # which is NaN if any score is, at a tenth of the cost of looking at each
+        return
+    row, column = scores.isnan().nonzero()[0].tolist()
+    raise DataError(f"the score of item row {column + FIRST_ITEM} for user {part.requests.user[row]} is NaN")
 
 
 def _seen(prepared: PreparedSet, part: Sample, items: int) -> NDArray[np.int64]:

@@ -109,7 +109,8 @@ def build_optimisers(model: nn.Module, config: OptimiserConfig) -> list[torch.op
 def update(optimisers: Sequence[torch.optim.Optimizer], config: OptimiserConfig) -> Tensor:
     """Clip by the global norm and take one step; gives the norm before clipping, a scalar.
 
-    Gradients are cleared afterwards. Sparse gradients are summed per row first (they list a row once per use).
+    Where the norm is not finite no step is taken: the caller knows which batch it was. Gradients are cleared
+    afterwards. Sparse gradients are summed per row first (they list a row once per use).
     """
     parameters = [p for o in optimisers for group in o.param_groups for p in group["params"] if p.grad is not None]
     for p in parameters:
@@ -117,6 +118,8 @@ def update(optimisers: Sequence[torch.optim.Optimizer], config: OptimiserConfig)
             p.grad = summed(p.grad) if config.kind == "sparse_adam" else p.grad.to_dense()
     values = [_values(p.grad) for p in parameters if p.grad is not None]
     norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+    if not torch.isfinite(norm):
+        return norm
     if config.clip is not None and float(norm) > config.clip:
         for v in values:
             v.mul_(config.clip / norm)

@@ -247,6 +247,8 @@ class TextLoop:
         loss.backward()  # type: ignore[no-untyped-call]
         learned = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(learned, self.options.clip)
+        if not torch.isfinite(norm):
+            raise TrainingError(f"gradient norm is {float(norm)} at step {step}; try a smaller learning rate")
         self.optimiser.step()
         seconds = self.state.seconds + time.perf_counter() - started
         self.state = dataclasses.replace(self.state, step=step + 1, seconds=seconds)

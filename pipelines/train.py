@@ -27,6 +27,7 @@ from pipelines.optimise import build_optimisers, update
 from pipelines.prepared import PreparedSet
 from pipelines.team import Alone, Team
 from pipelines.train_config import TrainConfig, config_of, suited
+from ranking.batch import Batch
 from ranking.devices import pick_device
 from ranking.gradient_boosting import GradientBoosting
 from ranking.models import RANKERS
@@ -108,7 +109,7 @@ def train(
         progress: called after every step.
 
     Raises:
-        TrainingError: the loss is not finite; the last good checkpoint is kept.
+        TrainingError: the loss or its gradient is not finite; the last good checkpoint is kept.
     """
     config = suited(config, prepared)
     with begin(config, prepared, directory, uri) as (run, inputs):
@@ -239,18 +240,22 @@ class Loop:
         self.module.train()
         draws = torch.Generator(self.device).manual_seed(derive(self.config.seed, step, "loss"))
         loss = self.model.loss(batch, draws)
-        if not torch.isfinite(loss.total):
-            raise TrainingError(
-                f"{self.config.name}: loss is {float(loss.total.detach())} at step {step} of seed {self.config.seed}, "
-                f"batch of {len(batch)} rows, first at {int(batch.request.at[0])}; the last good checkpoint is kept, "
-                "try a smaller learning_rate"
-            )
+        self._refuse_infinite("loss", loss.total, batch)
         loss.total.backward()  # type: ignore[no-untyped-call]
         self.team.average(self.module, batch.weight.sum() if loss.counted is None else loss.counted)
         norm = update(self.optimisers, self.config.optimiser)
+        self._refuse_infinite("gradient norm", norm, batch)
         seconds = self.state.seconds + time.perf_counter() - started
         self.state = dataclasses.replace(self.state, step=step + 1, seconds=seconds)
         return {"total": loss.total.detach(), "gradient_norm": norm, **loss.parts}
+
+    def _refuse_infinite(self, what: str, value: Tensor, batch: Batch) -> None:
+        if not torch.isfinite(value):
+            raise TrainingError(
+                f"{self.config.name}: {what} is {float(value.detach())} at step {self.state.step} of seed "
+                f"{self.config.seed}, batch of {len(batch)} rows, first at {int(batch.request.at[0])}; the last good "
+                "checkpoint is kept, try a smaller learning_rate"
+            )
 
     def validate(self, losses: dict[str, Tensor]) -> None:
         """Measure on the validation requests; keep the weights if they are the best so far."""

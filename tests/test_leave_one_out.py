@@ -81,6 +81,19 @@ def test_seen_items_are_masked_and_ties_go_to_the_lowest_id(tiny, split):
     assert evaluate({"pop": model}, tiny, split, resamples=50).metrics["pop"]["hr_at_20"] == 1.0
 
 
+@pytest.mark.parametrize("row", [2, 7])
+def test_a_score_that_is_no_number_is_refused_with_item_and_user(tiny, row):
+    """A NaN is above nothing and below nothing: as a target's score it would be the best."""
+
+    def scorer(part):
+        scores = torch.zeros(len(part), 12)
+        scores[torch.from_numpy(part.requests.user == 3), row - FIRST_ITEM] = float("nan")
+        return scores
+
+    with pytest.raises(DataError, match=f"the score of item row {row} for user 3 is NaN"):
+        ranks_by(scorer, tiny, "test")
+
+
 def test_evaluate_judges_runs_by_the_protocol_also_those_of_a_sweep(tmp_path, mlflow_uri):
     place = Workspace(tmp_path)
     ingest(tiny_log(), place.log)

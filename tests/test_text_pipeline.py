@@ -21,18 +21,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import pipelines.text_models
+from pipelines.checkpoint import TrainingError
 from pipelines.first_stages import FirstStages, dense_search
 from pipelines.pair_vectors import PairVectors
 from pipelines.reranker_task import Pool, rerank_pool
 from pipelines.shipped import CONFIGS
 from pipelines.text_cache import VectorCache
-from pipelines.text_config import TEXT_MODELS
+from pipelines.text_config import TEXT_MODELS, TextOptimiser, TextStop
 from pipelines.text_corpus import Corpus, Queries, catalogue_corpus, read_corpus, read_queries
 from pipelines.text_evaluate import TextModelRun, as_served, evaluate_runs, evaluate_text, write_text_report
 from pipelines.text_measures import best_possible, compare, measure
 from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
-from pipelines.text_train import finished_run
+from pipelines.text_train import TextLoop, finished_run
 from pipelines.workspace import Workspace
 from ranking.bm25 import Bm25
 from ranking.bundle import Bundle
@@ -524,8 +525,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, m
     changes = PASSAGES if how == "passages" else [f"train={how}"]
     whole = run(name, folder, tmp_path / "whole", mlflow_uri, encoder, *changes)
 
-    from pipelines.text_train import TextLoop
-
     step = TextLoop.step
 
     def dies(self):
@@ -543,6 +542,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, how, folder, tmp_path, m
     assert first == second
     again = run(name, folder, tmp_path / "killed", mlflow_uri, encoder, *changes)
     assert again.run_id == resumed.run_id
+
+
+def test_a_gradient_that_is_no_number_stops_a_run_and_leaves_the_weights(tmp_path):
+    class Task:
+        model, fresh = torch.nn.Linear(2, 1), ()
+
+        def loss(self, step):
+            total = self.model.weight.sum()
+            total.register_hook(lambda gradient: gradient * float("nan"))
+            return total, {}
+
+        def validate(self):
+            return {"measure": 0.0}
+
+    loop = TextLoop(Task(), tmp_path / "checkpoint", "inputs", TextOptimiser(), TextStop(), 1)
+    with pytest.raises(TrainingError, match="gradient norm is nan at step 0; try a smaller learning rate"):
+        loop.run_to_end()
+    assert Task.model.weight.isfinite().all()
 
 
 def test_a_run_is_begun_again_where_what_it_learned_from_is_another(folder, tmp_path, mlflow_uri, encoder):

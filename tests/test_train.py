@@ -143,17 +143,23 @@ def test_an_unfinished_run_and_a_broken_checkpoint_are_told_apart(prepared, mlfl
         trained_run(tmp_path, prepared)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(prepared, mlflow_uri, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_what_is_no_number_stops_the_run_and_keeps_the_checkpoint(what, prepared, mlflow_uri, tmp_path, monkeypatch):
     model = RANKERS["dare"][1]
     honest = model.loss
     calls = iter(range(100))
 
     def loss(self, batch, generator):
         found = honest(self, batch, generator)
-        return found if next(calls) < 4 else Loss(found.total * float("nan"), found.parts)
+        if next(calls) < 4:
+            return found
+        if what == "gradient norm":
+            found.total.register_hook(lambda gradient: gradient * float("nan"))
+            return found
+        return Loss(found.total * float("nan"), found.parts)
 
     monkeypatch.setattr(model, "loss", loss)
-    with pytest.raises(TrainingError, match="loss is nan at step 4"):
+    with pytest.raises(TrainingError, match=f"{what} is nan at step 4 of seed 2023, batch of 16 rows"):
         train(config("dare"), prepared, tmp_path, mlflow_uri)
     saved = Checkpoint.load(tmp_path / "checkpoint.safetensors", 2)
     assert saved.state.step == 3
