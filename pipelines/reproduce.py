@@ -4,6 +4,7 @@ The same data, config, seed, code, packages and hardware give the same weights b
 report lists what is not as it was; where nothing is known to differ it says that too.
 """
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def find_run(name: str, place: Workspace) -> Path:
 def reproduce(directory: Path, place: Workspace, out: Path, uri: str, progress: Progress = silent) -> Reproduced:
     """Train a recorded run again into `out`, and compare.
 
+    An earlier reproduction in `out` is removed; one that was interrupted goes on if nothing has changed since.
+
     Raises:
         DataError: the workspace's prepared set is not the one the run was trained on (both digests named), or the run
             did not finish.
@@ -103,9 +106,11 @@ def reproduce(directory: Path, place: Workspace, out: Path, uri: str, progress: 
         )
     before = trained_run(directory, prepared)
     config = config_of(about["config"], str(directory / "run.json"))
-    after = train(config, prepared, out, uri, progress)
     facts: dict[str, str] = about.get("environment", {})
     found = environment(str(pick_device(config.device)))
+    if out.exists() and not _interrupted(out, found):
+        shutil.rmtree(out)
+    after = train(config, prepared, out, uri, progress)
     result = Reproduced(
         about["run_id"],
         *_compared(before, after),
@@ -126,6 +131,14 @@ def changes(recorded: dict[str, str], now: dict[str, str]) -> list[Change]:
         for fact in sorted(recorded.keys() | now.keys())
         if recorded.get(fact) != now.get(fact)
     ]
+
+
+def _interrupted(out: Path, now: dict[str, str]) -> bool:
+    """Whether a reproduction stopped before its end, in this very environment."""
+    about = out / "run.json"
+    if not about.is_file() or (out / "summary.json").exists():
+        return False
+    return bool(read_json(about).get("environment") == now)
 
 
 def _compared(before: Trained, after: Trained) -> tuple[bool, float | None]:

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from pipelines.reproduce import changes, find_run, reproduce
 from pipelines.shipped import find_config
-from pipelines.train import train
+from pipelines.train import Loop, train
 from pipelines.train_config import load_config
 from pipelines.workspace import Workspace
 from recsys.cli import app
@@ -27,6 +27,38 @@ def test_the_same_comes_out_bit_for_bit(place, mlflow_uri):
     done = CliRunner().invoke(app, ["reproduce", run_id, "-w", str(place.root), "--mlflow", mlflow_uri])
     assert done.exit_code == 0, done.output
     assert f"Run {run_id} was reproduced: the same weights, bit for bit." in done.output
+
+
+def test_each_time_it_is_trained_anew_and_only_what_was_interrupted_goes_on(place, mlflow_uri, tmp_path, monkeypatch):
+    taken, honest, out = [], Loop.step, tmp_path / "again"
+
+    def step(self):
+        if len(taken) == 8:
+            raise KeyboardInterrupt
+        taken.append(self.state.step)
+        return honest(self)
+
+    def again() -> list[int]:
+        taken.clear()
+        assert reproduce(place.run("quick"), place, out, mlflow_uri).identical
+        return list(taken)
+
+    quick = ["stop.max_steps=3", "stop.requests=20", "batches.rows=16", "stop.checkpoint_every=1"]
+    train(load_config(find_config("mean_pooling"), quick), place.prepared, place.run("quick"), mlflow_uri)
+    monkeypatch.setattr(Loop, "step", step)
+    assert (again(), again()) == ([0, 1, 2], [0, 1, 2])
+
+    def interrupt() -> None:
+        taken[:] = [0] * 6
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(place.run("quick"), place, out, mlflow_uri)
+
+    interrupt()
+    assert again() == [2]
+    interrupt()
+    about = read_json(out / "run.json")
+    write_json(out / "run.json", about | {"environment": about["environment"] | {"code": "abc"}})
+    assert again() == [0, 1, 2]
 
 
 def test_what_has_changed_is_said(place, mlflow_uri, tmp_path):
