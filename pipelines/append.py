@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copy2, rmtree
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
@@ -45,7 +44,7 @@ from pipelines.write import Log, Names, name_all, rule_of
 from recsys.columns import USER_ID, USER_KEY
 from recsys.config import parse
 from recsys.errors import DataError
-from recsys.files import whole_directory
+from recsys.files import whole_directory, work_directory
 from recsys.history import Histories
 from recsys.memory import keep_freed_memory
 from recsys.progress import Progress, silent, titled
@@ -82,10 +81,10 @@ def append(
         raise DataError(f"{source}: it has users who asked to be forgotten; prepare all parts anew")
     if not (previous / GROWTH).exists():
         raise DataError(f"{previous}: nothing was kept to append to (appendable = false); prepare all parts anew")
-    with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
+    with whole_directory(out) as target, work_directory(out) as work:
         if (previous / FORGOTTEN).exists():
             copy2(previous / FORGOTTEN, target / FORGOTTEN)
-        names, log = _grow(earlier, part, records, target, Path(work), config, progress)
+        names, log = _grow(earlier, part, records, target, work, config, progress)
         finish(target, names, log, config, progress)
     return PreparedSet(out)
 

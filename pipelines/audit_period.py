@@ -8,7 +8,6 @@ the log in `pipelines/audit_log.py`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from pipelines.transitions import Edges, block_edges, blocks, pair_words
 from ranking.batch import FIRST_ITEM, rows_of
 from ranking.items import ItemTable
 from recsys.errors import DataError
+from recsys.files import work_directory
 from recsys.history import moment
 
 Counts = NDArray[np.int64]
@@ -176,8 +176,8 @@ def transition_check(prepared: PreparedSet, train: Requests, top_n: int) -> Chec
     if len(offsets) != rows + 1 or offsets[-1] != len(target) or len(target) != len(weight):
         raise DataError(f"{prepared.directory / 'items.safetensors'}: transitions do not fit {rows} item rows")
     wrong: list[int] = []
-    with TemporaryDirectory(dir=prepared.directory.parent, prefix=".audit.") as work:
-        files = _write_pairs(train, len(prepared.histories), Path(work))
+    with work_directory(prepared.directory.parent / "audit") as work:
+        files = _write_pairs(train, len(prepared.histories), work)
         for block in blocks(files, rows):
             edges = block_edges(files, block, top_n)
             low, high = int(offsets[block.low]), int(offsets[block.high])

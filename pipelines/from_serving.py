@@ -18,7 +18,6 @@ what they showed is attributed to them already.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import polars as pl
@@ -38,7 +37,7 @@ from ranking.snapshot import SnapshotReader
 from recsys.columns import ACTION, EVENT_ID, ITEM_ID, SESSION_ID, TIMESTAMP, USER_ID, VALUE
 from recsys.config import parse
 from recsys.errors import ConfigError, DataError
-from recsys.files import read_json, write_json
+from recsys.files import read_json, work_directory, write_json
 from recsys.history import POSITIONS, Events
 from recsys.log_format import LogReader
 from recsys.request_log import LoggedRequest, files, history_digest, read_file
@@ -349,8 +348,8 @@ def _write(
     sessions: SessionsConfig,
 ) -> Path:
     """Write a part and keep it behind those there are."""
-    with TemporaryDirectory(dir=place.root, prefix=".from-serving.") as work:
-        directory = Path(work) / "part"
+    with work_directory(place.root / "from-serving") as work:
+        directory = work / "part"
         ingest(_raw(place, events, labels, rule, sessions), directory)
         write_json(directory / NAME, asdict(now))
         return keep_part(directory, place.later_parts)

@@ -13,7 +13,6 @@ keep the order they had, unless sessions had to be cut.
 
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -36,7 +35,7 @@ from recsys.columns import (
     VALUE,
 )
 from recsys.errors import DataError
-from recsys.files import sha256_file, sha256_json, whole_directory, write_json
+from recsys.files import sha256_file, sha256_json, whole_directory, work_directory, write_json
 
 REQUIRED = (USER_ID, ITEM_ID, TIMESTAMP)
 OPTIONAL = {ACTION: pl.String(), VALUE: pl.Float64(), SESSION_ID: pl.String(), EVENT_ID: pl.String()}
@@ -61,9 +60,8 @@ def ingest_files(config: IngestConfig, folder: Path, directory: Path, name: str)
     Raises:
         DataError: files, columns or rows that are not what the mapping says, too many bad rows, nothing left.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.work.") as work:
-        raw = read_mapped(config, folder, name, Path(work), quarantine_of(directory))
+    with work_directory(directory) as work:
+        raw = read_mapped(config, folder, name, work, quarantine_of(directory))
         return ingest(raw, directory)
 
 
@@ -83,17 +81,14 @@ def ingest(raw: RawLog, directory: Path) -> DataCard:
     """
     events = _canonical_events(raw)
     names = ["events.parquet", "items.parquet", "users.parquet"]
-    with (
-        whole_directory(directory) as out,
-        TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.facts.") as work,
-    ):
+    with whole_directory(directory) as out, work_directory(directory) as work:
         events.sink_parquet(out / "events.parquet", compression="zstd")
         written = pl.scan_parquet(out / "events.parquet")
         count = _check_events(raw.name, written)
-        facts = measure_events(out / "events.parquet", count, Path(work))
+        facts = measure_events(out / "events.parquet", count, work)
         missing = _write_items(raw, out, facts.items)
         if raw.users is None:
-            write_users(out / "events.parquet", facts.first_rows, out / "users.parquet", Path(work))
+            write_users(out / "events.parquet", facts.first_rows, out / "users.parquet", work)
         else:
             _canonical_table(raw.name, "users", raw.users, USER_ID).write_parquet(out / "users.parquet")
         if raw.impressions is not None:

@@ -20,7 +20,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
@@ -40,7 +39,7 @@ from pipelines.waiting import Users, save_waiting
 from pipelines.write import Log, Names, name_all, rule_of, write_set
 from recsys.columns import TIMESTAMP, USER_ID, USER_KEY
 from recsys.errors import ConfigError, DataError
-from recsys.files import whole_directory, write_json
+from recsys.files import whole_directory, work_directory, write_json
 from recsys.history import DAY, Histories
 from recsys.memory import give_back_freed_memory
 from recsys.progress import Progress, silent, titled
@@ -85,9 +84,9 @@ def prepare(
             raise ConfigError(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
     parts = [open_part(path) for path in ([source] if isinstance(source, Path) else source)]
     earlier = None if previous is None else PreparedSet(previous)
-    with whole_directory(out) as target, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as work:
+    with whole_directory(out) as target, work_directory(out) as work:
         record_in(target, [part.hidden for part in parts])
-        names, log = _read(parts, target, Path(work), config, progress, earlier)
+        names, log = _read(parts, target, work, config, progress, earlier)
         finish(target, names, log, config, progress)
     return PreparedSet(out)
 

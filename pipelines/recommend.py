@@ -4,7 +4,6 @@ Users are answered sixteen at a time and chunk by chunk. With several workers th
 has loaded the bundle once; they are written in the order of the users, so the table is the same whoever did the work.
 """
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from ranking.recommender import Recommender, RecommenderConfig
 from ranking.snapshot import SnapshotReader
 from recsys.columns import ITEM_ID, USER_ID
 from recsys.errors import ConfigError, DataError, RecsysError
-from recsys.files import whole_file
+from recsys.files import whole_file, work_directory
 from recsys.messages import RecommendRequest
 from recsys.progress import Progress, silent
 from recsys.stores import HistoryReader
@@ -188,11 +187,10 @@ def _chunks(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
 def _write_tables(tables: Iterable[pl.DataFrame], total: int, out: Path, progress: Progress) -> int:
     """Write chunk by chunk into part files, then join them in order under the final name."""
     rows = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+    with work_directory(out) as work:
         parts = []
         for number, table in enumerate(tables):
-            parts.append(Path(name) / f"{number:09d}.parquet")
+            parts.append(work / f"{number:09d}.parquet")
             table.write_parquet(parts[-1])
             rows += len(table)
             progress(min((number + 1) * CHUNK, total), total)

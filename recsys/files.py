@@ -18,16 +18,23 @@ from recsys.errors import DataError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes that name only if the block ends without an error."""
+    """Yield a temporary path beside `path`; it takes that name only if the block ends without an error.
+
+    What writers that were killed left beside it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    held, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # falls with the process, however it ends
+        for left in _leftovers(path):
+            if left.is_file():
+                _remove_unheld(left)
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
+        os.close(held)
         temporary.unlink(missing_ok=True)
 
 
@@ -41,8 +48,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     held = os.open(temporary, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # falls with the process, however it ends
-        _remove_leftovers(path)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if path.exists():  # else it may lie in one of them
+            for left in _leftovers(path, r"(old\.)?"):
+                if left.is_dir():
+                    _remove_unheld(left)
         yield temporary
         for written in temporary.rglob("*"):  # some libraries write files that only their owner may read
             if not written.is_symlink():
@@ -61,6 +71,22 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def work_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside `path` that goes when the block ends; those of killed processes go when it begins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.work."))
+    held = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for left in _leftovers(path, r"work\."):
+            _remove_unheld(left)
+        yield temporary
+    finally:
+        os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Hold the lock file `path` against every other process and thread; it falls with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,24 +96,27 @@ def alone(path: Path) -> Iterator[None]:
 
 
 YOUNG_SECONDS = 60
-"""Age below which a directory without a lock may be one whose writer has just begun."""
+"""Age below which what has no lock may be what its writer has just begun."""
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary directories beside `path` that no process holds, unless `path` itself may lie in one."""
-    if not path.exists():
-        return
-    temporary = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?[a-z0-9_]{{8}}")  # as mkdtemp names them
-    for left in path.parent.iterdir():
-        if not temporary.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
-            continue
+def _leftovers(path: Path, kind: str = "") -> list[Path]:
+    """Return what lies beside `path` under the temporary names of a kind, those in use among them."""
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.{kind}[a-z0-9_]{{8}}")  # as `tempfile` names them
+    return [left for left in path.parent.iterdir() if temporary.fullmatch(left.name) and not left.is_symlink()]
+
+
+def _remove_unheld(left: Path) -> None:
+    """Remove a file or directory that no process holds; one that is gone meanwhile or somebody else's is passed."""
+    with suppress(OSError):
         if time.time() - left.stat().st_mtime < YOUNG_SECONDS:
-            continue
+            return
         handle = os.open(left, os.O_RDONLY)
         try:
-            with suppress(BlockingIOError):  # somebody writes there
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody writes
+            if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
         finally:
             os.close(handle)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import DataError
-from recsys.files import read_json, whole_directory, whole_file, write_json
+from recsys.files import read_json, whole_directory, whole_file, work_directory, write_json
 from recsys.history import Events, Histories
 from recsys.randomness import derive, generator
 
@@ -77,6 +77,33 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_live_one_
         write()
         assert [left.exists(), (held / "half").exists(), stranger.exists()] == [False, True, True]
         assert (path / "whole").read_text() == "w"
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
+@pytest.mark.parametrize("kind", ["whole_file", "work_directory"])
+def test_files_and_work_of_killed_processes_go_with_the_next_one_and_those_in_use_stay(kind: str, tmp_path: Path):
+    path = tmp_path / "set"
+    code = WRITER.replace("whole_directory", kind).replace('(temporary / "half").write_text("h")', "pass")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    left, held, young = (Path(writer.stdout.readline().decode().strip()) for writer in writers)
+    other = tmp_path / left.name.replace(".set.", ".settings.")
+    other.mkdir()
+    try:
+        for writer in (writers[0], writers[2]):
+            writer.kill()
+            writer.wait()
+        for there in (left, held, other):
+            os.utime(there, (0, 0))
+        with {"whole_file": whole_file, "work_directory": work_directory}[kind](path) as temporary:
+            assert temporary.exists()
+            assert [one.exists() for one in (left, held, young, other)] == [False, True, True, True]
+        assert not temporary.exists()
     finally:
         for writer in writers:
             writer.kill()

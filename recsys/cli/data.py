@@ -3,7 +3,6 @@
 import json
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -145,6 +144,7 @@ def prepare(
     from pipelines.shipped import find_config
     from pipelines.workspace import Workspace
     from recsys.config import overlaid, parse, read_toml
+    from recsys.files import work_directory
 
     path = find_config(config)
     place = Workspace(workspace)
@@ -162,10 +162,10 @@ def prepare(
         for part in add or ():
             inside = part / "log"  # of a workspace
             part = inside if inside.exists() and not (part / "events.parquet").exists() else part
-            with TemporaryDirectory(dir=place.root, prefix=".late.") as work:
+            with work_directory(place.root / "late") as work:
                 source = part
                 if late == "leave-out":
-                    source = Path(work) / "part"
+                    source = work / "part"
                     gone = leave_out_late(part, PreparedSet(out), place.parts, source)
                     told.append(f"{part}: {gone:,} late events were left out.")
                 prepared = add_part(source, place.parts, place.later_parts, out, bar, part)
