@@ -63,6 +63,8 @@ from recsys.progress import Progress, silent, titled
 
 __all__ = ["EvaluateConfig", "Evaluation", "TrainingSummary", "evaluate", "validate"]
 
+RECORD = "requests"
+"""What the kept predictions call the record of what was asked; each model's own are called as it is."""
 SINGLE_REQUESTS = 20
 """Requests scored one by one for the median time of one."""
 
@@ -82,10 +84,13 @@ def evaluate(
         progress: called while requests are being scored.
 
     Raises:
+        ConfigError: a model is called `requests`.
         DataError: the split has no requests, candidates are missing, or a model gives NaN.
 
     Cost: one pass of each model over the candidates, plus about `resamples` nanoseconds per negative for the intervals.
     """
+    for name in models:
+        refuse_name(name)
     chosen = draw_requests(prepared, config.split, config.max_requests, config.seed)
     if not len(chosen):
         raise DataError(f"{prepared.directory}: split {config.split!r} has no requests; prepare a longer period")
@@ -122,8 +127,14 @@ def evaluate(
         ),
         attention=_attention(models, task, found),
         reliability={name: one.reliability for name, one in found.items() if one.reliability is not None},
-        predictions={"requests": _requests_record(task), **{name: one.predictions for name, one in found.items()}},
+        predictions={RECORD: _requests_record(task), **{name: one.predictions for name, one in found.items()}},
     )
+
+
+def refuse_name(name: str) -> None:
+    """Raise `ConfigError` for a run's name under which its scores would overwrite the record of what was asked."""
+    if name == RECORD:
+        raise ConfigError(f"a run called {name!r}: the kept predictions call what was asked so; give it another name")
 
 
 def validate(

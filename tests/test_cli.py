@@ -71,6 +71,7 @@ def test_an_error_names_the_assignment_it_is_of(words, given, named, joined):
         (["prepare", "-w", "{tmp}"], 3, ["recsys ingest --workspace"]),
         (["train", "--config", "dinn", "-w", "{tmp}"], 2, ["no config 'dinn'", "the likest there are: din, "]),
         (["train", "--config", "dare", "-w", "{tmp}"], 3, ["recsys prepare --workspace"]),
+        (["train", "--config", "dare", "--name", "requests", "-w", "{tmp}"], 2, ["a run called 'requests'"]),
         (["serve", "-w", "{tmp}"], 3, ["recsys publish --workspace"]),
         (
             ["quickstart", "-w", "{tmp}", "--set", "evaluate.max_request=3"],

@@ -292,6 +292,8 @@ def test_what_is_refused(prepared):
     broken = Fake(prepared.items, lambda h, at, i: np.full(len(i), np.nan))
     with pytest.raises(DataError, match=r"Fake: the score of item row .* is NaN"):
         evaluate({"broken": broken}, prepared, CONFIG)
+    with pytest.raises(ConfigError, match=r"a run called 'requests': the kept predictions call what was asked so"):
+        evaluate({"wild": Fake(prepared.items, wild), "requests": Fake(prepared.items, wild)}, prepared, CONFIG)
     with pytest.raises(DataError, match=r"no such candidates; this set has test_popularity"):
         evaluate({}, prepared, replace(CONFIG, samplers=("never",)))
     for table, message in (

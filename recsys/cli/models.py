@@ -36,6 +36,7 @@ def train(
 ) -> None:
     """Train one model, or go on with a run that was interrupted; on CUDA where there is one (--set device=cpu)."""
     from pipelines import train
+    from pipelines.evaluate import refuse_name
     from pipelines.shipped import find_config
     from pipelines.train_config import load_config, suited
     from pipelines.workspace import Workspace
@@ -45,6 +46,8 @@ def train(
         refuse_given("for a text model", workers=workers > 1)
         train_text(path, place, name, mlflow, assignments or (), as_json)
         return
+    directory = place.run(name or Path(config).stem)
+    refuse_name(directory.name)
     prepared = _prepared(place)
     options = load_config(path, assignments or ())
     asked, taken = (getattr(model, "category", None) for model in (options.model, suited(options, prepared).model))
@@ -52,7 +55,6 @@ def train(
         columns = (*prepared.items.columns, *prepared.items.multi_columns)
         named = f"; it has {', '.join(columns)}: `--set model.category={columns[0]}` takes one" if columns else ""
         Terminal().say(f"{options.name} goes without a category: no item column {asked!r}{named}.")
-    directory = place.run(name or Path(config).stem)
     uri = mlflow or place.tracking_uri
     if workers > 1:
         from pipelines.distributed import train_on_workers
