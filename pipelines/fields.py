@@ -13,7 +13,7 @@ import polars as pl
 
 from pipelines.mapping import MICROSECONDS, NumbersConfig, TimeConfig
 from recsys.errors import DataError
-from recsys.history import DAY, EARLIEST, LATEST
+from recsys.history import DAY, EARLIEST, LATEST, POSITIONS
 
 _TIME_OF_DAY = ("%H", "%I", "%k", "%l", "%T", "%R", "%X", "%c", "%s")
 """parts of a format without which a text is a date"""
@@ -129,7 +129,13 @@ def read_position(column: str, kind: pl.DataType, file: str) -> Field:
     number = _number(column, kind, file, "positions, whole numbers")
 
     def problems(parsed: pl.Expr) -> tuple[Problem, ...]:
-        return (Problem(parsed.is_null() | (number != number.floor()).fill_null(False), "a position, a whole number"),)
+        return (
+            Problem(parsed.is_null() | (number != number.floor()).fill_null(False), "a position, a whole number"),
+            Problem(
+                ~parsed.is_between(-POSITIONS, POSITIONS, closed="none").fill_null(True),
+                f"a position of less than {len(str(POSITIONS))} digits; a time is named by [columns] timestamp",
+            ),
+        )
 
     return Field(_whole(column, kind, number), problems)
 

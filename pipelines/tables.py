@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.evaluation import ALL_ITEMS, INSIDE, OUTSIDE, ColdStart, Evaluation, TrainingSummary, length_segments
 from pipelines.findings import PRIMARY, best, conditions, difference, interval, number, percent
 from pipelines.prepared import IMPRESSIONS
+from recsys.history import POSITIONS
 
 COLUMNS = (
     ("gauc", "GAUC"),
@@ -197,7 +198,7 @@ def data_card(manifest: Mapping[str, Any]) -> Table:
     rows += [(_words(name), _count(value)) for name, value in _flat(counts)]
     span = manifest.get("time") or {}
     if {"first", "last"} <= set(span):
-        rows.append(("Events from", f"{_moment(span['first'])} to {_moment(span['last'])} (UTC)"))
+        rows.append(("Events from", _period(span["first"], span["last"])))
     for name, value in (manifest.get("cuts") or {}).items():
         rows.append((f"{name.capitalize()} period starts", f"{_moment(value)} (UTC)"))
     kind = ((manifest.get("config") or {}).get("split") or {}).get("kind")
@@ -312,6 +313,12 @@ def _count(value: Any) -> str:
 
 def _quantiles(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(values.items(), key=lambda entry: (len(entry[0]), entry[0]))
+
+
+def _period(first: int, last: int) -> str:
+    if abs(last) < POSITIONS:
+        return f"position {first:,} to {last:,}"
+    return f"{_moment(first)} to {_moment(last)} (UTC)"
 
 
 def _moment(microseconds: int) -> str:

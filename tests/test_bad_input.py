@@ -35,6 +35,17 @@ def refusal(folder: Path, toml: str, *more: str) -> tuple[type[BaseException], s
     return type(done.exception), str(done.exception).replace(f"{folder}/", "")
 
 
+@pytest.mark.parametrize("number", ["1700000000000", "-1000000000000"])
+def test_a_position_that_would_pass_for_a_time_is_a_bad_row(number: str, tmp_path: Path) -> None:
+    rows = [f"a1,x1,{place}\n" for place in (1, 2, -999_999_999_999, 999_999_999_999, number)]
+    (tmp_path / "log.csv").write_text("u,i,t\n" + "".join(rows))
+    words = mapping("log.csv").replace("timestamp", "position").partition("[time]")[0]
+    kind, told = refusal(tmp_path, words)
+    expected = "expected a position of less than 13 digits; a time is named by [columns] timestamp (1 such rows)"
+    assert f"log.csv, row 5, column 't', found '{number}': {expected}" in told
+    assert kind is DataError
+
+
 LOGS = {
     "a missing quote": (
         GOOD + 'a1,"x broken,1700000001\na2,x3,1700000002\n',

@@ -186,6 +186,12 @@ def test_every_number_of_the_evaluation_is_on_the_page():
     assert "model.width" in texts["html"]
 
 
+def test_positions_are_said_as_such_and_not_as_moments_of_1970():
+    told = render_markdown(build_page(evaluation(), TRAINING, MANIFEST | {"time": {"first": 0, "last": 1234}}))
+    assert "position 0 to 1,234 |" in told
+    assert "1970" not in told
+
+
 def test_the_verdict_of_the_audit_stands_first():
     checks = (Check("counts", False, "3 of 7 | all", "none"), Check("cuts", True, "two", "two"))
     facts = (SplitFacts("test", 100, 90, 800, 0.5, 100, 1, 2, 34, 5),)
