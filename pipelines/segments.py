@@ -129,7 +129,7 @@ def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: f
     Args:
         count: int64 [V], training events of each row.
         head_share: share of all events the head makes up, at least.
-        tail_share: share of all events the tail makes up, at most.
+        tail_share: share of all events the tail makes up, at most; 0 events where the rarest items have more.
     """
     value, items = np.unique(count[count > 0], return_counts=True)  # ascending
     if not len(value):
@@ -138,7 +138,7 @@ def popularity_bounds(count: NDArray[np.int64], head_share: float, tail_share: f
     above = events[-1] - events + value * items  # of items with `value` or more
     head = int(value[np.flatnonzero(above >= head_share * events[-1])[-1]])
     within = int(np.count_nonzero(events <= tail_share * events[-1]))
-    tail = int(value[max(within - 1, 0)])
+    tail = int(value[within - 1]) if within else 0
     return head, min(tail, head - 1)
 
 
