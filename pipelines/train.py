@@ -205,7 +205,11 @@ class Loop:
         prolonged = self.batches is not None and stop.prolonged(len(self.batches))
         if isinstance(self.model, GradientBoosting) and not self.state.finished:
             self.grow(self.model, progress)
-        while not self.state.finished and self.state.step < self.steps:
+        while (
+            not self.state.finished
+            and self.state.step < self.steps
+            and (self.state.without_gain < stop.patience or prolonged)
+        ):
             losses = self.step()
             done = self.state.step
             if done % self.between == 0 or done == self.steps:
@@ -213,8 +217,6 @@ class Loop:
             if done % stop.checkpoint_every == 0:
                 self.save()
             progress(done, self.steps, f"{self.config.name} loss {float(losses['total']):.4f}")
-            if self.state.without_gain >= stop.patience and not prolonged:
-                break
         if not self.state.finished:
             if not self.state.curve:
                 self.validate(losses)
@@ -307,17 +309,16 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _summary(loop: Loop) -> TrainingSummary:
-    config, state = loop.config, loop.state
-    rows = config.batches.rows
-    seconds = state.seconds
-    per_second = state.step * rows / seconds if seconds else 0.0
+    config, state, batches, seconds = loop.config, loop.state, loop.batches, loop.state.seconds
+    steps, rows = (0, 0) if batches is None else (len(batches), batches.rows_per_epoch)
+    per_second = state.step / steps * rows / seconds if steps and seconds else 0.0
     return TrainingSummary(
         model=config.name,
         seconds=seconds,
         steps=state.step,
         best_step=state.best_step,
         samples_per_second=per_second,
-        seconds_per_epoch=loop.batches.rows_per_epoch / per_second if loop.batches and per_second else 0.0,
+        seconds_per_epoch=rows / per_second if per_second else 0.0,
         parameters=sum(p.numel() for p in loop.module.parameters()),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         device=str(loop.device),

@@ -108,6 +108,27 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_a_run(prepared, mlflow_ur
         assert torch.equal(tensor, weights(trained)[key])
 
 
+def test_a_run_stopped_between_its_last_checkpoint_and_its_end_takes_no_step_more(
+    prepared, mlflow_uri, tmp_path, monkeypatch
+):
+    values = iter([0.5, 0.4, 0.3])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"auc": next(values), "gauc": 0.0, "ndcg_at_10": 0.0})
+    stop = {"validate_every": 1, "patience": 2, "metric": "auc", "samplers": ("uniform",), "checkpoint_every": 1}
+    with pytest.raises(KilledError):
+        train(config("mean_pooling", **stop), prepared, tmp_path, mlflow_uri, kill_at(3))
+    assert train(config("mean_pooling", **stop), prepared, tmp_path, mlflow_uri).summary.steps == 3
+
+
+@pytest.mark.parametrize("rows", [16, 100_000])
+def test_speed_is_of_the_rows_that_batches_have(rows, prepared, mlflow_uri, tmp_path):
+    found = replace(config("mean_pooling"), batches=BatchConfig(rows=rows))
+    summary = train(found, prepared, tmp_path, mlflow_uri).summary
+    batches = TrainingBatches(prepared, found.batches, "requests", None, found.seed)
+    taken = sum(len(batches.batch(step)) for step in range(STEPS))
+    assert summary.samples_per_second == pytest.approx(taken / summary.seconds)
+    assert summary.seconds_per_epoch == pytest.approx(len(batches) * summary.seconds / STEPS)
+
+
 def test_a_finished_run_is_read_back_without_training(prepared, mlflow_uri, tmp_path):
     trained = train(config("dare"), prepared, tmp_path, mlflow_uri)
     back = trained_run(tmp_path, prepared)
