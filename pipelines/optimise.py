@@ -35,8 +35,8 @@ class OptimiserConfig:
                 f'[optimiser] weight_decay = {self.weight_decay} needs kind = "adam", found kind = "sparse_adam": '
                 "a decay would touch every row of the tables"
             )
-        if self.learning_rate <= 0:
-            raise ConfigError(f"[optimiser] learning_rate must be above 0, found {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"[optimiser] learning_rate must be a number above 0, found {self.learning_rate}")
 
 
 class RowAdam(torch.optim.Optimizer):

@@ -66,14 +66,11 @@ class Part:
 
 
 def open_part(directory: Path) -> Part:
-    """Open what `ingest` wrote; raises `DataError` naming the file that is missing."""
-    for name in ("events", "items", "users"):
-        if not (directory / f"{name}.parquet").exists():
-            raise DataError(f"{directory / name}.parquet: no such file; run `recsys ingest` first")
+    """Open what `ingest` wrote; raises `DataError` naming the file that is missing or damaged."""
+    columns, *_ = [_columns(directory / f"{name}.parquet") for name in ("events", "items", "users")]
     summary = read_json(directory / "ingest.json")
     hidden = hidden_users(directory)
     events = pl.scan_parquet(directory / "events.parquet")
-    columns = tuple(events.collect_schema().names())
     if hidden:
         events = events.filter(~pl.col(USER_ID).is_in(hidden))
     record = PartRecord(
@@ -84,6 +81,16 @@ def open_part(directory: Path) -> Part:
         last=int(summary["last_time"]),
     )
     return Part(directory, events, columns, record, hidden)
+
+
+def _columns(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; run `recsys ingest` first")
+    try:
+        return tuple(pl.scan_parquet(path).collect_schema().names())
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: damaged or cut short ({reason}); run `recsys ingest` again") from None
 
 
 def source_of(records: Sequence[PartRecord]) -> dict[str, str]:

@@ -19,6 +19,8 @@ from recsys.history import DAY
 
 TRAIN, VALID, TEST, STRADDLES = 0, 1, 2, 3
 NEVER = np.iinfo(np.int64).max
+MOST_DAYS = 100_000
+"""No log is longer: times lie between 1980 and 2200."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class SplitConfig:
     """
 
     kind: Literal["time", "last_request"] = "time"
-    valid_days: Annotated[float, Field(gt=0)] = 14
-    test_days: Annotated[float, Field(gt=0)] = 28
+    valid_days: Annotated[float, Field(gt=0, le=MOST_DAYS)] = 14
+    test_days: Annotated[float, Field(gt=0, le=MOST_DAYS)] = 28
 
 
 @dataclass(frozen=True)

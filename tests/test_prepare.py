@@ -25,6 +25,7 @@ from pipelines.just_before import share_just_before
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.prepared import PreparedSet, contents
 from pipelines.splits import STRADDLES, TEST, TRAIN, VALID, SplitConfig
+from recsys.config import parse
 from recsys.errors import ConfigError, DataError
 from recsys.history import DAY
 
@@ -361,6 +362,23 @@ def test_what_cannot_be_prepared_is_said(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             prepare(tmp_path / "source", tmp_path / "set", replace(config, workers=1))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["events", "items", "users"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_file_of_a_log_that_was_cut_short_is_named(tmp_path: Path, name: str, kept: float) -> None:
+    ingest(raw(synthetic(300)), tmp_path / "log")
+    path = tmp_path / "log" / f"{name}.parquet"
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(DataError, match=rf"log/{name}.parquet: damaged or cut short .*; run `recsys ingest` again"):
+        prepare(tmp_path / "log", tmp_path / "set", PrepareConfig(workers=1))
+
+
+@pytest.mark.parametrize("days", ["1e9", "inf"])
+@pytest.mark.parametrize("key", ["valid_days", "test_days"])
+def test_a_period_longer_than_any_log_is_refused(key: str, days: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: Input should be less than or equal to 100000, found"):
+        parse(PrepareConfig, {"split": {key: float(days)}}, "prepare.toml")
 
 
 def test_a_missing_data_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,6 +293,7 @@ def test_contradictions_are_refused_with_both_values():
         ("stop.max_steps=-1", r"\[stop\] max_steps must be at least 1, found -1"),
         ("stop.requests=0", r"\[stop\] requests must be at least 1, found 0"),
         ("stop.epochs=inf", r"\[stop\] epochs must be a number above 0, found inf"),
+        ("optimiser.learning_rate=inf", r"\[optimiser\] learning_rate must be a number above 0, found inf"),
         ("stop.samplers=[]", r"\[stop\] samplers must name at least one"),
         ("model=din", r"dare\.toml: model is a section.*found 'din'"),
     ],
