@@ -46,10 +46,11 @@ class Bm25:
         scores: NDArray[np.float32] = self.retriever.get_scores(known).astype(np.float32)
         return scores
 
-    def search(self, queries: Sequence[str], places: int = 100) -> Ranking:
-        """Rank the passages that share a word with each query."""
+    def search(self, queries: Sequence[str], places: int = 100, allowed: NDArray[np.bool_] | None = None) -> Ranking:
+        """Rank the passages that share a word with each query, those alone that `allowed`, bool [passages], lets in."""
         found = [self.scores(query) for query in queries]
-        rows = [best(np.where(one > 0, one, -np.inf)[None], places) for one in found]
+        some = np.True_ if allowed is None else allowed
+        rows = [best(np.where((one > 0) & some, one, -np.inf)[None], places) for one in found]
         width = min(places, self.passages)
         return Ranking(
             np.concatenate([one.rows for one in rows] or [np.empty((0, width), np.int32)]),

@@ -84,19 +84,14 @@ class Passages:
         """Return how many documents have this text; see `allows`."""
         return len(self._numbers(passage, allowed))
 
-    def allows(self, passages: NDArray[np.int32], allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return bool [n]: which passages have a document that may be shown, as all may that are no items.
+    def allows(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return bool [P]: which passages have a document that may be shown, as all may that are no items.
 
         Args:
-            passages: [n].
             allowed: bool [V] by model row.
         """
-        if not len(passages):
-            return np.zeros(0, bool)
-        starts, ends = self.offsets[passages], self.offsets[passages + 1]
-        first = np.cumsum(ends - starts) - (ends - starts)
-        items = self.items[np.repeat(starts - first, ends - starts) + np.arange(int((ends - starts).sum()))]
-        shown: NDArray[np.bool_] = np.logical_or.reduceat((items == NO_ITEM) | allowed[items], first)
+        documents = (self.items == NO_ITEM) | allowed[self.items]
+        shown: NDArray[np.bool_] = np.logical_or.reduceat(documents, self.offsets[:-1])
         return shown
 
     def _numbers(self, passage: int, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:

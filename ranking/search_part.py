@@ -84,22 +84,33 @@ class SearchPart:
         kinds = self.kinds or {}
         return kinds.get("reranker") or kinds.get("encoder") or "first_stage"
 
-    def nearest(self, vectors: NDArray[np.float32], places: int) -> Ranking:
+    def nearest(self, vectors: NDArray[np.float32], places: int, allowed: NDArray[np.bool_] | None = None) -> Ranking:
         """Return the passages nearest to query vectors float32 [Q, D], each by the nearest of its windows.
 
         Where passages have windows there may be fewer than `places`, but a tenth of them at least if there are so many:
         the windows nearest to a query may be of few passages, and the last places are not worth reading them all.
+
+        Args:
+            vectors: of the queries.
+            places: passages wanted.
+            allowed: bool [passages] that may be found; None for all.
         """
         assert self.index is not None, "asked for only where there are vectors"
         asked, places = places, min(places, len(self.passages))
+        shown = (
+            None
+            if allowed is None
+            else np.r_[[False] * SHIFT, allowed if self.windows is None else allowed[self.windows]]
+        )
         if self.windows is None:
-            rows, scores = self.index.search(vectors, places)
+            rows, scores = self.index.search(vectors, places, shown)
             return Ranking(rows - SHIFT, scores)
+        there = len(self.index) if shown is None else max(int(shown.sum()), 1)
         wanted, enough = 2 * asked, max(places // 10, 1)
         while True:
-            rows, scores = self.index.search(vectors, min(wanted, len(self.index)))
+            rows, scores = self.index.search(vectors, min(wanted, there), shown)
             found = by_passage(Ranking(rows - SHIFT, scores), self.windows, places)
-            if wanted >= len(self.index) or not (found.rows[:, :enough] == NONE).any():
+            if wanted >= there or not (found.rows[:, :enough] == NONE).any():
                 return found
             wanted *= 4
 

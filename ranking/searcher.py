@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.deadline import Deadline, OutOfTimeError
-from ranking.fusion import COVERED, NONE, POOL, Ranking
+from ranking.fusion import COVERED, POOL, Ranking
 from ranking.search_part import SearchPart
 from ranking.searched import Reranked, SearchConfig, Searched
 from ranking.text_backbone import TextTokenizer
@@ -83,8 +83,7 @@ class Searcher:
             mode: first stage; the best the bundle has if absent.
             rerank: whether the head is reranked, if the bundle has a reranker; None leaves it to the query: where one
                 passage covers it the first stage decides, unless `rerank_covered`.
-            allowed: bool [V] items that may be found; None for all. A passage of others alone is not found, and what
-                stands below moves up, as far as `POOL` passages of each first stage go.
+            allowed: bool [V] items that may be found; None for all. A passage of others alone is not looked at.
 
         Raises:
             RequestError: 409 for vectors from a bundle without an encoder.
@@ -167,13 +166,16 @@ class Searcher:
         lexical = dense = None
         coverage = np.zeros(1)
         places = max(depth, POOL) if mode == "hybrid" or allowed is not None else depth
+        shown = None if allowed is None else part.passages.allows(allowed)
+        if shown is not None and shown.all():
+            shown = None
         if mode != "dense":
-            lexical = self._kept(part.bm25.search([query], places), allowed)
+            lexical = part.bm25.search([query], places, shown)
             coverage = part.bm25.coverage([query], lexical)
             clock.lap("bm25")
         if mode != "bm25":
             try:
-                dense = self._kept(self._dense(query, places, clock), allowed)
+                dense = self._dense(query, places, clock, shown)
             except Exception:
                 if deadline is None or lexical is None:
                     raise
@@ -188,22 +190,11 @@ class Searcher:
         clock.lap("fuse")
         return found, mode, bool(coverage[0] >= COVERED)
 
-    def _kept(self, found: Ranking, allowed: NDArray[np.bool_] | None) -> Ranking:
-        """Leave out the passages of items that may not be found, of one query's."""
-        if allowed is None:
-            return found
-        rows, scores = found.rows[0], found.scores[0]
-        keep = rows != NONE
-        keep[keep] = self.part.passages.allows(rows[keep], allowed)
-        order = np.argsort(~keep, kind="stable")
-        kept, of_kept = np.where(keep, rows, NONE)[order], np.where(keep, scores, -np.inf)[order]
-        return Ranking(kept[None].astype(np.int32), of_kept[None].astype(np.float32))
-
-    def _dense(self, query: str, depth: int, clock: Clock) -> Ranking:
+    def _dense(self, query: str, depth: int, clock: Clock, shown: NDArray[np.bool_] | None) -> Ranking:
         assert self.part.encoder is not None, "asked for only where there are vectors"
         vector = self.part.encoder.encode_queries([query])
         clock.lap("encode_query")
-        found = self.part.nearest(vector, depth)
+        found = self.part.nearest(vector, depth, shown)
         clock.lap("dense")
         return found
 

@@ -86,9 +86,7 @@ def test_documents_that_are_no_items_may_all_be_shown():
     items = np.array([2, NO_ITEM, 3, 4, 5], np.int32)
     passages = Passages.of(["a", "b", "c", "d", "e"], ["x", "x", "y", "y", "z"], items)
     allowed = np.array([False, False, False, False, True, False])
-    assert passages.allows(np.array([0, 1, 2], np.int32), allowed).tolist() == [True, True, False]
-    assert passages.allows(np.array([2, 0], np.int32), allowed).tolist() == [False, True]
-    assert passages.allows(np.empty(0, np.int32), allowed).tolist() == []
+    assert passages.allows(allowed).tolist() == [True, True, False]
     assert [passages.documents(row, 9, allowed) for row in range(3)] == [["b"], ["d"], []]
     assert [passages.count(row, allowed) for row in range(3)] == [1, 1, 0]
 
@@ -424,6 +422,28 @@ def test_a_search_finds_what_may_be_shown_and_no_less(bundle, shown, mode, depth
     assert allowed[rows].all()
     both = searcher.search("red tea", rerank=True, allowed=allowed)
     assert len(both) == min(depth, len({NAMES[n % 30] for n, one in enumerate(shown) if one}))
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "bm25", "dense"])
+def test_a_filter_that_leaves_little_finds_what_stands_far_below_the_pool(bundle, monkeypatch, mode):
+    monkeypatch.setattr("ranking.searcher.POOL", 3)
+    searcher = Searcher(bundle.text, SearchConfig(depth=3))
+    worst = Searcher(bundle.text, SearchConfig(depth=30)).search("red tea", mode=mode, rerank=False).rows[-2:]
+    allowed = np.zeros(64, bool)
+    allowed[bundle.text.passages.items_of(worst)[0][[0, -1]]] = True  # one item of each: what they share stays found
+    found = searcher.search("red tea", mode=mode, rerank=False, allowed=allowed)
+    assert sorted(found.rows.tolist()) == sorted(worst.tolist())
+    assert not len(searcher.search("red tea", mode=mode, rerank=False, allowed=np.zeros(64, bool)))
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "bm25", "dense"])
+def test_a_filter_that_denies_nothing_changes_no_bit(bundle, mode):
+    plain, all_allowed = (
+        Searcher(bundle.text).search("red tea and jam", mode=mode, allowed=allowed)
+        for allowed in (None, np.ones(64, bool))
+    )
+    assert plain.rows.tobytes() == all_allowed.rows.tobytes()
+    assert plain.scores.tobytes() == all_allowed.scores.tobytes()
 
 
 def test_a_query_without_a_search_is_refused(recommender):

@@ -156,6 +156,22 @@ def test_one_huge_text_among_short_ones_is_published_and_leaves_room_for_them(tm
     assert (found.rows >= 0).sum() >= 2
 
 
+def test_a_filter_finds_the_nearest_long_texts_of_those_it_leaves(tmp_path) -> None:
+    part = Bundle.load(text_world.publish_corpus(tmp_path / "long", long_texts(), encoder=short_sighted())).text
+    assert part is not None
+    assert part.windows is not None
+    vector = part.encoder.encode_queries(["red tea"])
+    every = part.nearest(vector, 10_000)
+    for left in (40, 3, 1):
+        far = every.rows[0, -left:]
+        found = part.nearest(vector, 5, np.isin(np.arange(40), far))
+        there = found.rows[0] != NONE
+        assert there[0]
+        assert np.isin(found.rows[0][there], far).all()
+        assert np.allclose(found.scores[0][there], every.scores[0][-left:][: there.sum()], atol=1e-6)
+    assert (part.nearest(vector, 5, np.zeros(40, bool)).rows == NONE).all()
+
+
 def test_a_bundle_of_short_texts_has_no_windows_and_odd_ones_are_refused(tmp_path) -> None:
     place = text_world.publish_corpus(tmp_path / "short", ["red tea", "green jam"], encoder=short_sighted())
     assert not (place / TEXT / WINDOWS).exists()
