@@ -85,13 +85,18 @@ class Bm25:
         return held / total
 
     def _one_way(self, query: str) -> set[str]:
-        """Return the words of a query, each code written in one way: as one word if passages do that, else in parts."""
+        """Return the words of a query, each code written in one way: as one word if passages do that, else in parts.
+
+        A digit that is a part of a code says nothing beside it: passages that write it as one word lack that digit.
+        """
         words, known = set(words_of([query])[0]), self.retriever.vocab_dict
         for parts in codes_of(folded(query).lower()):
             if (joined := "".join(parts)) not in known:
                 words.discard(joined)
             elif any(part in words and part not in known for part in parts):
                 words.difference_update(parts)
+            else:
+                words.difference_update(part for part in parts if len(part) == 1)
         return words
 
     def save(self, directory: Path) -> None:

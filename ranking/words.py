@@ -1,4 +1,4 @@
-"""The words of a text for BM25: two letters or more, in lower case, without English stop-words, not stemmed.
+"""The words of a text for BM25: two letters or more, or a digit, in lower case, without stop-words, not stemmed.
 
 Accents count for nothing (`creme` finds `crème`), nor do the points of Hebrew and Arabic, nor what nobody sees (soft
 hyphens, joiners, marks of direction), nor how a letter is encoded. Marks of other scripts are parts of words: vowel
@@ -32,7 +32,7 @@ _DROPPED = re.compile(f"[{_ACCENTS}{_POINTS}{_UNSEEN}]")
 _MARKED = re.compile("[\u0483-\u1cff\u2cef-\u302f\ua66f-\uabff\ufb1e\U00010000-\U0001efff]")
 """where the marks of other scripts are, among letters"""
 _JOINED = re.compile(r"\b\w+(?:-\w+)+")
-_WORD = rf"(?u)\b\w\w+\b|[{_SIGNS}]"
+_WORD = rf"(?u)\b\w\w+\b|\b\d\b|[{_SIGNS}]"
 
 
 def words_of(texts: Sequence[str]) -> list[list[str]]:
@@ -88,7 +88,7 @@ def _has_marks(text: str) -> bool:
 
 @cache
 def _marked_word() -> str:
-    return rf"\w[\w{_marks()}]+|[{_SIGNS}]"
+    return rf"\w[\w{_marks()}]+|\b\d\b|[{_SIGNS}]"
 
 
 @cache

@@ -27,9 +27,10 @@ from ranking.words import folded, words_of
         ("co\u00adoperation\ufeff", "cooperation"),
         ("green\u200btea", "green tea"),  # a line may break there
         ("WH\u20111000XM4", "wh 1000xm4 wh1000xm4"),
-        ("মডেল-2", "মডেল মডেল2"),
-        ("❤\ufe0ftea 1\ufe0f\u20e3", "tea"),
-        ("\u093fa \u093fx-1", ""),  # a mark after no letter is of no word
+        ("মডেল-2", "মডেল 2 মডেল2"),
+        ("❤\ufe0ftea 1\ufe0f\u20e3", "tea 1"),
+        ("\u093fa \u093fx-1", "1"),  # a mark after no letter is of no word
+        ("फ़ोन 6", "फ़ोन 6"),
         ("デジタルカメラ", "デ ジ タ ル カ メ ラ デジ ジタ タル ルカ カメ メラ"),
     ],
 )
@@ -54,7 +55,7 @@ def test_latin_chinese_and_japanese_words_do_not_hang_on_marks(text):
     expected = bm25s.tokenize(
         [" ".join([words, *(code.replace("-", "") for code in codes)])],
         stopwords="en",
-        token_pattern=rf"\b\w\w+\b|[{signs}]",
+        token_pattern=rf"\b\w\w+\b|\b\d\b|[{signs}]",
         show_progress=False,
         return_ids=False,
     )
