@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from pipelines.text_cache import VectorCache
@@ -132,7 +133,11 @@ class FirstStages:
         """Rank as a bundle's search does by default; `dense` stands in for what the plain encoder finds."""
         lexical = self.bm25.search(texts, POOL)
         dense = self.dense_by_windows(texts, POOL) if dense is None else dense
-        return Mix(weight).fuse(lexical, dense, self.bm25.coverage(texts, lexical), PLACES)
+        return Mix(weight).fuse(lexical, dense, self.coverage(texts, lexical), PLACES)
+
+    def coverage(self, texts: Sequence[str], lexical: Ranking) -> NDArray[np.float64]:
+        """Return [Q] how much of each query the best passage by words holds (`Bm25.coverage`)."""
+        return self.bm25.coverage(texts, lexical, self.corpus.passages.__getitem__)
 
     def choose_weight(self, dev: Mapping[str, Queries]) -> float:
         """Return the BM25 weight of the best nDCG@10 on natural dev queries, or the shipped one where there are none.

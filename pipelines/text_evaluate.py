@@ -181,7 +181,7 @@ def reranked(run: TextModelRun, stages: FirstStages, pool: Pool, places: int) ->
 def as_served(run: TextModelRun, stages: FirstStages, pool: Pool) -> Ranking:
     """Rerank a hybrid's head as `ranking.searcher` does without a limit of time, and keep the rest of it below."""
     found = reranked(run, stages, pool, SearchConfig().rerank)
-    covered = stages.bm25.coverage(pool.queries.texts, stages.bm25.search(pool.queries.texts, 1)) >= COVERED
+    covered = stages.coverage(pool.queries.texts, stages.bm25.search(pool.queries.texts, 1)) >= COVERED
     rows = np.where(covered[:, None], pool.ranking.rows, found.rows)
     return Ranking(rows, np.where(covered[:, None], pool.ranking.scores, found.scores))
 

@@ -1,6 +1,6 @@
 """BM25 over passages, by `bm25s`: Lucene's form, k1 0.9, b 0.4, over the words of `ranking.words`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.fusion import Ranking, best
-from ranking.words import codes_of, folded, words_of
+from ranking.words import codes_of, folded, letters_of, words_of
 from recsys.errors import DataError
 
 K1, B = 0.9, 0.4
@@ -57,17 +57,28 @@ class Bm25:
             np.concatenate([one.scores for one in rows] or [np.empty((0, width), np.float32)]),
         )
 
-    def coverage(self, queries: Sequence[str], found: Ranking) -> NDArray[np.float64]:
+    def coverage(self, queries: Sequence[str], found: Ranking, text_of: Callable[[int], str]) -> NDArray[np.float64]:
         """Return [Q] the share of each query's words, weighed by idf, that the first passage found for it holds.
 
         Words that no passage holds tell passages no better apart and count nothing: a span cut inside a word keeps what
         it has. Where there is more than one of them to two others the query is in the reader's own words, or misspelt,
-        and gives 0; so does one of stop-words alone.
-        """
-        return np.array([self.held(query, found.rows[n, :1])[0] for n, query in enumerate(queries)])
+        and gives 0; so does one of stop-words alone. A letter on its own is no word of the index, so that passages are
+        found without it; it counts as a word of mean idf, and is looked for in the text of the passage.
 
-    def held(self, query: str, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Return [n] the share of a query's words that each of some passages holds, as in `coverage`."""
+        Args:
+            queries: the texts.
+            found: what `search` found for them.
+            text_of: gives the text of a passage.
+        """
+        return np.array([self.held(query, found.rows[n, :1], text_of)[0] for n, query in enumerate(queries)])
+
+    def held(
+        self, query: str, rows: NDArray[np.int32], text_of: Callable[[int], str] | None = None
+    ) -> NDArray[np.float64]:
+        """Return [n] the share of a query's words that each of some passages holds, as in `coverage`.
+
+        Without `text_of` letters on their own count nothing.
+        """
         postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]
         words = self._one_way(query)
         total, held, unknown = 0.0, np.zeros(len(rows)), 0
@@ -80,8 +91,13 @@ class Bm25:
             idf = float(np.log1p((self.passages - len(holders) + 0.5) / (len(holders) + 0.5)))
             total += idf
             held += idf * np.isin(rows, holders)
-        if not total or UNKNOWN * unknown > len(words) - unknown:
+        known = len(words) - unknown
+        if not total or UNKNOWN * unknown > known:
             return np.zeros(len(rows))
+        if text_of is not None and (letters := letters_of(query)):
+            for place in np.flatnonzero(held).tolist():
+                held[place] += total / known * len(letters & letters_of(text_of(int(rows[place]))))
+            total *= 1 + len(letters) / known
         return held / total
 
     def _one_way(self, query: str) -> set[str]:

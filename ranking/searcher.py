@@ -171,7 +171,7 @@ class Searcher:
             shown = None
         if mode != "dense":
             lexical = part.bm25.search([query], places, shown)
-            coverage = part.bm25.coverage([query], lexical)
+            coverage = part.bm25.coverage([query], lexical, part.passages.text)
             clock.lap("bm25")
         if mode != "bm25":
             try:

@@ -32,6 +32,9 @@ _DROPPED = re.compile(f"[{_ACCENTS}{_POINTS}{_UNSEEN}]")
 _MARKED = re.compile("[\u0483-\u1cff\u2cef-\u302f\ua66f-\uabff\ufb1e\U00010000-\U0001efff]")
 """where the marks of other scripts are, among letters"""
 _JOINED = re.compile(r"\b\w+(?:-\w+)+")
+_LETTER = re.compile(rf"(?<![\w'\u2019-])[^\W\d_{_SIGNS}](?:\+\+|#)?(?![\w'\u2019-])")
+_SMALL = frozenset("ai")
+"""letters that are English words and say nothing"""
 _WORD = rf"(?u)\b\w\w+\b|\b\d\b|[{_SIGNS}]"
 
 
@@ -51,6 +54,12 @@ def folded(text: str) -> str:
         return text
     plain = _DROPPED.sub("", unicodedata.normalize("NFKD", text)).replace("\u2010", "-")  # which U+2011 is by now
     return _RUN.sub(_signs, unicodedata.normalize("NFKC", plain))
+
+
+def letters_of(text: str) -> set[str]:
+    """Return the letters that stand alone, as in vitamin C or C++, which are no words; none of scripts with marks."""
+    plain = folded(text).lower()
+    return set() if _has_marks(plain) else set(_LETTER.findall(plain)) - _SMALL
 
 
 def codes_of(text: str) -> list[list[str]]:

@@ -358,25 +358,46 @@ def test_words_of_other_languages_are_found(query, found):
     ]
     index = Bm25.build(passages)
     assert index.search([query], 6).rows[0, 0] == found
-    assert index.coverage([query], index.search([query], 6))[0] > 0
+    assert index.coverage([query], index.search([query], 6), passages.__getitem__)[0] > 0
 
 
 @pytest.mark.parametrize("query", ["WH-1000XM4", "wh1000xm4", "WH1000XM4 headphones"])
 @pytest.mark.parametrize("written", ["Sony WH-1000XM4 headphones", "Sony WH1000XM4 headphones"])
 def test_a_code_is_found_with_and_without_its_hyphens(query, written):
-    index = Bm25.build(["Bose QC-45 headphones", "free-stream flow", written])
+    passages = ["Bose QC-45 headphones", "free-stream flow", written]
+    index = Bm25.build(passages)
     found = index.search([query], 3)
     assert found.rows[0, 0] == 2
-    assert index.coverage([query], found)[0] == pytest.approx(1)
+    assert index.coverage([query], found, passages.__getitem__)[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("query", "found"), [("iphone 6", 1), ("iphone 5", 0), ("6", 1), ("X-1", 2), ("x1", 2)])
 @pytest.mark.parametrize("written", ["Sony X-1", "Sony X1"])
 def test_a_digit_tells_passages_apart(query, found, written):
-    index = Bm25.build(["iPhone 5 32 GB", "iPhone 6 64 GB", written, "size 1"])
+    passages = ["iPhone 5 32 GB", "iPhone 6 64 GB", written, "size 1"]
+    index = Bm25.build(passages)
     ranking = index.search([query], 4)
     assert ranking.rows[0, 0] == found
-    assert index.coverage([query], ranking)[0] == pytest.approx(1)
+    assert index.coverage([query], ranking, passages.__getitem__)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("query", "share"),
+    [
+        ("vitamin D", 1),
+        ("vitamin C", 1 / 2),
+        ("D", 0),
+        ("a vitamin", 1),
+        ("vitamin's", 1),
+        ("C++ primer", 1),
+        ("C# primer", 1 / 2),
+        ("C primer", 1 / 2),
+    ],
+)
+def test_a_letter_on_its_own_is_held_by_the_passage_or_not_covered(query, share):
+    passages = ["vitamin D", "vitamin B", "C++ primer"]
+    index = Bm25.build(passages)
+    assert index.coverage([query], index.search([query], 3), passages.__getitem__)[0] == pytest.approx(share)
 
 
 def test_only_codes_are_joined():
@@ -400,14 +421,19 @@ def test_how_a_text_is_encoded_changes_no_word_and_ascii_is_left_alone(text, asc
 
 
 def test_coverage_is_the_share_of_a_query_that_its_best_passage_holds():
-    index = Bm25.build(["wing flow heat", "heat shock", "flow", "jet"])
+    passages = ["wing flow heat", "heat shock", "flow", "jet"]
+    index = Bm25.build(passages)
     queries = ["heat wing flow", "wing shock", "unheard heat shock", "the of", "unheard"]
     found = Ranking(np.array([[0], [0], [1], [NONE], [NONE]], np.int32), np.zeros((5, 1), np.float32))
     wing = shock = np.log1p(3.5 / 1.5)
-    np.testing.assert_allclose(index.coverage(queries, found), [1, wing / (wing + shock), 1, 0, 0])
+    np.testing.assert_allclose(
+        index.coverage(queries, found, passages.__getitem__), [1, wing / (wing + shock), 1, 0, 0]
+    )
     # Up to one word that no passage holds to two that some do: a query cut inside a word, not one in other words.
     first = Ranking(np.zeros((3, 1), np.int32), np.zeros((3, 1), np.float32))
-    told = index.coverage(["wing unheard", "wing heat unheard", "wing heat flow unheard offhand"], first)
+    told = index.coverage(
+        ["wing unheard", "wing heat unheard", "wing heat flow unheard offhand"], first, passages.__getitem__
+    )
     np.testing.assert_allclose(told, [0, 1, 0])
 
 

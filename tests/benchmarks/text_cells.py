@@ -61,7 +61,7 @@ def served(place: Place, name: str) -> dict[str, Any]:
         queries = tasks[task]
         first = stages.hybrid(queries.texts)
         head = rerank_pool(model, stages.corpus, Pool(queries, first), PLACES, vectors=own)
-        covered = stages.bm25.coverage(queries.texts, stages.bm25.search(queries.texts, POOL)) >= COVERED
+        covered = stages.coverage(queries.texts, stages.bm25.search(queries.texts, POOL)) >= COVERED
         rows = np.where(covered[:, None], first.top(PLACES).rows, head.rows)
         by_query = Ranking(rows, np.zeros(rows.shape, np.float32))
         rankings = {"hybrid": first, "reranked": head, "served": by_query}
