@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranking.fusion import Ranking, best
-from ranking.words import codes_of, folded, letters_of, words_of
+from ranking.words import RULES, UNSPELT, codes_of, folded, letters_of, words_of
 from recsys.errors import DataError
+from recsys.files import read_json, write_json
 
 K1, B = 0.9, 0.4
+WORDS = "words.json"
+"""file of an index that tells the rules of its words; indexes of the first rules have none"""
 UNKNOWN = 2
 """Words a query must have for each that no passage holds, to be covered by one."""
 
@@ -23,6 +26,8 @@ class Bm25:
 
     retriever: Any  # bm25s.BM25
     passages: int
+    rules: int = RULES
+    """of `ranking.words`, by which its words were taken"""
 
     @staticmethod
     def build(texts: Sequence[str]) -> "Bm25":
@@ -40,7 +45,7 @@ class Bm25:
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """Return float32 [passages], 0 where no word of the query occurs."""
-        known = [word for word in words_of([query])[0] if word in self.retriever.vocab_dict]
+        known = [word for word in words_of([query], self.rules)[0] if word in self.retriever.vocab_dict]
         if not known:
             return np.zeros(self.passages, np.float32)
         scores: NDArray[np.float32] = self.retriever.get_scores(known).astype(np.float32)
@@ -105,8 +110,8 @@ class Bm25:
 
         A digit that is a part of a code says nothing beside it: passages that write it as one word lack that digit.
         """
-        words, known = set(words_of([query])[0]), self.retriever.vocab_dict
-        for parts in codes_of(folded(query).lower()):
+        words, known = set(words_of([query], self.rules)[0]), self.retriever.vocab_dict
+        for parts in codes_of(folded(query, self.rules).lower()):
             if (joined := "".join(parts)) not in known:
                 words.discard(joined)
             elif any(part in words and part not in known for part in parts):
@@ -118,6 +123,7 @@ class Bm25:
     def save(self, directory: Path) -> None:
         """Write the index as arrays and JSON into a directory."""
         self.retriever.save(str(directory), show_progress=False, allow_pickle=False)
+        write_json(directory / WORDS, {"rules": self.rules})
 
     @staticmethod
     def load(directory: Path) -> "Bm25":
@@ -128,4 +134,9 @@ class Bm25:
             retriever = bm25s.BM25.load(str(directory), allow_pickle=False)
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{directory}: not a BM25 index ({error}); publish again") from None
-        return Bm25(retriever, int(retriever.scores["num_docs"]))
+        rules = read_json(directory / WORDS)["rules"] if (directory / WORDS).exists() else UNSPELT
+        if rules not in (UNSPELT, RULES):
+            raise DataError(
+                f"{directory}: words by rules {rules}, this version knows {UNSPELT} and {RULES}; publish again"
+            )
+        return Bm25(retriever, int(retriever.scores["num_docs"]), rules)

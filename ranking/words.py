@@ -1,9 +1,10 @@
 """The words of a text for BM25: two letters or more, or a digit, in lower case, without stop-words, not stemmed.
 
-Accents count for nothing (`creme` finds `crème`), nor do the points of Hebrew and Arabic, nor what nobody sees (soft
-hyphens, joiners, marks of direction), nor how a letter is encoded. Marks of other scripts are parts of words: vowel
-signs and viramas of Hindi, Bengali or Tamil, vowels and tones of Thai. Chinese and Japanese write no blanks: each of
-their signs is a word, and so is each pair of neighbours. Other writing without blanks is not cut.
+Accents count for nothing (`creme` finds `crème`, `strasse` finds `straße`, `lodz` finds `łódź`), nor do the points of
+Hebrew and Arabic, nor what nobody sees (soft hyphens, joiners, marks of direction), nor how a letter is encoded. Marks
+of other scripts are parts of words: vowel signs and viramas of Hindi, Bengali or Tamil, vowels and tones of Thai.
+Chinese and Japanese write no blanks: each of their signs is a word, and so is each pair of neighbours. Other writing
+without blanks is not cut.
 
 Codes are also found as one word: `WH-1000XM4` is `wh`, `1000xm4` and `wh1000xm4`. A code is what hyphens join and has a
 letter and a digit.
@@ -16,6 +17,11 @@ from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
+UNSPELT, RULES = 1, 2
+"""Versions of these rules: an index is asked by those it was made by. The first kept the letters of `_SPELT`."""
+
+_SPELT = str.maketrans({"æ": "ae", "œ": "oe", "þ": "th"} | dict(zip("øłđðħı", "olddhi", strict=True)))
+"""letters that Unicode does not take apart; `casefold` does ß"""
 _SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """kana and ideographs"""
 _RUN = re.compile(f"[{_SIGNS}]+")
@@ -38,9 +44,9 @@ _SMALL = frozenset("ai")
 _WORD = rf"(?u)\b\w\w+\b|\b\d\b|[{_SIGNS}]"
 
 
-def words_of(texts: Sequence[str]) -> list[list[str]]:
-    """Return the words of each text, in their order."""
-    written = [_with_codes(folded(text)) for text in texts]
+def words_of(texts: Sequence[str], rules: int = RULES) -> list[list[str]]:
+    """Return the words of each text, in their order, by the rules of an index."""
+    written = [_with_codes(folded(text, rules)) for text in texts]
     found = _cut(written, _WORD)
     marked = [place for place, text in enumerate(written) if _has_marks(text)]
     for place, words in zip(marked, _cut([written[place] for place in marked], _marked_word()), strict=True):
@@ -48,11 +54,13 @@ def words_of(texts: Sequence[str]) -> list[list[str]]:
     return found
 
 
-def folded(text: str) -> str:
+def folded(text: str, rules: int = RULES) -> str:
     """Return a text without accents and with blanks between what are words; ASCII is returned as it is."""
     if text.isascii():
         return text
     plain = _DROPPED.sub("", unicodedata.normalize("NFKD", text)).replace("\u2010", "-")  # which U+2011 is by now
+    if rules > UNSPELT:
+        plain = plain.casefold().translate(_SPELT)
     return _RUN.sub(_signs, unicodedata.normalize("NFKC", plain))
 
 

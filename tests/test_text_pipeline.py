@@ -35,6 +35,7 @@ from pipelines.text_models import load_text_config, natural_queries, train
 from pipelines.text_pairs import PairSource, split_of
 from pipelines.text_train import TextLoop, finished_run
 from pipelines.workspace import Workspace
+from ranking.bm25 import WORDS as WORDS_FILE
 from ranking.bm25 import Bm25
 from ranking.bundle import Bundle
 from ranking.dense_encoder import DenseConfig, DenseEncoder
@@ -45,7 +46,7 @@ from ranking.searcher import Searcher
 from ranking.splade import Splade
 from ranking.text_backbone import TextTokenizer, in_passes, locate, passes
 from ranking.text_models import load_encoder
-from ranking.words import folded, words_of
+from ranking.words import UNSPELT, folded, words_of
 from recsys.errors import ConfigError, DataError
 
 
@@ -331,6 +332,22 @@ def test_bm25_survives_save_and_load_and_odd_queries(tmp_path):
     assert not any(path.suffix in {".pkl", ".pickle"} for path in tmp_path.iterdir())
 
 
+def test_an_index_is_asked_by_the_rules_of_words_it_was_made_by(tmp_path):
+    texts = ["Straße strasse", "smørrebrød", "tea"]
+    build = Bm25.build(texts)
+    earlier = Bm25(build.retriever, build.passages, UNSPELT)
+    earlier.retriever.index(words_of(texts, UNSPELT), show_progress=False)
+    earlier.save(tmp_path)
+    (tmp_path / WORDS_FILE).unlink()  # as it was before there were two
+    again = Bm25.load(tmp_path)
+    for query in texts:
+        assert earlier.search([query], 3).rows[0, 0] == again.search([query], 3).rows[0, 0] == texts.index(query)
+        assert again.coverage([query], again.search([query], 3), texts.__getitem__)[0] == pytest.approx(1)
+    (tmp_path / WORDS_FILE).write_text('{"rules": 3}')
+    with pytest.raises(DataError, match="rules 3"):
+        Bm25.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("query", "found"),
     [
@@ -345,6 +362,8 @@ def test_bm25_survives_save_and_load_and_odd_queries(tmp_path):
         ("WH1000", 3),
         ("наушники", 4),
         ("ﬁne", 5),
+        ("strasse", 6),
+        ("Smørrebrød", 6),
     ],
 )
 def test_words_of_other_languages_are_found(query, found):
@@ -355,10 +374,12 @@ def test_words_of_other_languages_are_found(query, found):
         "ソニーヘッドホンWH1000",
         "Беспроводные наушники",
         "fine tea",
+        "Straße smorrebrod",
     ]
     index = Bm25.build(passages)
-    assert index.search([query], 6).rows[0, 0] == found
-    assert index.coverage([query], index.search([query], 6), passages.__getitem__)[0] > 0
+    ranking = index.search([query], 7)
+    assert ranking.rows[0, 0] == found
+    assert index.coverage([query], ranking, passages.__getitem__)[0] > 0
 
 
 @pytest.mark.parametrize("query", ["WH-1000XM4", "wh1000xm4", "WH1000XM4 headphones"])
