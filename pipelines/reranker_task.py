@@ -6,6 +6,7 @@ With `train = "fusion"` the backbone is frozen and each pair is encoded once (`p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.pair_vectors import PairVectors
 from pipelines.text_config import TextTrainConfig
-from pipelines.text_corpus import Corpus, Queries
+from pipelines.text_corpus import Corpus, Queries, normalised
 from pipelines.text_measures import measure
 from ranking.cross_encoder import CrossEncoder
 from ranking.fusion import NONE, Ranking
@@ -110,6 +111,11 @@ class RerankerTask:
         """Where the model is."""
         return device_of(self.model)
 
+    @cached_property
+    def texts(self) -> list[str]:
+        """Normalised passages: one of the same text as a relevant one is no negative."""
+        return [normalised(text) for text in self.corpus.passages]
+
     def lists(self, step: int) -> tuple[list[str], list[list[int]], Tensor, Tensor]:
         """Return queries, passages, teacher ranks [B, n] and grades [B, n] of one step; rank 0 is padding."""
         draws = generator(self.config.seed, step, "lists")
@@ -120,9 +126,10 @@ class RerankerTask:
             known = self.train.queries.grades[place]
             pool = [int(row) for row in self.train.ranking.rows[place] if row != NONE]
             positives = [row for row, grade in known.items() if grade > 0]
+            relevant = {self.texts[row] for row in positives}
             positives = draws.permutation(positives)[: min(self.config.positives, self.config.group - 1)].tolist()
             negatives = [
-                row for row in pool[1 : self.config.depth] if row not in known
+                row for row in pool[1 : self.config.depth] if row not in known and self.texts[row] not in relevant
             ]  # a grade of 0 is no hard negative either
             most = self.config.group - len(positives)
             chosen = [*positives, *draws.permutation(negatives)[:most].tolist()]

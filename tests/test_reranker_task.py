@@ -59,6 +59,13 @@ def test_a_list_has_the_positives_and_unjudged_negatives_in_the_teachers_order(t
         assert known.tolist() == [judged.get(row, 0) for row in chosen] + [0]
 
 
+def test_a_document_with_the_text_of_a_relevant_one_is_no_negative():
+    made = task()
+    made.corpus = replace(CORPUS, passages=[*CORPUS.passages[:3], "Shock  layer"])  # d beside b, relevant to "flow"
+    for query, chosen in zip(*made.lists(0)[:2], strict=True):
+        assert sorted(chosen) == {"flow": [0, 1], "wall": [0, 2, 3]}[query]
+
+
 def test_a_list_has_at_most_so_many_positives_and_negatives_down_to_a_depth():
     queries, passages, *_ = task(positives=1, group=2, depth=2).lists(0)
     for query, chosen in zip(queries, passages, strict=True):
