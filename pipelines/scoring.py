@@ -217,8 +217,8 @@ def rank_all_items(
     )
 
 
-def is_retriever(model: AnyRanker) -> bool:
-    """Whether a model's score is an inner product of vectors it gives out."""
+def is_retriever(model: AnyRanker | type[AnyRanker]) -> bool:
+    """Whether the score of a model, or of a class of models, is an inner product of vectors it gives out."""
     return hasattr(model, "user_vectors") and hasattr(model, "item_vectors")
 
 

@@ -99,6 +99,18 @@ def test_bad_usage_has_its_code_and_says_what_to_do(tmp_path: Path, arguments, c
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("there", [["mqsa_ted"], []])
+def test_a_retriever_without_vectors_is_refused_before_anything_is_loaded(tmp_path: Path, there):
+    for run in ("dare", "lexsembridge", *there):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "run.json").write_text(json.dumps({"config": {"name": run}}))
+    done = recsys("publish", "--ranker", "dare", "--retriever", "dare", "-w", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    for words in ("dare gives no vectors", f"there are: {', '.join(there) or 'none'}"):
+        assert words in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "examples"),
     [

@@ -273,6 +273,8 @@ def publish(
         text = search_parts(text_encoder, reranker, corpus, fusion, place, items=False)
         publish_search(text, corpus, place, uri, alias)
         return
+    if retriever is not None:
+        _refuse_without_vectors(retriever, place)
     chosen = trained_run(place.require(place.run(ranker), "train"), place.prepared)
     if gates is not None:
         _pass_gates(gates, ranker, chosen.run_id, place)
@@ -296,6 +298,23 @@ def publish(
         Terminal().say(line)
     version = publish.register(place.bundle, chosen.run_id, uri, alias=alias)
     typer.echo(f"{place.bundle}: bundle {bundle_version}, MLflow version {version}, alias {alias}")
+
+
+def _refuse_without_vectors(retriever: str, place: "Workspace") -> None:
+    """Raise `ConfigError` for a run whose model gives no vectors, naming the runs of the workspace that do."""
+    from pipelines.scoring import is_retriever
+    from ranking.models import RANKERS
+    from recsys.files import read_json
+
+    retrieving = {name for name, (_, model) in RANKERS.items() if is_retriever(model)}
+    found = read_json(place.require(place.run(retriever), "train") / "run.json")["config"]["name"]
+    if found not in retrieving:
+        runs = {path.parent.name: read_json(path)["config"]["name"] for path in place.run("").glob("*/run.json")}
+        able = ", ".join(sorted(name for name, model in runs.items() if model in retrieving))
+        raise ConfigError(
+            f"--retriever {retriever}: {found} gives no vectors of users and items to search by; expected a run of "
+            f"{' or '.join(sorted(retrieving))}; there are: {able or 'none'}"
+        )
 
 
 def _calibration(method: str, chosen: "Trained", place: "Workspace") -> "Calibration":
