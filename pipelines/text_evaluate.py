@@ -39,7 +39,7 @@ from ranking.searched import SearchConfig
 from ranking.text_models import ENCODERS, Vectors, load_encoder, load_reranker, read_config
 from ranking.windows import Windows
 from recsys.config import parse
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, DataError
 from recsys.files import read_json, write_json
 from recsys.metrics import Floats
 from recsys.progress import Progress, silent, titled
@@ -259,6 +259,8 @@ def _learned_from(corpus: Mapping[str, Any], folder: Path, split: str) -> bool:
 def _tasks(options: CorpusConfig, source: PairSource, folder: Path, split: str) -> dict[str, Queries]:
     """Return the queries to judge by, by name: natural ones first."""
     tasks = {} if not split else {f"natural {split}": read_queries(folder, source.corpus, split)}
+    if any(not len(queries) for queries in tasks.values()):
+        raise DataError(f"{folder / 'qrels' / split}.tsv: 0 judged queries; expected a line for each judged document")
     for kind, queries in cut_queries(options, source, "test").items():
         tasks[kind] = sample(queries, CUT_QUERIES, 0)
     if not tasks:
