@@ -176,6 +176,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 yield number, record
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a corpus folder has corpus.jsonl, queries.jsonl and qrels/") from None
+    except NotADirectoryError:
+        raise DataError(f"{path.parent}: a file; expected the folder that holds corpus.jsonl") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 

@@ -93,6 +93,8 @@ def test_empty_and_absent_corpora_are_refused(tmp_path):
         read_corpus(tmp_path)
     with pytest.raises(DataError, match="0 passages"):
         Bm25.build([])
+    with pytest.raises(DataError, match=r"corpus\.jsonl: a file; expected the folder"):
+        read_corpus(tmp_path / "corpus.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -800,6 +802,9 @@ def test_runs_are_judged_by_test_on_any_corpus_and_told_what_they_learned_from(
     other = tiny_text.beir(tmp_path / "other", documents=9, queries=4)
     (other / "qrels" / "train.tsv").unlink()
     assert next(iter(judged(corpus=str(other))["tasks"])) == "natural test"
+    (other / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    with pytest.raises(DataError, match=r"test\.tsv: 0 judged queries"):
+        judged(corpus=str(other))
     (other / "qrels" / "test.tsv").unlink()
     (other / "corpus.jsonl").write_text('{"_id": "d0", "text": "one"}\n')
     with pytest.raises(ConfigError, match="0 queries to judge by; give --split"):
