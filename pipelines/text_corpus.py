@@ -191,6 +191,8 @@ def _string(path: Path, number: int, record: Mapping[str, Any], key: str, defaul
     if not isinstance(value, str):
         found = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
         raise DataError(f"{path}:{number}: {key} must be a string, found {found}")
+    if key == "_id" and not value:
+        raise DataError(f"{path}:{number}: _id is empty; expected the name of a document or query")
     try:
         value.encode()
     except UnicodeEncodeError:

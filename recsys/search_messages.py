@@ -133,7 +133,8 @@ class RerankRequest(Message):
         default=4096, ge=1, description="a longer document is cut; so is one longer than the reranker reads"
     )
     return_documents: bool = Field(
-        default=False, description="of version 1: give each result its document's text as it was sent"
+        default=False,
+        description="of version 1: give each result its document as one text; of an object, `title` before `text`",
     )
     priority: int = Field(default=0, ge=0, le=999, description="taken and not used")
     budget_ms: int | None = Field(default=None, ge=0, le=MAX_BUDGET, description="ours: time the request may take")

@@ -73,6 +73,7 @@ def test_an_error_names_the_assignment_it_is_of(words, given, named, joined):
         (["train", "--config", "dare", "-w", "{tmp}"], 3, ["recsys prepare --workspace"]),
         (["train", "--config", "dare", "--name", "requests", "-w", "{tmp}"], 2, ["a run called 'requests'"]),
         (["serve", "-w", "{tmp}"], 3, ["recsys publish --workspace"]),
+        (["evaluate", "minilm", "--corpus", "{tmp}", "-w", "{tmp}"], 3, ["runs/minilm: not there yet", "recsys train"]),
         (
             ["quickstart", "-w", "{tmp}", "--set", "evaluate.max_request=3"],
             2,

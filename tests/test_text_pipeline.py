@@ -69,6 +69,7 @@ def encoder() -> DenseEncoder:
         ("{not json", [":2: not JSON"]),
         ('["a", "list"]', [":2: expected a JSON object, found list"]),
         ('{"text": "no id"}', [":2: _id must be a string, found nothing"]),
+        ('{"_id": "", "text": "wing"}', ["corpus.jsonl:2: _id is empty"]),
         ('{"_id": 7.5, "text": "wing"}', [":2: _id must be a string, found float 7.5"]),
         ('{"_id": true, "text": "wing"}', [":2: _id must be a string, found bool True"]),
         ('{"_id": "x"}', [":2: text must be a string, found nothing"]),

@@ -99,7 +99,9 @@ def evaluate(
     corpus: Annotated[
         str | None, typer.Option(help="Of text models: a folder in BEIR's layout; what they were trained on if absent.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Of text models: the judged queries, e.g. test; none if absent.")] = "",
+    split: Annotated[
+        str, typer.Option(help="Of text models: the judged queries; test, where there is that split, if absent.")
+    ] = "",
     mlflow: UriOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -119,6 +121,8 @@ def evaluate(
         refuse_given("for text models", config=config != "evaluate", set=assignments)
         evaluate_text(runs, place, corpus, split, mlflow, as_json)
         return
+    for run in runs if corpus or split else ():
+        place.require(place.run(run), "train")
     refuse_given("for rankers, whose split is in the config", corpus=corpus, split=split)
     path = find_config(config)
     options = parse(evaluate.EvaluateConfig, read_toml(path, assignments or ()), str(path))
