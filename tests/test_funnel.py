@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.personal_search import compare
 from text_world import WordCount
 
 from pipelines.funnel import DEEP, lists_are, measure_funnel, tables
@@ -125,3 +126,14 @@ def test_a_bundle_of_other_data_is_refused(bundle, tmp_path):
     write_json(tmp_path / "manifest.json", {"format": 1, "digest": "f" * 64})
     with pytest.raises(DataError, match="ffffffffffff"):
         measure_funnel(bundle, PreparedSet(tmp_path))
+
+
+def test_what_a_ranker_adds_to_a_search_is_told_beside_a_blend_of_all(prepared, mlflow_uri, tmp_path):
+    chosen = train(load_config(find_config("personal_frequency")), prepared, tmp_path / "run", mlflow_uri)
+    text = SearchContents(item_passages(prepared), None)
+    publish(prepared, chosen, None, tmp_path / "bundle", tmp_path / "snapshot", {}, (), text=text)
+    found = compare(Bundle.load(tmp_path / "bundle"), prepared, words=2, requests=REQUESTS)
+    values = {name: found[name]["ndcg_at_10"] for name in ("search", "all", "alike", "alike - all")}
+    assert 0 < values["search"] <= 1
+    assert values["alike - all"] == pytest.approx(values["alike"] - values["all"])
+    assert found["requests"] == REQUESTS
