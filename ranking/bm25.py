@@ -77,13 +77,8 @@ class Bm25:
         """
         return np.array([self.held(query, found.rows[n, :1], text_of)[0] for n, query in enumerate(queries)])
 
-    def held(
-        self, query: str, rows: NDArray[np.int32], text_of: Callable[[int], str] | None = None
-    ) -> NDArray[np.float64]:
-        """Return [n] the share of a query's words that each of some passages holds, as in `coverage`.
-
-        Without `text_of` letters on their own count nothing.
-        """
+    def held(self, query: str, rows: NDArray[np.int32], text_of: Callable[[int], str]) -> NDArray[np.float64]:
+        """Return [n] the share of a query's words that each of some passages holds, as in `coverage`."""
         postings, starts = self.retriever.scores["indices"], self.retriever.scores["indptr"]
         words = self._one_way(query)
         total, held, unknown = 0.0, np.zeros(len(rows)), 0
@@ -99,7 +94,7 @@ class Bm25:
         known = len(words) - unknown
         if not total or UNKNOWN * unknown > known:
             return np.zeros(len(rows))
-        if text_of is not None and (letters := letters_of(query)):
+        if letters := letters_of(query):
             for place in np.flatnonzero(held).tolist():
                 held[place] += total / known * len(letters & letters_of(text_of(int(rows[place]))))
             total *= 1 + len(letters) / known

@@ -166,7 +166,7 @@ class Searched:
         """Return by place in `rows` int64 [n] the place with what is blended first, and bool [n] what is blended."""
         if not known or not self.config.personal_weight:
             return np.arange(len(self)), np.zeros(len(self), bool)
-        blends = self.part.bm25.held(self.query, self.rows) >= COVERED
+        blends = self.part.bm25.held(self.query, self.rows, self.part.passages.text) >= COVERED
         if not blends.any():
             blends = np.arange(len(self)) < self.config.personal
         order = np.empty(len(self), np.int64)
