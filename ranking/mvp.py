@@ -120,7 +120,7 @@ class Mvp(PairReranker):
     """
 
     kind, options = "mvp", MvpConfig
-    reads_by_decoder = True
+    reads_by_decoder = whole_list = True
     config: MvpConfig
 
     def __init__(self, config: MvpConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:

@@ -93,6 +93,7 @@ class MvpApart(TextModel):
     """
 
     kind, options = "mvp_apart", MvpApartConfig
+    whole_list = True
     config: MvpApartConfig
 
     def __init__(self, config: MvpApartConfig, transformer: nn.Module, tokenizer: TextTokenizer) -> None:

@@ -4,6 +4,7 @@ P pairs    L tokens    n passages of a list
 """
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ class PairReranker(TextModel):
         prompt: how a pair is laid out.
     """
 
+    whole_list: ClassVar[bool] = False
     prompt: PairPrompt
 
     @property

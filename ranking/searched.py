@@ -204,7 +204,7 @@ class Reranked:
     """What became of documents that were sent along.
 
     Attributes:
-        scores: float32 [n] in the order of the request; None if there was no time.
+        scores: float32 [n] in the order of the request, -inf for those there was no time for; None if for none.
         truncated: bool [n], of which only the beginning was read.
     """
 

@@ -10,7 +10,7 @@ no model library.
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,13 @@ class TextEncoder(Protocol):
 
 
 class TextReranker(Protocol):
-    """Orders the passages a first stage found. Scores speak of one list only: never merge those of two."""
+    """Orders the passages a first stage found. Scores speak of one list only: never merge those of two.
+
+    Attributes:
+        whole_list: whether a passage's score depends on the others of its list.
+    """
+
+    whole_list: ClassVar[bool]
 
     @property
     def digest(self) -> str:

@@ -176,7 +176,7 @@ class RerankMeta(Message):
     warnings: list[str] = Field(default=[], description="what was cut or skipped, in words")
     model: str = Field(description="ours: kind of the model that ordered, `first_stage` if none did")
     model_version: str = Field(description="ours: version of the bundle")
-    degraded: list[str] = Field(description="ours: `rerank` if time ran out; the order is then that of the request")
+    degraded: list[str] = Field(description="ours: `rerank` if time ran out before all were scored")
     truncated: list[int] = Field(description="ours: indexes of documents of which only the beginning was read")
     timings: dict[str, float] = Field(description="ours: seconds by stage")
 

@@ -136,12 +136,16 @@ def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, de
     found = searcher.rerank(request.query, texts, request.max_tokens_per_doc, deadline)
     truncated = np.flatnonzero(found.truncated).tolist()
     warnings = []
-    if found.scores is None:
-        warnings.append("the time was up before all documents were scored: they are in the order of the request")
-        order, relevance = np.arange(len(texts)), np.zeros(len(texts))
-    else:
-        relevance = np.where([bool(text.strip()) for text in texts], _relevance(found.scores), 0.0)  # of nothing, none
-        order = np.lexsort((np.arange(len(texts)), -found.scores, relevance == 0.0))
+    scores = np.full(len(texts), -np.inf, np.float32) if found.scores is None else found.scores
+    scored = np.isfinite(scores)
+    if not scored.all():
+        warnings.append(
+            f"the time was up when {scored.sum()} of {len(texts)} documents were scored: the others stand below, in "
+            "the order of the request"
+        )
+    said = scored & [bool(text.strip()) for text in texts]
+    relevance = np.where(said, _relevance(scores), 0.0)  # of nothing, none
+    order = np.lexsort((np.arange(len(texts)), -scores, ~said, ~scored))
     if truncated:
         warnings.append(f"only the beginning of {len(truncated)} documents was read: see meta.truncated")
     return RerankResponse(
@@ -156,9 +160,9 @@ def rerank_answer(bundle: Bundle, searcher: Searcher, request: RerankRequest, de
         ],
         meta=RerankMeta(
             warnings=warnings,
-            model=searcher.part.reranker_kind if found.scores is not None else "first_stage",
+            model=searcher.part.reranker_kind if scored.any() else "first_stage",
             model_version=bundle.version,
-            degraded=[] if found.scores is not None else ["rerank"],
+            degraded=[] if scored.all() else ["rerank"],
             truncated=truncated,
             timings={"rerank": time.perf_counter() - began},
         ),

@@ -127,8 +127,9 @@ def add_search_routes(app: FastAPI, service: Service, worker: Worker, searches: 
 
         A document is a string, or an object with `text` or `title` whose other fields are not read. Version 1's
         `return_documents` is taken too.
-        The bundle's reranker scores all of them together; where there is none, the encoder's cosine. Past the budget
-        the order is that of the request, every score is 0 and `meta.degraded` says `rerank`.
+        The bundle's reranker scores them; where there is none, the encoder's cosine. Documents that were not scored
+        when the budget ended stand below, in the order of the request, with a score of 0, and `meta.degraded` says
+        `rerank`; of a reranker that reads the list as a whole they are all of them.
         """
         served, searcher = searches.open(None)
         budget = searcher.config.rerank_budget_ms if request.budget_ms is None else request.budget_ms

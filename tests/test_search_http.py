@@ -316,7 +316,7 @@ def test_past_its_budget_a_search_keeps_the_first_stage_and_says_so(client, open
         assert [hit["text"] for hit in found["hits"]] == [hit["text"] for hit in plain["hits"]]
         assert slow.scored < 20, "the work went on behind the answer"
         scored = slow.scored
-        documents = ["red tea", "green bread", "jam"] * 20
+        documents = [f"{name} {number}" for name in ("red tea", "green bread", "jam") for number in range(20)]
         kept = rerank(client, query="jam", documents=documents, budget_ms=1_500, top_n=3)
         assert slow.scored - scored < 60
         assert kept["meta"]["degraded"] == ["rerank"]
@@ -328,6 +328,25 @@ def test_past_its_budget_a_search_keeps_the_first_stage_and_says_so(client, open
     nothing = search(client, query="red tea", rerank=True, budget_ms=0, user_id="user-3")
     assert (nothing["mode"], nothing["degraded"]) == ("bm25", ["dense", "rerank", "personal"])
     assert 'recsys_degraded_total{stage="rerank"}' in client.get("/metrics").text
+
+
+def test_what_was_scored_in_time_keeps_its_score_where_documents_are_read_one_by_one(client, opened):
+    slow = WordCount(seconds=0.01, whole_list=False)
+    before = with_reranker(opened["search"], slow)
+    try:
+        documents = [f"jam {number}" if number % 10 == 5 else f"tea {number}" for number in range(999)]
+        kept = rerank(client, query="jam", documents=[*documents, ""], budget_ms=2_000)
+    finally:
+        opened["search"].swap(before)
+    order = [result["index"] for result in kept["results"]]
+    scored = [result["index"] for result in kept["results"] if result["relevance_score"] > 0]
+    assert len(scored) % 64 == 0
+    assert 0 < len(scored) <= slow.scored < 1000
+    assert order[: len(scored)] == sorted(range(len(scored)), key=lambda n: (n % 10 != 5, n))
+    assert order[len(scored) :] == list(range(len(scored), 1000))
+    assert kept["meta"]["degraded"] == ["rerank"]
+    assert f"{len(scored)} of 1000 documents" in kept["meta"]["warnings"][0]
+    assert kept["meta"]["model"] == "word_count"
 
 
 class Held(WordCount):

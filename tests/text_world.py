@@ -70,6 +70,7 @@ class WordCount:
     seconds: float = 0.0
     scored: int = 0
     digest: str = "words"
+    whole_list: bool = True
 
     def rerank(self, query: str, passages: Sequence[str], progress: Progress = silent) -> np.ndarray:
         wanted, scores = set(query.lower().split()), []
