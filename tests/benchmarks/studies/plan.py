@@ -322,8 +322,8 @@ STUDIES = {
             for metric in RANKED
         ),
         "Models of the table above: of those with several seeds there, all of `dare_own_counts` and the first of the "
-        "others. The nine run last were trained again for it, by the same configuration and seed; GAUC against uniform negatives is "
-        "as there to some thousandths. It takes minutes to an hour to rank everything for a model.",
+        "others. The nine run last were trained again for it, by the same configuration and seed; GAUC against uniform "
+        "negatives is as there to some thousandths. It takes minutes to an hour to rank everything for a model.",
     ),
     "aw_moe": Study(
         "AW-MoE (our reading), part by part",
